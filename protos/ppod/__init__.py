@@ -1,0 +1,53 @@
+"""ppod's contract and thin client: reward scores, reference logprobs and generations over gRPC."""
+
+from ppod.client import (
+    Completion,
+    FinishReason,
+    GenerationClient,
+    Pin,
+    ReferenceClient,
+    ReferenceLogprobs,
+    RewardClient,
+    Sampling,
+    Scores,
+    Truncation,
+    WeightClient,
+)
+from ppod.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    InvalidReply,
+    NonFiniteOutput,
+    NotFound,
+    PpodError,
+    ResourceExhausted,
+    Unavailable,
+)
+
+__all__ = [
+    "Cancelled",
+    "Completion",
+    "DeadlineExceeded",
+    "FailedPrecondition",
+    "FinishReason",
+    "GenerationClient",
+    "Internal",
+    "InvalidArgument",
+    "InvalidReply",
+    "NonFiniteOutput",
+    "NotFound",
+    "Pin",
+    "PpodError",
+    "ReferenceClient",
+    "ReferenceLogprobs",
+    "ResourceExhausted",
+    "RewardClient",
+    "Sampling",
+    "Scores",
+    "Truncation",
+    "Unavailable",
+    "WeightClient",
+]

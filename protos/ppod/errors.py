@@ -1,0 +1,231 @@
+"""The one table between exceptions and gRPC statuses.
+
+A server raises a `PpodError`; its interceptor sends `to_status`. A client receives an `RpcError` and raises what
+`from_rpc_error` makes of it, which is the same class with the same fields. Other languages read the standard
+google.rpc details: BadRequest, RetryInfo, PreconditionFailure and ErrorInfo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+ERROR_DOMAIN = "ppod.v1"
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+
+
+class PpodError(Exception):
+    """Root of every error that ppod raises on purpose."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+    @property
+    def message(self) -> str:
+        """What happened, in one line."""
+        return str(self)
+
+
+@dataclass(eq=False)
+class InvalidArgument(PpodError):
+    """The caller sent something that no retry can mend.
+
+    Attributes:
+        field: dotted path of the field in the request.
+        found: the offending value, as text.
+        expected: what the field must hold.
+        sample: position of the offending sequence in the request; None where the fault is not one sequence's.
+    """
+
+    field: str
+    found: str
+    expected: str
+    sample: int | None = None
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __str__(self) -> str:
+        where = self.field if self.sample is None else f"{self.field}, sample {self.sample}"
+        return f"{where}: found {self.found}, expected {self.expected}"
+
+
+@dataclass(eq=False)
+class NotFound(PpodError):
+    """Something was asked for by a name that nothing here has."""
+
+    what: str
+    found: str
+    expected: str
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.NOT_FOUND
+
+    def __str__(self) -> str:
+        return f"no {self.what} {self.found!r}: {self.expected}"
+
+
+@dataclass(eq=False)
+class FailedPrecondition(PpodError):
+    """The server is not in the state that the request insists on: another version, tokenizer or phase."""
+
+    what: str
+    found: str
+    expected: str
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.FAILED_PRECONDITION
+
+    def __str__(self) -> str:
+        return f"{self.what}: the server has {self.found}, the request needs {self.expected}"
+
+
+@dataclass(eq=False)
+class ResourceExhausted(PpodError):
+    """A queue or a quota is full; the same request may be sent again after `retry_after_s` seconds."""
+
+    what: str
+    retry_after_s: float
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __str__(self) -> str:
+        return f"{self.what}; try again in {self.retry_after_s:.3f} s"
+
+
+@dataclass(eq=False)
+class NonFiniteOutput(PpodError):
+    """A model produced NaN or infinity for a sample. The value is withheld: it would poison training."""
+
+    output: str
+    sample: int
+    found: str
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+    def __str__(self) -> str:
+        return f"sample {self.sample}: the model's {self.output} is {self.found}; look at its weights and its input"
+
+
+@dataclass(eq=False)
+class InvalidReply(PpodError):
+    """A reply breaks the contract: wrong shape, a value that is not finite, a missing sample."""
+
+    field: str
+    found: str
+    expected: str
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+    def __str__(self) -> str:
+        return f"reply field {self.field}: found {self.found}, expected {self.expected}"
+
+
+@dataclass(eq=False)
+class _PlainError(PpodError):
+    """An error that its status code and one line describe."""
+
+    detail: str
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+class Unavailable(_PlainError):
+    """The server is starting, draining or gone."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlineExceeded(_PlainError):
+    """The time that the caller gave ran out; the server drops the work."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Cancelled(_PlainError):
+    """The caller went away; the server drops the work."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.CANCELLED
+
+
+class Internal(_PlainError):
+    """A bug of ours, or a status that nothing else here stands for."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+
+def to_status(error: PpodError) -> status_pb2.Status:
+    """Describe an error as a google.rpc.Status whose details carry every field of the exception."""
+    info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN)
+    for name, value in vars(error).items():
+        if value is not None:
+            info.metadata[name] = str(value)
+    details: list[any_pb2.Any] = [_pack(info)]
+    if isinstance(error, InvalidArgument):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(_pack(error_details_pb2.BadRequest(field_violations=[violation])))
+    elif isinstance(error, FailedPrecondition):
+        failure = error_details_pb2.PreconditionFailure.Violation(
+            type=type(error).__name__, subject=error.what, description=error.message
+        )
+        details.append(_pack(error_details_pb2.PreconditionFailure(violations=[failure])))
+    elif isinstance(error, ResourceExhausted):
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+    return status_pb2.Status(code=error.code.value[0], message=error.message, details=details)
+
+
+def from_rpc_error(error: grpc.RpcError) -> PpodError:
+    """Rebuild the exception that a server raised, or the nearest one when another layer made the status."""
+    if not isinstance(error, grpc.Call):
+        return Internal(str(error))
+    metadata: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # pyright: ignore
+    for key, value in metadata:
+        if key == STATUS_DETAILS_KEY and isinstance(value, bytes):
+            status = status_pb2.Status.FromString(value)
+            rebuilt = _rebuild(status)
+            if rebuilt is not None:
+                return rebuilt
+    code = error.code()
+    detail = error.details() or code.name
+    for plain in (Unavailable, DeadlineExceeded, Cancelled):
+        if plain.code == code:
+            return plain(detail)
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        # gRPC itself answers so when a message is too large; no wait mends that, so the wait is zero.
+        return ResourceExhausted(detail, 0.0)
+    if code == grpc.StatusCode.INVALID_ARGUMENT:
+        return InvalidArgument("request", detail, "a request that the server accepts")
+    return Internal(f"{code.name}: {detail}")
+
+
+def _pack(message: error_details_pb2.ErrorInfo | object) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)  # pyright: ignore[reportArgumentType]
+    return packed
+
+
+def _rebuild(status: status_pb2.Status) -> PpodError | None:
+    for detail in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if not detail.Unpack(info) or info.domain != ERROR_DOMAIN:
+            continue
+        values = dict(info.metadata)
+        match info.reason:
+            case "InvalidArgument":
+                sample = int(values["sample"]) if "sample" in values else None
+                return InvalidArgument(values["field"], values["found"], values["expected"], sample)
+            case "NotFound":
+                return NotFound(values["what"], values["found"], values["expected"])
+            case "FailedPrecondition":
+                return FailedPrecondition(values["what"], values["found"], values["expected"])
+            case "ResourceExhausted":
+                return ResourceExhausted(values["what"], float(values["retry_after_s"]))
+            case "NonFiniteOutput":
+                return NonFiniteOutput(values["output"], int(values["sample"]), values["found"])
+            case "Unavailable":
+                return Unavailable(values["detail"])
+            case "DeadlineExceeded":
+                return DeadlineExceeded(values["detail"])
+            case "Cancelled":
+                return Cancelled(values["detail"])
+            case _:
+                return Internal(status.message)
+    return None

@@ -1,0 +1,44 @@
+from ppod.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ComputeLogprobsRequest(_message.Message):
+    __slots__ = ("request_id", "selector", "tokens", "prompt_lengths", "temperature")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SELECTOR_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    selector: _common_pb2.ModelSelector
+    tokens: _common_pb2.TokenSequences
+    prompt_lengths: _containers.RepeatedScalarFieldContainer[int]
+    temperature: float
+    def __init__(self, request_id: _Optional[str] = ..., selector: _Optional[_Union[_common_pb2.ModelSelector, _Mapping]] = ..., tokens: _Optional[_Union[_common_pb2.TokenSequences, _Mapping]] = ..., prompt_lengths: _Optional[_Iterable[int]] = ..., temperature: _Optional[float] = ...) -> None: ...
+
+class ComputeLogprobsResponse(_message.Message):
+    __slots__ = ("model", "timing", "logprobs")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    model: _common_pb2.ModelState
+    timing: _common_pb2.Timing
+    logprobs: bytes
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelState, _Mapping]] = ..., timing: _Optional[_Union[_common_pb2.Timing, _Mapping]] = ..., logprobs: _Optional[bytes] = ...) -> None: ...
+
+class GetReferenceModelRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetReferenceModelResponse(_message.Message):
+    __slots__ = ("model", "limits")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    model: _common_pb2.ModelState
+    limits: _common_pb2.ModelLimits
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelState, _Mapping]] = ..., limits: _Optional[_Union[_common_pb2.ModelLimits, _Mapping]] = ...) -> None: ...
