@@ -1,0 +1,98 @@
+"""Configuration: frozen pydantic models read from YAML, with every fault reported at once under its dotted path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class ConfigModel(BaseModel):
+    """Base of every configuration section: frozen; unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+ConfigT = TypeVar("ConfigT", bound=ConfigModel)
+
+
+class ConfigError(Exception):
+    """A configuration cannot be used.
+
+    Attributes:
+        origin: file, or other source, of the configuration.
+        problems: one line for each fault, each beginning with the dotted path of the key.
+    """
+
+    def __init__(self, origin: str, problems: list[str]) -> None:
+        super().__init__(origin, problems)
+        self.origin = origin
+        self.problems = problems
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        lines = "\n".join(f"  {problem}" for problem in self.problems)
+        return f"{self.origin}: {count} problem{'s' if count != 1 else ''}\n{lines}"
+
+
+class ModelConfig(ConfigModel):
+    """Which model to load, and how."""
+
+    source: str = Field(description="packaged:NAME, a directory, or a hub id org/name[@revision]")
+    device: str = Field(
+        default="auto", description="auto, cpu, cuda:0, ...; auto takes a CUDA device where there is one"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["sdpa", "eager"] = Field(
+        default="sdpa",
+        description="eager is faster on CPUs up to some hundred tokens; its memory grows with the square of the length",
+    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of this process; none: all cores")
+
+
+def read_yaml(path: Path) -> object:
+    """Read a YAML file; raise ConfigError when it cannot be read or parsed."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), [f"not YAML: {error}"]) from error
+
+
+def parse_config(model: type[ConfigT], values: object, origin: str) -> ConfigT:
+    """Validate plain values; raise ConfigError that lists every fault at once."""
+    try:
+        return model.model_validate(values if values is not None else {})
+    except ValidationError as error:
+        raise ConfigError(origin, describe_faults(error)) from error
+
+
+def load_config(model: type[ConfigT], path: Path) -> ConfigT:
+    """Read a YAML file and validate it; raise ConfigError that lists every fault at once."""
+    return parse_config(model, read_yaml(path), str(path))
+
+
+def dump_config(config: ConfigModel) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal model."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe_faults(error: ValidationError) -> list[str]:
+    """One line for each fault: dotted path, what is wrong, what was found."""
+    lines: list[str] = []
+    for fault in error.errors(include_url=False):
+        path = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{path}: unknown key")
+        elif fault["type"] == "missing":
+            lines.append(f"{path}: required, but missing")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            # A check over a whole section names the values it compared; the section itself would bury them.
+            found = "" if isinstance(fault["input"], Mapping | BaseModel) else f", found {fault['input']!r}"
+            lines.append(f"{path}: {message}{found}")
+    return lines

@@ -1,0 +1,68 @@
+"""Loading of causal language models and tokenizers onto a device."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import cast
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+# Loading bars would break the JSON lines of services and the step lines of the trainer.
+transformers.utils.logging.disable_progress_bar()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that a configuration names; "auto" is the first CUDA device, or else the CPU."""
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str) -> torch.dtype:
+    """The dtype that a configuration names; "auto" is bfloat16, which halves memory traffic on GPUs and new CPUs."""
+    return DTYPES["bfloat16" if dtype == "auto" else dtype]
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a model directory."""
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_causal_lm(path: Path, *, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+    """Load a causal language model from safetensors, in evaluation mode: dropout off, as PPO's ratios require.
+
+    `attention` is "sdpa" or "eager".
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+    )
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    return model.eval()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """First 16 hex digits of the SHA-256 of the tokenizer's canonical JSON: equal ids mean equal text."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    """Number of token ids that the model's embedding takes."""
+    return int(cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0])
+
+
+def max_sequence_tokens(model: PreTrainedModel) -> int:
+    """Longest sequence that the model's positions cover."""
+    return int(model.config.max_position_embeddings)
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """End-of-sequence ids of the generation config and the tokenizer, sorted, without doubles."""
+    declared = cast("int | list[int] | None", model.generation_config.eos_token_id)
+    ids: set[int | None] = set(declared) if isinstance(declared, list) else {declared}
+    ids.add(cast("int | None", tokenizer.eos_token_id))
+    return tuple(sorted(token for token in ids if token is not None))

@@ -1,0 +1,125 @@
+"""Logprobs of given tokens, computed the same way wherever ppod needs them.
+
+The vocabulary makes logits by far the largest tensors of an RLHF step. Nothing here holds them for more than
+`CHUNK_POSITIONS` positions at a time: the backward pass makes them again from hidden states, which costs one more
+matrix product and saves gigabytes.
+
+Shape legend: N positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+CHUNK_POSITIONS = 256
+"""Positions whose logits exist at a time: bounds the float32 [positions, V] tensor to 50 MB at V = 49,152."""
+
+
+class TokenLogprobs(NamedTuple):
+    """Of each position: logprob of its token in natural log, and entropy in nats. Both float32 [N]."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+
+
+def token_logprobs(
+    hidden: torch.Tensor, head: nn.Module, tokens: torch.Tensor, temperature: float, *, entropy: bool = True
+) -> TokenLogprobs:
+    """Logprobs of tokens, and entropies, under softmax(head(hidden) / temperature).
+
+    The matrix products run in the dtype of `hidden`, the softmax in float32. Both results carry gradients to `hidden`
+    and to the head.
+
+    Args:
+        hidden: [N, H] of any float dtype.
+        head: the language model's output layer: linear, weight [V, H], with or without a bias [V].
+        tokens: int64 [N].
+        temperature: > 0.
+        entropy: whether the entropy is wanted; without it zeros are returned.
+    """
+    linear = cast(nn.Linear, head)
+    logprobs, entropies = cast(
+        tuple[torch.Tensor, torch.Tensor],
+        _TokenLogprobs.apply(hidden, linear.weight, linear.bias, tokens, temperature, entropy),
+    )
+    return TokenLogprobs(logprobs, entropies)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """With z = logits / T, p = softmax(z), and H the entropy:
+
+    d logprob_y / dz_j = [j = y] - p_j,        dH / dz_j = -p_j * (log p_j + H)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        tokens: torch.Tensor,
+        temperature: float,
+        with_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cast_weight = weight.to(hidden.dtype)
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        normalisers, entropies = torch.empty_like(logprobs), torch.zeros_like(logprobs)
+        for rows in _chunks(len(hidden)):
+            scaled = _scaled_logits(hidden[rows], cast_weight, bias, temperature)
+            normalisers[rows] = torch.logsumexp(scaled, dim=-1)
+            logprobs[rows] = scaled.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1) - normalisers[rows]
+            if with_entropy:
+                probabilities = torch.exp(scaled - normalisers[rows].unsqueeze(-1))
+                entropies[rows] = normalisers[rows] - torch.linalg.vecdot(probabilities, scaled)
+        ctx.save_for_backward(hidden, weight, bias, tokens, normalisers, entropies)
+        ctx.temperature = temperature
+        ctx.with_entropy = with_entropy
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, tokens, normalisers, entropies = ctx.saved_tensors
+        of_logprobs, of_entropy = gradients
+        cast_weight = weight.to(hidden.dtype)
+        hidden_gradient = torch.empty_like(hidden)
+        weight_gradient = torch.zeros_like(weight)
+        bias_gradient = None if bias is None else torch.zeros_like(bias)
+        # A constant entropy, as in most runs, has a gradient of zeros; its passes over the vocabulary are saved.
+        through_entropy = ctx.with_entropy and bool(of_entropy.any())
+        for rows in _chunks(len(hidden)):
+            log_p = _scaled_logits(hidden[rows], cast_weight, bias, ctx.temperature)
+            log_p -= normalisers[rows].unsqueeze(-1)
+            slope = torch.exp(log_p)
+            if through_entropy:
+                log_p += entropies[rows].unsqueeze(-1)
+                factor = log_p.mul_(of_entropy[rows].unsqueeze(-1)).add_(of_logprobs[rows].unsqueeze(-1))
+                slope *= factor.neg_()
+            else:
+                slope *= -of_logprobs[rows].unsqueeze(-1)
+            slope.scatter_add_(-1, tokens[rows].unsqueeze(-1), of_logprobs[rows].unsqueeze(-1))
+            slope /= ctx.temperature
+            if bias_gradient is not None:
+                bias_gradient += slope.sum(dim=0)
+            narrow = slope.to(hidden.dtype)
+            hidden_gradient[rows] = narrow @ cast_weight
+            weight_gradient += narrow.T @ hidden[rows]
+        return hidden_gradient, weight_gradient, bias_gradient, None, None, None
+
+
+def _scaled_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
+    """float32 logits / temperature of a chunk, in a buffer of its own."""
+    logits = (hidden @ weight.T).float()
+    if bias is not None:
+        logits += bias
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _chunks(positions: int) -> Iterator[slice]:
+    for start in range(0, positions, CHUNK_POSITIONS):
+        yield slice(start, min(start + CHUNK_POSITIONS, positions))

@@ -1,0 +1,1 @@
+"""ppod's services: reward scores, reference logprobs and generation behind gRPC."""

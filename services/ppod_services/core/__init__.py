@@ -1,0 +1,1 @@
+"""What every service shares: server, scheduler, health, drain, metrics, logs."""

@@ -1,0 +1,65 @@
+"""What a service with one causal language model is, as the server hosts it: generation and reference."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import grpc.aio
+
+from ppod.v1 import weights_pb2_grpc
+from ppod_models.sources import resolve
+from ppod_services.core.config import CausalServiceConfig
+from ppod_services.core.described import Deferred
+from ppod_services.core.scheduler import RunBatch, Scheduler, Sink
+from ppod_services.core.server import Host
+from ppod_services.core.weight_servicer import WEIGHT_SERVICE, WeightServicer, WeightTarget
+
+if TYPE_CHECKING:
+    from ppod_services.core.model import CausalModel
+    from ppod_services.core.weights import ServedWeights
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+class CausalService(ABC, Generic[ItemT, ResultT]):
+    """Wires scheduler, engine and weights; imports torch only in `load`, once the ports are bound."""
+
+    admin_service_name = WEIGHT_SERVICE
+
+    def __init__(self, config: CausalServiceConfig, host: Host) -> None:
+        self._config = config
+        self._metrics = host.metrics
+        self._engine: Deferred[RunBatch[ItemT, ResultT]] = Deferred()
+        self.target: Deferred[WeightTarget] = Deferred()
+        self.scheduler = Scheduler(self._run_batch, config.batching, host.executor, host.metrics)
+
+    @abstractmethod
+    def build_engine(self, model: CausalModel, weights: ServedWeights) -> RunBatch[ItemT, ResultT]:
+        """Make what runs batches; called in the model's thread."""
+
+    def register_admin(self, server: grpc.aio.Server) -> None:
+        """Add WeightService."""
+        weights_pb2_grpc.add_WeightServiceServicer_to_server(WeightServicer(self.target, self.scheduler), server)
+
+    def load(self) -> None:
+        """Load the model in the calling thread."""
+        # Before the imports, which take seconds: a missing model is told at once.
+        resolve(self._config.model.source)
+        from ppod_services.core.model import load_causal_model  # noqa: PLC0415 - see the class
+        from ppod_services.core.weights import ServedWeights  # noqa: PLC0415
+
+        config = self._config
+        model = load_causal_model(config.model, config.name, config.batching.max_batch_tokens)
+        weights = ServedWeights(model.model, self._metrics.weight_version)
+        self._engine.set(self.build_engine(model, weights))
+        self.target.set(WeightTarget(model.info, weights))
+
+    async def run(self) -> None:
+        """Run batches until cancelled."""
+        await self.scheduler.run()
+
+    def _run_batch(self, items: Sequence[ItemT], sink: Sink[ResultT]) -> None:
+        self._engine.get()(items, sink)

@@ -1,0 +1,80 @@
+"""Configuration that every service has. Free of torch: the launcher reads it too."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ppod.channel import MAX_MESSAGE_BYTES, WEIGHT_CHUNK_BYTES
+from ppod_models.configuration import ConfigModel, ModelConfig
+
+
+class ListenConfig(ConfigModel):
+    """Where a service listens."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="address of every port; 0.0.0.0 in a container")
+    port: int = Field(ge=1, le=65535, description="gRPC port of the service")
+    admin_port: int | None = Field(default=None, ge=1, le=65535, description="port of WeightService; none: not served")
+    metrics_port: int | None = Field(default=None, ge=1, le=65535, description="port of /metrics; none: not served")
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        ports = [port for port in (self.port, self.admin_port, self.metrics_port) if port is not None]
+        if len(set(ports)) != len(ports):
+            raise ValueError("port, admin_port and metrics_port must differ from each other")
+        return self
+
+
+class BatchingConfig(ConfigModel):
+    """How waiting sequences of all callers become batches."""
+
+    max_batch_tokens: int = Field(
+        default=16_384, ge=1, le=2**24, description="most tokens of a batch, padding included; bounds memory"
+    )
+    max_batch_size: int = Field(default=64, ge=1, le=65_536, description="most sequences of a batch")
+    max_wait_ms: float = Field(
+        default=2.0, ge=0, le=1_000, description="longest wait of an idle service for more sequences"
+    )
+    max_queue_tokens: int = Field(
+        default=1_048_576, ge=1, le=2**32, description="most waiting tokens; beyond it callers are told to come back"
+    )
+
+    @model_validator(mode="after")
+    def _queue_holds_a_batch(self) -> Self:
+        if self.max_queue_tokens < self.max_batch_tokens:
+            raise ValueError(f"max_queue_tokens must be at least max_batch_tokens, {self.max_batch_tokens}")
+        return self
+
+
+class LimitsConfig(ConfigModel):
+    """What one caller may ask for."""
+
+    max_request_sequences: int = Field(default=1_024, ge=1, le=1_000_000, description="most sequences of a request")
+    max_message_bytes: int = Field(
+        default=MAX_MESSAGE_BYTES, ge=2 * WEIGHT_CHUNK_BYTES, le=2**30, description="largest message, either way"
+    )
+    default_deadline_s: float = Field(default=600.0, gt=0, le=86_400, description="deadline of a call that brings none")
+    max_connection_age_s: float = Field(
+        default=300.0,
+        ge=1,
+        le=86_400,
+        description="age at which a connection is closed gracefully, so that clients find new replicas",
+    )
+
+
+class ServiceConfig(ConfigModel):
+    """What every service is configured with."""
+
+    listen: ListenConfig
+    batching: BatchingConfig = BatchingConfig()
+    limits: LimitsConfig = LimitsConfig()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    drain_grace_s: float = Field(default=30.0, ge=0, le=3_600, description="longest time to finish work after SIGTERM")
+
+
+class CausalServiceConfig(ServiceConfig):
+    """What a service with one causal language model is configured with."""
+
+    model: ModelConfig
+    name: str = Field(min_length=1, description="what requests call the model")

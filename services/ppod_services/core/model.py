@@ -1,0 +1,118 @@
+"""Loading of the causal language models that reference and generation serve.
+
+Shape legend: B sequences, T padded length, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ppod_models.configuration import ModelConfig
+from ppod_models.loading import (
+    eos_token_ids,
+    load_causal_lm,
+    load_tokenizer,
+    max_sequence_tokens,
+    pick_device,
+    pick_dtype,
+    tokenizer_fingerprint,
+    vocab_size,
+)
+from ppod_models.sources import ModelSourceError, resolve
+from ppod_services.core.described import ModelInfo
+
+_PROBE_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CausalModel:
+    """A loaded model, split where the vocabulary-sized part begins.
+
+    Attributes:
+        info: identity and bounds.
+        model: the whole model, whose parameters new weights are copied into.
+        backbone: everything below the head; its output has `last_hidden_state` [B, T, H].
+        head: hidden states [..., H] to logits [..., V].
+        device: where it runs.
+    """
+
+    info: ModelInfo
+    model: PreTrainedModel
+    backbone: PreTrainedModel
+    head: nn.Module
+    device: torch.device
+
+
+def quieten_transformers() -> None:
+    """Keep progress bars off stderr, and send transformers' warnings through the JSON log."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+
+
+def set_threads(threads: int | None) -> None:
+    """Bound the CPU threads of the calling thread's operations; None leaves torch's choice, all cores."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def load_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load model and tokenizer in evaluation mode.
+
+    Raises:
+        ModelSourceError: there is no such model, it cannot be read, or its device cannot be had.
+    """
+    quieten_transformers()
+    set_threads(config.threads)
+    path = resolve(config.source).path
+    try:
+        tokenizer = load_tokenizer(path)
+        device, dtype = pick_device(config.device), pick_dtype(config.dtype)
+        model = load_causal_lm(path, device=device, dtype=dtype, attention=config.attention)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelSourceError(f"model {config.source!r} on device {config.device!r}: {error}") from error
+    return model, tokenizer
+
+
+def load_causal_model(config: ModelConfig, name: str, max_batch_tokens: int) -> CausalModel:
+    """Load a model to serve under `name`; sequences longer than `max_batch_tokens` would never fit a batch.
+
+    Raises:
+        ModelSourceError: as `load_pretrained`; or the model does more to its logits than its output layer.
+    """
+    model, tokenizer = load_pretrained(config)
+    backbone = cast(PreTrainedModel, model.base_model)
+    head = cast(nn.Module, model.get_output_embeddings())
+    _check_split(config.source, model, backbone, head)
+    return CausalModel(
+        info=ModelInfo(
+            name=name,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            vocab_size=vocab_size(model),
+            max_sequence_tokens=min(max_sequence_tokens(model), max_batch_tokens),
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            eos_token_ids=eos_token_ids(model, tokenizer),
+        ),
+        model=model,
+        backbone=backbone,
+        head=head,
+        device=model.device,
+    )
+
+
+@torch.inference_mode()
+def _check_split(source: str, model: PreTrainedModel, backbone: PreTrainedModel, head: nn.Module) -> None:
+    """Refuse models that cap or scale their logits after the output layer: our logprobs would be silently wrong."""
+    probe = torch.arange(_PROBE_TOKENS, device=model.device).unsqueeze(0)
+    whole = model(input_ids=probe, use_cache=False).logits.float()
+    split = head(backbone(input_ids=probe, use_cache=False).last_hidden_state).float()
+    if not torch.allclose(whole, split, rtol=1e-3, atol=1e-3):
+        raise ModelSourceError(f"model {source!r}: it transforms its logits after the output layer, which ppod lacks")

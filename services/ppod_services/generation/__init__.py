@@ -1,0 +1,1 @@
+"""Generation: sampled completions with the logprobs they were sampled under."""

@@ -1,0 +1,1 @@
+"""Reference: exact token logprobs under a fixed policy."""

@@ -1,0 +1,1 @@
+"""Reward: scalar scores of sequences."""
