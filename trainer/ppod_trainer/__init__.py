@@ -1,0 +1,1 @@
+"""ppod's trainer: PPO from human feedback over remote reward, reference and generation services."""

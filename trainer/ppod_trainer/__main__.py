@@ -1,0 +1,104 @@
+"""`python -m ppod_trainer --config FILE`: one PPO run against services that are already up.
+
+Exit codes: 0 done; 1 something failed, named in one line; 2 the configuration is wrong; 128 + signal after a
+clean stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ppod import PpodError
+from ppod_models.configuration import ConfigError, load_config
+from ppod_models.sources import ModelSourceError
+from ppod_trainer.config import TrainerConfig
+from ppod_trainer.errors import StopRequestedError, TrainerError
+
+if TYPE_CHECKING:
+    from ppod_trainer.training import TrainingRun
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m ppod_trainer", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file with the trainer's configuration")
+    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        config = load_config(TrainerConfig, options.config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0 if options.check else run(config)
+
+
+def run(config: TrainerConfig) -> int:
+    """Train with a checked configuration; returns the exit code."""
+    # Heavy imports wait until the configuration is known to be right.
+    from ppod_trainer.assembly import open_run  # noqa: PLC0415
+    from ppod_trainer.stopping import StopSignal  # noqa: PLC0415
+
+    stop = StopSignal()
+    stop.install()
+    try:
+        with open_run(config, stop) as training_run:
+            try:
+                _train(training_run)
+            except StopRequestedError as error:
+                _save(training_run, f"{error}: stopped")
+                return 128 + (stop.received or 0)
+            except (TrainerError, PpodError) as error:
+                if training_run.whole:
+                    _save(training_run, f"{type(error).__name__}: failed")
+                raise
+    except StopRequestedError as error:
+        print(f"{error}: stopped before the first step", flush=True)
+        return 128 + (stop.received or 0)
+    except (TrainerError, PpodError, ModelSourceError) as error:
+        print(f"ppod train: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _save(training_run: TrainingRun, what: str) -> None:
+    """Keep the last whole step of a run that ends early."""
+    path = training_run.save()
+    print(f"{what} after step {training_run.state.step}; resume from {path}", flush=True)
+
+
+def _train(training_run: TrainingRun) -> None:
+    from rich.console import Console  # noqa: PLC0415
+
+    from ppod_trainer.evaluation import load_evaluation  # noqa: PLC0415
+    from ppod_trainer.metrics import read_records  # noqa: PLC0415
+    from ppod_trainer.report import plot_curves, print_report  # noqa: PLC0415
+
+    config = training_run.config
+    kept = config.run_dir / "evaluation_before.json"
+    if config.resume and kept.is_file():
+        before = load_evaluation(kept)
+    else:
+        before = training_run.evaluate()
+        kept.write_text(json.dumps(asdict(before)), encoding="utf-8")
+    training_run.train()
+    after = training_run.evaluate()
+    (config.run_dir / "evaluation_after.json").write_text(json.dumps(asdict(after)), encoding="utf-8")
+    training_run.save()
+    final = training_run.save_final_model()
+    records = read_records(config.run_dir / "metrics.jsonl")
+    plot_curves(config.run_dir / "curves.png", records, f"{config.policy.source}, seed {config.seed}")
+    with (config.run_dir / "report.txt").open("w", encoding="utf-8") as file:
+        for console in (Console(), Console(file=file, width=120)):
+            print_report(console, before, after, config.evaluation.shown_samples)
+    print(f"run directory {config.run_dir}; final model {final}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

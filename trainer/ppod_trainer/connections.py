@@ -1,0 +1,87 @@
+"""The trainer's clients, and the checks that the services fit the policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ppod import GenerationClient, Pin, ReferenceClient, RewardClient, WeightClient
+from ppod.client import ModelDescription, RpcObserver
+from ppod_trainer.config import RolloutConfig, ServicesConfig
+from ppod_trainer.errors import ServiceMismatchError
+
+
+@dataclass(frozen=True, slots=True)
+class Connections:
+    """One client for each service; `judge` is None where no judge is configured."""
+
+    generation: GenerationClient
+    reward: RewardClient
+    judge: RewardClient | None
+    reference: ReferenceClient
+    generation_weights: WeightClient
+    reference_weights: WeightClient
+
+    def close(self) -> None:
+        """Close all channels; calls under way are cancelled."""
+        for client in (self.generation, self.reward, self.reference, self.generation_weights, self.reference_weights):
+            client.close()
+        if self.judge is not None:
+            self.judge.close()
+
+
+def connect(config: ServicesConfig, tokenizer_fingerprint: str, observer: RpcObserver) -> Connections:
+    """Open channels to all services, with the policy's tokenizer pinned, and wait until each is ready.
+
+    Raises:
+        DeadlineExceeded: a service was not ready within `ready_timeout_s`.
+    """
+    pin = Pin(tokenizer_fingerprint=tokenizer_fingerprint)
+    timeout_s = config.timeout_s
+
+    def reward(model: str) -> RewardClient:
+        named = Pin(model=model, tokenizer_fingerprint=tokenizer_fingerprint)
+        return RewardClient(config.reward, timeout_s=timeout_s, pin=named, observer=observer)
+
+    connections = Connections(
+        generation=GenerationClient(config.generation, timeout_s=timeout_s, pin=pin, observer=observer),
+        reward=reward(config.reward_model),
+        judge=None if config.judge_model is None else reward(config.judge_model),
+        reference=ReferenceClient(config.reference, timeout_s=timeout_s, pin=pin, observer=observer),
+        generation_weights=WeightClient(config.generation_admin, timeout_s=timeout_s, observer=observer),
+        reference_weights=WeightClient(config.reference_admin, timeout_s=timeout_s, observer=observer),
+    )
+    for client in (connections.generation, connections.reward, connections.reference):
+        client.wait_ready(config.ready_timeout_s)
+    return connections
+
+
+def check_services(connections: Connections, rollout: RolloutConfig, vocab_size: int) -> ModelDescription:
+    """Ask every service what it serves; return generation's description.
+
+    Raises:
+        ServiceMismatchError: one takes other token ids, or shorter requests, than the run will send.
+        FailedPrecondition: one has another tokenizer.
+    """
+    generation = connections.generation.describe()
+    described = {"generation": generation, "reference": connections.reference.describe()}
+    described["reward"] = connections.reward.describe()
+    if connections.judge is not None:
+        described["judge"] = connections.judge.describe()
+    for name, description in described.items():
+        limits = description.limits
+        if limits.vocab_size != vocab_size:
+            raise ServiceMismatchError(
+                f"{name} takes token ids below {limits.vocab_size}, the policy makes ids below {vocab_size}; "
+                "serve a model with the policy's tokenizer"
+            )
+        if limits.max_request_sequences < rollout.batch_size:
+            raise ServiceMismatchError(
+                f"{name} takes {limits.max_request_sequences} sequences a request; rollout.batch_size is "
+                f"{rollout.batch_size}; lower it or raise the service's limits.max_request_sequences"
+            )
+        if limits.max_sequence_tokens <= rollout.max_tokens:
+            raise ServiceMismatchError(
+                f"{name} takes {limits.max_sequence_tokens} tokens a sequence; rollout.max_tokens is "
+                f"{rollout.max_tokens} and leaves no room for a prompt"
+            )
+    return generation

@@ -1,0 +1,145 @@
+"""From scored rollouts to what the update learns from: old logprobs, values, rewards, advantages, returns.
+
+Shape legend: B sequences, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ppod_trainer.advantages import Advantages, gae, sequence_advantages
+from ppod_trainer.config import AdvantagesConfig, KlConfig, RewardsConfig
+from ppod_trainer.kl import estimate_kl
+from ppod_trainer.masking import masked_sum, whiten
+from ppod_trainer.policy import PolicyWithValue, ResponseBatch
+from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.token_rewards import shape_scores, token_rewards
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyView:
+    """The policy before the update: logprobs and values float32 [B, T], next_values float32 [B]."""
+
+    logprobs: torch.Tensor
+    values: torch.Tensor
+    next_values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PpoBatch:
+    """One step's experience; float32 [B, T] where nothing else is said, 0 on padding.
+
+    Attributes:
+        responses: the padded token batch.
+        loss_mask: bool [B, T]; response tokens that the loss is taken over.
+        old_logprobs: the trainer's, before the update.
+        sampler_logprobs: the sampler's.
+        ref_logprobs: the reference's.
+        old_values: the value head's, before the update.
+        advantages: whitened where the configuration says so.
+        returns: value targets.
+        mean_kl: mean over samples of the summed k1 estimate against the reference, nats a response.
+        mean_return: mean over samples of the summed token rewards.
+    """
+
+    responses: ResponseBatch
+    loss_mask: torch.Tensor
+    old_logprobs: torch.Tensor
+    sampler_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    old_values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    mean_kl: float
+    mean_return: float
+
+
+@torch.no_grad()
+def view_policy(policy: PolicyWithValue, batch: ResponseBatch, micro_batches: Sequence[torch.Tensor]) -> PolicyView:
+    """Run the policy over a batch in the given micro-batches (int64 row positions).
+
+    They are those of the first epoch, so that its first minibatch sees bit-equal logprobs and a ratio of exactly 1.
+    """
+    logprobs = torch.zeros(batch.response_mask.shape, device=batch.input_ids.device)
+    values = torch.zeros_like(logprobs)
+    next_values = torch.zeros(len(logprobs), device=logprobs.device)
+    for index in micro_batches:
+        output = policy(batch.rows(index))
+        width = output.logprobs.shape[1]
+        logprobs[index, :width] = output.logprobs
+        values[index, :width] = output.values
+        next_values[index] = output.next_values
+    return PolicyView(logprobs, values, next_values)
+
+
+@dataclass(frozen=True, slots=True)
+class ExperienceRules:
+    """How rewards and advantages are made."""
+
+    rewards: RewardsConfig
+    kl: KlConfig
+    advantages: AdvantagesConfig
+
+
+@torch.no_grad()
+def build_ppo_batch(
+    rollouts: Sequence[ScoredRollout],
+    responses: ResponseBatch,
+    view: PolicyView,
+    rules: ExperienceRules,
+    kl_coefficient: float,
+) -> PpoBatch:
+    """Turn scores into token rewards, and those into advantages and returns."""
+    device = responses.input_ids.device
+    mask = responses.response_mask
+    ref_logprobs = _pad([scored.ref_logprobs for scored in rollouts], mask)
+    sampler_logprobs = _pad([scored.rollout.sampler_logprobs for scored in rollouts], mask)
+    truncated = torch.tensor([scored.rollout.truncated for scored in rollouts], device=device)
+    scores = shape_scores(
+        torch.tensor([scored.score for scored in rollouts], device=device),
+        truncated,
+        clip=rules.rewards.clip,
+        missing_eos_penalty=rules.rewards.missing_eos_penalty,
+    )
+    penalty = estimate_kl(view.logprobs, ref_logprobs, rules.kl.estimator) if rules.kl.placement == "reward" else None
+    rewards = token_rewards(scores, penalty, mask, kl_coefficient)
+    result = _advantages(rewards, view, mask, truncated, rules.advantages)
+    loss_mask = mask & ~truncated.unsqueeze(1) if rules.rewards.mask_truncated else mask
+    advantages = whiten(result.advantages, loss_mask) if rules.advantages.whiten else result.advantages
+    kl = estimate_kl(view.logprobs, ref_logprobs, "k1")
+    return PpoBatch(
+        responses=responses,
+        loss_mask=loss_mask,
+        old_logprobs=view.logprobs,
+        sampler_logprobs=sampler_logprobs,
+        ref_logprobs=ref_logprobs,
+        old_values=view.values,
+        advantages=advantages,
+        returns=result.returns,
+        mean_kl=float(masked_sum(kl, mask)) / len(rollouts),
+        mean_return=float(rewards.sum()) / len(rollouts),
+    )
+
+
+def _advantages(
+    rewards: torch.Tensor,
+    view: PolicyView,
+    mask: torch.Tensor,
+    truncated: torch.Tensor,
+    config: AdvantagesConfig,
+) -> Advantages:
+    if config.kind == "sequence":
+        return sequence_advantages(rewards, view.values, mask)
+    bootstrap = torch.where(truncated, view.next_values, 0.0) if config.bootstrap_truncated else None
+    return gae(rewards, view.values, mask, gamma=config.gamma, lam=config.lam, bootstrap_values=bootstrap)
+
+
+def _pad(rows: Sequence[npt.NDArray[np.float32]], mask: torch.Tensor) -> torch.Tensor:
+    """Right-pad ragged rows, whose lengths are the mask's, with zeros."""
+    flat = torch.from_numpy(np.concatenate(rows).astype(np.float32))
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat.to(mask.device))

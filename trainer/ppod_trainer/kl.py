@@ -1,0 +1,64 @@
+"""KL divergence to the reference: Schulman's estimators and the coefficient's controllers.
+
+Source of k1, k2, k3: J. Schulman, "Approximating KL Divergence" (2020). With x sampled from the policy and
+d = log policy(x) - log reference(x):
+
+    k1 = d                    unbiased, high variance, may be negative
+    k2 = d^2 / 2              biased, never negative; its gradient through the policy is that of KL in expectation
+    k3 = exp(-d) - 1 + d      unbiased, never negative; its gradient is NOT that of KL(policy, reference)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+KlEstimator = Literal["k1", "k2", "k3"]
+
+_ERROR_BOUND = 0.2
+"""Bound of the controller's proportional error, so that one wild batch moves the coefficient by a fifth at most."""
+
+
+def estimate_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: KlEstimator) -> torch.Tensor:
+    """Estimate KL(policy, reference) for each token, in nats; same shape as the inputs."""
+    difference = logprobs - ref_logprobs
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return difference.square() / 2
+    return torch.expm1(-difference) + difference
+
+
+@dataclass(slots=True)
+class FixedKl:
+    """A coefficient that stays."""
+
+    coefficient: float
+
+    def update(self, kl: float, samples: int) -> None:
+        """Do nothing: the coefficient is fixed."""
+
+
+@dataclass(slots=True)
+class AdaptiveKl:
+    """Proportional controller of Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", 2.2.
+
+    Attributes:
+        coefficient: the present coefficient.
+        target: KL to steer to, nats a response.
+        horizon: samples over which the coefficient adapts.
+    """
+
+    coefficient: float
+    target: float
+    horizon: int
+
+    def update(self, kl: float, samples: int) -> None:
+        """Multiply the coefficient by 1 + clip(kl / target - 1, +-0.2) * samples / horizon."""
+        error = min(max(kl / self.target - 1.0, -_ERROR_BOUND), _ERROR_BOUND)
+        self.coefficient *= 1.0 + error * samples / self.horizon
+
+
+KlController = FixedKl | AdaptiveKl

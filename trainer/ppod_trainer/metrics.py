@@ -1,0 +1,166 @@
+"""What the trainer measures: one record a step, to Prometheus, metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from torch.utils.tensorboard import SummaryWriter
+
+from ppod_trainer.config import MetricsConfig
+from ppod_trainer.errors import TrainerError
+
+Record = Mapping[str, float]
+
+GAUGES = {
+    "score/mean": ("ppod_reward_score_mean", "Mean reward-model score of the step's samples"),
+    "score/std": ("ppod_reward_score_std", "Standard deviation of the step's scores"),
+    "judge/mean": ("ppod_judge_score_mean", "Mean held-out judge score of the step's samples, when last judged"),
+    "kl/reference": ("ppod_kl_reference_nats", "Mean KL to the reference, nats a response (k1)"),
+    "kl/coefficient": ("ppod_kl_coefficient", "Coefficient of the KL penalty"),
+    "policy/entropy": ("ppod_policy_entropy_nats", "Mean entropy of the policy, nats a token"),
+    "policy/clip_fraction": ("ppod_policy_clip_fraction_ratio", "Share of tokens whose gradient was clipped away"),
+    "policy/approx_kl": ("ppod_policy_update_kl_nats", "KL(old, new) of the last minibatch, nats a token (k3)"),
+    "policy/first_ratio_error": ("ppod_policy_first_ratio_error", "Largest |ratio - 1| in the first minibatch"),
+    "policy/grad_norm": ("ppod_policy_grad_norm", "Gradient norm before clipping"),
+    "policy/version": ("ppod_policy_version", "Version of the policy's weights"),
+    "loss/policy": ("ppod_policy_loss", "Clipped policy loss"),
+    "loss/value": ("ppod_value_loss", "Value loss"),
+    "loss/kl": ("ppod_kl_loss_nats", "KL in the loss, before its coefficient"),
+    "value/explained_variance": ("ppod_value_explained_variance_ratio", "Explained variance of the values"),
+    "response/length": ("ppod_response_length_tokens", "Mean response length"),
+    "response/truncated": ("ppod_response_truncated_ratio", "Share of responses cut off at the token limit"),
+    "sampler/gap_mean": ("ppod_sampler_logprob_gap_nats", "Mean |trainer - sampler| logprob of the same weights"),
+    "sampler/gap_max": ("ppod_sampler_logprob_gap_max_nats", "Largest |trainer - sampler| logprob"),
+    "learning_rate": ("ppod_learning_rate", "Learning rate of the policy"),
+    "tokens_per_second": ("ppod_tokens_per_second", "Response tokens trained on, per second of the step"),
+    "samples/dropped": ("ppod_samples_dropped", "Samples dropped in the step for a typed error"),
+    "step": ("ppod_step", "Steps done"),
+}
+
+
+class StepTimer:
+    """Seconds by phase of one step. Phases of two threads may overlap."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """Add the seconds of the block to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            with self._lock:
+                self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+
+
+class MetricsLog:
+    """Writes each step's record everywhere. One registry for the process.
+
+    Args:
+        run_dir: where metrics.jsonl and tensorboard/ go.
+        config: exporter and TensorBoard settings.
+        resume_step: records after this step, of a run that was cut, are dropped; 0 starts anew.
+
+    Raises:
+        TrainerError: the exporter's port is in use.
+    """
+
+    def __init__(self, run_dir: Path, config: MetricsConfig, resume_step: int = 0) -> None:
+        self.registry = CollectorRegistry()
+        self._gauges = {key: Gauge(name, text, registry=self.registry) for key, (name, text) in GAUGES.items()}
+        self._phase_seconds = Gauge(
+            "ppod_step_phase_seconds", "Seconds of the last step, by phase", ["phase"], registry=self.registry
+        )
+        self._samples = Counter("ppod_samples", "Samples trained on", registry=self.registry)
+        self._tokens = Counter("ppod_response_tokens", "Response tokens trained on", registry=self.registry)
+        self._rpc_seconds = Histogram(
+            "ppod_client_rpc_seconds", "Latency of calls to the services", ["method"], registry=self.registry
+        )
+        self._rpc_failures = Counter(
+            "ppod_client_rpc_failures", "Calls that failed", ["method", "code"], registry=self.registry
+        )
+        self._file = _open_records(run_dir / "metrics.jsonl", resume_step)
+        self._board = SummaryWriter(str(run_dir / "tensorboard")) if config.tensorboard else None
+        self._exporter = _export(self.registry, config)
+
+    def observe_rpc(self, method: str, seconds: float, code: str) -> None:
+        """Count one call to a service; an `RpcObserver` of the clients."""
+        self._rpc_seconds.labels(method).observe(seconds)
+        if code != "OK":
+            self._rpc_failures.labels(method, code).inc()
+
+    def write(self, step: int, record: Record, samples: int = 0, tokens: int = 0) -> None:
+        """Record one step, or one evaluation (keys that begin with `heldout/`)."""
+        line = json.dumps({"step": step, **record}, allow_nan=False, default=float)
+        self._file.write(line + "\n")
+        self._file.flush()
+        self._samples.inc(samples)
+        self._tokens.inc(tokens)
+        self._gauges["step"].set(step)
+        for key, value in record.items():
+            if key in self._gauges:
+                self._gauges[key].set(value)
+            elif key.startswith("seconds/"):
+                self._phase_seconds.labels(key.removeprefix("seconds/")).set(value)
+            if self._board is not None:
+                self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flush and close all outputs; the port is free again."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._exporter is not None:
+            server, thread = self._exporter
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+def read_records(path: Path) -> list[dict[str, float]]:
+    """The records of a metrics.jsonl, oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def finite_record(record: Record) -> dict[str, float]:
+    """Check a record: every value finite. Raises TrainerError that names the metric."""
+    for key, value in record.items():
+        if not math.isfinite(value):
+            raise TrainerError(f"metric {key} is {value}; expected a finite number")
+    return dict(record)
+
+
+def _open_records(path: Path, resume_step: int) -> TextIO:
+    """Open metrics.jsonl; a resumed run keeps the records up to its checkpoint and drops later ones."""
+    kept: list[str] = []
+    if resume_step and path.is_file():
+        kept = [
+            line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= resume_step
+        ]
+    stream = path.open("w", encoding="utf-8")
+    stream.writelines(line + "\n" for line in kept)
+    return stream
+
+
+def _export(registry: CollectorRegistry, config: MetricsConfig) -> tuple[WSGIServer, threading.Thread] | None:
+    if config.port is None:
+        return None
+    try:
+        return start_http_server(config.port, addr=config.host, registry=registry)
+    except OSError as error:
+        raise TrainerError(
+            f"metrics.port: cannot listen on {config.host}:{config.port}: {error.strerror}; choose another port"
+        ) from error

@@ -1,0 +1,158 @@
+"""The policy with a value head on its trunk, and the batches that it reads.
+
+Shape legend: B sequences, P prompt tokens (left-padded), T response tokens (right-padded), H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ppod_models.logprobs import token_logprobs
+from ppod_models.padding import position_ids
+from ppod_trainer.rollouts import ScoredRollout
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseBatch:
+    """Prompts and responses as one padded batch.
+
+    Attributes:
+        input_ids: int64 [B, P + T]; prompts end, and responses start, at column P. Padding is 0, hidden by the mask.
+        attention_mask: int64 [B, P + T].
+        position_ids: int64 [B, P + T], cumsum(mask) - 1.
+        responses: int64 [B, T].
+        response_mask: bool [B, T]; true on response tokens, the stop token included.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    responses: torch.Tensor
+    response_mask: torch.Tensor
+
+    @property
+    def prompt_width(self) -> int:
+        """P."""
+        return self.input_ids.shape[1] - self.responses.shape[1]
+
+    def rows(self, index: torch.Tensor) -> ResponseBatch:
+        """The rows at these positions, without the columns that are padding in all of them."""
+        mask = self.attention_mask[index]
+        width = self.prompt_width
+        first = width - int(mask[:, :width].sum(dim=1).max())
+        longest = int(self.response_mask[index].sum(dim=1).max())
+        columns = slice(first, width + longest)
+        return ResponseBatch(
+            input_ids=self.input_ids[index, columns],
+            attention_mask=mask[:, columns],
+            position_ids=self.position_ids[index, columns],
+            responses=self.responses[index, :longest],
+            response_mask=self.response_mask[index, :longest],
+        )
+
+
+def build_response_batch(rollouts: Sequence[ScoredRollout], device: torch.device) -> ResponseBatch:
+    """Pad rollouts: prompts on the left, responses on the right."""
+    prompts = max(len(scored.rollout.prompt.token_ids) for scored in rollouts)
+    responses = max(len(scored.rollout.response) for scored in rollouts)
+    ids = np.zeros((len(rollouts), prompts + responses), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, scored in enumerate(rollouts):
+        tokens = scored.rollout.tokens
+        start = prompts - len(scored.rollout.prompt.token_ids)
+        ids[row, start : start + len(tokens)] = tokens
+        mask[row, start : start + len(tokens)] = 1
+    attention_mask = torch.from_numpy(mask).to(device)
+    input_ids = torch.from_numpy(ids).to(device)
+    return ResponseBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        responses=input_ids[:, prompts:],
+        response_mask=attention_mask[:, prompts:].bool(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyOutput:
+    """What the policy says of a response batch; padded positions hold 0.
+
+    Attributes:
+        logprobs: float32 [B, T], natural log, at the sampling temperature.
+        entropy: float32 [B, T], nats.
+        values: float32 [B, T]; position t is the value of the state before token t.
+        next_values: float32 [B]; the value of the state after the last token, without gradient.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor
+    next_values: torch.Tensor
+
+
+class PolicyWithValue(nn.Module):
+    """A causal language model and a linear value head on its last hidden state.
+
+    The value head starts at zero weight, so that the first advantages are the rewards themselves, not noise.
+    Parameters are float32 (small updates would vanish in bfloat16); the forward pass runs in `compute_dtype`.
+
+    Args:
+        model: the language model, in float32 and evaluation mode.
+        temperature: divides the logits, as it does in sampling.
+        compute_dtype: dtype of the forward pass's matrix products.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.value_head = nn.Linear(int(model.config.hidden_size), 1, device=model.device, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self._temperature = temperature
+        self._compute_dtype = compute_dtype
+
+    def forward(self, batch: ResponseBatch) -> PolicyOutput:
+        """Logprobs, entropy and values of the response tokens; the vocabulary is touched at those alone."""
+        width = batch.prompt_width
+        with self._autocast(batch.input_ids.device):
+            hidden = self.model.base_model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+            # The state before response token t is at column P - 1 + t: logits and values are shifted by one.
+            before = hidden[:, width - 1 : -1][batch.response_mask]
+        tokens = batch.responses[batch.response_mask]
+        head = cast(nn.Module, self.model.get_output_embeddings())
+        logprobs, entropy = token_logprobs(before.to(self._compute_dtype), head, tokens, self._temperature)
+        return PolicyOutput(
+            logprobs=_scatter(logprobs, batch.response_mask),
+            entropy=_scatter(entropy, batch.response_mask),
+            values=_scatter(self.value_head(before.float()).squeeze(-1), batch.response_mask),
+            next_values=self._next_values(hidden, batch),
+        )
+
+    @torch.no_grad()
+    def _next_values(self, hidden: torch.Tensor, batch: ResponseBatch) -> torch.Tensor:
+        last = batch.prompt_width - 1 + batch.response_mask.sum(dim=1)
+        after = hidden[torch.arange(len(last), device=last.device), last]
+        return self.value_head(after.float()).squeeze(-1)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        if self._compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, self._compute_dtype)
+
+
+def _scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Put flat values back at the true positions of mask [B, T]; zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

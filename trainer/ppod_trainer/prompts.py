@@ -1,0 +1,111 @@
+"""Prompts: where they come from, which are held out, and in which order they are used."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from ppod.tensors import TokenArray
+from ppod_trainer.config import PromptsConfig
+from ppod_trainer.errors import PromptError
+
+_HELDOUT_SEED = 20161  # Fixed, so that runs with different seeds are judged on the same prompts.
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt: its position in the set (for messages), and its token ids, int32 [length]."""
+
+    index: int
+    token_ids: TokenArray
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Training and held-out prompts; no token sequence is in both."""
+
+    training: list[Prompt]
+    heldout: list[Prompt]
+
+    def for_step(self, step: int, batch_size: int, seed: int) -> list[Prompt]:
+        """The prompts of a step, by (seed, step) alone: each epoch goes through all of them in an order of its own."""
+        count = len(self.training)
+        chosen: list[Prompt] = []
+        for position in range(step * batch_size, (step + 1) * batch_size):
+            epoch, offset = divmod(position, count)
+            order = np.random.default_rng([seed, epoch]).permutation(count)
+            chosen.append(self.training[order[offset]])
+        return chosen
+
+
+def load_prompts(config: PromptsConfig, encode: Encode) -> PromptSet:
+    """Read, encode, cut and split the prompts; equal ones count once.
+
+    Raises:
+        PromptError: the file is missing or malformed, a prompt is empty, or too few are left for training.
+    """
+    seen: dict[tuple[int, ...], Prompt] = {}
+    for index, text in enumerate(_read_texts(config.path)):
+        tokens = encode(text)
+        if config.first_tokens is not None:
+            tokens = tokens[: config.first_tokens]
+        if not tokens:
+            raise PromptError(f"prompt {index} ({text!r}): no tokens; expected at least one; remove it from the file")
+        seen.setdefault(tuple(tokens), Prompt(index, np.asarray(tokens, dtype=np.int32)))
+    prompts = list(seen.values())
+    if len(prompts) <= config.heldout:
+        raise PromptError(
+            f"prompts.heldout is {config.heldout}, but there are only {len(prompts)} different prompts; "
+            "one at least must be left for training"
+        )
+    order = np.random.default_rng(_HELDOUT_SEED).permutation(len(prompts))
+    shuffled = [prompts[position] for position in order]
+    return PromptSet(training=shuffled[config.heldout :], heldout=shuffled[: config.heldout])
+
+
+def _read_texts(path: Path | None) -> list[str]:
+    if path is None:
+        path = Path(str(files("ppod_trainer") / "data" / "movie_review_ratings.tsv"))
+    readers = {".tsv": _read_tsv, ".jsonl": _read_jsonl, ".txt": _read_lines}
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise PromptError(f"prompts.path {path}: unknown kind {path.suffix!r}; expected {', '.join(readers)}")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"prompts.path {path}: cannot be read: {error}") from error
+    return reader(path, content)
+
+
+def _read_tsv(path: Path, content: str) -> list[str]:
+    rows = csv.DictReader(content.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    if "text" not in (rows.fieldnames or []):
+        raise PromptError(f"prompts.path {path}: the header has {rows.fieldnames}; expected a column `text`")
+    return [str(row["text"] or "") for row in rows]
+
+
+def _read_jsonl(path: Path, content: str) -> list[str]:
+    texts: list[str] = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            record: object = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise PromptError(f"prompts.path {path}, line {number}: not JSON: {error}") from error
+        text = record.get("prompt") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise PromptError(f"prompts.path {path}, line {number}: found {line[:60]!r}, expected a string `prompt`")
+        texts.append(text)
+    return texts
+
+
+def _read_lines(path: Path, content: str) -> list[str]:
+    del path
+    return content.splitlines()

@@ -1,0 +1,1 @@
+"""Training of reward heads by pairwise preferences, and their evaluation on held-out pairs."""

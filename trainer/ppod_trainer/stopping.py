@@ -1,0 +1,53 @@
+"""SIGINT and SIGTERM: stop soon, but only where the run is whole."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
+
+from ppod_trainer.errors import StopRequestedError
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into StopRequestedError at a safe place; a second one ends at once.
+
+    Inside `interruptible` (calls to services, which change nothing here) the error is raised at once; elsewhere, in the
+    middle of an update say, `check` raises it afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._interruptible = False
+
+    def install(self) -> None:
+        """Take over the two signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def check(self) -> None:
+        """Raise StopRequestedError if a signal came in."""
+        if self.received is not None:
+            raise StopRequestedError(signal.Signals(self.received).name)
+
+    @contextmanager
+    def interruptible(self) -> Generator[None]:
+        """Let a signal break off the block."""
+        self.check()
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+        self.check()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+        if self._interruptible:
+            self._interruptible = False
+            self.check()
