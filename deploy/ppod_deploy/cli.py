@@ -1,0 +1,134 @@
+"""The `ppod` command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import tyro
+
+from ppod_deploy.commands import COMMANDS, AnyCommand, Command, Generate, Run, Score, Serve, Train, TrainPpo, Up
+
+# Nothing else is imported here: `ppod --help` answers in a blink, and each command pays for what it uses.
+
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+
+_DESCRIPTION = """PPO in pods: reinforcement learning from human feedback as gRPC services.
+
+`ppod run` trains on this machine; `ppod COMMAND --help` says more about each command.
+"""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    try:
+        sys.exit(execute(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # `ppod run --help | head`: nobody reads on. Python would complain once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run one command line; returns the exit code."""
+    if list(arguments) == ["--version"]:
+        print(f"ppod {importlib.metadata.version('ppod')}")
+        return 0
+    if arguments and arguments[0] in {"run", "up"}:
+        # Their overrides are not tyro's to parse.
+        return _launch(arguments)
+    match _parse_or_explain(arguments):
+        case Serve(service, config):
+            return _become(f"ppod_services.{service}", config)
+        case Train(job):
+            return _become("ppod_trainer" if isinstance(job, TrainPpo) else "ppod_trainer.reward_training", job.config)
+        case Score() | Generate() as query:
+            return _ask(query)
+        case Run() | Up():
+            return _launch(arguments)
+
+
+def _parse(arguments: Sequence[str]) -> AnyCommand:
+    if arguments and arguments[0] in COMMANDS:
+        # Straight to the command, so that its --help is its own text and not the overview's one line.
+        return tyro.cli(COMMANDS[arguments[0]], prog=f"ppod {arguments[0]}", args=list(arguments[1:]))
+    # The union is a value to tyro, not a type that a checker can follow.
+    return tyro.cli(Command, prog="ppod", description=_DESCRIPTION, args=list(arguments))  # pyright: ignore
+
+
+def _parse_or_explain(arguments: Sequence[str]) -> AnyCommand:
+    """Parse; after the help of a command that takes a file, list the file's keys."""
+    try:
+        return _parse(arguments)
+    except SystemExit as error:
+        if error.code == 0:
+            from ppod_deploy.file_keys import print_file_keys  # noqa: PLC0415
+
+            print_file_keys(arguments)
+        raise
+
+
+def _launch(arguments: Sequence[str]) -> int:
+    from ppod_deploy.launcher import Interrupted, LaunchError  # noqa: PLC0415
+    from ppod_deploy.overrides import split_arguments  # noqa: PLC0415
+    from ppod_deploy.run_command import launch, print_keys  # noqa: PLC0415
+    from ppod_models.configuration import ConfigError  # noqa: PLC0415
+
+    try:
+        rest, overrides = split_arguments(arguments)
+        try:
+            command = _parse(rest)
+        except SystemExit as error:
+            if error.code == 0:  # --help was asked for
+                print_keys()
+            raise
+        assert isinstance(command, Run | Up)
+        return launch(command, overrides)
+    except ConfigError as error:
+        return _fail(EXIT_CONFIG, f"{error}")
+    except LaunchError as error:
+        return _fail(EXIT_FAILED, f"{error}")
+    except Interrupted as interrupt:
+        return 128 + interrupt.signal
+
+
+def _ask(query: Score | Generate) -> int:
+    from ppod.client import Sampling  # noqa: PLC0415
+    from ppod.errors import PpodError  # noqa: PLC0415
+    from ppod_deploy import clients  # noqa: PLC0415
+    from ppod_models.sources import ModelSourceError  # noqa: PLC0415
+
+    texts = clients.read_lines(query.texts if isinstance(query, Score) else query.prompts)
+    if not texts:
+        return _fail(EXIT_CONFIG, "nothing to do: give a text, or lines on stdin")
+    try:
+        if isinstance(query, Score):
+            clients.score(clients.ScoreQuery(query.target, texts, query.model, query.json, query.timeout_s))
+        else:
+            sampling = Sampling(query.max_tokens, temperature=query.temperature, top_p=query.top_p)
+            clients.generate(
+                clients.GenerateQuery(
+                    query.target, texts, query.tokenizer, sampling, query.seed, query.json, query.timeout_s
+                )
+            )
+    except (PpodError, ModelSourceError) as error:
+        return _fail(EXIT_FAILED, str(error))
+    return 0
+
+
+def _become(module: str, config: Path) -> NoReturn:
+    """Replace this process, so that signals and the exit code are the module's own."""
+    os.execv(sys.executable, [sys.executable, "-m", module, "--config", str(config)])
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"ppod: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,127 @@
+"""`ppod score` and `ppod generate`: one request from the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from ppod.client import Completion, GenerationClient, Pin, RewardClient, Sampling, Truncation
+from ppod_models.sources import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreQuery:
+    """What to score.
+
+    Attributes:
+        target: `host:port` of a reward service.
+        texts: at least one.
+        model: name of the reward model; empty: the service's first.
+        as_json: print one JSON object a line, not a table.
+        timeout_s: deadline in seconds.
+    """
+
+    target: str
+    texts: Sequence[str]
+    model: str
+    as_json: bool
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateQuery:
+    """What to generate.
+
+    Attributes:
+        target: `host:port` of a generation service.
+        prompts: at least one.
+        tokenizer: model source whose tokenizer.json the service's model uses.
+        sampling: how tokens are drawn.
+        seed: of the first prompt, the next has the next; None: the service picks.
+        as_json: print one JSON object a line.
+        timeout_s: deadline in seconds.
+    """
+
+    target: str
+    prompts: Sequence[str]
+    tokenizer: str
+    sampling: Sampling
+    seed: int | None
+    as_json: bool
+    timeout_s: float
+
+
+def score(query: ScoreQuery) -> None:
+    """Score texts and print a score for each.
+
+    Raises:
+        PpodError: the service answered with an error, or not at all.
+    """
+    with RewardClient(query.target, timeout_s=query.timeout_s, pin=Pin(model=query.model)) as client:
+        scores = client.score_texts(query.texts, truncation=Truncation.RIGHT)
+    rows = list(zip(query.texts, scores.values.tolist(), scores.truncated_tokens, strict=True))
+    if query.as_json:
+        for text, value, truncated in rows:
+            print_json({"text": text, "score": value, "truncated_tokens": truncated, "model": scores.state.model})
+        return
+    table = Table("score", "text", title=f"{scores.state.model}, weights {scores.state.weight_version}")
+    table.columns[0].justify = "right"
+    for text, value, truncated in rows:
+        note = f" [dim](last {truncated} tokens dropped)[/dim]" if truncated else ""
+        table.add_row(f"{value:+.3f}", _escaped(text) + note)
+    Console().print(table)
+
+
+def generate(query: GenerateQuery) -> None:
+    """Complete prompts and print each completion.
+
+    Raises:
+        PpodError: the service answered with an error, or not at all. ModelSourceError: there is no such tokenizer.
+    """
+    # The tokenizer file alone, through the tokenizers library: no torch, so the command answers at once.
+    tokenizer = Tokenizer.from_file(str(resolve(query.tokenizer).path / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    ids = [tokenizer.encode(prompt).ids for prompt in query.prompts]
+    seeds = [] if query.seed is None else [query.seed + index for index in range(len(ids))]
+    with GenerationClient(query.target, timeout_s=query.timeout_s) as client:
+        completions = client.generate(ids, query.sampling, seeds=seeds)
+    for prompt, completion in zip(query.prompts, completions, strict=True):
+        text = tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
+        if query.as_json:
+            print_json(_record(prompt, text, completion))
+        else:
+            Console(stderr=False, highlight=False).print(f"[dim]{_escaped(prompt)}[/dim]{_escaped(text)}")
+
+
+def read_lines(texts: Sequence[str]) -> list[str]:
+    """The texts, or the non-empty lines of stdin where there are none."""
+    return list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+
+
+def print_json(record: dict[str, str | int | float | list[float]]) -> None:
+    """One line of JSON on stdout."""
+    print(json.dumps(record, ensure_ascii=False))
+
+
+def _record(prompt: str, text: str, completion: Completion) -> dict[str, str | int | float | list[float]]:
+    return {
+        "prompt": prompt,
+        "completion": text,
+        "finish_reason": completion.finish_reason.name.lower(),
+        "logprobs": [round(value, 6) for value in completion.logprobs.tolist()],
+        "seed": completion.seed,
+        "model": completion.state.model,
+        "weight_version": completion.state.weight_version,
+    }
+
+
+def _escaped(text: str) -> str:
+    """Text that rich prints as it is, square brackets included."""
+    return text.replace("[", r"\[")

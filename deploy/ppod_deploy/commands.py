@@ -1,0 +1,174 @@
+"""The subcommands of `ppod` as plain data: what tyro shows in --help and fills in. Importing this stays cheap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Positional = tyro.conf.Positional
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Start the three services and the trainer on this machine, train, and stop everything.
+
+    The run file holds a section for each service and one for the trainer. Without --config it is the packaged one,
+    which trains SmolLM2-135M to write better-liked movie reviews, on a CUDA device or on the CPU.
+
+    Every key of the run file can be overridden by its dotted path; --help lists them all:
+        ppod run --trainer.steps 5 --trainer.optimizer.learning-rate 1e-5 --services.reward.listen.port 6001
+
+    Everything is validated before anything starts. Ctrl-C lets the trainer write a checkpoint; a second one does not
+    wait. Exit code: the trainer's; 1 a service failed; 2 the configuration is wrong; 130 Ctrl-C.
+    """
+
+    config: OptionalPath = None
+    """YAML run file. Default: the packaged one for this machine."""
+
+    resume: OptionalPath = None
+    """Go on from the newest checkpoint of this run directory, with the run file it keeps (or --config's)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """Start the three services on this machine and keep them until Ctrl-C.
+
+    Takes the same run file and the same overrides as `ppod run`; logs go to <trainer.run_dir>/logs.
+    """
+
+    config: OptionalPath = None
+    """YAML run file. Default: the packaged one for this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPpo:
+    """Run the PPO trainer alone, against services that are up already.
+
+    The file is a run file's trainer section; `services` says where they listen. Prints a line a step and, at the end,
+    what changed on held-out prompts; leaves everything in `run_dir`. SIGINT and SIGTERM write a checkpoint, and
+    `resume: true` goes on from it. Exit code: 0 done; 1 a failure, named; 2 the configuration is wrong; 128 + signal.
+    """
+
+    config: Path
+    """YAML configuration of the trainer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReward:
+    """Train a reward head on pairwise human preferences.
+
+    Fits a scalar head on a frozen language model by the Bradley-Terry loss over pairs of rated texts, and writes it to
+    `output` with a card, held-out accuracy, a margin histogram and a reliability diagram. The shipped heads' files:
+        ppod train reward --config trainer/ppod_trainer/reward_training/configs/reviews-reward.yaml
+        ppod train reward --config trainer/ppod_trainer/reward_training/configs/reviews-judge.yaml
+
+    Exit code: 0 done; 1 a failure, named; 2 the configuration is wrong.
+    """
+
+    config: Path
+    """YAML configuration of the reward training."""
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Run one training job in the foreground: `ppo` or `reward`."""
+
+    job: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[TrainPpo, tyro.conf.subcommand("ppo")] | Annotated[TrainReward, tyro.conf.subcommand("reward")]
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """Run one service in the foreground, as its container does. JSON logs on stderr; SIGTERM drains it."""
+
+    service: Positional[Literal["reward", "reference", "generation"]]
+    """Which service."""
+
+    config: Path
+    """YAML configuration of the service: its section of a run file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Ask a reward service for the scores of texts.
+
+    Texts come from the command line, or one a line from stdin:
+        ppod score --target 127.0.0.1:50051 "A joy from start to end." "I want my two hours back."
+    """
+
+    texts: Positional[tuple[str, ...]] = ()
+    """Texts to score; none: lines of stdin."""
+
+    target: str = "127.0.0.1:50051"
+    """host:port of the reward service."""
+
+    model: str = ""
+    """Name of the reward model; empty: the service's first."""
+
+    json: bool = False
+    """Print one JSON object a line."""
+
+    timeout_s: float = 60.0
+    """Deadline of the call in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Ask a generation service to complete prompts.
+
+    Prompts come from the command line, or one a line from stdin:
+        ppod generate --target 127.0.0.1:50053 "This movie was"
+    """
+
+    prompts: Positional[tuple[str, ...]] = ()
+    """Prompts to complete; none: lines of stdin."""
+
+    target: str = "127.0.0.1:50053"
+    """host:port of the generation service."""
+
+    tokenizer: str = "packaged:smollm2-135m-instruct"
+    """Model whose tokenizer the service's policy uses: packaged:NAME, a directory, or a hub id."""
+
+    max_tokens: int = 48
+    """Longest completion in tokens."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+
+    top_p: float = 1.0
+    """Draws from the smallest set of tokens with this probability; 1 keeps all."""
+
+    seed: int | None = None
+    """Seed of the first prompt; the next prompts have the next ones. Default: the service picks."""
+
+    json: bool = False
+    """Print one JSON object a line, with logprobs."""
+
+    timeout_s: float = 120.0
+    """Deadline of the call in seconds."""
+
+
+AnyCommand = Run | Up | Train | Serve | Score | Generate
+
+COMMANDS: dict[str, type[AnyCommand]] = {
+    "run": Run,
+    "up": Up,
+    "train": Train,
+    "serve": Serve,
+    "score": Score,
+    "generate": Generate,
+}
+
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run", description="Train on this machine: three services and the trainer.")]
+    | Annotated[Up, tyro.conf.subcommand("up", description="Start the three services alone, until Ctrl-C.")]
+    | Annotated[Train, tyro.conf.subcommand("train", description="Run one training job: ppo or reward.")]
+    | Annotated[Serve, tyro.conf.subcommand("serve", description="Run one service: reward, reference, generation.")]
+    | Annotated[Score, tyro.conf.subcommand("score", description="Ask a reward service for scores of texts.")]
+    | Annotated[Generate, tyro.conf.subcommand("generate", description="Ask a generation service for completions.")]
+)

@@ -1,0 +1,50 @@
+"""What `ppod run` uses when nothing is said: the run file and the run directory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+CONFIGS = Path(__file__).parent / "configs"
+CPU_CONFIG = CONFIGS / "smollm2-cpu.yaml"
+CUDA_CONFIG = CONFIGS / "smollm2-cuda.yaml"
+
+
+def default_config() -> Path:
+    """The packaged run file for this machine: with a CUDA device that torch can use, or without."""
+    return CUDA_CONFIG if cuda_usable() else CPU_CONFIG
+
+
+def cuda_usable() -> bool:
+    """Whether torch would find a CUDA device.
+
+    Asked in another process, and only where the driver shows a device: the launcher itself never imports torch.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in {"", "-1"}:
+        return False
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
+        return False
+    question = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
+    return subprocess.run([sys.executable, "-c", question], check=False, capture_output=True).returncode == 0
+
+
+def with_run_dir(values: object, stem: str) -> object:
+    """The values with `trainer.run_dir` set, where it is not, to a directory that no other run has.
+
+    Args:
+        values: of a run file.
+        stem: begins the directory's name.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    sections = cast("Mapping[str, object]", values)
+    trainer = sections.get("trainer") or {}
+    if not isinstance(trainer, Mapping) or "run_dir" in trainer:
+        return values
+    run_dir = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return {**sections, "trainer": {**cast("Mapping[str, object]", trainer), "run_dir": str(run_dir)}}

@@ -1,0 +1,283 @@
+"""Starts the services and the trainer on this machine, watches them, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, cast
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ppod.channel import insecure_channel
+from ppod_deploy.processes import (
+    SERVICE_DEATH_SIGNAL,
+    TRAINER_DEATH_SIGNAL,
+    Child,
+    ChildCommand,
+    describe_exit,
+    shell_exit_code,
+    stop_all,
+)
+from ppod_deploy.run_config import RunConfig, busy_ports, target_of
+from ppod_models.configuration import ConfigModel, dump_config
+
+POLL_S = 0.05
+"""How often children and signals are looked at; a child's death is noticed within this time."""
+
+TRAINER_GRACE_S = 300.0
+"""Time for the trainer to finish its step and write a checkpoint; a step of a large model takes minutes."""
+
+RUN_FILE = "run.yaml"
+"""The resolved run file, kept in the run directory: what `--resume` starts from."""
+
+HEALTH_NAMES = {
+    "reward": "ppod.v1.RewardService",
+    "reference": "ppod.v1.ReferenceService",
+    "generation": "ppod.v1.GenerationService",
+}
+
+
+if TYPE_CHECKING:
+    # Generic in its type stubs only.
+    HealthCheck = grpc.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
+
+
+class LaunchError(Exception):
+    """The run cannot start or go on; the message says which process, why, and where to look."""
+
+
+class Interrupted(Exception):
+    """The launcher was asked to stop.
+
+    Attributes:
+        signal: the signal that asked.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = signal.Signals(number)
+
+
+@dataclass(slots=True)
+class Interrupts:
+    """Signals that came in. Only noted by the handler; the launcher's loop acts on them."""
+
+    received: list[int] = field(default_factory=list[int])
+
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler."""
+        self.received.append(number)
+
+    def check(self) -> None:
+        """Raise Interrupted once a signal came in."""
+        if self.received:
+            raise Interrupted(self.received[0])
+
+    def repeated(self) -> bool:
+        """Whether a second signal came in: the user will not wait any longer."""
+        return len(self.received) > 1
+
+
+class HealthProbe:
+    """Asks a service's health without ever blocking the loop that also watches for dead children."""
+
+    def __init__(self, target: str, service: str) -> None:
+        self._channel = insecure_channel(target)
+        check = health_pb2_grpc.HealthStub(self._channel).Check  # pyright: ignore
+        self._check = cast("HealthCheck", check)
+        self._request = health_pb2.HealthCheckRequest(service=service)
+        self._call = self._check.future(self._request, timeout=2.0)
+
+    def ready(self) -> bool:
+        """Whether the latest answer was SERVING; asks again after any other."""
+        if not self._call.done():
+            return False
+        answered = self._call.code() == grpc.StatusCode.OK
+        if answered and self._call.result().status == health_pb2.HealthCheckResponse.SERVING:
+            return True
+        self._call = self._check.future(self._request, timeout=2.0)
+        return False
+
+    def close(self) -> None:
+        """Drop the call under way and the channel."""
+        self._call.cancel()
+        self._channel.close()
+
+
+class Launcher:
+    """One run on this machine: three services and, for `run`, a trainer.
+
+    Args:
+        config: the validated run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._run_dir = config.trainer.run_dir
+        self._interrupts = Interrupts()
+        self._services: list[Child] = []
+        self._trainer: Child | None = None
+
+    def run(self) -> int:
+        """Services, then the trainer to its end. Returns the exit code for the shell: the trainer's.
+
+        Raises:
+            LaunchError: a service did not start, or died before the trainer was done.
+            Interrupted: SIGINT, SIGTERM or SIGHUP came in. All children are gone in any case.
+        """
+        with self._everything_stopped_after():
+            self._start_services()
+            self._trainer = Child(
+                ChildCommand("trainer", "ppod_trainer", self._config_file("trainer"), None, TRAINER_DEATH_SIGNAL)
+            )
+            while (code := self._trainer.exit_code()) is None:
+                self._interrupts.check()
+                self._check_services()
+                time.sleep(POLL_S)
+            if code != 0:
+                # A trainer that fails because a service died may be seen first; the cause is what to name.
+                self._check_services()
+                _say(f"the trainer ended: {describe_exit(code)}")
+            return shell_exit_code(code)
+
+    def up(self) -> None:
+        """Services only, until a signal. Raises as `run` does."""
+        with self._everything_stopped_after():
+            self._start_services()
+            for name, service in self._config.services.items():
+                _say(f"{name} at {target_of(service.listen, service.listen.port)}")
+            _say("Ctrl-C stops them")
+            while True:
+                self._interrupts.check()
+                self._check_services()
+                time.sleep(POLL_S)
+
+    def _start_services(self) -> None:
+        problems = busy_ports(self._config)
+        if problems:
+            lines = "\n".join(f"  {problem}" for problem in problems)
+            raise LaunchError(f"nothing was started: ports are taken\n{lines}")
+        self._write_configs()
+        _say(f"run directory {self._run_dir}; starting the services (logs in {self._run_dir / 'logs'})")
+        start = time.monotonic()
+        probes: dict[str, HealthProbe] = {}
+        with ExitStack() as stack:
+            for name, service in self._config.services.items():
+                self._interrupts.check()
+                log = self._run_dir / "logs" / f"{name}.jsonl"
+                command = ChildCommand(
+                    name, f"ppod_services.{name}", self._config_file(name), log, SERVICE_DEATH_SIGNAL
+                )
+                self._services.append(Child(command))
+                probes[name] = HealthProbe(target_of(service.listen, service.listen.port), HEALTH_NAMES[name])
+                stack.callback(probes[name].close)
+            self._wait_ready(probes, start)
+
+    def _wait_ready(self, waiting: dict[str, HealthProbe], start: float) -> None:
+        limit_s = self._config.trainer.services.ready_timeout_s
+        left = dict(waiting)
+        while left:
+            self._interrupts.check()
+            self._check_services()
+            for name in [name for name, probe in left.items() if probe.ready()]:
+                del left[name]
+                _say(f"{name} ready after {time.monotonic() - start:.1f} s")
+            if left and time.monotonic() - start > limit_s:
+                child = next(child for child in self._services if child.name in left)
+                raise LaunchError(
+                    f"{', '.join(left)}: not ready within {limit_s:g} s (trainer.services.ready_timeout_s)"
+                    + _last_words(child)
+                )
+            time.sleep(POLL_S)
+
+    def _check_services(self) -> None:
+        for child in self._services:
+            code = child.exit_code()
+            if code is not None:
+                raise LaunchError(f"service {child.name} ended: {describe_exit(code)}{_last_words(child)}")
+
+    @contextmanager
+    def _everything_stopped_after(self) -> Generator[None]:
+        """Hold the run directory and the signals; at the end, however it comes, stop trainer, then services."""
+        with _locked(self._run_dir), _handling_signals(self._interrupts):
+            try:
+                yield
+            except Interrupted as interrupt:
+                wait = "; waiting for its checkpoint (once more: stop at once)" if self._trainer_runs() else ""
+                _say(f"{interrupt.signal.name}: stopping{wait}")
+                raise
+            except LaunchError as error:
+                # Said before the wait for the trainer, which may be long.
+                if self._trainer_runs():
+                    _say(f"{str(error).splitlines()[0]}; stopping the trainer")
+                raise
+            finally:
+                self._stop_everything()
+
+    def _trainer_runs(self) -> bool:
+        return self._trainer is not None and self._trainer.exit_code() is None
+
+    def _stop_everything(self) -> None:
+        killed: list[str] = []
+        if self._trainer is not None:
+            killed += stop_all([self._trainer], TRAINER_GRACE_S, self._interrupts.repeated)
+        graces = [service.drain_grace_s for _, service in self._config.services.items()]
+        # A second more than a service gives itself, so that its own clean end comes first.
+        killed += stop_all(self._services, max(graces) + 1.0, self._interrupts.repeated)
+        if killed:
+            _say(f"killed: {', '.join(killed)}")
+
+    def _write_configs(self) -> None:
+        sections: Sequence[tuple[str, ConfigModel]] = [
+            *self._config.services.items(),
+            ("trainer", self._config.trainer),
+        ]
+        self._config_file("trainer").parent.mkdir(parents=True, exist_ok=True)
+        for name, section in sections:
+            self._config_file(name).write_text(dump_config(section), encoding="utf-8")
+        (self._run_dir / RUN_FILE).write_text(dump_config(self._config), encoding="utf-8")
+
+    def _config_file(self, name: str) -> Path:
+        return self._run_dir / "config" / f"{name}.yaml"
+
+
+def _say(message: str) -> None:
+    """To stderr: stdout is the trainer's."""
+    print(f"ppod: {message}", file=sys.stderr, flush=True)
+
+
+def _last_words(child: Child) -> str:
+    lines = child.last_words()
+    body = "".join(f"\n  | {line}" for line in lines) or "\n  | (it wrote nothing)"
+    return f"\n  the end of {child.command.log}:{body}"
+
+
+@contextmanager
+def _handling_signals(interrupts: Interrupts) -> Generator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [(number, signal.signal(number, interrupts.note)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Generator[None]:
+    """Hold a run directory against a second launcher, which would write into the same logs and checkpoints."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LaunchError(f"{run_dir}: another run is using this directory") from None
+        yield

@@ -1,0 +1,148 @@
+"""Overrides of the run file on the command line, and the list of all keys for --help.
+
+An override is merged into the file's values before anything is validated. So one validation sees everything, faults of
+the file and of the command line are reported together, and an override can mend the file.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Union, cast, get_args, get_origin
+
+import yaml
+from pydantic_core import PydanticUndefined
+
+from ppod_models.configuration import ConfigError, ConfigModel
+
+PREFIXES = ("--services.", "--trainer.")
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One value from the command line: `path` is its dotted path, split."""
+
+    path: tuple[str, ...]
+    value: object
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
+    """Part a command line into what is no override, and the overrides.
+
+    `--trainer.steps 5` and `--trainer.steps=5` are the same; several values make a list; none makes true. A value is
+    YAML, with None for null.
+
+    Raises:
+        ConfigError: a value is not YAML.
+    """
+    rest: list[str] = []
+    overrides: list[Override] = []
+    queue = list(arguments)
+    while queue:
+        token = queue.pop(0)
+        if not token.startswith(PREFIXES):
+            rest.append(token)
+            continue
+        key, equals, text = token.removeprefix("--").partition("=")
+        texts = [text] if equals else []
+        while not equals and queue and not queue[0].startswith("--"):
+            texts.append(queue.pop(0))
+        path = tuple(key.replace("-", "_").split("."))
+        parsed = [_parse(text, key) for text in texts]
+        overrides.append(Override(path, True if not parsed else parsed[0] if len(parsed) == 1 else parsed))
+    return rest, overrides
+
+
+def apply_overrides(values: object, overrides: Sequence[Override]) -> object:
+    """The file's values with the overrides merged in; the input is left as it was.
+
+    Raises:
+        ConfigError: an override goes through a value that is no mapping.
+    """
+    merged: object = values if values is not None else {}
+    for override in overrides:
+        merged = _set(merged, override, 0)
+    return merged
+
+
+def _parse(text: str, key: str) -> object:
+    if text in {"None", "none"}:
+        return None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(COMMAND_LINE, [f"{key}: {text!r} is not a value: {error}"]) from error
+
+
+def _set(values: object, override: Override, depth: int) -> object:
+    if depth == len(override.path):
+        return override.value
+    if values is None:
+        values = {}
+    key = override.path[depth]
+    if isinstance(values, list):
+        items = cast("list[object]", values)
+        if not key.isdigit() or int(key) >= len(items):
+            raise ConfigError(COMMAND_LINE, [f"{'.'.join(override.path)}: the list has items 0 to {len(items) - 1}"])
+        return [_set(item, override, depth + 1) if i == int(key) else item for i, item in enumerate(items)]
+    if not isinstance(values, Mapping):
+        parent = ".".join(override.path[:depth])
+        raise ConfigError(COMMAND_LINE, [f"{'.'.join(override.path)}: {parent} is {values!r}, which has no keys"])
+    mapping = cast("Mapping[str, object]", values)
+    return {**mapping, key: _set(mapping.get(key), override, depth + 1)}
+
+
+def describe_keys(model: type[ConfigModel], prefix: str = "", *, flags: bool = True) -> Iterator[str]:
+    """Lines that list every key of a configuration with its type, default and meaning, section by section.
+
+    `flags` writes keys as options of the command line, with dashes; otherwise as they stand in a file.
+    """
+    dashes, word = ("--", "-") if flags else ("", "_")
+    sections: list[tuple[str, type[ConfigModel]]] = []
+    leaves: list[str] = []
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}".replace("_", word)
+        inner = _section_type(field.annotation)
+        if inner is not None:
+            sections.append((path, inner))
+            continue
+        default: object = field.default
+        required = default is PydanticUndefined and field.default_factory is None
+        shown = "required" if required else f"default {_short(default)}"
+        meaning = f"{field.description}; " if field.description else ""
+        leaves.append(f"  {dashes}{path} {_type_name(field.annotation)}\n        {meaning}{shown}")
+    if prefix and leaves:
+        yield f"\n{prefix.rstrip('.')}: {(model.__doc__ or '').strip().splitlines()[0]}"
+    yield from leaves
+    for path, inner in sections:
+        yield from describe_keys(inner, f"{path}.", flags=flags)
+
+
+def _section_type(annotation: object) -> type[ConfigModel] | None:
+    """The configuration model behind an annotation, which may be optional."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, ConfigModel):
+            return candidate if get_origin(annotation) in (None, Union, types.UnionType) else None
+    return None
+
+
+def _type_name(annotation: object) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "{" + ",".join(str(choice) for choice in arguments) + "}"
+    if origin in (Union, types.UnionType):
+        return "|".join(_type_name(argument) for argument in arguments)
+    if annotation is type(None):
+        return "none"
+    if annotation is Path:
+        return "PATH"
+    if isinstance(annotation, type) and origin is None:
+        return annotation.__name__.upper()
+    return "YAML"
+
+
+def _short(value: object) -> str:
+    return "none" if value is None else str(value)

@@ -1,0 +1,60 @@
+"""From `ppod run` and `ppod up` to the launcher: finds the run file, merges the overrides, validates the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ppod_deploy.commands import Run, Up
+from ppod_deploy.defaults import default_config, with_run_dir
+from ppod_deploy.launcher import RUN_FILE, Launcher
+from ppod_deploy.overrides import COMMAND_LINE, Override, apply_overrides, describe_keys
+from ppod_deploy.run_config import RunConfig, parse_run, read_run_values
+from ppod_models.configuration import ConfigError
+
+
+def launch(command: Run | Up, overrides: Sequence[Override]) -> int:
+    """Run, and return the exit code.
+
+    Raises:
+        ConfigError: nothing was started. LaunchError, Interrupted: everything is stopped again.
+    """
+    config = resolve_run(command, overrides)
+    launcher = Launcher(config)
+    if isinstance(command, Run):
+        return launcher.run()
+    launcher.up()
+    return 0
+
+
+def resolve_run(command: Run | Up, overrides: Sequence[Override]) -> RunConfig:
+    """The validated run that a command line asks for.
+
+    Raises:
+        ConfigError: the file, an override or their sum is wrong, or the run directory holds another run.
+    """
+    resume = command.resume if isinstance(command, Run) else None
+    if resume is not None and not (resume / RUN_FILE).is_file():
+        raise ConfigError(COMMAND_LINE, [f"--resume: {resume} holds no {RUN_FILE}, so no run was started there"])
+    path = command.config or (resume / RUN_FILE if resume is not None else default_config())
+    values = apply_overrides(read_run_values(path), overrides)
+    if resume is not None:
+        resuming = [Override(("trainer", "run_dir"), str(resume)), Override(("trainer", "resume"), True)]
+        values = apply_overrides(values, resuming)
+    origin = f"{path} with the command line's overrides" if overrides else str(path)
+    config = parse_run(with_run_dir(values, path.stem), origin)
+    run_dir = config.trainer.run_dir
+    if isinstance(command, Run) and not config.trainer.resume and _holds_run(run_dir):
+        problem = f"trainer.run_dir: {run_dir} holds an earlier run; --resume {run_dir} goes on, or name another"
+        raise ConfigError(str(path), [problem])
+    return config
+
+
+def print_keys() -> None:
+    """Print every key of a run file, for --help."""
+    print("keys of the run file, each an override:")
+    print("\n".join(describe_keys(RunConfig)))
+
+
+def _holds_run(run_dir: Path) -> bool:
+    return (run_dir / RUN_FILE).is_file()

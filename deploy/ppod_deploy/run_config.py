@@ -1,0 +1,202 @@
+"""The run file: one YAML with a section for each service and one for the trainer, checked as a whole."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+from pydantic import ValidationError
+
+from ppod_models.configuration import ConfigError, ConfigModel, ConfigT, describe_faults, read_yaml
+from ppod_services.core.config import ListenConfig, ServiceConfig
+from ppod_services.generation.config import GenerationServiceConfig
+from ppod_services.reference.config import ReferenceServiceConfig
+from ppod_services.reward.config import RewardServiceConfig
+from ppod_trainer.config import MetricsConfig, ServicesConfig, TrainerConfig
+
+Values = Mapping[str, object]
+
+SERVICE_NAMES = ("reward", "reference", "generation")
+WILDCARD_HOSTS = {"0.0.0.0", "::", "[::]"}
+
+
+class ServicesSection(ConfigModel):
+    """The three services."""
+
+    reward: RewardServiceConfig
+    reference: ReferenceServiceConfig
+    generation: GenerationServiceConfig
+
+    def items(self) -> list[tuple[str, ServiceConfig]]:
+        """Names and configurations, in the order of SERVICE_NAMES."""
+        return [("reward", self.reward), ("reference", self.reference), ("generation", self.generation)]
+
+
+class RunConfig(ConfigModel):
+    """Everything that one local run starts."""
+
+    services: ServicesSection
+    trainer: TrainerConfig
+
+
+def parse_run(values: object, origin: str) -> RunConfig:
+    """Validate a run file's values, with the trainer's targets filled in where they are not given.
+
+    Raises:
+        ConfigError: every fault of every section, and every disagreement between sections, at once.
+    """
+    filled = _fill_targets(values)
+    problems: list[str] = []
+    config: RunConfig | None = None
+    try:
+        config = RunConfig.model_validate(filled if filled is not None else {})
+    except ValidationError as error:
+        problems = describe_faults(error)
+    # Each part is validated alone, so that a fault elsewhere hides no disagreement between the parts that are right.
+    listens = _listens(filled)
+    targets = _valid(ServicesConfig, filled, "trainer", "services")
+    problems += _port_clashes(listens, _valid(MetricsConfig, filled, "trainer", "metrics"))
+    if targets is not None:
+        problems += _target_mismatches(listens, targets)
+        problems += _unknown_reward_models(_section(filled, "services", "reward", "models"), targets)
+    if problems or config is None:
+        raise ConfigError(origin, problems)
+    return config
+
+
+def busy_ports(config: RunConfig) -> list[str]:
+    """One line for each port of the services that another process of this machine holds already.
+
+    Asked before anything starts: a health check would otherwise be answered by the process that holds the port.
+    """
+    problems: list[str] = []
+    for name, service in config.services.items():
+        for key, port in _ports(service.listen):
+            with socket.socket(socket.AF_INET6 if ":" in service.listen.host else socket.AF_INET) as probe:
+                # As gRPC binds: a port whose last connection is winding down is free, one that is listened on is not.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((service.listen.host.strip("[]"), port))
+                except OSError as error:
+                    problems.append(f"services.{name}.listen.{key}: {service.listen.host}:{port}: {error.strerror}")
+    return problems
+
+
+def target_of(listen: ListenConfig, port: int) -> str:
+    """The address at which a process on this machine reaches a service."""
+    return f"127.0.0.1:{port}" if listen.host in WILDCARD_HOSTS else f"{listen.host}:{port}"
+
+
+def _ports(listen: ListenConfig) -> Iterator[tuple[str, int]]:
+    for key, port in (
+        ("port", listen.port),
+        ("admin_port", listen.admin_port),
+        ("metrics_port", listen.metrics_port),
+    ):
+        if port is not None:
+            yield key, port
+
+
+def _section(values: object, *path: str) -> object:
+    for key in path:
+        if not isinstance(values, Mapping):
+            return None
+        values = cast(Values, values).get(key)
+    return values
+
+
+def _valid(model: type[ConfigT], values: object, *path: str) -> ConfigT | None:
+    """A part of the run file, if it is right; its faults are named when the whole file is validated."""
+    try:
+        return model.model_validate(_section(values, *path) or {})
+    except ValidationError:
+        return None
+
+
+def _listens(values: object) -> dict[str, ListenConfig]:
+    """The listen sections that are right, by service."""
+    found = {name: _valid(ListenConfig, values, "services", name, "listen") for name in SERVICE_NAMES}
+    return {name: listen for name, listen in found.items() if listen is not None}
+
+
+def _targets(listens: Mapping[str, ListenConfig]) -> dict[str, str]:
+    """The trainer's targets that the listen sections imply, by key of trainer.services."""
+    targets: dict[str, str] = {}
+    for name, listen in listens.items():
+        targets[name] = target_of(listen, listen.port)
+        if name != "reward" and listen.admin_port is not None:
+            targets[f"{name}_admin"] = target_of(listen, listen.admin_port)
+    return targets
+
+
+def _fill_targets(values: object) -> object:
+    """Give the trainer the services' addresses, unless the file says them: an address is then written once only."""
+    trainer = _section(values, "trainer")
+    if not isinstance(values, Mapping) or not (trainer is None or isinstance(trainer, Mapping)):
+        return values
+    given = _section(trainer, "services")
+    if not (given is None or isinstance(given, Mapping)):
+        return values
+    targets = {**_targets(_listens(values)), **cast(Values, given or {})}
+    return {**cast(Values, values), "trainer": {**cast(Values, trainer or {}), "services": targets}}
+
+
+def _port_clashes(listens: Mapping[str, ListenConfig], metrics: MetricsConfig | None) -> list[str]:
+    used = [
+        (name, f"services.{name}.listen.{key}", port)
+        for name, listen in listens.items()
+        for key, port in _ports(listen)
+    ]
+    if metrics is not None and metrics.port is not None:
+        used.append(("trainer", "trainer.metrics.port", metrics.port))
+    owners: dict[int, tuple[str, str]] = {}
+    problems: list[str] = []
+    for process, path, port in used:
+        owner, owner_path = owners.setdefault(port, (process, path))
+        # Two ports of one service that clash are named by its own section.
+        if owner != process:
+            problems.append(f"{path}: {port} is also {owner_path}; every port must be another")
+    return problems
+
+
+def _target_mismatches(listens: Mapping[str, ListenConfig], targets: ServicesConfig) -> list[str]:
+    expected = _targets(listens)
+    given = {
+        "reward": targets.reward,
+        "reference": targets.reference,
+        "generation": targets.generation,
+        "reference_admin": targets.reference_admin,
+        "generation_admin": targets.generation_admin,
+    }
+    return [
+        f"trainer.services.{key}: {target}, but that service listens on {expected[key]}"
+        for key, target in given.items()
+        if key in expected and _canonical(target) != _canonical(expected[key])
+    ]
+
+
+def _unknown_reward_models(models: object, targets: ServicesConfig) -> list[str]:
+    if not isinstance(models, list | tuple):
+        return []
+    entries = cast("list[object]", models)
+    served = [str(name) for entry in entries if (name := _section(entry, "name")) is not None]
+    asked = (("reward_model", targets.reward_model), ("judge_model", targets.judge_model))
+    return [
+        f"trainer.services.{key}: {name!r}, but services.reward.models holds {', '.join(served) or 'none'}"
+        for key, name in asked
+        if name and name not in served
+    ]
+
+
+def _canonical(target: str) -> str:
+    return target.removeprefix("dns:///").replace("localhost:", "127.0.0.1:")
+
+
+def read_run_values(path: Path) -> object:
+    """Plain values of a run file; raises ConfigError when it cannot be read or is not a mapping."""
+    values = read_yaml(path)
+    if values is not None and not isinstance(values, Mapping):
+        raise ConfigError(str(path), ["(top level): must be a mapping with the keys services and trainer"])
+    return values
