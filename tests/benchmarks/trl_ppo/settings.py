@@ -1,0 +1,68 @@
+"""What both sides of the benchmark are given. Free of torch: ppod's environment and TRL's both import it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """How one side computes.
+
+    Attributes:
+        dtype: "float32", or "bfloat16": autocast for what is trained, bfloat16 weights for what is not.
+        attention: implementation in transformers.
+        tuned: with the environment that ppod's launcher gives its processes (OpenMP's spinning, malloc's limits).
+    """
+
+    dtype: str
+    attention: str
+    tuned: bool
+
+
+PPOD = Side("bfloat16", "eager", tuned=True)
+"""ppod's default run on a CPU."""
+
+TRL = Side("float32", "sdpa", tuned=False)
+"""TRL as it comes: PPOConfig's and from_pretrained's defaults."""
+
+TUNED_FLOAT32 = Side("float32", "eager", tuned=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One PPO task, and how each side computes it.
+
+    Attributes:
+        name: for tables and directories.
+        batch_size: samples in a step.
+        prompt_tokens: the first tokens of a movie review.
+        response_tokens: longest response.
+        epochs: passes over the batch in a step.
+        minibatches: optimizer steps in a pass.
+    """
+
+    name: str
+    batch_size: int
+    prompt_tokens: int
+    response_tokens: int
+    epochs: int
+    minibatches: int
+    trl: Side
+    ppod: Side
+    learning_rate: float = 2e-5
+    kl_coefficient: float = 0.05
+    temperature: float = 1.0
+    seed: int = 0
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("as-they-come", 32, 6, 24, 2, 2, trl=TRL, ppod=PPOD),
+        Setting("as-they-come-single", 16, 20, 32, 1, 1, trl=TRL, ppod=PPOD),
+        # TRL with all that ppod's launcher and configuration do for speed, to see what the programs themselves cost.
+        Setting("equal-bfloat16", 32, 6, 24, 2, 2, trl=PPOD, ppod=PPOD),
+        Setting("equal-float32", 32, 6, 24, 2, 2, trl=TUNED_FLOAT32, ppod=TUNED_FLOAT32),
+    )
+}

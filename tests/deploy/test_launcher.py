@@ -1,0 +1,214 @@
+"""The launcher with the real services and the real trainer, through the `ppod` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.conftest import PpodProcess, StartPpod, children_of_run, eventually_no_children
+from support.processes import ROOT, environment
+
+CHILDREN = {"reward", "reference", "generation", "trainer"}
+
+
+def metrics_lines(run_dir: Path) -> int:
+    file = run_dir / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def wait_for_steps(ppod: PpodProcess, run_dir: Path, steps: int = 1) -> None:
+    ppod.wait_until(lambda: metrics_lines(run_dir) >= steps, f"{steps} steps")
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    return max((run_dir / "checkpoints").glob("*"), default=None, key=lambda path: path.stat().st_mtime)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def test_every_fault_is_named_at_once_and_nothing_starts(start_ppod: StartPpod, run_file: Path, run_dir: Path) -> None:
+    values = yaml.safe_load(run_file.read_text())
+    values["services"]["reward"]["batching"] = {"max_batch_tokens": 0}
+    values["services"]["generation"]["modle"] = {}
+    values["trainer"]["services"] = {"reference": "127.0.0.1:9"}
+    values["surplus"] = 1
+    run_file.write_text(yaml.safe_dump(values))
+
+    ppod = start_ppod("run", "--config", str(run_file), "--trainer.ppo.epochs", "none", "--trainer.steps=0")
+
+    assert ppod.wait() == 2
+    for path in (
+        "services.reward.batching.max_batch_tokens: ",
+        "services.generation.modle: unknown key",
+        "trainer.ppo.epochs: ",
+        "trainer.steps: ",
+        "trainer.services.reference: 127.0.0.1:9, but that service listens on ",
+        "surplus: unknown key",
+    ):
+        assert f"\n  {path}" in ppod.stderr
+    assert "6 problems" in ppod.stderr
+    assert not run_dir.exists()
+
+
+def test_a_taken_port_is_named_before_anything_starts(start_ppod: StartPpod, run_file: Path, run_dir: Path) -> None:
+    port = yaml.safe_load(run_file.read_text())["services"]["reference"]["listen"]["admin_port"]
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", port))
+        holder.listen()
+        ppod = start_ppod("run", "--config", str(run_file))
+        assert ppod.wait() == 1
+    assert f"services.reference.listen.admin_port: 127.0.0.1:{port}: Address already in use" in ppod.stderr
+    assert not (run_dir / "logs").exists()
+
+
+def test_a_service_that_cannot_start_is_named_and_the_others_end(
+    start_ppod: StartPpod, run_file: Path, run_dir: Path
+) -> None:
+    ppod = start_ppod("run", "--config", str(run_file), "--services.generation.model.source", "/no/such/model")
+    assert ppod.wait() == 1
+    assert "service generation ended: exit code 1" in ppod.stderr
+    assert "/no/such/model" in ppod.stderr.split("generation.jsonl:")[1]
+    assert "ready after" not in ppod.stderr.split("service generation ended")[1]
+    assert not children_of_run(run_dir)
+    assert not (run_dir / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_services_start_stops_them(
+    start_ppod: StartPpod, run_file: Path, run_dir: Path, number: signal.Signals, code: int
+) -> None:
+    ppod = start_ppod("run", "--config", str(run_file))
+    ppod.wait_until(lambda: set(children_of_run(run_dir)) == CHILDREN - {"trainer"}, "three services")
+    ppod.signal(number)
+    assert ppod.wait() == code
+    assert not children_of_run(run_dir)
+    assert "Traceback" not in ppod.stderr
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on_from_it(
+    start_ppod: StartPpod, run_file: Path, run_dir: Path
+) -> None:
+    steps = 60
+    ppod = start_ppod("run", "--config", str(run_file), "--trainer.steps", str(steps))
+    wait_for_steps(ppod, run_dir, 2)
+    assert set(children_of_run(run_dir)) == CHILDREN
+    ppod.signal(signal.SIGINT)
+    assert ppod.wait() == 130
+    assert not children_of_run(run_dir)
+    assert newest_checkpoint(run_dir) is not None
+    assert metrics_lines(run_dir) < steps
+
+    again = start_ppod("run", "--config", str(run_file))
+    assert again.wait() == 2
+    assert f"trainer.run_dir: {run_dir} holds an earlier run; --resume {run_dir} goes on" in again.stderr
+
+    resumed = start_ppod("run", "--resume", str(run_dir))
+    assert resumed.wait(120) == 0, resumed.stderr
+    recorded = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert sorted({record["step"] for record in recorded if "seconds/step" in record})[-1] in {steps - 1, steps}
+    assert not children_of_run(run_dir)
+
+
+def test_a_killed_launcher_leaves_no_orphan(start_ppod: StartPpod, run_file: Path, run_dir: Path) -> None:
+    ppod = start_ppod("run", "--config", str(run_file))
+    wait_for_steps(ppod, run_dir)
+    assert set(children_of_run(run_dir)) == CHILDREN
+    ppod.signal(signal.SIGKILL)
+    assert ppod.wait() == -signal.SIGKILL
+    assert eventually_no_children(run_dir, 20.0), children_of_run(run_dir)
+
+
+def test_a_launcher_killed_while_the_services_start_leaves_no_orphan(
+    start_ppod: StartPpod, run_file: Path, run_dir: Path
+) -> None:
+    ppod = start_ppod("run", "--config", str(run_file))
+    ppod.wait_until(lambda: bool(children_of_run(run_dir)), "first service")
+    ppod.signal(signal.SIGKILL)
+    ppod.wait()
+    assert eventually_no_children(run_dir, 5.0), children_of_run(run_dir)
+
+
+def test_a_service_killed_in_mid_run_is_named_and_the_trainer_stops(
+    start_ppod: StartPpod, run_file: Path, run_dir: Path
+) -> None:
+    ppod = start_ppod("run", "--config", str(run_file))
+    wait_for_steps(ppod, run_dir)
+    os.kill(children_of_run(run_dir)["reference"], signal.SIGKILL)
+    killed_at = time.monotonic()
+    ppod.wait_until(lambda: "service reference ended" in ppod.stderr, "word of the death", 5.0)
+    assert time.monotonic() - killed_at < 1.0
+    assert ppod.wait() == 1
+    assert "service reference ended: killed by SIGKILL" in ppod.stderr
+    assert not children_of_run(run_dir)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_trainer(start_ppod: StartPpod, run_file: Path, run_dir: Path) -> None:
+    ppod = start_ppod("run", "--config", str(run_file))
+    wait_for_steps(ppod, run_dir)
+    trainer = children_of_run(run_dir)["trainer"]
+    # A trainer that is stuck: it neither ends nor answers signals.
+    os.kill(trainer, signal.SIGSTOP)
+    ppod.signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert ppod.process.poll() is None
+    ppod.signal(signal.SIGINT)
+    assert ppod.wait(5) == 130
+    assert "killed: trainer" in ppod.stderr
+    assert not children_of_run(run_dir)
+
+
+def test_a_run_directory_in_use_is_refused(start_ppod: StartPpod, run_file: Path, run_dir: Path) -> None:
+    first = start_ppod("up", "--config", str(run_file))
+    first.wait_until(lambda: bool(children_of_run(run_dir)), "first service")
+    second = start_ppod("up", "--config", str(run_file))
+    assert second.wait() == 1
+    assert f"{run_dir}: another run is using this directory" in second.stderr
+    first.signal(signal.SIGINT)
+    assert first.wait() == 130
+
+
+def test_up_serves_score_and_generate(
+    start_ppod: StartPpod, run_file: Path, run_dir: Path, tiny_model_dir: Path
+) -> None:
+    services = yaml.safe_load(run_file.read_text())["services"]
+    up = start_ppod("up", "--config", str(run_file))
+    up.wait_until(lambda: "Ctrl-C stops them" in up.stderr, "three ready services")
+
+    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ppod_deploy", *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment(), input="a\nab\n", capture_output=True, text=True, check=False
+        )
+
+    score = ask("score", "--json", "--target", f"127.0.0.1:{services['reward']['listen']['port']}")
+    lines = [yaml.safe_load(line) for line in score.stdout.splitlines()]
+    assert [line["text"] for line in lines] == ["a", "ab"]
+    assert lines[0]["score"] != lines[1]["score"]
+
+    target = f"127.0.0.1:{services['generation']['listen']['port']}"
+    options = ("--tokenizer", str(tiny_model_dir), "--max-tokens", "5", "--seed", "3", "--json", "hi")
+    first, second = (ask("generate", "--target", target, *options) for _ in range(2))
+    assert first.stdout == second.stdout != ""
+    assert len(yaml.safe_load(first.stdout)["logprobs"]) <= 5
+
+    unknown = ask("score", "--target", f"127.0.0.1:{services['reward']['listen']['port']}", "--model", "nobody", "x")
+    assert unknown.returncode == 1
+    assert unknown.stderr.count("\n") == 1
+    assert "nobody" in unknown.stderr
+    assert "Traceback" not in unknown.stderr
+
+    up.signal(signal.SIGINT)
+    assert up.wait() == 130
+    assert not children_of_run(run_dir)

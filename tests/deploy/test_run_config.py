@@ -1,0 +1,186 @@
+"""The run file, its overrides and the command's words, without starting anything."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy.conftest import Section
+from ppod_deploy.cli import execute
+from ppod_deploy.commands import Run
+from ppod_deploy.defaults import CPU_CONFIG, CUDA_CONFIG, with_run_dir
+from ppod_deploy.overrides import Override, apply_overrides, describe_keys, split_arguments
+from ppod_deploy.processes import Child, ChildCommand, describe_exit, shell_exit_code, stop_all
+from ppod_deploy.run_command import resolve_run
+from ppod_deploy.run_config import RunConfig, parse_run, read_run_values
+from ppod_models.configuration import ConfigError
+from support.processes import ROOT, environment
+
+
+def test_overrides_are_yaml_values_under_dotted_paths() -> None:
+    rest, overrides = split_arguments(
+        [
+            "run",
+            "--trainer.steps",
+            "5",
+            "--config",
+            "f.yaml",
+            "--trainer.optimizer.learning-rate=1e-5",
+            "--trainer.resume",
+            "--services.reward.listen.host",
+            "none",
+            "--trainer.kl.coefficient",
+            "-1",
+            "--trainer.x",
+            "a",
+            "b",
+        ]
+    )
+    assert rest == ["run", "--config", "f.yaml"]
+    assert [(".".join(override.path), override.value) for override in overrides] == [
+        ("trainer.steps", 5),
+        ("trainer.optimizer.learning_rate", "1e-5"),
+        ("trainer.resume", True),
+        ("services.reward.listen.host", None),
+        ("trainer.kl.coefficient", -1),
+        ("trainer.x", ["a", "b"]),
+    ]
+
+
+def test_overrides_reach_into_lists_and_leave_the_file_values_alone() -> None:
+    values = {"services": {"reward": {"models": [{"name": "a"}, {"name": "b"}]}}}
+    path = ("services", "reward", "models", "1", "name")
+    assert apply_overrides(values, [Override(path, "c")]) == {
+        "services": {"reward": {"models": [{"name": "a"}, {"name": "c"}]}}
+    }
+    assert values["services"]["reward"]["models"][1] == {"name": "b"}
+    with pytest.raises(ConfigError, match="items 0 to 1"):
+        apply_overrides(values, [Override(("services", "reward", "models", "2", "name"), "c")])
+    with pytest.raises(ConfigError, match="which has no keys"):
+        apply_overrides({"trainer": {"steps": 3}}, [Override(("trainer", "steps", "more"), 1)])
+
+
+def test_the_trainer_finds_the_services_where_they_listen(run_values: dict[str, Section]) -> None:
+    config = parse_run(run_values, "test")
+    listens = [service.listen for _, service in config.services.items()]
+    targets = config.trainer.services
+    assert [targets.reward, targets.reference, targets.generation] == [f"127.0.0.1:{one.port}" for one in listens]
+    assert targets.reference_admin == f"127.0.0.1:{listens[1].admin_port}"
+    assert targets.generation_admin == f"127.0.0.1:{listens[2].admin_port}"
+
+
+def test_disagreements_between_sections_are_faults(run_values: dict[str, Section]) -> None:
+    overrides = [
+        Override(("services", "reward", "listen"), {"port": 7001, "metrics_port": 7002, "host": "0.0.0.0"}),
+        Override(("services", "generation", "listen"), {"port": 7002, "admin_port": 7003}),
+        Override(("trainer", "metrics", "port"), 7003),
+        Override(("trainer", "services"), {"reward": "localhost:7001", "judge_model": "nobody"}),
+    ]
+    with pytest.raises(ConfigError) as raised:
+        parse_run(apply_overrides(run_values, overrides), "test")
+    assert raised.value.problems == [
+        "services.generation.listen.port: 7002 is also services.reward.listen.metrics_port; every port must be another",
+        "trainer.metrics.port: 7003 is also services.generation.listen.admin_port; every port must be another",
+        "trainer.services.judge_model: 'nobody', but services.reward.models holds tiny",
+    ]
+
+
+@pytest.mark.parametrize("path", [CPU_CONFIG, CUDA_CONFIG])
+def test_packaged_run_files_are_valid(path: Path) -> None:
+    config = parse_run(with_run_dir(read_run_values(path), path.stem), str(path))
+    assert config.trainer.run_dir.parts[:1] == ("runs",)
+    assert config.trainer.run_dir.name.startswith(f"{path.stem}-2")
+
+
+def test_a_file_that_is_no_mapping_and_a_resume_of_nothing_are_faults(tmp_path: Path) -> None:
+    file = tmp_path / "list.yaml"
+    file.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        resolve_run(Run(config=file), [])
+    with pytest.raises(ConfigError, match="no run was started there"):
+        resolve_run(Run(resume=tmp_path), [])
+
+
+def test_help_lists_every_key_that_an_override_reaches() -> None:
+    text = "\n".join(describe_keys(RunConfig))
+    for key in ("--services.reward.models", "--trainer.ppo.clip FLOAT", "--trainer.kl.adaptive.target FLOAT"):
+        assert key in text
+    assert "PydanticUndefined" not in text
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    probe = (
+        "import sys; sys.argv = ['ppod', 'run', '--help']\n"
+        "from ppod_deploy.cli import execute\n"
+        "try: execute(sys.argv[1:])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=environment(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # 0.5 s on an idle machine; tests may share it.
+    assert time.monotonic() - start < 5.0
+
+
+def make_child(tmp_path: Path, code: str) -> Child:
+    """A child that runs `code`; PYTHONPATH must hold tmp_path."""
+    module = f"ppod_stand_in_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{module}.py").write_text(code)
+    return Child(ChildCommand("stand-in", module, tmp_path / "c.yaml", tmp_path / "log.jsonl", signal.SIGKILL))
+
+
+def test_a_child_that_ignores_sigterm_is_killed_after_its_grace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf')\ntime.sleep(60)\n"
+    child = make_child(tmp_path, deaf)
+    while "deaf" not in child.last_words():
+        time.sleep(0.02)
+    start = time.monotonic()
+    assert stop_all([child], 0.5, lambda: False) == ["stand-in"]
+    assert 0.5 <= time.monotonic() - start < 3.0
+    assert child.exit_code() == -9
+    assert stop_all([child], 0.5, lambda: False) == []
+
+
+def test_last_words_are_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    record = json.dumps(
+        {"ts": "t", "level": "error", "service": "s", "event": "no model", "path": "/x", "traceback": "a\nb"}
+    )
+    child = make_child(tmp_path, f"print('plain')\nprint({record!r})\nraise SystemExit(3)\n")
+    while child.exit_code() is None:
+        time.sleep(0.02)
+    assert child.exit_code() == 3
+    assert child.last_words() == ["plain", "error: no model path=/x (b)"]
+
+
+def test_exit_codes_in_words_and_for_the_shell() -> None:
+    assert [describe_exit(code) for code in (3, -15)] == ["exit code 3", "killed by SIGTERM"]
+    assert [shell_exit_code(code) for code in (0, 3, -15)] == [0, 3, 143]
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        (["train", "ppo"], ["  steps INT", "  kl.adaptive.target FLOAT", "  ppo.entropy_coefficient FLOAT"]),
+        (["train", "reward"], ["  data.half {a,b}", "  output PATH"]),
+        (["serve", "generation"], ["  batching.max_batch_tokens INT", "  model.source STR"]),
+    ],
+)
+def test_help_of_a_command_that_takes_a_file_lists_its_keys(
+    words: list[str], keys: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        execute([*words, "--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert set(keys) <= set(lines)

@@ -1,0 +1,132 @@
+"""Whole runs with a tiny model: outputs, reproducibility, resumption, the reference's refresh, metrics."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppod_trainer.metrics import GAUGES
+from support.processes import free_ports
+
+from .conftest import System, records_of, wait_for_step
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "final_model" / "model.safetensors")
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    one, two = final_weights(first), final_weights(second)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_leaves_all_that_it_promises(system: System) -> None:
+    config = system.config("whole", metrics={"port": None, "tensorboard": True})
+    result = system.train(config)
+    assert result.returncode == 0, result.stderr
+    run_dir = Path(str(config["run_dir"]))
+    for text in ("step 4/4", "reward-model score", "held-out judge", "distinct-2", "KL to the reference"):
+        assert text in result.stdout
+    assert result.stderr == ""
+    records = records_of(run_dir)
+    steps = [record for record in records if "score/mean" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert all(record["policy/first_ratio_error"] == 0 for record in steps)
+    assert all(record["sampler/gap_max"] < 1e-3 for record in steps), "the sampler runs what the trainer has"
+    assert steps[-1]["kl/reference"] > 0
+    judged = [record["step"] for record in steps if "judge/mean" in record]
+    assert judged == [1, 4]
+    evaluations = [record for record in records if "heldout/score" in record]
+    assert [record["step"] for record in evaluations] == [0, 4]
+    assert evaluations[0]["heldout/kl"] == pytest.approx(0, abs=1e-3)
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "final_model")
+    assert AutoTokenizer.from_pretrained(run_dir / "final_model").eos_token == "<|end|>"
+    start = AutoModelForCausalLM.from_pretrained(system.model_dir)
+    assert not torch.equal(model.model.embed_tokens.weight, start.model.embed_tokens.weight)
+    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert any((run_dir / "tensorboard").iterdir())
+    assert "reward-model score" in (run_dir / "report.txt").read_text()
+    samples = [json.loads(line) for line in (run_dir / "samples" / "step_000004.jsonl").read_text().splitlines()]
+    assert len(samples) == 6
+    assert {"prompt", "continuation", "score", "judge"} <= samples[0].keys()
+
+
+def test_same_seed_same_run_and_another_seed_another(system: System) -> None:
+    configs = [system.config("first"), system.config("second"), system.config("other", seed=1)]
+    for config in configs:
+        assert system.train(config).returncode == 0
+    first, second, other = (Path(str(config["run_dir"])) for config in configs)
+    assert records_of(first) == records_of(second)
+    assert (first / "samples" / "step_000004.jsonl").read_text() == (
+        second / "samples" / "step_000004.jsonl"
+    ).read_text()
+    assert_equal_weights(first, second)
+    assert records_of(first) != records_of(other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_resumes_to_the_same_end(system: System, number: int) -> None:
+    steps = 40
+    straight = system.config("straight", steps=steps, kl={"adaptive": {"target": 2.0, "horizon": 100}})
+    assert system.train(straight).returncode == 0
+
+    stopped = {**straight, "run_dir": str(system.directory / f"stopped-{number}")}
+    run_dir = Path(str(stopped["run_dir"]))
+    process = system.start(stopped)
+    wait_for_step(process, run_dir, 3)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, stderr
+    assert "resume from" in stdout
+    done = json.loads(next(run_dir.glob("checkpoints/*/trainer.json")).read_text())["step"]
+    assert 3 <= done < steps
+    assert not (run_dir / "final_model").exists()
+
+    resumed = system.train({**stopped, "resume": True})
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal_weights(Path(str(straight["run_dir"])), run_dir)
+    assert records_of(Path(str(straight["run_dir"]))) == records_of(run_dir)
+
+
+def test_the_reference_is_refreshed(system: System) -> None:
+    config = system.config("refreshed", steps=5, reference_refresh_steps=2)
+    result = system.train(config)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("the reference is now the policy") == 2
+    kl = [record["kl/reference"] for record in records_of(Path(str(config["run_dir"]))) if "kl/reference" in record]
+    assert abs(kl[1]) > 1e-3
+    assert kl[0] == pytest.approx(0, abs=1e-4)
+    assert kl[2] == pytest.approx(0, abs=1e-4), "right after the refresh policy and reference are equal"
+    assert kl[4] == pytest.approx(0, abs=1e-4)
+
+
+def test_prometheus_exports_every_gauge_while_the_run_goes_on(system: System) -> None:
+    (port,) = free_ports(1)
+    config = system.config("scraped", steps=200, metrics={"port": port, "tensorboard": False})
+    run_dir = Path(str(config["run_dir"]))
+    process = system.start(config)
+    try:
+        wait_for_step(process, run_dir, 2)
+        time.sleep(0.1)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+            text = reply.read().decode()
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+    values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line[0] != "#"}
+    for name, _ in GAUGES.values():
+        assert name in values
+    assert values["ppod_step"] >= 2
+    assert values["ppod_samples_total"] == 8 * values["ppod_step"]
+    assert values["ppod_policy_entropy_nats"] > 0
+    assert values['ppod_step_phase_seconds{phase="update"}'] > 0
+    assert values['ppod_client_rpc_seconds_count{method="/ppod.v1.RewardService/Score"}'] >= 2

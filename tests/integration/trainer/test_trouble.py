@@ -1,0 +1,114 @@
+"""Trouble during a run: named, in seconds, and never trained on."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.processes import free_ports
+
+from .conftest import System, records_of, running_system, wait_for_step
+
+
+@pytest.fixture
+def fragile(tiny_model_dir: Path, tmp_path: Path) -> Iterator[System]:
+    """Services that a test may kill. Scores are arithmetic, and NaN for texts that hold a certain token."""
+    heads = {"reward": "0.01", "judge": "0.02"}
+    with running_system(tiny_model_dir, tmp_path / "fragile", "support.fake_reward_service", heads) as made:
+        yield made
+
+
+def without_judge(system: System) -> dict[str, object]:
+    services = dict(system.config("x")["services"])  # type: ignore[call-overload]
+    return {**services, "judge_model": None}
+
+
+def test_nan_from_the_reward_model_stops_or_skips(fragile: System) -> None:
+    """The tiny policy samples the token that the scores turn NaN for, sooner or later."""
+    rollout = {"batch_size": 16, "max_tokens": 12}
+    changes = {"steps": 12, "services": without_judge(fragile), "optimizer": {"learning_rate": 1e-6}}
+    stopped = fragile.train(fragile.config("stop", rollout=rollout, **changes))
+    assert stopped.returncode == 1
+    assert "the model's score is nan" in stopped.stderr
+    assert "sample " in stopped.stderr
+
+    config = fragile.config("skip", rollout={**rollout, "on_bad_sample": "skip"}, **changes)
+    skipped = fragile.train(config)
+    assert skipped.returncode == 0, skipped.stderr
+    assert "dropped a sample: sample " in skipped.stderr
+    records = [one for one in records_of(Path(str(config["run_dir"]))) if "score/mean" in one]
+    assert sum(record["samples/dropped"] for record in records) > 0
+    assert len(records) == 12
+
+
+def test_a_prompt_too_long_is_named_by_its_sample(fragile: System) -> None:
+    (fragile.directory / "prompts.txt").write_text("\n".join(["x" * 200, *(f"{i:02d} is it" for i in range(9))]))
+    prompts = {"path": str(fragile.directory / "prompts.txt"), "first_tokens": None, "heldout": 9}
+    result = fragile.train(fragile.config("long", prompts=prompts, services=without_judge(fragile)))
+    assert result.returncode == 1
+    assert "sample " in result.stderr
+    assert "200" in result.stderr
+
+
+def test_a_service_that_dies_is_named(fragile: System) -> None:
+    config = fragile.config("dies", steps=1000, services=without_judge(fragile))
+    process = fragile.start(config)
+    wait_for_step(process, Path(str(config["run_dir"])), 2)
+    fragile.reference.signal(signal.SIGKILL)
+    start = time.monotonic()
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert time.monotonic() - start < 15
+    assert "resume from" in stdout, "the last whole step is kept"
+    assert f"ppod.v1.ReferenceService at {fragile.reference.target}" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_service_that_is_not_there_is_named(system: System) -> None:
+    (port,) = free_ports(1)
+    services = {**system.config("x")["services"], "reward": f"127.0.0.1:{port}", "ready_timeout_s": 1}  # type: ignore[dict-item]
+    result = system.train(system.config("absent", services=services))
+    assert result.returncode == 1
+    assert f"ppod.v1.RewardService at 127.0.0.1:{port} was not ready within 1 s" in result.stderr
+
+
+def test_another_tokenizer_is_refused(system: System, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(system.model_dir, other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace("<|pad|>", "<|fill|>"))
+    policy = {"source": str(other), "device": "cpu", "dtype": "float32", "threads": 1}
+    result = system.train(system.config("tokenizer", policy=policy))
+    assert result.returncode == 1
+    assert "tokenizer" in result.stderr
+
+
+def test_a_metrics_port_in_use_is_named(system: System) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = system.train(system.config("port", metrics={"port": port}))
+    assert result.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in result.stderr
+
+
+def test_a_missing_model_and_a_missing_checkpoint_are_named(system: System) -> None:
+    result = system.train(system.config("no-model", policy={"source": "./nowhere"}))
+    assert (result.returncode, "model './nowhere': no such directory" in result.stderr) == (1, True)
+    result = system.train(system.config("no-checkpoint", resume=True))
+    assert (result.returncode, "holds no checkpoint" in result.stderr) == (1, True)
+
+
+def test_configuration_faults_exit_2_all_at_once(system: System) -> None:
+    result = system.train(system.config("faults", stepz=1, seed=-1))
+    assert result.returncode == 2
+    assert "stepz: unknown key" in result.stderr
+    assert "seed:" in result.stderr
+    assert not (system.directory / "faults").exists()

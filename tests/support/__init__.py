@@ -1,0 +1,1 @@
+"""What the tests share: a tiny model, service processes, free ports."""

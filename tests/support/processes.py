@@ -1,0 +1,130 @@
+"""Real service processes on free ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 90.0
+IMPORT_ROOTS = ("protos", "services", "trainer", "deploy", "tests")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def environment() -> dict[str, str]:
+    """This environment, with our import roots."""
+    roots = os.pathsep.join(str(ROOT / name) for name in IMPORT_ROOTS)
+    return {**os.environ, "PYTHONPATH": roots, "PYTHONWARNINGS": "default"}
+
+
+@dataclass
+class ServiceProcess:
+    """A running service: its ports, its process and the file that takes its stderr."""
+
+    port: int
+    admin_port: int
+    metrics_port: int
+    process: subprocess.Popen[bytes]
+    stderr_file: Path
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def admin_target(self) -> str:
+        return f"127.0.0.1:{self.admin_port}"
+
+    @property
+    def stderr(self) -> str:
+        return self.stderr_file.read_text()
+
+    def log(self) -> list[dict[str, object]]:
+        """Every line of stderr; a line that is not JSON fails the test."""
+        return [json.loads(line) for line in self.stderr.splitlines()]
+
+    def wait_for_event(self, event: str, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait until the service logs an event."""
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            if f'"event": "{event}"' in self.stderr:
+                return
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        raise AssertionError(f"no event {event!r}; exit code {self.process.poll()}; stderr:\n{self.stderr}")
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        return self.process.wait(timeout_s)
+
+
+def metrics_of(service: ServiceProcess) -> str:
+    """The text of /metrics."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{service.metrics_port}/metrics", timeout=10) as reply:
+        return reply.read().decode()
+
+
+def write_config(path: Path, values: Mapping[str, object]) -> Path:
+    path.write_text(yaml.safe_dump(dict(values)))
+    return path
+
+
+def run_to_exit(module: str, *arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run a service that is meant to end by itself."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+@contextmanager
+def running_service(
+    module: str, directory: Path, values: Mapping[str, object], *, admin: bool = True, until: str = "ready"
+) -> Iterator[ServiceProcess]:
+    """Start `python -m module` on free ports, wait until it logs an event, and end it afterwards."""
+    port, admin_port, metrics_port = free_ports(3)
+    listen = {"port": port, "metrics_port": metrics_port, **({"admin_port": admin_port} if admin else {})}
+    config = write_config(directory / f"{module}-{port}.yaml", {"listen": listen, **values})
+    stderr_file = directory / f"{module}-{port}.stderr"
+    with stderr_file.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, "--config", str(config)],
+            env=environment(),
+            cwd=ROOT,
+            stderr=stderr,
+            stdout=subprocess.DEVNULL,
+        )
+    service = ServiceProcess(port, admin_port, metrics_port, process, stderr_file)
+    try:
+        service.wait_for_event(until)
+        yield service
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(30)

@@ -1,0 +1,50 @@
+"""A tiny random Llama with a tokenizer of its own, saved as a model directory that every service loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+EOS = "<|end|>"
+PAD = "<|pad|>"
+VOCAB_SIZE = 320
+MAX_TOKENS = 128
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: ids 0 to 255 are bytes, then the special tokens; any text has ids."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+
+
+def build_model(*, seed: int = 0, tied: bool = True, eos_token_id: int | None = 256) -> LlamaForCausalLM:
+    """A two-layer Llama with random weights large enough that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=eos_token_id,
+        pad_token_id=257,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def save_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True) -> Path:
+    """Save model and tokenizer as safetensors; returns the directory."""
+    build_model(seed=seed, tied=tied).save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
+    return directory

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ppod_models import logprobs
+from ppod_models.logprobs import token_logprobs
+from ppod_models.padding import pad_sequences, position_ids
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_against_a_plain_loop(side) -> None:
+    sequences = [np.array([5, 6, 7]), np.array([8]), np.array([9, 3])]
+    batch = pad_sequences(sequences, side=side, device=CPU)
+    for row, sequence in enumerate(sequences):
+        empty = [0] * (3 - len(sequence))
+        real = sequence.tolist()
+        assert batch.input_ids[row].tolist() == (empty + real if side == "left" else real + empty)
+        ones = [1] * len(real)
+        assert batch.attention_mask[row].tolist() == (empty + ones if side == "left" else ones + empty)
+        places = [
+            p for p, m in zip(batch.position_ids[row].tolist(), batch.attention_mask[row].tolist(), strict=True) if m
+        ]
+        assert places == list(range(len(real)))
+    assert batch.input_ids.dtype == torch.int64
+
+
+def test_left_padding_counts_real_tokens_only() -> None:
+    assert position_ids(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+
+
+def head_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.nn.Linear:
+    """An output layer with these weights."""
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return layer
+
+
+def test_logprobs_and_entropy_by_hand() -> None:
+    # softmax(log 1, log 3) = (1/4, 3/4); at temperature 1/2 the odds are squared: (1/10, 9/10).
+    head = head_of(torch.tensor([[0.0], [math.log(3)]]))
+    hidden, tokens = torch.ones(2, 1), torch.tensor([0, 1])
+    found = token_logprobs(hidden, head, tokens, 1.0)
+    assert found.logprobs.tolist() == pytest.approx([math.log(0.25), math.log(0.75)])
+    assert found.entropy.tolist() == pytest.approx([-(0.25 * math.log(0.25) + 0.75 * math.log(0.75))] * 2)
+    assert token_logprobs(hidden, head, tokens, 0.5).logprobs.tolist() == pytest.approx([math.log(0.1), math.log(0.9)])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("through_entropy", [False, True])
+def test_chunks_equal_autograd_over_all_logits(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, through_entropy: bool
+) -> None:
+    """Values and gradients against log_softmax over the whole [N, V]."""
+    monkeypatch.setattr(logprobs, "CHUNK_POSITIONS", 4)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(9, 6, generator=generator)
+    head = head_of(weight, torch.randn(9, generator=generator) if bias else None)
+    hidden = torch.randn(11, 6, generator=generator).requires_grad_()
+    tokens = torch.randint(0, 9, (11,), generator=generator)
+    of_logprobs, of_entropy = torch.randn(2, 11, generator=generator)
+    parameters = [hidden, *head.parameters()]
+
+    found = token_logprobs(hidden, head, tokens, 0.8)
+    loss = (found.logprobs * of_logprobs).sum() + through_entropy * (found.entropy * of_entropy).sum()
+    gradients = torch.autograd.grad(loss, parameters)
+
+    whole = torch.log_softmax(head(hidden) / 0.8, dim=-1)
+    chosen = whole.gather(-1, tokens[:, None])[:, 0]
+    entropy = -(whole.exp() * whole).sum(dim=-1)
+    expected = (chosen * of_logprobs).sum() + through_entropy * (entropy * of_entropy).sum()
+    torch.testing.assert_close(found.logprobs, chosen)
+    torch.testing.assert_close(found.entropy, entropy)
+    for one, other in zip(gradients, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_only_a_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_POSITIONS", 4)
+    widths: list[int] = []
+    original = logprobs._scaled_logits
+
+    def watch(hidden: torch.Tensor, *rest: object) -> torch.Tensor:
+        widths.append(len(hidden))
+        return original(hidden, *rest)
+
+    monkeypatch.setattr(logprobs, "_scaled_logits", watch)
+    head = head_of(torch.randn(9, 6))
+    hidden = torch.randn(11, 6, requires_grad=True)
+    token_logprobs(hidden, head, torch.zeros(11, dtype=torch.long), 1.0).logprobs.sum().backward()
+    assert widths == [4, 4, 3] * 2
+
+
+def test_no_positions_give_no_logprobs() -> None:
+    found = token_logprobs(torch.zeros(0, 6), head_of(torch.randn(9, 6)), torch.zeros(0, dtype=torch.long), 1.0)
+    assert found.logprobs.shape == found.entropy.shape == (0,)
+
+
+def test_bfloat16_products_keep_float32_logprobs() -> None:
+    head, hidden = head_of(torch.randn(9, 6)), torch.randn(5, 6)
+    tokens = torch.zeros(5, dtype=torch.long)
+    found = token_logprobs(hidden.bfloat16(), head, tokens, 1.0).logprobs
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, token_logprobs(hidden, head, tokens, 1.0).logprobs, atol=0.05, rtol=0.05)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ppod_models.configuration import ConfigError, ConfigModel, ModelConfig, dump_config, load_config, parse_config
+from ppod_models.sources import ModelSourceError, resolve, write_once
+from reward_support.tiny_trunk import save_tiny_trunk
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PPOD_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def test_unknown_packaged_model_names_the_known_ones(tmp_path) -> None:
+    with pytest.raises(ModelSourceError, match="'packaged:gpt-9': unknown; packaged models are smollm2-135m-instruct"):
+        resolve("packaged:gpt-9", tmp_path)
+
+
+@pytest.mark.parametrize("source", ["/no/such/model", "./no/such/model", "~/no-such-model-here"])
+def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(source) -> None:
+    with pytest.raises(ModelSourceError, match="no such directory"):
+        resolve(source)
+
+
+def test_directories_that_hold_no_model(tmp_path) -> None:
+    with pytest.raises(ModelSourceError, match=r"holds no config\.json"):
+        resolve(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelSourceError, match="pickled weights are not loaded"):
+        resolve(str(tmp_path))
+
+
+def test_fingerprint_follows_the_weights(tmp_path) -> None:
+    path = save_tiny_trunk(tmp_path / "tiny")
+    first = resolve(str(path))
+    assert (first.name, first.path) == ("tiny", path)
+    assert resolve(str(path)).fingerprint == first.fingerprint
+    weights = path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert resolve(str(path)).fingerprint != first.fingerprint
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path) -> None:
+    target = tmp_path / "model"
+
+    def fail(aside) -> None:
+        (aside / "file").write_text("half")
+        raise ValueError("disk full")
+
+    with pytest.raises(ValueError, match="disk full"):
+        write_once(target, fail)
+    assert list(tmp_path.iterdir()) == []
+    write_once(target, lambda aside: (aside / "file").write_text("whole") and None)
+    assert (target / "file").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_processes_that_start_together_convert_once(tmp_path) -> None:
+    """Four processes ask for the packaged model at once; all get it, and one conversion was done."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom ppod_models import sources\n"
+        "def convert(directory, name, aside):\n"
+        "    import time\n"
+        "    with open(sys.argv[2], 'a') as log: log.write('converted\\n')\n"
+        "    time.sleep(0.5)\n"
+        "    (aside / 'config.json').write_text('{}'); (aside / 'model.safetensors').write_bytes(b'x')\n"
+        "sources._convert_gguf = convert\n"
+        "sources.resolve('packaged:smollm2-135m-instruct', Path(sys.argv[1]))\n"
+    )
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", code, str(tmp_path / "cache"), str(log)]
+    environment = {**os.environ, "PYTHONPATH": "protos:services", "PPOD_CACHE_DIR": str(tmp_path / "memo")}
+    processes = [subprocess.Popen(command, env=environment) for _ in range(4)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0, 0]
+    assert log.read_text() == "converted\n"
+
+
+class Outer(ConfigModel):
+    model: ModelConfig
+    steps: int
+
+
+def test_all_faults_are_reported_at_once_with_dotted_paths() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(Outer, {"model": {"dtype": "int4", "threads": 0, "colour": 1}}, "here")
+    assert {problem.split(":")[0] for problem in caught.value.problems} == {
+        "model.source", "model.dtype", "model.threads", "model.colour", "steps",
+    }  # fmt: skip
+    assert "model.colour: unknown key" in caught.value.problems
+    assert "steps: required, but missing" in caught.value.problems
+    assert str(caught.value).startswith("here: 5 problems\n  ")
+
+
+def test_yaml_round_trip_and_unreadable_files(tmp_path) -> None:
+    config = Outer(model=ModelConfig(source="packaged:x"), steps=3)
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config))
+    assert load_config(Outer, file) == config
+    file.write_text("a: [1")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(Outer, file)
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_config(Outer, tmp_path / "absent.yaml")

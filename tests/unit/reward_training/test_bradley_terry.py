@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from math import exp, log
+
+import numpy as np
+import pytest
+import torch
+
+from ppod_trainer.reward_training import train
+from ppod_trainer.reward_training.train import (
+    best_logit_scale,
+    bradley_terry,
+    choose_penalty,
+    fit_head,
+    fit_weight,
+    standardise,
+)
+
+
+def test_loss_of_two_reviews_by_hand() -> None:
+    # s = (1, 0), the first preferred: -log sigmoid(1) = log(1 + e^-1) = 0.313262; the gradient is -+sigmoid(-1).
+    loss = bradley_terry(torch.tensor([1.0, 0.0]), torch.tensor([3.0, -2.0]))
+    assert loss.value == pytest.approx(0.3132617, abs=1e-6)
+    assert loss.gradient.tolist() == pytest.approx([-0.2689414, 0.2689414], abs=1e-6)
+    # The same scores with the preference turned round: log(1 + e) = 1.313262.
+    assert bradley_terry(torch.tensor([1.0, 0.0]), torch.tensor([-2.0, 3.0])).value == pytest.approx(
+        1.3132617, abs=1e-6
+    )
+
+
+def test_loss_of_three_reviews_by_hand() -> None:
+    # Ratings 1 = 1 < 2: two pairs, (2 over 0) with margin 2 and (2 over 1) with margin -1; 0 and 1 make none.
+    loss = bradley_terry(torch.tensor([0.0, 3.0, 2.0]), torch.tensor([1.0, 1.0, 2.0]))
+    assert loss.value == pytest.approx((log(1 + exp(-2)) + log(1 + exp(1))) / 2, abs=1e-6)
+    lower, upper = 1 / (1 + exp(2)), 1 / (1 + exp(-1))
+    assert loss.gradient.tolist() == pytest.approx([lower / 2, upper / 2, -(lower + upper) / 2], abs=1e-6)
+
+
+def test_loss_in_chunks_equals_a_plain_loop_and_autograd(monkeypatch) -> None:
+    monkeypatch.setattr(train, "CHUNK_ROWS", 7)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(30, generator=generator, requires_grad=True)
+    ratings = torch.randint(-4, 5, (30,), generator=generator).float()
+    terms = [
+        torch.nn.functional.softplus(scores[b] - scores[a])
+        for a in range(30)
+        for b in range(30)
+        if ratings[a] > ratings[b]
+    ]
+    expected = torch.stack(terms).mean()
+    expected.backward()
+    loss = bradley_terry(scores.detach(), ratings)
+    assert loss.value == pytest.approx(float(expected.detach()), abs=1e-6)
+    torch.testing.assert_close(loss.gradient, scores.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_equal_ratings_teach_nothing() -> None:
+    with pytest.raises(ValueError, match="no preference"):
+        bradley_terry(torch.zeros(3), torch.ones(3))
+
+
+def test_fit_reaches_the_point_where_loss_and_penalty_balance() -> None:
+    # One feature, values +1 and -1: margin 2w, so the optimum solves 2 sigmoid(-2w) = l2 * w.
+    weight = fit_weight(torch.tensor([[1.0], [-1.0]]), torch.tensor([1.0, 0.0]), 0.5, 50)
+    w = float(weight[0])
+    assert 2 / (1 + exp(2 * w)) == pytest.approx(0.5 * w, abs=1e-4)
+    assert w > 0
+
+
+def planted(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, 12, generator=generator) * torch.linspace(0.1, 5, 12) + 3
+    return features, (features[:, 3] - 0.5 * features[:, 8] / 4).round(decimals=2)
+
+
+def test_head_recovers_a_planted_preference_and_has_unit_scale() -> None:
+    features, ratings = planted(200, 0)
+    chosen = choose_penalty((features, ratings), planted(100, 1), (0.001, 10.0), 50, lambda _trial: None)
+    assert chosen.l2 == 0.001
+    head = fit_head(features, ratings, chosen, 50)
+    scores = features @ head.weight + head.bias
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    fresh, truth = planted(100, 2)
+    assert np.corrcoef((fresh @ head.weight + head.bias).numpy(), truth.numpy())[0, 1] > 0.99
+
+
+def test_same_input_gives_the_same_bytes() -> None:
+    features, ratings = planted(200, 0)
+    first, second = (fit_weight(features, ratings, 0.1, 20) for _ in range(2))
+    assert first.numpy().tobytes() == second.numpy().tobytes()
+
+
+def test_a_constant_feature_stays_finite() -> None:
+    moments = standardise(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    assert moments.mean.tolist() == [2.0, 5.0]
+    assert moments.std.tolist() == [1.0, 1.0]
+
+
+def test_logit_scale_undoes_a_scale_of_the_scores() -> None:
+    generator = torch.Generator().manual_seed(4)
+    truth = torch.randn(80, generator=generator)
+    scores = truth + torch.randn(80, generator=generator)
+    scale, loss = best_logit_scale(scores, truth)
+    assert loss < min(bradley_terry(scores * factor, truth).value for factor in (0.9 * scale, 1.1 * scale))
+    doubled, same_loss = best_logit_scale(2 * scores, truth)
+    assert doubled == pytest.approx(scale / 2)
+    assert same_loss == pytest.approx(loss, abs=1e-6)

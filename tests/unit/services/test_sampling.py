@@ -1,0 +1,135 @@
+"""Drawing of tokens against distributions worked out by hand or by a plain loop in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ppod_services.generation.requests import TokenFilter
+from ppod_services.generation.sampling import draw
+
+PLAIN = TokenFilter(1.0, 1.0, 0)
+
+
+def draw_rows(logits: torch.Tensor, filters: list[TokenFilter], uniforms: list[float]) -> list[tuple[int, float]]:
+    drawn = draw(logits.clone(), filters, torch.tensor(uniforms, dtype=torch.float64))
+    return list(zip(drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True))
+
+
+def reference_distribution(logits: np.ndarray, row: TokenFilter) -> np.ndarray:
+    """The distribution of one row, by the definition."""
+    probabilities = np.exp(logits.astype(np.float64) / row.temperature)
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities, kind="stable")
+    if row.top_k:
+        probabilities[order[row.top_k :]] = 0
+        probabilities /= probabilities.sum()
+    before = 0.0
+    for token in order:
+        share = probabilities[token]
+        if before >= row.top_p:
+            probabilities[token] = 0
+        before += share
+    return probabilities / probabilities.sum()
+
+
+def test_inverse_cdf_on_a_distribution_worked_by_hand() -> None:
+    logits = torch.tensor([[math.log(0.1), math.log(0.6), math.log(0.3)]])
+    expected = {0.0: 0, 0.099: 0, 0.101: 1, 0.699: 1, 0.701: 2, 0.9999999: 2}
+    for uniform, token in expected.items():
+        [(drawn, logprob)] = draw_rows(logits, [PLAIN], [uniform])
+        assert drawn == token
+        assert logprob == pytest.approx(math.log([0.1, 0.6, 0.3][token]), abs=1e-6)
+
+
+def test_temperature_sharpens() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    # At temperature 0.5 the odds 1:3 become 1:9.
+    [(token, logprob)] = draw_rows(logits, [TokenFilter(0.5, 1.0, 0)], [0.11])
+    assert (token, logprob) == (1, pytest.approx(math.log(0.9), abs=1e-6))
+
+
+def test_greedy_reports_the_untempered_logprob() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    [(token, logprob)] = draw_rows(logits, [TokenFilter(0.0, 0.1, 1)], [0.0])
+    assert (token, logprob) == (1, pytest.approx(math.log(0.75), abs=1e-6))
+
+
+def test_top_k_and_top_p_by_hand() -> None:
+    logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
+    # Top-3 leaves 4:3:2 of 9; top-p 0.5 needs 4/9 + 3/9, so 4:3 of 7 is left.
+    row = TokenFilter(1.0, 0.5, 3)
+    assert draw_rows(logits, [row], [0.57]) == [(0, pytest.approx(math.log(4 / 7), abs=1e-6))]
+    assert draw_rows(logits, [row], [0.58]) == [(2, pytest.approx(math.log(3 / 7), abs=1e-6))]
+    assert draw_rows(logits, [row], [0.9999999])[0][0] == 2
+
+
+def test_top_p_always_keeps_the_likeliest_token() -> None:
+    logits = torch.tensor([[0.4, 0.35, 0.25]]).log()
+    assert draw_rows(logits, [TokenFilter(1.0, 1e-6, 0)], [0.99]) == [(0, pytest.approx(0.0, abs=1e-9))]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PLAIN,
+        TokenFilter(0.7, 1.0, 0),
+        TokenFilter(1.3, 0.9, 0),
+        TokenFilter(1.0, 0.999, 0),
+        TokenFilter(1.0, 1.0, 5),
+        TokenFilter(0.8, 0.6, 400),
+    ],
+)
+def test_every_draw_has_its_own_probability_and_the_frequencies_follow(row: TokenFilter) -> None:
+    """Vocabulary 3,001: no multiple of a block, and near-flat, so that top-p must look beyond its first candidates."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(3001, generator=generator)
+    expected = reference_distribution(logits.numpy(), row)
+    count = 2000
+    uniforms = [(index + 0.5) / count for index in range(count)]
+    drawn: list[tuple[int, float]] = []
+    for start in range(0, count, 500):
+        part = uniforms[start : start + 500]
+        drawn += draw_rows(logits.expand(len(part), -1), [row] * len(part), part)
+    for token, logprob in drawn:
+        assert logprob == pytest.approx(math.log(expected[token]), abs=1e-4)
+    # Evenly spaced uniforms hit each token's share of the interval to within one draw.
+    frequencies = np.bincount([token for token, _ in drawn], minlength=3001)
+    assert np.abs(frequencies - count * expected).max() <= 1.0 + 1e-3
+
+
+def test_rows_do_not_touch_each_other() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(5, 700, generator=generator)
+    filters = [
+        PLAIN,
+        TokenFilter(0.0, 1, 0),
+        TokenFilter(0.5, 0.5, 0),
+        TokenFilter(2.0, 1.0, 7),
+        TokenFilter(1, 0.9, 3),
+    ]
+    uniforms = [0.1, 0.2, 0.3, 0.4, 0.5]
+    together = draw_rows(logits, filters, uniforms)
+    alone = [draw_rows(logits[i : i + 1], filters[i : i + 1], uniforms[i : i + 1])[0] for i in range(5)]
+    assert [token for token, _ in together] == [token for token, _ in alone]
+    assert [value for _, value in together] == pytest.approx([value for _, value in alone], abs=1e-6)
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    logits = torch.full((1, 600), -math.inf)
+    logits[0, [3, 299, 512]] = 0.0
+    largest = math.nextafter(1.0, 0.0)
+    assert [draw_rows(logits, [PLAIN], [uniform])[0][0] for uniform in (0.0, 0.5, largest)] == [3, 299, 512]
+
+
+@pytest.mark.parametrize("row", [PLAIN, TokenFilter(1.0, 0.9, 0), TokenFilter(0.0, 1.0, 0)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_show_in_their_row_alone(row: TokenFilter, bad: float) -> None:
+    logits = torch.zeros(2, 300)
+    logits[0, 17] = bad
+    (_, broken), (_, whole) = draw_rows(logits, [row, row], [0.5, 0.5])
+    assert not math.isfinite(broken)
+    assert math.isfinite(whole)

@@ -1,0 +1,67 @@
+"""Checkpoints: whole or absent, exact, and refused when they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ppod_trainer.checkpoint import TrainerState, list_checkpoints, load_checkpoint, save_checkpoint
+from ppod_trainer.config import AdvantagesConfig, KlConfig, OptimizerConfig, PpoConfig, RewardsConfig
+from ppod_trainer.errors import CheckpointError
+from ppod_trainer.experience import ExperienceRules
+from ppod_trainer.learner import Learner, build_learner
+from ppod_trainer.metrics import StepTimer
+from ppod_trainer.policy import PolicyWithValue
+from ppod_trainer.rollouts import ScoredRollout
+
+Make = Callable[..., list[ScoredRollout]]
+RULES = ExperienceRules(RewardsConfig(), KlConfig(), AdvantagesConfig())
+
+
+def learner_of(policy: PolicyWithValue) -> Learner:
+    return build_learner(policy, PpoConfig(), RULES, OptimizerConfig(learning_rate=1e-3), seed=0)
+
+
+def state_at(step: int) -> TrainerState:
+    return TrainerState(step, step + 1, 0, 0.05, "fingerprint")
+
+
+def test_resumed_learning_equals_learning_without_a_break(
+    policy: PolicyWithValue, make_rollouts: Make, tmp_path: Path
+) -> None:
+    learner = learner_of(policy)
+    learner.learn(make_rollouts(seed=1), 0, 1.0, 0.05, StepTimer())
+    save_checkpoint(tmp_path, learner, state_at(1), keep=1)
+    learner.learn(make_rollouts(seed=2), 1, 0.5, 0.05, StepTimer())
+    straight = [parameter.detach().clone() for parameter in policy.parameters()]
+
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.normal_()
+    resumed = learner_of(policy)
+    assert load_checkpoint(tmp_path, resumed, "fingerprint") == state_at(1)
+    resumed.learn(make_rollouts(seed=2), 1, 0.5, 0.05, StepTimer())
+    assert all(torch.equal(a, b) for a, b in zip(straight, policy.parameters(), strict=True))
+
+
+def test_only_the_newest_are_kept_and_half_written_ones_do_not_count(policy: PolicyWithValue, tmp_path: Path) -> None:
+    learner = learner_of(policy)
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, learner, state_at(step), keep=2)
+    (tmp_path / "step_000011").mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000002", "step_000010"]
+
+
+def test_what_does_not_fit_is_refused(policy: PolicyWithValue, tmp_path: Path) -> None:
+    learner = learner_of(policy)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_checkpoint(tmp_path, learner, "fingerprint")
+    path = save_checkpoint(tmp_path, learner, state_at(3), keep=1)
+    with pytest.raises(CheckpointError, match="another configuration"):
+        load_checkpoint(tmp_path, learner, "other")
+    (path / "policy.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(tmp_path, learner, "fingerprint")

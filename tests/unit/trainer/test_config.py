@@ -1,0 +1,55 @@
+"""The trainer's configuration: every fault at once, and what is refused because it would be wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from ppod_models.configuration import ConfigError, dump_config, parse_config
+from ppod_trainer.config import TrainerConfig
+
+
+def problems(values: object) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TrainerConfig, values, "test")
+    return caught.value.problems
+
+
+def test_all_faults_are_named_at_once() -> None:
+    found = problems({"stepz": 3, "seed": -1, "ppo": {"clip": 0, "epocs": 2}, "rollout": {"temperature": "warm"}})
+    assert len(found) == 5
+    for path in ("stepz: unknown key", "ppo.epocs: unknown key", "seed:", "ppo.clip:", "rollout.temperature:"):
+        assert any(line.startswith(path) for line in found)
+
+
+def test_top_p_is_refused_in_training() -> None:
+    assert "smaller support" in problems({"rollout": {"top_p": 0.9}})[0]
+    assert "smaller support" in problems({"rollout": {"top_k": 50}})[0]
+
+
+def test_k1_in_the_loss_is_refused() -> None:
+    assert "gradient of mean zero" in problems({"kl": {"placement": "loss"}})[0]
+    assert parse_config(TrainerConfig, {"kl": {"placement": "loss", "estimator": "k2"}}, "test").kl.estimator == "k2"
+
+
+def test_nan_is_no_number() -> None:
+    assert problems({"optimizer": {"learning_rate": float("nan")}})[0].startswith("optimizer.learning_rate")
+
+
+def test_more_minibatches_than_samples_are_refused() -> None:
+    assert "ppo.minibatches is 9" in problems({"ppo": {"minibatches": 9}, "rollout": {"batch_size": 8}})[0]
+
+
+def test_resolved_configuration_reads_back_equal() -> None:
+    config = parse_config(TrainerConfig, {"steps": 7, "kl": {"adaptive": {"target": 3.0}}}, "test")
+    import yaml  # noqa: PLC0415
+
+    assert parse_config(TrainerConfig, yaml.safe_load(dump_config(config)), "test") == config
+
+
+def test_the_schema_needs_no_torch() -> None:
+    code = "import sys, ppod_trainer.config; sys.exit('torch' in sys.modules or 'grpc' in sys.modules)"
+    paths = {"PYTHONPATH": "protos:services:trainer"}
+    assert subprocess.run([sys.executable, "-c", code], env=paths, check=False).returncode == 0

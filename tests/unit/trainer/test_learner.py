@@ -1,0 +1,198 @@
+"""The update: exact first ratio, accumulation that changes nothing, clipping, early stop, refusal of NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ppod_trainer.config import AdvantagesConfig, KlConfig, OptimizerConfig, PpoConfig, RewardsConfig
+from ppod_trainer.errors import NonFiniteLossError
+from ppod_trainer.experience import ExperienceRules
+from ppod_trainer.learner import Learner, build_learner, learning_rate_at
+from ppod_trainer.metrics import StepTimer
+from ppod_trainer.policy import PolicyWithValue
+from ppod_trainer.rollouts import ScoredRollout
+
+Make = Callable[..., list[ScoredRollout]]
+
+
+def learner_of(policy: PolicyWithValue, ppo: PpoConfig | None = None, **rules: object) -> Learner:
+    parts = {"rewards": RewardsConfig(), "kl": KlConfig(), "advantages": AdvantagesConfig(), **rules}
+    made = ExperienceRules(**parts)  # pyright: ignore[reportArgumentType]
+    return build_learner(policy, ppo or PpoConfig(), made, OptimizerConfig(learning_rate=1e-3), seed=0)
+
+
+def parameters_of(policy: PolicyWithValue) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in policy.parameters()]
+
+
+def reset(policy: PolicyWithValue, saved: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(policy.parameters(), saved, strict=True):
+            parameter.copy_(value)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_ratio_is_exactly_one_in_the_first_minibatch(
+    policy: PolicyWithValue, make_rollouts: Make, compute: torch.dtype
+) -> None:
+    made = PolicyWithValue(policy.model, temperature=0.7, compute_dtype=compute)
+    _, stats = learner_of(made, PpoConfig(epochs=1, minibatches=1)).learn(make_rollouts(), 0, 1.0, 0.05, StepTimer())
+    assert stats.first_ratio_error == 0.0
+    assert stats.clip_fraction == 0.0
+    assert stats.approx_kl == 0.0
+
+
+def test_later_minibatches_see_a_moved_policy(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    _, stats = learner_of(policy).learn(make_rollouts(), 0, 1.0, 0.05, StepTimer())
+    assert stats.first_ratio_error == 0.0
+    assert stats.approx_kl > 0
+    assert stats.optimizer_steps == 4
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_micro_batches_change_nothing(policy: PolicyWithValue, make_rollouts: Make, aggregation: str) -> None:
+    saved, results = parameters_of(policy), []
+    for micro in (None, 1, 2):
+        reset(policy, saved)
+        ppo = PpoConfig.model_validate(
+            {"epochs": 1, "minibatches": 1, "micro_batch_size": micro, "aggregation": aggregation}
+        )
+        _, stats = learner_of(policy, ppo).learn(make_rollouts(), 0, 1.0, 0.05, StepTimer())
+        results.append((stats.grad_norm, stats.policy_loss, stats.value_loss, stats.entropy))
+    assert results[1] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
+    assert results[2] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
+
+
+def test_order_of_the_samples_does_not_matter_to_the_gradient(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    saved, norms = parameters_of(policy), []
+    for order in (1, -1):
+        reset(policy, saved)
+        ppo = PpoConfig(epochs=1, minibatches=1)
+        _, stats = learner_of(policy, ppo).learn(make_rollouts()[::order], 0, 1.0, 0.05, StepTimer())
+        norms.append(stats.grad_norm)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_the_update_raises_the_logprob_of_good_samples(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    """Sequence advantages with V = 0: the sample with the only positive score must become likelier, the others not."""
+    torch.nn.init.zeros_(policy.value_head.weight)
+    rollouts = [replace(scored, score=1.0 if row == 2 else -1.0) for row, scored in enumerate(make_rollouts())]
+    learner = learner_of(
+        policy,
+        PpoConfig(epochs=1, minibatches=1),
+        advantages=AdvantagesConfig(kind="sequence"),
+        kl=KlConfig(coefficient=0),
+    )
+    before, _ = learner.learn(rollouts, 0, 1.0, 0.0, StepTimer())
+    after, _ = learner.learn(rollouts, 1, 1e-9, 0.0, StepTimer())
+    change = (after.old_logprobs - before.old_logprobs).sum(dim=1)
+    assert change[2] > 0
+    assert change.argmax() == 2
+
+
+def test_same_seed_same_weights(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    saved, ends = parameters_of(policy), []
+    for _ in range(2):
+        reset(policy, saved)
+        learner_of(policy).learn(make_rollouts(), 3, 1.0, 0.05, StepTimer())
+        ends.append(parameters_of(policy))
+    assert all(torch.equal(first, second) for first, second in zip(*ends, strict=True))
+
+
+def test_update_stops_early_on_kl(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    ppo = PpoConfig(epochs=5, minibatches=2, stop_kl=1e-9)
+    _, stats = learner_of(policy, ppo).learn(make_rollouts(), 0, 1.0, 0.05, StepTimer())
+    assert stats.stopped_early
+    assert stats.optimizer_steps == 1
+
+
+def test_nan_is_refused_and_the_weights_stay(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    saved = parameters_of(policy)
+    rollouts = make_rollouts()
+    rollouts[3] = replace(rollouts[3], score=float("nan"))
+    with pytest.raises(NonFiniteLossError, match="step 8, epoch 1, minibatch 1"):
+        learner_of(policy).learn(rollouts, 7, 1.0, 0.05, StepTimer())
+    assert all(torch.equal(first, second) for first, second in zip(saved, parameters_of(policy), strict=True))
+
+
+def test_masked_truncated_samples_do_not_train(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    """With truncated samples masked, their scores change neither loss nor gradient."""
+    saved, results = parameters_of(policy), []
+    for score in (0.0, 100.0):
+        reset(policy, saved)
+        rollouts = [replace(one, score=score) if one.rollout.truncated else one for one in make_rollouts()]
+        learner = learner_of(policy, PpoConfig(epochs=1, minibatches=1), rewards=RewardsConfig(mask_truncated=True))
+        _, stats = learner.learn(rollouts, 0, 1.0, 0.05, StepTimer())
+        results.append((stats.policy_loss, stats.value_loss, stats.grad_norm))
+    assert results[0] == results[1]
+
+
+def test_kl_in_the_loss_pulls_to_the_reference(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    """With equal scores and a large coefficient only the penalty acts: the logprobs move towards the reference's."""
+    rollouts = [replace(scored, score=0.0) for scored in make_rollouts()]
+    learner = learner_of(
+        policy, PpoConfig(epochs=1, minibatches=1, value_coefficient=0), kl=KlConfig(placement="loss", estimator="k2")
+    )
+    before, stats = learner.learn(rollouts, 0, 1.0, 10.0, StepTimer())
+    after, _ = learner.learn(rollouts, 1, 1e-9, 10.0, StepTimer())
+    mask = before.loss_mask
+
+    def distance(logprobs: torch.Tensor) -> float:
+        return float((logprobs - before.ref_logprobs)[mask].square().mean())
+
+    assert stats.kl_loss > 0
+    assert distance(after.old_logprobs) < distance(before.old_logprobs)
+
+
+def test_sampler_gap_is_measured(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    batch, stats = learner_of(policy).learn(make_rollouts(), 0, 1.0, 0.05, StepTimer())
+    gap = (batch.old_logprobs - batch.sampler_logprobs)[batch.responses.response_mask].abs()
+    assert stats.sampler_gap == pytest.approx(float(gap.mean()), rel=1e-5)
+    assert stats.sampler_gap_max == pytest.approx(float(gap.max()), rel=1e-5)
+
+
+def test_importance_weights_scale_the_policy_loss(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    """Sampler logprobs log(2) below the trainer's give every token weight 2, or the cap."""
+    saved, losses = parameters_of(policy), []
+    plain = PpoConfig(epochs=1, minibatches=1)
+    raw = AdvantagesConfig(whiten=False)  # whitened advantages have a loss of 0 at ratio 1
+    view, _ = learner_of(policy, plain).learn(make_rollouts(), 0, 1e-9, 0.05, StepTimer())
+    shifted = [
+        replace(
+            one, rollout=replace(one.rollout, sampler_logprobs=(view.old_logprobs[row, :length] - 0.6931472).numpy())
+        )
+        for row, one in enumerate(make_rollouts())
+        if (length := len(one.rollout.response))
+    ]
+    for cap in (None, 1.5, 4.0):
+        reset(policy, saved)
+        ppo = PpoConfig(epochs=1, minibatches=1, importance_cap=cap)
+        _, stats = learner_of(policy, ppo, advantages=raw).learn(shifted, 0, 1.0, 0.05, StepTimer())
+        losses.append(stats.policy_loss)
+    assert losses[1] == pytest.approx(1.5 * losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(2.0 * losses[0], rel=1e-4)
+
+
+def test_learning_rate_warms_up_and_decays_linearly() -> None:
+    config = OptimizerConfig(warmup_steps=2, final_fraction=0.1)
+    factors = [learning_rate_at(step, 12, config) for step in range(13)]
+    assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert factors[7] == pytest.approx(0.55)
+    assert factors[12] == pytest.approx(0.1)
+    assert learning_rate_at(0, 10, OptimizerConfig()) == 1.0
+
+
+def test_adam_epsilon_and_rates(policy: PolicyWithValue) -> None:
+    made = build_learner(
+        policy,
+        PpoConfig(),
+        ExperienceRules(RewardsConfig(), KlConfig(), AdvantagesConfig()),
+        OptimizerConfig(learning_rate=1e-5, value_learning_rate=1e-3),
+        seed=0,
+    )
+    assert [group["lr"] for group in made.optimizer.param_groups] == [1e-5, 1e-3]
+    assert all(group["eps"] == 1e-5 for group in made.optimizer.param_groups)

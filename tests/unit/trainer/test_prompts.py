@@ -1,0 +1,76 @@
+"""Prompts: reading, cutting, splitting, and an order that (seed, step) decides alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ppod_trainer.config import PromptsConfig
+from ppod_trainer.errors import PromptError
+from ppod_trainer.prompts import load_prompts
+
+
+def encode(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+def write(tmp_path: Path, name: str, content: str) -> Path:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def test_equal_prompts_count_once_and_never_straddle_the_split(tmp_path: Path) -> None:
+    path = write(tmp_path, "p.txt", "\n".join(["abcX", "abcY", "bcd", "cde", "def"]))
+    prompts = load_prompts(PromptsConfig(path=path, first_tokens=3, heldout=2), encode)
+    training = {tuple(prompt.token_ids) for prompt in prompts.training}
+    heldout = {tuple(prompt.token_ids) for prompt in prompts.heldout}
+    assert (len(training), len(heldout)) == (2, 2)
+    assert training | heldout == {(97, 98, 99), (98, 99, 100), (99, 100, 101), (100, 101, 102)}
+
+
+def test_each_epoch_uses_every_prompt_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "p.txt", "\n".join("abcdefg"))
+    prompts = load_prompts(PromptsConfig(path=path, heldout=1), encode)
+    drawn = [prompt.index for step in range(4) for prompt in prompts.for_step(step, 3, seed=5)]
+    assert sorted(drawn[:6]) == sorted(drawn[6:]) == sorted(prompt.index for prompt in prompts.training)
+    assert drawn[:6] != drawn[6:]
+    assert [p.index for p in prompts.for_step(2, 3, seed=5)] == drawn[6:9]
+    assert [p.index for p in prompts.for_step(2, 3, seed=6)] != drawn[6:9]
+
+
+def test_reviews_are_the_default() -> None:
+    prompts = load_prompts(PromptsConfig(heldout=64), encode)
+    assert len(prompts.heldout) == 64
+    assert len(prompts.training) > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "good\n\nbad", "prompt 1 .*no tokens"),
+        ("p.tsv", "id\tnote\n1\tx", "a column `text`"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2: found .*`prompt`"),
+        ("p.jsonl", '{"prompt": "a"}\n{', "line 2: not JSON"),
+        ("p.csv", "a", "unknown kind '.csv'"),
+        ("p.txt", "a\nb", "heldout is 64, but there are only 2"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        load_prompts(PromptsConfig(path=write(tmp_path, name, content)), encode)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"none\.txt: cannot be read"):
+        load_prompts(PromptsConfig(path=tmp_path / "none.txt"), encode)
+
+
+def test_jsonl_and_tsv_are_read(tmp_path: Path) -> None:
+    jsonl = write(tmp_path, "p.jsonl", '{"prompt": "ab"}\n{"prompt": "cd"}\n')
+    tsv = write(tmp_path, "p.tsv", 'id\ttext\n1\ta "quoted" text\n2\tcd\n')
+    for path, first in ((jsonl, "ab"), (tsv, 'a "quoted" text')):
+        prompts = load_prompts(PromptsConfig(path=path, first_tokens=None, heldout=1), encode)
+        texts = {"".join(map(chr, prompt.token_ids)) for prompt in prompts.training + prompts.heldout}
+        assert texts == {first, "cd"}

@@ -1,0 +1,107 @@
+"""Rollouts: what the reward model sees, seeds by place, and bad samples that are dropped whole or stop the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ppod import InvalidArgument, NonFiniteOutput, PpodError, Unavailable
+from ppod_trainer.config import RolloutConfig
+from ppod_trainer.evaluation import distinct_2, standard_error
+from ppod_trainer.metrics import StepTimer
+from ppod_trainer.prompts import Prompt
+from ppod_trainer.rollouts import Rollout, RolloutCollector, sample_seed
+
+
+def rollout(index: int, *, truncated: bool = False) -> Rollout:
+    prompt = Prompt(index, np.array([index, index], dtype=np.int32))
+    return Rollout(prompt, np.array([7, 8, 2], dtype=np.int32), np.zeros(3, dtype=np.float32), truncated, 1, 50 + index)
+
+
+def test_reward_model_sees_what_the_user_sees() -> None:
+    assert rollout(4).visible_tokens.tolist() == [4, 4, 7, 8]
+    assert rollout(4, truncated=True).visible_tokens.tolist() == [4, 4, 7, 8, 2]
+    assert rollout(4).tokens.tolist() == [4, 4, 7, 8, 2]
+
+
+def test_seeds_depend_on_place_alone_and_differ() -> None:
+    seeds = {
+        sample_seed(run, stream, step, index)
+        for run in (0, 1)
+        for stream in "ab"
+        for step in (0, 1)
+        for index in (0, 1)
+    }
+    assert len(seeds) == 16
+    assert sample_seed(3, "rollout", 2, 1) == sample_seed(3, "rollout", 2, 1)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@dataclass
+class Values:
+    values: Any
+
+
+@dataclass
+class Scripted:
+    """Answers as the reward and reference clients do, and refuses the sequences whose first token is in `bad`."""
+
+    bad: dict[int, PpodError] = field(default_factory=dict)
+    calls: list[int] = field(default_factory=list)
+
+    def _check(self, sequences: Sequence[np.ndarray]) -> None:
+        self.calls.append(len(sequences))
+        for sample, sequence in enumerate(sequences):
+            if (error := self.bad.get(int(sequence[0]))) is not None:
+                error.sample = sample  # pyright: ignore[reportAttributeAccessIssue]
+                raise error
+
+    def score(self, sequences: Sequence[np.ndarray], **_: object) -> Values:
+        self._check(sequences)
+        return Values(np.array([float(sequence[0]) for sequence in sequences]))
+
+    def logprobs(self, sequences: Sequence[np.ndarray], prompts: Sequence[int], **_: object) -> Values:
+        self._check(sequences)
+        return Values([np.full(len(s) - p, s[0], dtype=np.float32) for s, p in zip(sequences, prompts, strict=True)])
+
+
+def collector(reward: Scripted, reference: Scripted, mode: str, dropped: list[PpodError]) -> RolloutCollector:
+    config = RolloutConfig.model_validate({"on_bad_sample": mode})
+    return RolloutCollector(None, reward, reference, config, dropped.append)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_bad_sample_is_dropped_from_both_answers() -> None:
+    dropped: list[PpodError] = []
+    reward = Scripted({2: NonFiniteOutput("score", 0, "nan")})
+    reference = Scripted({4: InvalidArgument("tokens", "x", "y", 0)})
+    scored = collector(reward, reference, "skip", dropped).score([rollout(i) for i in range(6)], StepTimer())
+    assert [one.rollout.prompt.index for one in scored] == [0, 1, 3, 5]
+    assert all(one.score == one.ref_logprobs[0] == one.rollout.prompt.index for one in scored)
+    assert {type(error) for error in dropped} == {NonFiniteOutput, InvalidArgument}
+    assert reward.calls == reference.calls == [6, 5]
+
+
+def test_a_bad_sample_stops_the_run_when_told_so() -> None:
+    reward = Scripted({2: NonFiniteOutput("score", 0, "nan")})
+    with pytest.raises(NonFiniteOutput, match="sample 2"):
+        collector(reward, Scripted(), "stop", []).score([rollout(i) for i in range(4)], StepTimer())
+
+
+def test_an_error_without_a_sample_always_stops() -> None:
+    class Gone(Scripted):
+        def score(self, sequences: Sequence[np.ndarray], **_: object) -> Values:
+            raise Unavailable(f"gone, with {len(sequences)} sequences")
+
+    with pytest.raises(Unavailable):
+        collector(Gone(), Scripted(), "skip", []).score([rollout(i) for i in range(4)], StepTimer())
+
+
+def test_figures_by_hand() -> None:
+    assert distinct_2(["a b a b", "a b"]) == pytest.approx(2 / 4)
+    assert distinct_2(["a", ""]) == 0.0
+    assert standard_error(np.array([1.0, 3.0])) == pytest.approx(1.0)
+    assert standard_error(np.array([1.0])) == 0.0

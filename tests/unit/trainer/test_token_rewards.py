@@ -1,0 +1,27 @@
+"""Where the score lands, and what the penalty touches."""
+
+from __future__ import annotations
+
+import torch
+
+from ppod_trainer.token_rewards import shape_scores, token_rewards
+
+MASK = torch.tensor([[True, True, True], [True, False, False]])
+
+
+def test_score_lands_on_the_last_response_token() -> None:
+    rewards = token_rewards(torch.tensor([2.0, -1.0]), None, MASK, 0.1)
+    torch.testing.assert_close(rewards, torch.tensor([[0.0, 0.0, 2.0], [-1.0, 0.0, 0.0]]))
+
+
+def test_kl_is_paid_on_real_tokens_only_even_when_padding_is_nan() -> None:
+    kl = torch.tensor([[1.0, -2.0, 3.0], [4.0, float("nan"), float("inf")]])
+    rewards = token_rewards(torch.tensor([2.0, -1.0]), kl, MASK, 0.1)
+    torch.testing.assert_close(rewards, torch.tensor([[-0.1, 0.2, 1.7], [-1.4, 0.0, 0.0]]))
+
+
+def test_score_is_clipped_before_the_missing_eos_penalty() -> None:
+    shaped = shape_scores(
+        torch.tensor([5.0, -5.0, 1.0]), torch.tensor([False, True, True]), clip=3.0, missing_eos_penalty=0.5
+    )
+    torch.testing.assert_close(shaped, torch.tensor([3.0, -3.5, 0.5]))
