@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14ppod/v1/common.proto\x12\x07ppod.v1\"4\n\x0eTokenSequences\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x0f\n\x07lengths\x18\x02 \x03(\r\"\x1e\n\rTextSequences\x12\r\n\x05texts\x18\x01 \x03(\t\"m\n\rModelSelector\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1b\n\x0eweight_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\tB\x11\n\x0f_weight_version\"R\n\nModelState\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0eweight_version\x18\x02 \x01(\x04\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\"<\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tcompute_s\x18\x02 \x01(\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\"|\n\x0bModelLimits\x12\x12\n\nvocab_size\x18\x01 \x01(\r\x12\x1b\n\x13max_sequence_tokens\x18\x02 \x01(\r\x12\x1d\n\x15max_request_sequences\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14ppod/v1/common.proto\x12\x07ppod.v1\"4\n\x0eTokenSequences\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x0f\n\x07lengths\x18\x02 \x03(\r\"/\n\rTextSequences\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x0f\n\x07prompts\x18\x02 \x03(\t\"m\n\rModelSelector\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1b\n\x0eweight_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\tB\x11\n\x0f_weight_version\"R\n\nModelState\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0eweight_version\x18\x02 \x01(\x04\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\"<\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tcompute_s\x18\x02 \x01(\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\"|\n\x0bModelLimits\x12\x12\n\nvocab_size\x18\x01 \x01(\r\x12\x1b\n\x13max_sequence_tokens\x18\x02 \x01(\r\x12\x1d\n\x15max_request_sequences\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ppod.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_PRIORITY']._serialized_start=519
+  _globals['_PRIORITY']._serialized_end=613
   _globals['_TOKENSEQUENCES']._serialized_start=33
   _globals['_TOKENSEQUENCES']._serialized_end=85
   _globals['_TEXTSEQUENCES']._serialized_start=87
-  _globals['_TEXTSEQUENCES']._serialized_end=117
-  _globals['_MODELSELECTOR']._serialized_start=119
-  _globals['_MODELSELECTOR']._serialized_end=228
-  _globals['_MODELSTATE']._serialized_start=230
-  _globals['_MODELSTATE']._serialized_end=312
-  _globals['_TIMING']._serialized_start=314
-  _globals['_TIMING']._serialized_end=374
-  _globals['_MODELLIMITS']._serialized_start=376
-  _globals['_MODELLIMITS']._serialized_end=500
+  _globals['_TEXTSEQUENCES']._serialized_end=134
+  _globals['_MODELSELECTOR']._serialized_start=136
+  _globals['_MODELSELECTOR']._serialized_end=245
+  _globals['_MODELSTATE']._serialized_start=247
+  _globals['_MODELSTATE']._serialized_end=329
+  _globals['_TIMING']._serialized_start=331
+  _globals['_TIMING']._serialized_end=391
+  _globals['_MODELLIMITS']._serialized_start=393
+  _globals['_MODELLIMITS']._serialized_end=517
 # @@protoc_insertion_point(module_scope)

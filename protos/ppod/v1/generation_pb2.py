@@ -25,25 +25,25 @@ _sym_db = _symbol_database.Default()
 from ppod.v1 import common_pb2 as ppod_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18ppod/v1/generation.proto\x12\x07ppod.v1\x1a\x14ppod/v1/common.proto\"\xa7\x01\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_p\"\xb3\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x08selector\x18\x02 \x01(\x0b\x32\x16.ppod.v1.ModelSelector\x12(\n\x07prompts\x18\x03 \x01(\x0b\x32\x17.ppod.v1.TokenSequences\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.ppod.v1.SamplingParams\x12\r\n\x05seeds\x18\x05 \x03(\x04\"\xc7\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.ppod.v1.FinishReason\x12\"\n\x05model\x18\x05 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x1f\n\x06timing\x18\x06 \x01(\x0b\x32\x0f.ppod.v1.Timing\x12\x0c\n\x04seed\x18\x07 \x01(\x04\"\x1b\n\x19GetGenerationModelRequest\"}\n\x1aGetGenerationModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12$\n\x06limits\x18\x02 \x01(\x0b\x32\x14.ppod.v1.ModelLimits\x12\x15\n\reos_token_ids\x18\x03 \x03(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb5\x01\n\x11GenerationService\x12\x41\n\x08Generate\x12\x18.ppod.v1.GenerateRequest\x1a\x19.ppod.v1.GenerateResponse0\x01\x12]\n\x12GetGenerationModel\x12\".ppod.v1.GetGenerationModelRequest\x1a#.ppod.v1.GetGenerationModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18ppod/v1/generation.proto\x12\x07ppod.v1\x1a\x14ppod/v1/common.proto\"\xa7\x01\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_p\"\xd8\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x08selector\x18\x02 \x01(\x0b\x32\x16.ppod.v1.ModelSelector\x12(\n\x07prompts\x18\x03 \x01(\x0b\x32\x17.ppod.v1.TokenSequences\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.ppod.v1.SamplingParams\x12\r\n\x05seeds\x18\x05 \x03(\x04\x12#\n\x08priority\x18\x06 \x01(\x0e\x32\x11.ppod.v1.Priority\"\xc7\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.ppod.v1.FinishReason\x12\"\n\x05model\x18\x05 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x1f\n\x06timing\x18\x06 \x01(\x0b\x32\x0f.ppod.v1.Timing\x12\x0c\n\x04seed\x18\x07 \x01(\x04\"\x1b\n\x19GetGenerationModelRequest\"}\n\x1aGetGenerationModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12$\n\x06limits\x18\x02 \x01(\x0b\x32\x14.ppod.v1.ModelLimits\x12\x15\n\reos_token_ids\x18\x03 \x03(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb5\x01\n\x11GenerationService\x12\x41\n\x08Generate\x12\x18.ppod.v1.GenerateRequest\x1a\x19.ppod.v1.GenerateResponse0\x01\x12]\n\x12GetGenerationModel\x12\".ppod.v1.GetGenerationModelRequest\x1a#.ppod.v1.GetGenerationModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ppod.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=769
-  _globals['_FINISHREASON']._serialized_end=864
+  _globals['_FINISHREASON']._serialized_start=806
+  _globals['_FINISHREASON']._serialized_end=901
   _globals['_SAMPLINGPARAMS']._serialized_start=60
   _globals['_SAMPLINGPARAMS']._serialized_end=227
   _globals['_GENERATEREQUEST']._serialized_start=230
-  _globals['_GENERATEREQUEST']._serialized_end=409
-  _globals['_GENERATERESPONSE']._serialized_start=412
-  _globals['_GENERATERESPONSE']._serialized_end=611
-  _globals['_GETGENERATIONMODELREQUEST']._serialized_start=613
-  _globals['_GETGENERATIONMODELREQUEST']._serialized_end=640
-  _globals['_GETGENERATIONMODELRESPONSE']._serialized_start=642
-  _globals['_GETGENERATIONMODELRESPONSE']._serialized_end=767
-  _globals['_GENERATIONSERVICE']._serialized_start=867
-  _globals['_GENERATIONSERVICE']._serialized_end=1048
+  _globals['_GENERATEREQUEST']._serialized_end=446
+  _globals['_GENERATERESPONSE']._serialized_start=449
+  _globals['_GENERATERESPONSE']._serialized_end=648
+  _globals['_GETGENERATIONMODELREQUEST']._serialized_start=650
+  _globals['_GETGENERATIONMODELREQUEST']._serialized_end=677
+  _globals['_GETGENERATIONMODELRESPONSE']._serialized_start=679
+  _globals['_GETGENERATIONMODELRESPONSE']._serialized_end=804
+  _globals['_GENERATIONSERVICE']._serialized_start=904
+  _globals['_GENERATIONSERVICE']._serialized_end=1085
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from ppod.v1 import common_pb2 as ppod_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17ppod/v1/reference.proto\x12\x07ppod.v1\x1a\x14ppod/v1/common.proto\"\xc1\x01\n\x16\x43omputeLogprobsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x08selector\x18\x02 \x01(\x0b\x32\x16.ppod.v1.ModelSelector\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.ppod.v1.TokenSequences\x12\x16\n\x0eprompt_lengths\x18\x04 \x03(\r\x12\x18\n\x0btemperature\x18\x05 \x01(\x02H\x00\x88\x01\x01\x42\x0e\n\x0c_temperature\"p\n\x17\x43omputeLogprobsResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x1f\n\x06timing\x18\x02 \x01(\x0b\x32\x0f.ppod.v1.Timing\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\"\x1a\n\x18GetReferenceModelRequest\"e\n\x19GetReferenceModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12$\n\x06limits\x18\x02 \x01(\x0b\x32\x14.ppod.v1.ModelLimits2\xc4\x01\n\x10ReferenceService\x12T\n\x0f\x43omputeLogprobs\x12\x1f.ppod.v1.ComputeLogprobsRequest\x1a .ppod.v1.ComputeLogprobsResponse\x12Z\n\x11GetReferenceModel\x12!.ppod.v1.GetReferenceModelRequest\x1a\".ppod.v1.GetReferenceModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17ppod/v1/reference.proto\x12\x07ppod.v1\x1a\x14ppod/v1/common.proto\"\x86\x02\n\x16\x43omputeLogprobsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x08selector\x18\x02 \x01(\x0b\x32\x16.ppod.v1.ModelSelector\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.ppod.v1.TokenSequences\x12\x16\n\x0eprompt_lengths\x18\x04 \x03(\r\x12\x18\n\x0btemperature\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x0f\n\x07\x65ntropy\x18\x06 \x01(\x08\x12\r\n\x05top_k\x18\x07 \x01(\r\x12#\n\x08priority\x18\x08 \x01(\x0e\x32\x11.ppod.v1.PriorityB\x0e\n\x0c_temperature\"\xb0\x01\n\x17\x43omputeLogprobsResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x1f\n\x06timing\x18\x02 \x01(\x0b\x32\x0f.ppod.v1.Timing\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12\x11\n\tentropies\x18\x04 \x01(\x0c\x12\x15\n\rtop_token_ids\x18\x05 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x06 \x01(\x0c\"D\n\x18GetReferenceModelRequest\x12(\n\x08selector\x18\x01 \x01(\x0b\x32\x16.ppod.v1.ModelSelector\"e\n\x19GetReferenceModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12$\n\x06limits\x18\x02 \x01(\x0b\x32\x14.ppod.v1.ModelLimits2\xc4\x01\n\x10ReferenceService\x12T\n\x0f\x43omputeLogprobs\x12\x1f.ppod.v1.ComputeLogprobsRequest\x1a .ppod.v1.ComputeLogprobsResponse\x12Z\n\x11GetReferenceModel\x12!.ppod.v1.GetReferenceModelRequest\x1a\".ppod.v1.GetReferenceModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,13 +33,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ppod.v1.reference_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=59
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=252
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=254
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=366
-  _globals['_GETREFERENCEMODELREQUEST']._serialized_start=368
-  _globals['_GETREFERENCEMODELREQUEST']._serialized_end=394
-  _globals['_GETREFERENCEMODELRESPONSE']._serialized_start=396
-  _globals['_GETREFERENCEMODELRESPONSE']._serialized_end=497
-  _globals['_REFERENCESERVICE']._serialized_start=500
-  _globals['_REFERENCESERVICE']._serialized_end=696
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=321
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=324
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=500
+  _globals['_GETREFERENCEMODELREQUEST']._serialized_start=502
+  _globals['_GETREFERENCEMODELREQUEST']._serialized_end=570
+  _globals['_GETREFERENCEMODELRESPONSE']._serialized_start=572
+  _globals['_GETREFERENCEMODELRESPONSE']._serialized_end=673
+  _globals['_REFERENCESERVICE']._serialized_start=676
+  _globals['_REFERENCESERVICE']._serialized_end=872
 # @@protoc_insertion_point(module_scope)

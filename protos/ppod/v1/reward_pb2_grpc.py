@@ -45,6 +45,11 @@ class RewardServiceStub:
                 request_serializer=ppod_dot_v1_dot_reward__pb2.GetRewardModelRequest.SerializeToString,
                 response_deserializer=ppod_dot_v1_dot_reward__pb2.GetRewardModelResponse.FromString,
                 _registered_method=True)
+        self.ListRewards = channel.unary_unary(
+                '/ppod.v1.RewardService/ListRewards',
+                request_serializer=ppod_dot_v1_dot_reward__pb2.ListRewardsRequest.SerializeToString,
+                response_deserializer=ppod_dot_v1_dot_reward__pb2.ListRewardsResponse.FromString,
+                _registered_method=True)
 
 
 class RewardServiceServicer:
@@ -65,6 +70,13 @@ class RewardServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRewards(self, request, context):
+        """Lists every reward that the service has, models and others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RewardServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_RewardServiceServicer_to_server(servicer, server):
                     servicer.GetRewardModel,
                     request_deserializer=ppod_dot_v1_dot_reward__pb2.GetRewardModelRequest.FromString,
                     response_serializer=ppod_dot_v1_dot_reward__pb2.GetRewardModelResponse.SerializeToString,
+            ),
+            'ListRewards': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRewards,
+                    request_deserializer=ppod_dot_v1_dot_reward__pb2.ListRewardsRequest.FromString,
+                    response_serializer=ppod_dot_v1_dot_reward__pb2.ListRewardsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class RewardService:
             '/ppod.v1.RewardService/GetRewardModel',
             ppod_dot_v1_dot_reward__pb2.GetRewardModelRequest.SerializeToString,
             ppod_dot_v1_dot_reward__pb2.GetRewardModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRewards(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ppod.v1.RewardService/ListRewards',
+            ppod_dot_v1_dot_reward__pb2.ListRewardsRequest.SerializeToString,
+            ppod_dot_v1_dot_reward__pb2.ListRewardsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class RewardServiceStub:
     """Scores a batch of sequences with one scalar each."""
     GetRewardModel: _grpc.UnaryUnaryMultiCallable[_reward_pb2.GetRewardModelRequest, _reward_pb2.GetRewardModelResponse]
     """Describes the reward model."""
+    ListRewards: _grpc.UnaryUnaryMultiCallable[_reward_pb2.ListRewardsRequest, _reward_pb2.ListRewardsResponse]
+    """Lists every reward that the service has, models and others."""
 
 @_typing.type_check_only
 class RewardServiceAsyncStub(RewardServiceStub):
@@ -47,6 +49,8 @@ class RewardServiceAsyncStub(RewardServiceStub):
     """Scores a batch of sequences with one scalar each."""
     GetRewardModel: _aio.UnaryUnaryMultiCallable[_reward_pb2.GetRewardModelRequest, _reward_pb2.GetRewardModelResponse]  # type: ignore[assignment]
     """Describes the reward model."""
+    ListRewards: _aio.UnaryUnaryMultiCallable[_reward_pb2.ListRewardsRequest, _reward_pb2.ListRewardsResponse]  # type: ignore[assignment]
+    """Lists every reward that the service has, models and others."""
 
 class RewardServiceServicer(metaclass=_abc_1.ABCMeta):
     """Scores sequences. Stateless: a repeated call gives the same scores."""
@@ -66,5 +70,13 @@ class RewardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_reward_pb2.GetRewardModelResponse, _abc.Awaitable[_reward_pb2.GetRewardModelResponse]]:
         """Describes the reward model."""
+
+    @_abc_1.abstractmethod
+    def ListRewards(
+        self,
+        request: _reward_pb2.ListRewardsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_reward_pb2.ListRewardsResponse, _abc.Awaitable[_reward_pb2.ListRewardsResponse]]:
+        """Lists every reward that the service has, models and others."""
 
 def add_RewardServiceServicer_to_server(servicer: RewardServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 
 from ppod.errors import Cancelled, DeadlineExceeded, InvalidArgument, PpodError, ResourceExhausted, Unavailable
 from ppod_services.core.batching import form_batch, padded_tokens
+from ppod_services.core.callers import ANONYMOUS_CALLER, Caller
 from ppod_services.core.config import BatchingConfig
 from ppod_services.core.metrics import ServiceMetrics
 
@@ -166,12 +167,15 @@ class Scheduler(Generic[ItemT, ResultT]):
         self._tokens_per_s = 0.0
         self._stopped = False
 
-    def submit(self, submissions: Sequence[Submission[ItemT]], deadline_s: float) -> Ticket[ResultT]:
+    def submit(
+        self, submissions: Sequence[Submission[ItemT]], deadline_s: float, caller: Caller = ANONYMOUS_CALLER
+    ) -> Ticket[ResultT]:
         """Enqueue all sequences of a request at once.
 
         Args:
             submissions: at least one.
             deadline_s: seconds from now after which the request is worth nothing.
+            caller: whose it is.
 
         Raises:
             ResourceExhausted: the queue is full. InvalidArgument: the request alone would overflow it.

@@ -11,6 +11,7 @@ import grpc.aio
 from ppod.errors import InvalidArgument
 from ppod.tensors import pack_floats, pack_tokens
 from ppod.v1 import common_pb2, generation_pb2, generation_pb2_grpc
+from ppod_services.core.callers import caller_of
 from ppod_services.core.config import LimitsConfig
 from ppod_services.core.described import (
     Deferred,
@@ -50,7 +51,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         target = self._target.get()
         items = self._read(request, target)
         submissions = [Submission(item, len(item.prompt) + item.max_tokens) for item in items]
-        ticket = self._scheduler.submit(submissions, effective_deadline_s(context.time_remaining(), self._limits))
+        ticket = self._scheduler.submit(
+            submissions, effective_deadline_s(context.time_remaining(), self._limits), caller_of(request.priority)
+        )
         try:
             async for outcome in ticket.stream():
                 yield _reply(items[outcome.index], outcome, target.info)

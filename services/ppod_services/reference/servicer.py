@@ -9,6 +9,7 @@ import grpc.aio
 from ppod.errors import InvalidArgument, Unavailable
 from ppod.tensors import pack_floats
 from ppod.v1 import reference_pb2, reference_pb2_grpc
+from ppod_services.core.callers import caller_of
 from ppod_services.core.config import LimitsConfig
 from ppod_services.core.described import (
     Deferred,
@@ -49,7 +50,9 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
         target = self._target.get()
         items = self._read(request, target)
         submissions = [Submission(item, len(item.tokens), item.temperature) for item in items]
-        ticket = self._scheduler.submit(submissions, effective_deadline_s(context.time_remaining(), self._limits))
+        ticket = self._scheduler.submit(
+            submissions, effective_deadline_s(context.time_remaining(), self._limits), caller_of(request.priority)
+        )
         try:
             outcomes = await ticket.gather()
         finally:

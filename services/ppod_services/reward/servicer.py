@@ -10,6 +10,7 @@ import numpy as np
 from ppod.errors import InvalidArgument
 from ppod.tensors import TokenArray, pack_floats
 from ppod.v1 import common_pb2, reward_pb2, reward_pb2_grpc
+from ppod_services.core.callers import caller_of
 from ppod_services.core.config import LimitsConfig
 from ppod_services.core.described import (
     Deferred,
@@ -57,7 +58,9 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         submissions = [
             Submission(RewardItem(sample, name, tokens), len(tokens), name) for sample, tokens in enumerate(sequences)
         ]
-        ticket = self._scheduler.submit(submissions, effective_deadline_s(context.time_remaining(), self._limits))
+        ticket = self._scheduler.submit(
+            submissions, effective_deadline_s(context.time_remaining(), self._limits), caller_of(request.priority)
+        )
         try:
             outcomes = await ticket.gather()
         finally:
