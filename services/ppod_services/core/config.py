@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -24,6 +25,27 @@ class ListenConfig(ConfigModel):
         if len(set(ports)) != len(ports):
             raise ValueError("port, admin_port and metrics_port must differ from each other")
         return self
+
+
+class TlsConfig(ConfigModel):
+    """Certificates of a port, as PEM files; they are read again when they change."""
+
+    certificate_file: Path = Field(description="the server's certificate, with its chain")
+    private_key_file: Path = Field(description="the key of the certificate, without a passphrase")
+    client_ca_file: Path | None = Field(
+        default=None, description="mutual TLS: authority that callers' certificates must come from; none: TLS only"
+    )
+
+
+class TracingConfig(ConfigModel):
+    """Where OpenTelemetry spans go. A call's span joins the trace that its metadata names."""
+
+    endpoint: str | None = Field(
+        default=None, min_length=1, description="OTLP over gRPC, such as http://collector:4317; none: no tracing"
+    )
+    sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="share of traces begun here that are kept; a caller's own choice counts"
+    )
 
 
 class BatchingConfig(ConfigModel):
@@ -69,8 +91,21 @@ class ServiceConfig(ConfigModel):
     listen: ListenConfig
     batching: BatchingConfig = BatchingConfig()
     limits: LimitsConfig = LimitsConfig()
+    tls: TlsConfig | None = Field(default=None, description="of the service's port; none: plain text")
+    admin_tls: TlsConfig | None = Field(default=None, description="of the administration port; none: as `tls`")
+    tracing: TracingConfig = TracingConfig()
+    warm_up_tokens: int = Field(
+        default=512, ge=0, le=2**24, description="tokens of the batches that are run before the service is ready"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_grace_s: float = Field(default=30.0, ge=0, le=3_600, description="longest time to finish work after SIGTERM")
+
+
+class AdapterConfig(ConfigModel):
+    """A LoRA adapter on the service's model."""
+
+    name: str = Field(min_length=1, description="what requests call the model with this adapter")
+    source: str = Field(min_length=1, description="directory or hub id of an adapter that PEFT saved as safetensors")
 
 
 class CausalServiceConfig(ServiceConfig):
