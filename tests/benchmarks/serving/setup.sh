@@ -12,7 +12,7 @@ if [ ! -e "$peers/.installed-$key" ]; then
     echo "installing FastAPI and LitServe into $peers"
     "$python" -m venv "$peers"
     install "$peers" torch==2.13.0
-    install "$peers" transformers==5.19.0 safetensors fastapi uvicorn litserve==0.2.19 httpx gguf accelerate
+    install "$peers" transformers==5.19.0 safetensors fastapi uvicorn litserve==0.2.19 aiohttp
     touch "$peers/.installed-$key"
 fi
 
