@@ -144,10 +144,25 @@ class Cancelled(_PlainError):
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.CANCELLED
 
 
+class Unauthenticated(_PlainError):
+    """The call carries no token, or one that nobody here has."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(_PlainError):
+    """The call's token is known, but not for this kind of call."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.PERMISSION_DENIED
+
+
 class Internal(_PlainError):
     """A bug of ours, or a status that nothing else here stands for."""
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+
+_PLAIN_ERRORS = (Unavailable, DeadlineExceeded, Cancelled, Unauthenticated, PermissionDenied)
 
 
 def to_status(error: PpodError) -> status_pb2.Status:
@@ -185,7 +200,7 @@ def from_rpc_error(error: grpc.RpcError) -> PpodError:
                 return rebuilt
     code = error.code()
     detail = error.details() or code.name
-    for plain in (Unavailable, DeadlineExceeded, Cancelled):
+    for plain in _PLAIN_ERRORS:
         if plain.code == code:
             return plain(detail)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -220,12 +235,7 @@ def _rebuild(status: status_pb2.Status) -> PpodError | None:
                 return ResourceExhausted(values["what"], float(values["retry_after_s"]))
             case "NonFiniteOutput":
                 return NonFiniteOutput(values["output"], int(values["sample"]), values["found"])
-            case "Unavailable":
-                return Unavailable(values["detail"])
-            case "DeadlineExceeded":
-                return DeadlineExceeded(values["detail"])
-            case "Cancelled":
-                return Cancelled(values["detail"])
-            case _:
-                return Internal(status.message)
+            case reason:
+                named = (plain(values["detail"]) for plain in _PLAIN_ERRORS if plain.__name__ == reason)
+                return next(named, Internal(status.message))
     return None
