@@ -23,9 +23,11 @@ from prometheus_client import start_http_server
 from ppod.channel import ChannelOptions, server_options
 from ppod_models.sources import ModelSourceError
 from ppod_services.core.config import ServiceConfig
-from ppod_services.core.interceptor import CallGate, CallInterceptor
+from ppod_services.core.gate import CallGate
+from ppod_services.core.interceptor import CallInterceptor, Identify
 from ppod_services.core.logs import LogValue, log_event
 from ppod_services.core.metrics import ServiceMetrics
+from ppod_services.core.tenancy import Tenancy
 
 _LOGGER = logging.getLogger(__name__)
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -96,7 +98,8 @@ class _Server:
         self._hosted = build(Host(self._executor, self._metrics))
         self._health = health.aio.HealthServicer()
         self._stopping = asyncio.Event()
-        self._gate = CallGate()
+        self._gate = CallGate(config.limits.max_concurrent_calls)
+        self._tenancy = Tenancy(config.tenancy)
 
     @property
     def _names(self) -> list[str]:
@@ -114,6 +117,7 @@ class _Server:
         for server in servers:
             await server.start()
         self._watch_signals()
+        watch = asyncio.create_task(self._tenancy.watch())
         listen = self._config.listen
         log_event(_LOGGER, "listening", {"host": listen.host, "port": listen.port, "pid": os.getpid()})
         worker: asyncio.Task[None] | None = None
@@ -125,6 +129,7 @@ class _Server:
             stopping = asyncio.create_task(self._stopping.wait())
             await asyncio.wait({worker, stopping}, return_when=asyncio.FIRST_COMPLETED)
         drained = await self._drain(servers)
+        watch.cancel()
         if worker is not None:
             worker.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -137,17 +142,17 @@ class _Server:
         if listen.metrics_port is not None:
             _check_free("listen.metrics_port", listen.host, listen.metrics_port)
             start_http_server(listen.metrics_port, listen.host, self._metrics.registry)
-        main = self._new_server([self._hosted.service_name])
+        main = self._new_server([self._hosted.service_name], self._tenancy.team)
         self._hosted.register(main)
         _bind_port(main, "listen.port", listen.host, listen.port)
         if listen.admin_port is None or self._hosted.admin_service_name is None:
             return [main]
-        admin = self._new_server([self._hosted.admin_service_name])
+        admin = self._new_server([self._hosted.admin_service_name], self._tenancy.administrator)
         self._hosted.register_admin(admin)
         _bind_port(admin, "listen.admin_port", listen.host, listen.admin_port)
         return [main, admin]
 
-    def _new_server(self, names: Sequence[str]) -> grpc.aio.Server:
+    def _new_server(self, names: Sequence[str], identify: Identify) -> grpc.aio.Server:
         limits = self._config.limits
         options: ChannelOptions = [
             *server_options(limits.max_message_bytes),
@@ -155,7 +160,7 @@ class _Server:
             # Calls that run when the connection's age is up may still end.
             ("grpc.max_connection_age_grace_ms", int(limits.default_deadline_s * 1_000)),
         ]
-        server = grpc.aio.server(interceptors=[CallInterceptor(self._gate, self._metrics)], options=options)
+        server = grpc.aio.server(interceptors=[CallInterceptor(self._gate, self._metrics, identify)], options=options)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         return server
