@@ -28,6 +28,27 @@ class ListenConfig(ConfigModel):
         return self
 
 
+class TlsConfig(ConfigModel):
+    """Certificates of a port, as PEM files; they are read again when they change."""
+
+    certificate_file: Path = Field(description="the server's certificate, with its chain")
+    private_key_file: Path = Field(description="the key of the certificate, without a passphrase")
+    client_ca_file: Path | None = Field(
+        default=None, description="mutual TLS: authority that callers' certificates must come from; none: TLS only"
+    )
+
+
+class TracingConfig(ConfigModel):
+    """Where OpenTelemetry spans go. A call's span joins the trace that its metadata names."""
+
+    endpoint: str | None = Field(
+        default=None, min_length=1, description="OTLP over gRPC, such as http://collector:4317; none: no tracing"
+    )
+    sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="share of traces begun here that are kept; a caller's own choice counts"
+    )
+
+
 class BatchingConfig(ConfigModel):
     """How waiting sequences of all callers become batches."""
 
@@ -123,17 +144,29 @@ class ServiceConfig(ConfigModel):
     batching: BatchingConfig = BatchingConfig()
     limits: LimitsConfig = LimitsConfig()
     tenancy: TenancyConfig = TenancyConfig()
+    tls: TlsConfig | None = Field(default=None, description="of the service's port; none: plain text")
+    admin_tls: TlsConfig | None = Field(default=None, description="of the administration port; none: as `tls`")
+    tracing: TracingConfig = TracingConfig()
+    warm_up_tokens: int = Field(
+        default=512, ge=0, le=2**24, description="tokens of the batches that are run before the service is ready"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_grace_s: float = Field(default=30.0, ge=0, le=3_600, description="longest time to finish work after SIGTERM")
 
     @model_validator(mode="after")
     def _admin_is_closed_to_strangers(self) -> Self:
-        guarded = self.tenancy.teams_file is not None or self.tenancy.open_admin or _is_loopback(self.listen.host)
+        tls = self.admin_tls or self.tls
+        guarded = (
+            self.tenancy.teams_file is not None
+            or self.tenancy.open_admin
+            or (tls is not None and tls.client_ca_file is not None)
+            or _is_loopback(self.listen.host)
+        )
         if self.listen.admin_port is not None and not guarded:
             raise ValueError(
                 f"listen.admin_port would let anyone who reaches {self.listen.host} replace the weights: name "
-                "administrators in tenancy.teams_file, listen on 127.0.0.1, or set tenancy.open_admin where the "
-                "network itself keeps strangers out"
+                "administrators in tenancy.teams_file, demand client certificates by admin_tls.client_ca_file, listen "
+                "on 127.0.0.1, or set tenancy.open_admin where the network itself keeps strangers out"
             )
         return self
 
@@ -145,6 +178,13 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+class AdapterConfig(ConfigModel):
+    """A LoRA adapter on the service's model."""
+
+    name: str = Field(min_length=1, description="what requests call the model with this adapter")
+    source: str = Field(min_length=1, description="directory or hub id of an adapter that PEFT saved as safetensors")
 
 
 class CausalServiceConfig(ServiceConfig):

@@ -36,7 +36,7 @@ from ppod_services.core.tenancy import Metadata
 __all__ = ["CallInterceptor"]
 
 _LOGGER = logging.getLogger(__name__)
-_OURS = "/ppod.v1."
+_GUARDED = ("/ppod.v1.", "/grpc.channelz.v1.")
 _REFUSALS_LOGGED_PER_S = 10
 
 RequestT = TypeVar("RequestT")
@@ -53,7 +53,7 @@ StreamBehaviour = Callable[[Message, Context], AsyncIterator[Message]]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the calls of ppod's own services; health and reflection pass untouched.
+    """Wraps the calls of ppod's own services and of channelz; health and reflection pass untouched.
 
     A call is refused before its message is parsed: under a flood that is most of what a refusal would cost.
 
@@ -77,7 +77,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Give gRPC the handler with our wrapping around it."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(_OURS):
+        if handler is None or not method.startswith(_GUARDED):
             return handler
         metadata = cast(Metadata, handler_call_details.invocation_metadata)
         reply_codec = handler.response_serializer
