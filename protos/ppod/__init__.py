@@ -22,8 +22,10 @@ from ppod.errors import (
     InvalidReply,
     NonFiniteOutput,
     NotFound,
+    PermissionDenied,
     PpodError,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -39,6 +41,7 @@ __all__ = [
     "InvalidReply",
     "NonFiniteOutput",
     "NotFound",
+    "PermissionDenied",
     "Pin",
     "PpodError",
     "ReferenceClient",
@@ -48,6 +51,7 @@ __all__ = [
     "Sampling",
     "Scores",
     "Truncation",
+    "Unauthenticated",
     "Unavailable",
     "WeightClient",
 ]

@@ -25,9 +25,11 @@ from ppod.channel import ChannelOptions, server_options
 from ppod_models.sources import ModelSourceError
 from ppod_models.tracing import flush_tracing
 from ppod_services.core.config import ServiceConfig, TlsConfig
-from ppod_services.core.interceptor import CallGate, CallInterceptor
+from ppod_services.core.gate import CallGate
+from ppod_services.core.interceptor import CallInterceptor, Identify
 from ppod_services.core.logs import LogValue, log_event
 from ppod_services.core.metrics import ServiceMetrics
+from ppod_services.core.tenancy import Tenancy
 from ppod_services.core.tls import CertificateError, RotatingCertificates
 from ppod_services.core.tracing import tracing_interceptors
 
@@ -102,7 +104,8 @@ class _Server:
         self._hosted = build(Host(self._executor, self._metrics))
         self._health = health.aio.HealthServicer()
         self._stopping = asyncio.Event()
-        self._gate = CallGate()
+        self._gate = CallGate(config.limits.max_concurrent_calls)
+        self._tenancy = Tenancy(config.tenancy)
         # Held for as long as the ports are: gRPC calls them before each handshake.
         self._certificates: list[RotatingCertificates] = []
         self._tracing = tracing_interceptors(config.tracing, self._hosted.service_name)
@@ -123,6 +126,7 @@ class _Server:
         for server in servers:
             await server.start()
         self._watch_signals()
+        watch = asyncio.create_task(self._tenancy.watch())
         listen = self._config.listen
         log_event(_LOGGER, "listening", {"host": listen.host, "port": listen.port, "pid": os.getpid()})
         worker: asyncio.Task[None] | None = None
@@ -134,6 +138,7 @@ class _Server:
             stopping = asyncio.create_task(self._stopping.wait())
             await asyncio.wait({worker, stopping}, return_when=asyncio.FIRST_COMPLETED)
         drained = await self._drain(servers)
+        watch.cancel()
         if worker is not None:
             worker.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -146,15 +151,13 @@ class _Server:
         if listen.metrics_port is not None:
             _check_free("listen.metrics_port", listen.host, listen.metrics_port)
             start_http_server(listen.metrics_port, listen.host, self._metrics.registry)
-        main = self._new_server([self._hosted.service_name])
+        main = self._new_server([self._hosted.service_name], self._tenancy.team)
         self._hosted.register(main)
         self._bind_port(main, "listen.port", listen.port, self._config.tls)
         if listen.admin_port is None or self._hosted.admin_service_name is None:
             return [main]
         # What channelz tells of connections is for administrators only.
-        admin = self._new_server(
-            [self._hosted.admin_service_name, channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name]
-        )
+        admin = self._new_server([self._hosted.admin_service_name, _CHANNELZ], self._tenancy.administrator)
         channelz.add_channelz_servicer(admin)
         self._hosted.register_admin(admin)
         self._bind_port(admin, "listen.admin_port", listen.admin_port, self._config.admin_tls or self._config.tls)
@@ -175,7 +178,7 @@ class _Server:
         except RuntimeError as error:
             raise StartError(f"{key}: cannot listen on {host}:{port}: {error}") from error
 
-    def _new_server(self, names: Sequence[str]) -> grpc.aio.Server:
+    def _new_server(self, names: Sequence[str], identify: Identify) -> grpc.aio.Server:
         limits = self._config.limits
         options: ChannelOptions = [
             *server_options(limits.max_message_bytes),
@@ -183,7 +186,7 @@ class _Server:
             # Calls that run when the connection's age is up may still end.
             ("grpc.max_connection_age_grace_ms", int(limits.default_deadline_s * 1_000)),
         ]
-        interceptors = [*self._tracing, CallInterceptor(self._gate, self._metrics)]
+        interceptors = [*self._tracing, CallInterceptor(self._gate, self._metrics, identify)]
         server = grpc.aio.server(interceptors=interceptors, options=options)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
