@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import grpc
+import grpc.aio
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 ERROR_DOMAIN = "ppod.v1"
@@ -132,6 +134,18 @@ class Unavailable(_PlainError):
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNAVAILABLE
 
 
+class Unauthenticated(_PlainError):
+    """The call brought no token, or one that nobody has."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(_PlainError):
+    """The caller is known, and this is not theirs to do."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.PERMISSION_DENIED
+
+
 class DeadlineExceeded(_PlainError):
     """The time that the caller gave ran out; the server drops the work."""
 
@@ -174,26 +188,42 @@ def to_status(error: PpodError) -> status_pb2.Status:
 
 def from_rpc_error(error: grpc.RpcError) -> PpodError:
     """Rebuild the exception that a server raised, or the nearest one when another layer made the status."""
-    if not isinstance(error, grpc.Call):
+    if not isinstance(error, grpc.Call | grpc.aio.AioRpcError):
         return Internal(str(error))
-    metadata: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # pyright: ignore
-    for key, value in metadata:
-        if key == STATUS_DETAILS_KEY and isinstance(value, bytes):
-            status = status_pb2.Status.FromString(value)
-            rebuilt = _rebuild(status)
-            if rebuilt is not None:
-                return rebuilt
+    status = _read_status(error.trailing_metadata() or ())  # pyright: ignore
+    rebuilt = None if status is None else _rebuild(status)
+    if rebuilt is not None:
+        return rebuilt
     code = error.code()
     detail = error.details() or code.name
-    for plain in (Unavailable, DeadlineExceeded, Cancelled):
+    for plain in (Unavailable, Unauthenticated, PermissionDenied, DeadlineExceeded, Cancelled):
         if plain.code == code:
             return plain(detail)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         # gRPC itself answers so when a message is too large; no wait mends that, so the wait is zero.
-        return ResourceExhausted(detail, 0.0)
+        return ResourceExhausted(detail, 0.0 if status is None else _retry_delay_s(status))
     if code == grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidArgument("request", detail, "a request that the server accepts")
     return Internal(f"{code.name}: {detail}")
+
+
+def _read_status(metadata: Iterable[tuple[str, str | bytes]]) -> status_pb2.Status | None:
+    for key, value in metadata:
+        if key == STATUS_DETAILS_KEY and isinstance(value, bytes):
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                return None
+    return None
+
+
+def _retry_delay_s(status: status_pb2.Status) -> float:
+    """The wait that a proxy or a server of another make asks for; zero where it asks for none."""
+    for detail in status.details:
+        info = error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            return max(0.0, info.retry_delay.ToNanoseconds() / 1e9)
+    return 0.0
 
 
 def _pack(message: error_details_pb2.ErrorInfo | object) -> any_pb2.Any:
@@ -207,25 +237,37 @@ def _rebuild(status: status_pb2.Status) -> PpodError | None:
         info = error_details_pb2.ErrorInfo()
         if not detail.Unpack(info) or info.domain != ERROR_DOMAIN:
             continue
-        values = dict(info.metadata)
-        match info.reason:
-            case "InvalidArgument":
-                sample = int(values["sample"]) if "sample" in values else None
-                return InvalidArgument(values["field"], values["found"], values["expected"], sample)
-            case "NotFound":
-                return NotFound(values["what"], values["found"], values["expected"])
-            case "FailedPrecondition":
-                return FailedPrecondition(values["what"], values["found"], values["expected"])
-            case "ResourceExhausted":
-                return ResourceExhausted(values["what"], float(values["retry_after_s"]))
-            case "NonFiniteOutput":
-                return NonFiniteOutput(values["output"], int(values["sample"]), values["found"])
-            case "Unavailable":
-                return Unavailable(values["detail"])
-            case "DeadlineExceeded":
-                return DeadlineExceeded(values["detail"])
-            case "Cancelled":
-                return Cancelled(values["detail"])
-            case _:
-                return Internal(status.message)
+        try:
+            return _rebuild_from(info, status.message)
+        except (KeyError, ValueError):
+            # A newer server may name its fields otherwise; the status alone must do.
+            return None
     return None
+
+
+def _rebuild_from(info: error_details_pb2.ErrorInfo, message: str) -> PpodError:
+    values = dict(info.metadata)
+    match info.reason:
+        case "InvalidArgument":
+            sample = int(values["sample"]) if "sample" in values else None
+            return InvalidArgument(values["field"], values["found"], values["expected"], sample)
+        case "NotFound":
+            return NotFound(values["what"], values["found"], values["expected"])
+        case "FailedPrecondition":
+            return FailedPrecondition(values["what"], values["found"], values["expected"])
+        case "ResourceExhausted":
+            return ResourceExhausted(values["what"], float(values["retry_after_s"]))
+        case "NonFiniteOutput":
+            return NonFiniteOutput(values["output"], int(values["sample"]), values["found"])
+        case "Unavailable":
+            return Unavailable(values["detail"])
+        case "Unauthenticated":
+            return Unauthenticated(values["detail"])
+        case "PermissionDenied":
+            return PermissionDenied(values["detail"])
+        case "DeadlineExceeded":
+            return DeadlineExceeded(values["detail"])
+        case "Cancelled":
+            return Cancelled(values["detail"])
+        case _:
+            return Internal(message)
