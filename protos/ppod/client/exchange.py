@@ -203,7 +203,7 @@ class Exchange:
             return self._finish(_rebased(error, part.rows.start))
         part.tried.add(address)
         if isinstance(error, ResourceExhausted):
-            self._held[address] = now + error.retry_after_s
+            self._held[address] = max(self._held.get(address, 0.0), now + error.retry_after_s)
             part.refusals += 1
         if part.live:
             return self._advance(now)

@@ -164,3 +164,8 @@ class Replicas:
         """Replicas whose channels are needed: all, and those that left and still hold work."""
         with self._lock:
             return {*self._by_address, *(a for a, r in self._leaving.items() if r.outstanding_tokens > 0)}
+
+    def outstanding(self) -> dict[str, int]:
+        """Tokens under way at each replica."""
+        with self._lock:
+            return {address: replica.outstanding_tokens for address, replica in self._by_address.items()}
