@@ -25,7 +25,7 @@ from ppod import (
     WeightClient,
 )
 from ppod.client import WeightTensor
-from ppod.client.weight_calls import parts
+from ppod.client import weight_calls
 from ppod.v1 import weights_pb2, weights_pb2_grpc
 from support.processes import ServiceProcess, metrics_of, running_service
 from support.services import tiny_model_config
@@ -99,7 +99,7 @@ def test_a_commit_changes_outputs_and_version(
 
 def corrupt(tensors: list[WeightTensor], name: str) -> list[weights_pb2.PrepareWeightsRequest]:
     """The messages of a good transfer, with one byte of one tensor turned over."""
-    manifest, *chunks = parts(10_000, tensors)
+    manifest, *chunks = weight_calls.parts(10_000, tensors)
     data = bytearray(b"".join(part.chunk for part in chunks))
     start = sum(len(tensor.data) for tensor in tensors[: [tensor.name for tensor in tensors].index(name)])
     data[start] ^= 1
