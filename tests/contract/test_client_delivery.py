@@ -113,9 +113,9 @@ def test_a_message_too_large_for_grpc_is_not_repeated(score: ScoreOnce) -> None:
     with (
         scripted_server() as server,
         RewardClient(server.target, observer=lambda *call: observed.append(call[2])) as client,
+        pytest.raises(ResourceExhausted, match="larger than max"),
     ):
-        with pytest.raises(ResourceExhausted, match="larger than max"):
-            client.score([[1] * (MAX_MESSAGE_BYTES // 4 + 1)])
+        client.score([[1] * (MAX_MESSAGE_BYTES // 4 + 1)])
     assert observed == ["RESOURCE_EXHAUSTED"]
     with scripted_server() as server, pytest.raises(ResourceExhausted):
         score(server.target, [[1] * (MAX_MESSAGE_BYTES // 4 + 1)])
@@ -273,7 +273,7 @@ async def test_a_cancelled_task_cancels_its_call() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
             ended.set()
-            assert client._core.shared.replicas.outstanding() == {server.target: 0}  # pyright: ignore  # noqa: SLF001
+            assert client._core.shared.replicas.outstanding() == {server.target: 0}  # pyright: ignore
             assert (await client.score([[1]])).values[0] == value([1])
 
 
@@ -332,5 +332,5 @@ def test_threads_share_a_client() -> None:
             for thread in threads:
                 thread.join()
             assert wrong == []
-            outstanding = client._core.shared.replicas.outstanding()  # pyright: ignore  # noqa: SLF001
+            outstanding = client._core.shared.replicas.outstanding()  # pyright: ignore
             assert set(outstanding.values()) == {0}

@@ -24,8 +24,7 @@ from ppod import (
     Sampling,
     WeightClient,
 )
-from ppod.client import WeightTensor
-from ppod.client import weight_calls
+from ppod.client import WeightTensor, weight_calls
 from ppod.v1 import weights_pb2, weights_pb2_grpc
 from support.processes import ServiceProcess, metrics_of, running_service
 from support.services import tiny_model_config
