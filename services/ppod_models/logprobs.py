@@ -49,6 +49,55 @@ def token_logprobs(
     return TokenLogprobs(logprobs, entropies)
 
 
+class TokenDistributions(NamedTuple):
+    """Of each position, under softmax(head(hidden) / temperature).
+
+    Attributes:
+        logprobs: float32 [N], of the position's token, natural log.
+        entropies: float32 [N] in nats; None unless asked for.
+        top_ids: int64 [N, K], the K most probable tokens, the most probable first.
+        top_logprobs: float32 [N, K], theirs.
+    """
+
+    logprobs: torch.Tensor
+    entropies: torch.Tensor | None
+    top_ids: torch.Tensor
+    top_logprobs: torch.Tensor
+
+
+@torch.inference_mode()
+def token_distributions(
+    hidden: torch.Tensor, head: nn.Module, tokens: torch.Tensor, temperature: float, *, entropy: bool, top_k: int
+) -> TokenDistributions:
+    """What a reference tells of each position, without gradients; `logprobs` are those of `token_logprobs`, to the bit.
+
+    Args:
+        hidden: [N, H] of any float dtype.
+        head: the language model's output layer.
+        tokens: int64 [N].
+        temperature: > 0.
+        entropy: whether entropies are wanted.
+        top_k: K, 0 to V.
+    """
+    linear = cast(nn.Linear, head)
+    weight = linear.weight.to(hidden.dtype)
+    logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    entropies = torch.empty_like(logprobs) if entropy else None
+    top_ids = torch.empty(len(hidden), top_k, dtype=torch.int64, device=hidden.device)
+    top_logprobs = torch.empty(len(hidden), top_k, dtype=torch.float32, device=hidden.device)
+    for rows in _chunks(len(hidden)):
+        scaled = _scaled_logits(hidden[rows], weight, linear.bias, temperature)
+        statistics = _statistics(scaled, tokens[rows], entropy)
+        logprobs[rows] = statistics.logprobs
+        if entropies is not None:
+            entropies[rows] = statistics.entropies
+        if top_k:
+            top = scaled.topk(top_k, dim=-1)
+            top_ids[rows] = top.indices
+            top_logprobs[rows] = top.values - statistics.normalisers.unsqueeze(-1)
+    return TokenDistributions(logprobs, entropies, top_ids, top_logprobs)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """With z = logits / T, p = softmax(z), and H the entropy:
 
@@ -70,11 +119,7 @@ class _TokenLogprobs(torch.autograd.Function):
         normalisers, entropies = torch.empty_like(logprobs), torch.zeros_like(logprobs)
         for rows in _chunks(len(hidden)):
             scaled = _scaled_logits(hidden[rows], cast_weight, bias, temperature)
-            normalisers[rows] = torch.logsumexp(scaled, dim=-1)
-            logprobs[rows] = scaled.gather(-1, tokens[rows].unsqueeze(-1)).squeeze(-1) - normalisers[rows]
-            if with_entropy:
-                probabilities = torch.exp(scaled - normalisers[rows].unsqueeze(-1))
-                entropies[rows] = normalisers[rows] - torch.linalg.vecdot(probabilities, scaled)
+            logprobs[rows], normalisers[rows], entropies[rows] = _statistics(scaled, tokens[rows], with_entropy)
         ctx.save_for_backward(hidden, weight, bias, tokens, normalisers, entropies)
         ctx.temperature = temperature
         ctx.with_entropy = with_entropy
@@ -108,6 +153,24 @@ class _TokenLogprobs(torch.autograd.Function):
             hidden_gradient[rows] = narrow @ cast_weight
             weight_gradient += narrow.T @ hidden[rows]
         return hidden_gradient, weight_gradient, bias_gradient, None, None, None
+
+
+class _Statistics(NamedTuple):
+    """Of a chunk's positions, float32 [positions]: `entropies` are zeros unless wanted."""
+
+    logprobs: torch.Tensor
+    normalisers: torch.Tensor
+    entropies: torch.Tensor
+
+
+def _statistics(scaled: torch.Tensor, tokens: torch.Tensor, with_entropy: bool) -> _Statistics:
+    """Logprob of each token, log of the softmax's denominator, entropy; `scaled` is float32 [positions, V]."""
+    normalisers = torch.logsumexp(scaled, dim=-1)
+    logprobs = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - normalisers
+    if not with_entropy:
+        return _Statistics(logprobs, normalisers, torch.zeros_like(logprobs))
+    probabilities = torch.exp(scaled - normalisers.unsqueeze(-1))
+    return _Statistics(logprobs, normalisers, normalisers - torch.linalg.vecdot(probabilities, scaled))
 
 
 def _scaled_logits(

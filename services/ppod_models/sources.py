@@ -93,6 +93,25 @@ def resolve(source: str, cache_dir: Path | None = None) -> ResolvedModel:
     return ResolvedModel(source=source, name=name, path=path, fingerprint=_fingerprint(path))
 
 
+def resolve_adapter(source: str) -> Path:
+    """Find a LoRA adapter as PEFT saves it; returns its directory.
+
+    Args:
+        source: a path of a directory, or a hub id `org/name` with an optional `@revision`.
+
+    Raises:
+        ModelSourceError: nothing was found there, or its weights are not safetensors.
+    """
+    directory = Path(source).expanduser()
+    if not directory.is_dir() and source.startswith(("/", ".", "~")):
+        raise ModelSourceError(f"adapter {source!r}: no such directory")
+    path = directory.resolve() if directory.is_dir() else _resolve_hub(source)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / name).is_file():
+            raise ModelSourceError(f"adapter {source!r}: {path} holds no {name}; pickled weights are not loaded")
+    return path
+
+
 def write_once(target: Path, write: Callable[[Path], None]) -> None:
     """Fill a directory aside and rename it into place, so that no reader ever sees half of it."""
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,66 +1,70 @@
-"""Which waiting sequences form the next batch. Pure: no clock, no model, no transport."""
+"""Which sequences go together: the bounds of a batch and what padding costs. Pure: no clock, no model."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 
-class Queued(Protocol):
-    """What batch formation must know of a waiting sequence."""
+class Sized(Protocol):
+    """A sequence, as far as batches care."""
 
     @property
     def tokens(self) -> int:
         """Length; for generation with the room for its completion."""
         ...
 
-    @property
-    def group(self) -> Hashable:
-        """Only sequences with equal groups share a batch."""
-        ...
 
-    def same_request(self, other: object) -> bool:
-        """Whether both came with one request."""
-        ...
+@dataclass(frozen=True, slots=True)
+class BatchBounds:
+    """How large a batch may get.
 
-
-QueuedT = TypeVar("QueuedT", bound=Queued)
-
-
-def form_batch(queue: Sequence[QueuedT], max_batch_tokens: int, max_batch_size: int) -> list[QueuedT]:
-    """Choose the next batch from a queue in order of arrival.
-
-    The longest sequence of the oldest request leads, so that no request starves. Sequences of its group that are no
-    longer join it, longest first, then longer ones, shortest first, while the padded size stays within both bounds.
-    The choice depends on the queue alone and ties keep their order: a caller who is alone gets the same batches, and
-    so the same bits, each time.
-
-    Returns:
-        A batch, at least one sequence even where that alone exceeds `max_batch_tokens`; empty for an empty queue.
+    Attributes:
+        max_tokens: most tokens, padding included. A single sequence may exceed it: else it would never run.
+        max_size: most sequences.
+        overhead_tokens: what starting a batch costs, in tokens of compute. Padding is worth its price up to here,
+            plus a sixteenth of the batch, which is what neighbours in a well-filled queue differ by.
     """
-    if not queue:
-        return []
-    oldest = queue[0]
-    leader = max((entry for entry in queue if entry.same_request(oldest) and entry.group == oldest.group), key=_tokens)
-    mates = [entry for entry in queue if entry is not leader and entry.group == leader.group]
-    by_length = sorted(mates, key=_tokens)
-    shorter = [entry for entry in sorted(mates, key=_tokens, reverse=True) if entry.tokens <= leader.tokens]
-    longer = [entry for entry in by_length if entry.tokens > leader.tokens]
-    batch = [leader]
-    width = leader.tokens
-    for entry in (*shorter, *longer):
-        width_with = max(width, entry.tokens)
-        if len(batch) == max_batch_size or width_with * (len(batch) + 1) > max_batch_tokens:
-            break
-        batch.append(entry)
-        width = width_with
-    return batch
+
+    max_tokens: int
+    max_size: int
+    overhead_tokens: int
 
 
-def padded_tokens(batch: Sequence[Queued]) -> int:
+class BatchShape:
+    """A batch while it is being filled."""
+
+    def __init__(self, leader_tokens: int, bounds: BatchBounds) -> None:
+        self.width = leader_tokens
+        self.size = 1
+        self._tokens = leader_tokens
+        self._bounds = bounds
+
+    @property
+    def full(self) -> bool:
+        """Whether not even a sequence that needs no further padding fits."""
+        return self.size >= self._bounds.max_size or self.width * (self.size + 1) > self._bounds.max_tokens
+
+    def padding_with(self, tokens: int) -> int:
+        """Padding tokens of the whole batch, were a sequence of this length to join."""
+        return max(self.width, tokens) * (self.size + 1) - self._tokens - tokens
+
+    def takes(self, tokens: int) -> bool:
+        """Whether a sequence of this length may join."""
+        bounds = self._bounds
+        padded = max(self.width, tokens) * (self.size + 1)
+        if self.size >= bounds.max_size or padded > bounds.max_tokens:
+            return False
+        return self.padding_with(tokens) <= bounds.overhead_tokens + padded // 16
+
+    def join(self, tokens: int) -> None:
+        """A sequence of this length joins."""
+        self.width = max(self.width, tokens)
+        self.size += 1
+        self._tokens += tokens
+
+
+def padded_tokens(batch: Sequence[Sized]) -> int:
     """Tokens of a batch when each sequence is padded to the longest."""
     return len(batch) * max(entry.tokens for entry in batch)
-
-
-def _tokens(entry: Queued) -> int:
-    return entry.tokens

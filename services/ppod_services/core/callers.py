@@ -27,6 +27,7 @@ class Team:
         tokens_per_s: quota of accepted tokens a second, averaged over `burst_s`; None: no quota.
         burst_s: seconds of quota that may be spent at once.
         max_tokens_in_flight: most tokens waiting and running at a time; None: only the queue's bound.
+        part: its weight over that of all teams of the file, in (0, 1]; what it may always have of the queue.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Team:
     tokens_per_s: float | None = None
     burst_s: float = 10.0
     max_tokens_in_flight: int | None = None
+    part: float = 1.0
 
 
 ANONYMOUS = Team("anonymous")

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import grpc.aio
 
+from ppod.tensors import TokenArray
 from ppod.v1 import weights_pb2_grpc
 from ppod_models.sources import resolve
 from ppod_services.core.config import CausalServiceConfig
 from ppod_services.core.described import Deferred
 from ppod_services.core.scheduler import RunBatch, Scheduler, Sink
 from ppod_services.core.server import Host
+from ppod_services.core.warm_up import warm_up
 from ppod_services.core.weight_servicer import WEIGHT_SERVICE, WeightServicer, WeightTarget
 
 if TYPE_CHECKING:
@@ -40,12 +42,16 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
     def build_engine(self, model: CausalModel, weights: ServedWeights) -> RunBatch[ItemT, ResultT]:
         """Make what runs batches; called in the model's thread."""
 
+    @abstractmethod
+    def warm_up_item(self, position: int, tokens: TokenArray) -> ItemT:
+        """Make an item of a batch that runs before the service is ready."""
+
     def register_admin(self, server: grpc.aio.Server) -> None:
         """Add WeightService."""
         weights_pb2_grpc.add_WeightServiceServicer_to_server(WeightServicer(self.target, self.scheduler), server)
 
     def load(self) -> None:
-        """Load the model in the calling thread."""
+        """Load the model in the calling thread, and run it once."""
         # Before the imports, which take seconds: a missing model is told at once.
         resolve(self._config.model.source)
         from ppod_services.core.model import load_causal_model  # noqa: PLC0415 - see the class
@@ -54,7 +60,9 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
         config = self._config
         model = load_causal_model(config.model, config.name, config.batching.max_batch_tokens)
         weights = ServedWeights(model.model, self._metrics.weight_version)
-        self._engine.set(self.build_engine(model, weights))
+        engine = self.build_engine(model, weights)
+        warm_up(engine, model.info, config.warm_up_tokens, self.warm_up_item)
+        self._engine.set(engine)
         self.target.set(WeightTarget(model.info, weights))
 
     async def run(self) -> None:

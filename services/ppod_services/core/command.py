@@ -62,6 +62,9 @@ class ServiceCommand(Generic[ConfigT]):
             exit_now(serve(config, lambda host: self._build(config, host)))
         except StartError as error:
             self._fail(EXIT_START, str(error))
+        except ConfigError as error:
+            # The teams file.
+            self._fail(EXIT_CONFIG, str(error))
 
     def _parser(self) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(

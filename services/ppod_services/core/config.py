@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -26,6 +28,27 @@ class ListenConfig(ConfigModel):
         return self
 
 
+class TlsConfig(ConfigModel):
+    """Certificates of a port, as PEM files; they are read again when they change."""
+
+    certificate_file: Path = Field(description="the server's certificate, with its chain")
+    private_key_file: Path = Field(description="the key of the certificate, without a passphrase")
+    client_ca_file: Path | None = Field(
+        default=None, description="mutual TLS: authority that callers' certificates must come from; none: TLS only"
+    )
+
+
+class TracingConfig(ConfigModel):
+    """Where OpenTelemetry spans go. A call's span joins the trace that its metadata names."""
+
+    endpoint: str | None = Field(
+        default=None, min_length=1, description="OTLP over gRPC, such as http://collector:4317; none: no tracing"
+    )
+    sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="share of traces begun here that are kept; a caller's own choice counts"
+    )
+
+
 class BatchingConfig(ConfigModel):
     """How waiting sequences of all callers become batches."""
 
@@ -33,18 +56,66 @@ class BatchingConfig(ConfigModel):
         default=16_384, ge=1, le=2**24, description="most tokens of a batch, padding included; bounds memory"
     )
     max_batch_size: int = Field(default=64, ge=1, le=65_536, description="most sequences of a batch")
+    shared_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**24,
+        description="most tokens of a batch while several teams use the service: a team that comes back waits for the "
+        "batch that runs; none: a quarter of max_batch_tokens",
+    )
+    batch_overhead_tokens: int = Field(
+        default=64,
+        ge=0,
+        le=2**24,
+        description="what starting a batch costs, in tokens of compute: padding is accepted up to it; large where a "
+        "small batch leaves the device idle",
+    )
     max_wait_ms: float = Field(
-        default=2.0, ge=0, le=1_000, description="longest wait of an idle service for more sequences"
+        default=2.0,
+        ge=0,
+        le=1_000,
+        description="longest wait of an idle service for more sequences, where recent traffic makes them likely",
     )
     max_queue_tokens: int = Field(
         default=1_048_576, ge=1, le=2**32, description="most waiting tokens; beyond it callers are told to come back"
     )
+    max_queue_sequences: int = Field(
+        default=65_536, ge=1, le=2**24, description="most waiting sequences; beyond it callers are told to come back"
+    )
+    catch_up_tokens: int = Field(
+        default=65_536,
+        ge=0,
+        le=2**32,
+        description="most tokens of its unused share that a team may be served at once when it comes back",
+    )
+
+    @property
+    def contended_batch_tokens(self) -> int:
+        """`shared_batch_tokens`, resolved."""
+        return self.shared_batch_tokens or max(1, self.max_batch_tokens // 4)
 
     @model_validator(mode="after")
     def _queue_holds_a_batch(self) -> Self:
         if self.max_queue_tokens < self.max_batch_tokens:
             raise ValueError(f"max_queue_tokens must be at least max_batch_tokens, {self.max_batch_tokens}")
+        if self.shared_batch_tokens is not None and self.shared_batch_tokens > self.max_batch_tokens:
+            raise ValueError(f"shared_batch_tokens must be at most max_batch_tokens, {self.max_batch_tokens}")
         return self
+
+
+class TenancyConfig(ConfigModel):
+    """Who may call."""
+
+    teams_file: Path | None = Field(
+        default=None,
+        description="YAML file of teams and administrators with their tokens' hashes; none: anyone may call",
+    )
+    reload_s: float = Field(
+        default=2.0, gt=0, le=3_600, description="how often the teams file is looked at for changes"
+    )
+    open_admin: bool = Field(
+        default=False, description="leave the admin port open to anyone on the network, where there is no teams file"
+    )
 
 
 class LimitsConfig(ConfigModel):
@@ -53,6 +124,9 @@ class LimitsConfig(ConfigModel):
     max_request_sequences: int = Field(default=1_024, ge=1, le=1_000_000, description="most sequences of a request")
     max_message_bytes: int = Field(
         default=MAX_MESSAGE_BYTES, ge=2 * WEIGHT_CHUNK_BYTES, le=2**30, description="largest message, either way"
+    )
+    max_concurrent_calls: int = Field(
+        default=4_096, ge=1, le=1_000_000, description="most calls under way; beyond it callers are told to come back"
     )
     default_deadline_s: float = Field(default=600.0, gt=0, le=86_400, description="deadline of a call that brings none")
     max_connection_age_s: float = Field(
@@ -69,8 +143,48 @@ class ServiceConfig(ConfigModel):
     listen: ListenConfig
     batching: BatchingConfig = BatchingConfig()
     limits: LimitsConfig = LimitsConfig()
+    tenancy: TenancyConfig = TenancyConfig()
+    tls: TlsConfig | None = Field(default=None, description="of the service's port; none: plain text")
+    admin_tls: TlsConfig | None = Field(default=None, description="of the administration port; none: as `tls`")
+    tracing: TracingConfig = TracingConfig()
+    warm_up_tokens: int = Field(
+        default=512, ge=0, le=2**24, description="tokens of the batches that are run before the service is ready"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_grace_s: float = Field(default=30.0, ge=0, le=3_600, description="longest time to finish work after SIGTERM")
+
+    @model_validator(mode="after")
+    def _admin_is_closed_to_strangers(self) -> Self:
+        tls = self.admin_tls or self.tls
+        guarded = (
+            self.tenancy.teams_file is not None
+            or self.tenancy.open_admin
+            or (tls is not None and tls.client_ca_file is not None)
+            or _is_loopback(self.listen.host)
+        )
+        if self.listen.admin_port is not None and not guarded:
+            raise ValueError(
+                f"listen.admin_port would let anyone who reaches {self.listen.host} replace the weights: name "
+                "administrators in tenancy.teams_file, demand client certificates by admin_tls.client_ca_file, listen "
+                "on 127.0.0.1, or set tenancy.open_admin where the network itself keeps strangers out"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class AdapterConfig(ConfigModel):
+    """A LoRA adapter on the service's model."""
+
+    name: str = Field(min_length=1, description="what requests call the model with this adapter")
+    source: str = Field(min_length=1, description="directory or hub id of an adapter that PEFT saved as safetensors")
 
 
 class CausalServiceConfig(ServiceConfig):

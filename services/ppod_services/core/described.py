@@ -12,6 +12,7 @@ from ppod.tensors import TokenArray, check_token_ids, unpack_sequences
 from ppod.v1 import common_pb2
 from ppod_services.core.config import LimitsConfig
 from ppod_services.core.scheduler import Outcome
+from ppod_services.core.tracing import annotate_span
 
 LoadedT = TypeVar("LoadedT")
 ResultT = TypeVar("ResultT")
@@ -151,4 +152,6 @@ def request_timing(outcomes: Sequence[Outcome[ResultT]], tokens: int) -> common_
     for outcome in outcomes:
         seconds[outcome.batch] = max(outcome.compute_s, seconds.get(outcome.batch, 0.0))
     queue_s = min(outcome.queue_s for outcome in outcomes)
-    return common_pb2.Timing(queue_s=queue_s, compute_s=sum(seconds.values()), tokens=tokens)
+    timing = common_pb2.Timing(queue_s=queue_s, compute_s=sum(seconds.values()), tokens=tokens)
+    annotate_span(timing)
+    return timing

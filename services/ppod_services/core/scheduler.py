@@ -2,140 +2,44 @@
 
 The scheduler knows neither protobuf nor models: it takes items, and hands batches of them to an engine that runs in
 one thread of its own, so that the event loop stays free. Every sequence is one entry, all entries of a request enter
-at once. Fairness between callers would choose the leader of a batch in `batching.form_batch`; nothing else changes.
+at once. Who is next is the queue's choice (`fair_queue`), who may enter the admission's (`admission`).
+
+The model's thread takes each batch out of the queue itself, the moment that the one before has ended: it never waits
+for the event loop, which may be busy with callers, and yet nothing is chosen before its time. An idle service starts
+at once for a caller who is alone, and waits up to `max_wait_ms` where callers overlap (`company`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future
+from typing import Generic, TypeVar
 
-from ppod.errors import Cancelled, DeadlineExceeded, InvalidArgument, PpodError, ResourceExhausted, Unavailable
-from ppod_services.core.batching import form_batch, padded_tokens
+from ppod.errors import DeadlineExceeded, Unavailable
+from ppod_services.core.admission import Admission, Request
+from ppod_services.core.batch_run import BatchRun, Entry, Mailbox, RunBatch, Sink
+from ppod_services.core.batching import BatchBounds, padded_tokens
 from ppod_services.core.callers import ANONYMOUS_CALLER, Caller
+from ppod_services.core.company import Company
 from ppod_services.core.config import BatchingConfig
-from ppod_services.core.metrics import ServiceMetrics
+from ppod_services.core.fair_queue import FairQueue
+from ppod_services.core.metrics import BatchFigures, ServiceMetrics
+from ppod_services.core.quotas import Quotas
+from ppod_services.core.rate import ComputeRate
+from ppod_services.core.tickets import Outcome, Submission, Ticket
+
+__all__ = ["Outcome", "RunBatch", "Scheduler", "Sink", "Submission", "Ticket"]
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
-ResultT_contra = TypeVar("ResultT_contra", contravariant=True)
 JobT = TypeVar("JobT")
 
-_RATE_DECAY = 0.8
-_DEFAULT_RETRY_S = 1.0
-_LONGEST_RETRY_S = 60.0
-
-
-class Sink(Protocol[ResultT_contra]):
-    """Where an engine puts the results of a batch, by position in the batch."""
-
-    def emit(self, position: int, result: ResultT_contra) -> None:
-        """Deliver a result; its caller hears of it while the batch goes on."""
-        ...
-
-    def fail(self, position: int, error: PpodError) -> None:
-        """Fail the request of an entry, and leave the rest of the batch unharmed."""
-        ...
-
-    def abandoned(self, position: int) -> bool:
-        """Whether nobody waits for this entry any more, so that the engine may drop it."""
-        ...
-
-
-RunBatch = Callable[[Sequence[ItemT], Sink[ResultT]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Submission(Generic[ItemT]):
-    """One sequence to run: `tokens` is its cost; only equal `group`s share a batch."""
-
-    item: ItemT
-    tokens: int
-    group: Hashable = None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome(Generic[ResultT]):
-    """The result of one sequence.
-
-    Attributes:
-        index: position in the request.
-        batch: number of the batch that held it.
-        queue_s: seconds from submission to the start of that batch.
-        compute_s: seconds from the start of that batch to this result.
-    """
-
-    index: int
-    result: ResultT
-    batch: int
-    queue_s: float
-    compute_s: float
-
-
-class Ticket(Generic[ResultT]):
-    """A request in the scheduler. Await its results with `gather`, or take each as it comes with `stream`."""
-
-    def __init__(self, count: int, arrived: float, on_close: Callable[[Ticket[ResultT], str], None]) -> None:
-        self.arrived = arrived
-        self.closed = False
-        self._count = count
-        self._left = count
-        self._outcomes: asyncio.Queue[Outcome[ResultT] | PpodError] = asyncio.Queue()
-        self._on_close = on_close
-
-    async def stream(self) -> AsyncIterator[Outcome[ResultT]]:
-        """Yield each outcome as it comes; raise the error of the first entry that failed."""
-        left = self._count
-        while left:
-            outcome = await self._outcomes.get()
-            if isinstance(outcome, PpodError):
-                raise outcome
-            left -= 1
-            yield outcome
-
-    async def gather(self) -> list[Outcome[ResultT]]:
-        """All outcomes in the request's order."""
-        return sorted([outcome async for outcome in self.stream()], key=lambda outcome: outcome.index)
-
-    def deliver(self, outcome: Outcome[ResultT]) -> None:
-        """Hand over one outcome."""
-        if not self.closed:
-            self._outcomes.put_nowait(outcome)
-            self._left -= 1
-            if not self._left:
-                self._close("done")
-
-    def fail(self, error: PpodError, reason: str = "failed") -> None:
-        """End the request with an error; entries that still wait leave the queue."""
-        if not self.closed:
-            self._outcomes.put_nowait(error)
-            self._close(reason)
-
-    def cancel(self) -> None:
-        """The caller is gone. Harmless after the last outcome."""
-        self.fail(Cancelled("the caller went away"), "cancelled")
-
-    def _close(self, reason: str) -> None:
-        self.closed = True
-        self._on_close(self, reason)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Entry(Generic[ItemT, ResultT]):
-    ticket: Ticket[ResultT]
-    index: int
-    item: ItemT
-    tokens: int
-    group: Hashable
-
-    def same_request(self, other: object) -> bool:
-        return isinstance(other, _Entry) and other.ticket is self.ticket
+_CONTENDED_S = 30.0
+"""A team counts as using the service for this long after its last request."""
 
 
 class Scheduler(Generic[ItemT, ResultT]):
@@ -146,6 +50,7 @@ class Scheduler(Generic[ItemT, ResultT]):
         config: bounds of batches and of the queue.
         executor: an executor with a single thread, which also loaded the model.
         metrics: where the queue and the batches are counted.
+        quotas: what the teams' quotas have left; schedulers of one process may share it.
     """
 
     def __init__(
@@ -154,18 +59,27 @@ class Scheduler(Generic[ItemT, ResultT]):
         config: BatchingConfig,
         executor: Executor,
         metrics: ServiceMetrics,
+        quotas: Quotas | None = None,
     ) -> None:
         self._run_batch = run_batch
         self._config = config
         self._executor = executor
         self._metrics = metrics
-        self._queue: list[_Entry[ItemT, ResultT]] = []
-        self._queued_tokens = 0
-        self._running: list[_Entry[ItemT, ResultT]] = []
-        self._arrived = asyncio.Event()
+        self._queue: FairQueue[Entry[ItemT, ResultT]] = FairQueue(config.catch_up_tokens)
+        self._rate = ComputeRate()
+        self._admission = Admission(config, self._queue, self._rate, quotas or Quotas(), metrics.refused)
+        self._company = Company()
+        self._seen_s: dict[str, float] = {}
+        self._open: set[Ticket[ResultT]] = set()
         self._batches = itertools.count(1)
-        self._tokens_per_s = 0.0
+        # Guards the queue, admission, the rate and the flags below: the model's thread takes batches itself.
+        self._lock = threading.Lock()
+        self._serving = False
         self._stopped = False
+        self._busy = False
+        self._run: BatchRun[ItemT, ResultT] | None = None
+        self._waiting: asyncio.TimerHandle | None = None
+        self._mailbox: Mailbox | None = None
 
     def submit(
         self, submissions: Sequence[Submission[ItemT]], deadline_s: float, caller: Caller = ANONYMOUS_CALLER
@@ -178,174 +92,172 @@ class Scheduler(Generic[ItemT, ResultT]):
             caller: whose it is.
 
         Raises:
-            ResourceExhausted: the queue is full. InvalidArgument: the request alone would overflow it.
-            Unavailable: the scheduler was stopped.
+            ResourceExhausted: a quota is spent, the queue is full, or the deadline would pass in the queue; it tells
+            when to come back. InvalidArgument: the request alone would overflow a bound. Unavailable: the scheduler
+            was stopped.
         """
         if self._stopped:
             raise Unavailable("the server is stopping")
+        now_s = time.monotonic()
         tokens = sum(submission.tokens for submission in submissions)
-        self._check_room(tokens)
-        loop = asyncio.get_running_loop()
-        timers: list[asyncio.TimerHandle] = []
-
-        def close(closed: Ticket[ResultT], reason: str) -> None:
-            for timer in timers:
-                timer.cancel()
-            self._forget(closed, reason)
-
-        ticket: Ticket[ResultT] = Ticket(len(submissions), time.monotonic(), close)
-        expired = DeadlineExceeded(f"no result within the deadline of {deadline_s:.3f} s")
-        timers.append(loop.call_later(max(0.0, deadline_s), ticket.fail, expired, "expired"))
-        self._queue.extend(
-            _Entry(ticket, index, submission.item, submission.tokens, submission.group)
+        with self._lock:
+            self._admission.admit(Request(tokens, len(submissions), deadline_s, caller), now_s)
+        ticket = self._open_ticket(len(submissions), tokens, deadline_s, caller)
+        entries = [
+            Entry(ticket, caller.team.name, index, submission.item, submission.tokens, submission.group)
             for index, submission in enumerate(submissions)
-        )
-        self._queued_tokens += tokens
-        self._count_queue()
-        self._arrived.set()
+        ]
+        with self._lock:
+            self._queue.add(ticket, caller, entries)
+            self._seen_s[caller.team.name] = now_s
+        self._metrics.accepted(caller.team.name, tokens)
+        self._count_queue([caller.team.name])
+        self._company.arrived(len(self._open), now_s)
+        self._start_soon(now_s)
         return ticket
 
     async def exclusive(self, job: Callable[[], JobT]) -> JobT:
         """Run a job in the model's thread between two batches, and return its result.
 
-        The thread is single and batches are handed to it one at a time, so a job waits for one batch at most. A
-        caller that goes away leaves a job that has begun to end by itself: nothing is torn in two.
+        The thread is single, and the next batch queues up for it only when the one before has ended, so a job waits
+        for one batch at most. A caller that goes away leaves a job that has begun to end by itself: nothing is torn
+        in two.
         """
         return await asyncio.get_running_loop().run_in_executor(self._executor, job)
 
     async def run(self) -> None:
         """Run batches until cancelled."""
-        try:
-            while True:
-                if self._queue:
-                    await self._wait_for_mates()
-                    await self._run_next()
-                else:
-                    self._arrived.clear()
-                    await self._arrived.wait()
-        finally:
-            self._stopped = True
-            for entry in [*self._queue, *self._running]:
-                entry.ticket.fail(Unavailable("the server stopped before the work was done"))
-
-    async def _wait_for_mates(self) -> None:
-        """Give an idle service's first entry a moment of company, unless a batch is full already."""
-        until = self._queue[0].ticket.arrived + self._config.max_wait_ms / 1_000
-        while self._queue and not self._batch_is_full() and (left := until - time.monotonic()) > 0:
-            self._arrived.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), left)
-
-    def _batch_is_full(self) -> bool:
-        return self._queued_tokens >= self._config.max_batch_tokens or len(self._queue) >= self._config.max_batch_size
-
-    async def _run_next(self) -> None:
-        batch = form_batch(self._queue, self._config.max_batch_tokens, self._config.max_batch_size)
-        if not batch:
-            return
-        chosen = {id(entry) for entry in batch}
-        self._queue = [entry for entry in self._queue if id(entry) not in chosen]
-        self._queued_tokens -= _sum_tokens(batch)
-        self._count_queue()
-        self._running = batch
         loop = asyncio.get_running_loop()
-        sink: _BatchSink[ItemT, ResultT] = _BatchSink(loop, batch, next(self._batches))
-        running = loop.run_in_executor(self._executor, sink.run, self._run_batch)
-        await asyncio.wait({running})
-        self._running = []
-        error = running.exception()
+        self._mailbox = Mailbox(loop)
+        self._serving = True
+        self._start()
+        try:
+            await loop.create_future()
+        finally:
+            with self._lock:
+                self._stopped = True
+            for ticket in list(self._open):
+                ticket.fail(Unavailable("the server stopped before the work was done"))
+
+    def _open_ticket(self, count: int, tokens: int, deadline_s: float, caller: Caller) -> Ticket[ResultT]:
+        def close(closed: Ticket[ResultT], reason: str) -> None:
+            timer.cancel()
+            self._close(closed, tokens, caller, reason)
+
+        now_s = time.monotonic()
+        ticket: Ticket[ResultT] = Ticket(count, now_s, now_s + deadline_s, close)
+        expired = DeadlineExceeded(f"no result within the deadline of {deadline_s:.3f} s")
+        timer = asyncio.get_running_loop().call_later(max(0.0, deadline_s), ticket.fail, expired, "expired")
+        self._open.add(ticket)
+        return ticket
+
+    def _close(self, ticket: Ticket[ResultT], tokens: int, caller: Caller, reason: str) -> None:
+        """A request ended: what still waits of it leaves the queue before it costs compute."""
+        self._open.discard(ticket)
+        with self._lock:
+            gone = self._queue.remove(ticket) if reason != "done" else []
+            self._admission.leave(caller.team, tokens)
+        if gone:
+            self._metrics.dropped(len(gone), reason)
+            self._count_queue([caller.team.name])
+
+    def _start_soon(self, now_s: float) -> None:
+        """Start the model's thread unless it runs, at once or when company had its chance to come."""
+        if self._busy or not self._serving:
+            return
+        expected = self._company.expected(now_s)
+        alone = self._queue.requests >= expected or self._queue_fills_a_batch()
+        if alone or not self._config.max_wait_ms:
+            self._start()
+        elif self._waiting is None:
+            loop = asyncio.get_running_loop()
+            self._waiting = loop.call_later(self._config.max_wait_ms / 1_000, self._start)
+
+    def _queue_fills_a_batch(self) -> bool:
+        queue, config = self._queue, self._config
+        return queue.tokens >= config.max_batch_tokens or len(queue) >= config.max_batch_size
+
+    def _start(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+        with self._lock:
+            if self._busy or self._stopped or not len(self._queue):
+                return
+            self._busy = True
+        self._submit_batch()
+
+    def _submit_batch(self) -> None:
+        self._executor.submit(self._run_next).add_done_callback(self._go_on)
+
+    def _run_next(self) -> None:
+        """Take a batch and run it; in the model's thread."""
+        self._run = self._take()
+        if self._run is not None:
+            self._run.run(self._run_batch)
+
+    def _take(self) -> BatchRun[ItemT, ResultT] | None:
+        assert self._mailbox is not None
+        now_s = time.monotonic()
+        dropped = 0
+        with self._lock:
+            bounds = self._bounds(now_s)
+            batch: list[Entry[ItemT, ResultT]] = []
+            while len(self._queue) and not batch:
+                taken = self._queue.take(bounds)
+                # The event loop may be late to tell the queue of those whose time is up.
+                batch = [entry for entry in taken if not entry.ticket.closed and entry.ticket.expires_s > now_s]
+                dropped += len(taken) - len(batch)
+            if batch:
+                self._rate.started(sum(entry.tokens for entry in batch), now_s)
+        if dropped:
+            self._metrics.dropped(dropped, "expired")
+        return BatchRun(batch, next(self._batches), self._mailbox) if batch else None
+
+    def _bounds(self, now_s: float) -> BatchBounds:
+        config = self._config
+        recent = sum(1 for seen_s in self._seen_s.values() if now_s - seen_s < _CONTENDED_S)
+        most = config.contended_batch_tokens if recent > 1 else config.max_batch_tokens
+        return BatchBounds(most, config.max_batch_size, config.batch_overhead_tokens)
+
+    def _go_on(self, done: Future[None]) -> None:
+        """A batch ended, and the next one follows; in the model's thread."""
+        run, self._run = self._run, None
+        try:
+            if run is not None:
+                self._settle(run, done.exception())
+        finally:
+            with self._lock:
+                self._busy = bool(len(self._queue)) and not self._stopped
+            if self._busy:
+                self._submit_batch()
+
+    def _settle(self, run: BatchRun[ItemT, ResultT], error: BaseException | None) -> None:
+        run.fail_unanswered(error)
+        with self._lock:
+            if error is None:
+                self._rate.finished(run.tokens, run.seconds, saturated=bool(len(self._queue)))
+            else:
+                self._rate.failed()
+        # The loop counts: this thread has a batch to run.
+        run.mailbox.post(lambda: self._record(run, error))
+
+    def _record(self, run: BatchRun[ItemT, ResultT], error: BaseException | None) -> None:
+        metrics, entries = self._metrics, run.batch
+        served: dict[str, int] = {}
+        for entry in entries:
+            served[entry.team] = served.get(entry.team, 0) + entry.tokens
+            if not entry.ticket.begun:
+                entry.ticket.begun = True
+                metrics.waited(entry.team, run.started_s - entry.ticket.arrived_s)
         if error is None:
-            self._record(batch, running.result())
-        # Results travel by callbacks queued before this point: whoever has none now will never have one.
-        for position in sink.unanswered():
-            batch[position].ticket.fail(_EngineError.of(error))
+            padded = padded_tokens(entries)
+            metrics.batch(BatchFigures(len(entries), run.tokens, padded, self._config.max_batch_tokens, run.seconds))
+            for team, tokens in served.items():
+                metrics.served(team, tokens)
+        self._count_queue(served)
 
-    def _record(self, batch: Sequence[_Entry[ItemT, ResultT]], seconds: float) -> None:
-        tokens = _sum_tokens(batch)
-        self._metrics.batch(len(batch), tokens, padded_tokens(batch) - tokens, seconds)
-        rate = tokens / max(seconds, 1e-6)
-        self._tokens_per_s = rate if not self._tokens_per_s else _blend(self._tokens_per_s, rate)
-
-    def _check_room(self, tokens: int) -> None:
-        most = self._config.max_queue_tokens
-        if tokens > most:
-            raise InvalidArgument("request", f"{tokens} tokens in all", f"at most {most}, the size of the queue")
-        if self._queued_tokens + tokens <= most:
-            return
-        retry_s = self._queued_tokens / self._tokens_per_s if self._tokens_per_s else _DEFAULT_RETRY_S
-        raise ResourceExhausted(
-            f"the queue holds {self._queued_tokens} of {most} tokens", min(max(retry_s, 0.01), _LONGEST_RETRY_S)
-        )
-
-    def _forget(self, ticket: Ticket[ResultT], reason: str) -> None:
-        if reason == "done":
-            return
-        gone = [entry for entry in self._queue if entry.ticket is ticket]
-        self._queue = [entry for entry in self._queue if entry.ticket is not ticket]
-        self._queued_tokens -= _sum_tokens(gone)
-        self._metrics.dropped(len(gone), reason)
-        self._count_queue()
-
-    def _count_queue(self) -> None:
-        self._metrics.queue(len(self._queue), self._queued_tokens)
-
-
-class _BatchSink(Generic[ItemT, ResultT]):
-    """Carries results from the model's thread to the event loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, batch: Sequence[_Entry[ItemT, ResultT]], number: int) -> None:
-        self._loop = loop
-        self._batch = batch
-        self._number = number
-        self._started = 0.0
-        self._answered: set[int] = set()
-
-    def run(self, run_batch: RunBatch[ItemT, ResultT]) -> float:
-        """Run the batch in this thread; return its seconds."""
-        self._started = time.monotonic()
-        run_batch([entry.item for entry in self._batch], self)
-        return time.monotonic() - self._started
-
-    def emit(self, position: int, result: ResultT) -> None:
-        entry = self._batch[position]
-        outcome = Outcome(
-            index=entry.index,
-            result=result,
-            batch=self._number,
-            queue_s=self._started - entry.ticket.arrived,
-            compute_s=time.monotonic() - self._started,
-        )
-        self._answered.add(position)
-        self._loop.call_soon_threadsafe(entry.ticket.deliver, outcome)
-
-    def fail(self, position: int, error: PpodError) -> None:
-        self._answered.add(position)
-        self._loop.call_soon_threadsafe(self._batch[position].ticket.fail, error)
-
-    def abandoned(self, position: int) -> bool:
-        return self._batch[position].ticket.closed
-
-    def unanswered(self) -> list[int]:
-        """Positions without a result or an error."""
-        return [position for position in range(len(self._batch)) if position not in self._answered]
-
-
-class _EngineError(PpodError):
-    """The engine broke; the interceptor logs the cause and tells the caller no more than INTERNAL."""
-
-    @classmethod
-    def of(cls, cause: BaseException | None) -> PpodError:
-        """The error for a request whose batch ended without a result for it."""
-        if isinstance(cause, PpodError):
-            return cause
-        error = cls("the model failed to run the batch; the server's log has the cause")
-        error.__cause__ = cause
-        return error
-
-
-def _sum_tokens(entries: Iterable[_Entry[ItemT, ResultT]]) -> int:
-    return sum(entry.tokens for entry in entries)
-
-
-def _blend(kept: float, new: float) -> float:
-    return _RATE_DECAY * kept + (1 - _RATE_DECAY) * new
+    def _count_queue(self, teams: Iterable[str]) -> None:
+        self._metrics.queue(len(self._queue), self._queue.tokens)
+        for team in teams:
+            self._metrics.team_queue(team, self._queue.team_tokens(team))

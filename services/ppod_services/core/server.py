@@ -16,18 +16,26 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import grpc.aio
+from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from ppod.channel import ChannelOptions, server_options
 from ppod_models.sources import ModelSourceError
-from ppod_services.core.config import ServiceConfig
-from ppod_services.core.interceptor import CallGate, CallInterceptor
+from ppod_models.tracing import flush_tracing
+from ppod_services.core.config import ServiceConfig, TlsConfig
+from ppod_services.core.gate import CallGate
+from ppod_services.core.interceptor import CallInterceptor, Identify
 from ppod_services.core.logs import LogValue, log_event
 from ppod_services.core.metrics import ServiceMetrics
+from ppod_services.core.tenancy import Tenancy
+from ppod_services.core.tls import CertificateError, RotatingCertificates
+from ppod_services.core.tracing import tracing_interceptors
 
 _LOGGER = logging.getLogger(__name__)
+_CHANNELZ = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
+_FLUSH_TIMEOUT_S = 2.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -58,7 +66,7 @@ class HostedService(Protocol):
         ...
 
     def load(self) -> None:
-        """Load the model; called once, in the model's thread."""
+        """Load the model and run it once; called once, in the model's thread."""
         ...
 
     async def run(self) -> None:
@@ -96,7 +104,11 @@ class _Server:
         self._hosted = build(Host(self._executor, self._metrics))
         self._health = health.aio.HealthServicer()
         self._stopping = asyncio.Event()
-        self._gate = CallGate()
+        self._gate = CallGate(config.limits.max_concurrent_calls)
+        self._tenancy = Tenancy(config.tenancy)
+        # Held for as long as the ports are: gRPC calls them before each handshake.
+        self._certificates: list[RotatingCertificates] = []
+        self._tracing = tracing_interceptors(config.tracing, self._hosted.service_name)
 
     @property
     def _names(self) -> list[str]:
@@ -114,6 +126,7 @@ class _Server:
         for server in servers:
             await server.start()
         self._watch_signals()
+        watch = asyncio.create_task(self._tenancy.watch())
         listen = self._config.listen
         log_event(_LOGGER, "listening", {"host": listen.host, "port": listen.port, "pid": os.getpid()})
         worker: asyncio.Task[None] | None = None
@@ -125,6 +138,7 @@ class _Server:
             stopping = asyncio.create_task(self._stopping.wait())
             await asyncio.wait({worker, stopping}, return_when=asyncio.FIRST_COMPLETED)
         drained = await self._drain(servers)
+        watch.cancel()
         if worker is not None:
             worker.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -137,17 +151,34 @@ class _Server:
         if listen.metrics_port is not None:
             _check_free("listen.metrics_port", listen.host, listen.metrics_port)
             start_http_server(listen.metrics_port, listen.host, self._metrics.registry)
-        main = self._new_server([self._hosted.service_name])
+        main = self._new_server([self._hosted.service_name], self._tenancy.team)
         self._hosted.register(main)
-        _bind_port(main, "listen.port", listen.host, listen.port)
+        self._bind_port(main, "listen.port", listen.port, self._config.tls)
         if listen.admin_port is None or self._hosted.admin_service_name is None:
             return [main]
-        admin = self._new_server([self._hosted.admin_service_name])
+        # What channelz tells of connections is for administrators only.
+        admin = self._new_server([self._hosted.admin_service_name, _CHANNELZ], self._tenancy.administrator)
+        channelz.add_channelz_servicer(admin)
         self._hosted.register_admin(admin)
-        _bind_port(admin, "listen.admin_port", listen.host, listen.admin_port)
+        self._bind_port(admin, "listen.admin_port", listen.admin_port, self._config.admin_tls or self._config.tls)
         return [main, admin]
 
-    def _new_server(self, names: Sequence[str]) -> grpc.aio.Server:
+    def _bind_port(self, server: grpc.aio.Server, key: str, port: int, tls: TlsConfig | None) -> None:
+        host = self._config.listen.host
+        _check_free(key, host, port)
+        try:
+            if tls is None:
+                server.add_insecure_port(f"{host}:{port}")
+            else:
+                certificates = RotatingCertificates(tls)
+                self._certificates.append(certificates)
+                server.add_secure_port(f"{host}:{port}", certificates.credentials)
+        except CertificateError as error:
+            raise StartError(f"tls: {error}") from error
+        except RuntimeError as error:
+            raise StartError(f"{key}: cannot listen on {host}:{port}: {error}") from error
+
+    def _new_server(self, names: Sequence[str], identify: Identify) -> grpc.aio.Server:
         limits = self._config.limits
         options: ChannelOptions = [
             *server_options(limits.max_message_bytes),
@@ -155,7 +186,8 @@ class _Server:
             # Calls that run when the connection's age is up may still end.
             ("grpc.max_connection_age_grace_ms", int(limits.default_deadline_s * 1_000)),
         ]
-        server = grpc.aio.server(interceptors=[CallInterceptor(self._gate, self._metrics)], options=options)
+        interceptors = [*self._tracing, CallInterceptor(self._gate, self._metrics, identify)]
+        server = grpc.aio.server(interceptors=interceptors, options=options)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         return server
@@ -192,6 +224,8 @@ class _Server:
         left = self._gate.calls
         # The short grace lets the last replies reach their callers.
         await asyncio.gather(*(server.stop(0.2 if drained else 0) for server in servers))
+        # Now, because the process ends without the interpreter's exit handlers.
+        await asyncio.to_thread(flush_tracing, _FLUSH_TIMEOUT_S)
         log_event(_LOGGER, "stopped", {"drained": drained, "calls_cut_short": left})
         return drained
 
@@ -214,14 +248,6 @@ def exit_now(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _bind_port(server: grpc.aio.Server, key: str, host: str, port: int) -> None:
-    _check_free(key, host, port)
-    try:
-        server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError as error:
-        raise StartError(f"{key}: cannot listen on {host}:{port}: {error}") from error
 
 
 def _check_free(key: str, host: str, port: int) -> None:

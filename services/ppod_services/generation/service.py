@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import grpc.aio
 
+from ppod.tensors import TokenArray
 from ppod.v1 import generation_pb2_grpc
 from ppod_services.core.causal_service import CausalService
 from ppod_services.core.config import CausalServiceConfig
 from ppod_services.core.scheduler import RunBatch
 from ppod_services.core.server import Host
-from ppod_services.generation.requests import GeneratedSample, GenerationItem
+from ppod_services.generation.requests import GeneratedSample, GenerationItem, TokenFilter
 from ppod_services.generation.servicer import GENERATION_SERVICE, GenerationServicer
 
 if TYPE_CHECKING:
@@ -37,3 +38,8 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
         from ppod_services.generation.engine import GenerationEngine  # noqa: PLC0415
 
         return GenerationEngine(model, weights).run
+
+    def warm_up_item(self, position: int, tokens: TokenArray) -> GenerationItem:
+        """Two tokens: one from the prompt, one from the cache."""
+        greedy = TokenFilter(temperature=0.0, top_p=1.0, top_k=0)
+        return GenerationItem(position, tokens[:-2] if len(tokens) > 2 else tokens, 0, 2, greedy, frozenset(), None)

@@ -17,6 +17,9 @@ class ReferenceItem:
         prompt_length: 1 to length - 1.
         temperature: divides the logits, > 0; equal within a batch.
         weight_version: the version that must answer; None takes any.
+        adapter: name of the adapter on the base model, None for the base alone; equal within a batch.
+        entropy: whether entropies are wanted.
+        top_k: how many of the most probable tokens are wanted at each position.
     """
 
     sample: int
@@ -24,11 +27,25 @@ class ReferenceItem:
     prompt_length: int
     temperature: float
     weight_version: int | None
+    adapter: str | None = None
+    entropy: bool = False
+    top_k: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReferenceResult:
-    """Logprobs of one response: float32 [length - prompt_length], natural log, finite; and who computed them."""
+    """What the model says of one response of R tokens; all floats finite.
+
+    Attributes:
+        logprobs: float32 [R], natural log.
+        weight_version: version of the weights that computed it.
+        entropies: float32 [R], nats; None unless asked for.
+        top_ids: int32 [R, top_k], the most probable first.
+        top_logprobs: float32 [R, top_k], natural log.
+    """
 
     logprobs: FloatArray
     weight_version: int
+    entropies: FloatArray | None
+    top_ids: TokenArray
+    top_logprobs: FloatArray

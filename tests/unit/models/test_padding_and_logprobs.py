@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ppod_models import logprobs
-from ppod_models.logprobs import token_logprobs
+from ppod_models.logprobs import token_distributions, token_logprobs
 from ppod_models.padding import pad_sequences, position_ids
 
 CPU = torch.device("cpu")
@@ -97,6 +97,32 @@ def test_only_a_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch
     hidden = torch.randn(11, 6, requires_grad=True)
     token_logprobs(hidden, head, torch.zeros(11, dtype=torch.long), 1.0).logprobs.sum().backward()
     assert widths == [4, 4, 3] * 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_distributions_equal_log_softmax_over_all_logits(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_POSITIONS", 4)
+    generator = torch.Generator().manual_seed(0)
+    head = head_of(torch.randn(9, 6, generator=generator), torch.randn(9, generator=generator) if bias else None)
+    hidden, tokens = torch.randn(11, 6, generator=generator), torch.randint(0, 9, (11,), generator=generator)
+    found = token_distributions(hidden, head, tokens, 0.8, entropy=True, top_k=3)
+    whole = torch.log_softmax(head(hidden) / 0.8, dim=-1)
+    top = whole.topk(3, dim=-1)
+    torch.testing.assert_close(found.logprobs, whole.gather(-1, tokens[:, None])[:, 0].detach())
+    torch.testing.assert_close(found.entropies, -(whole.exp() * whole).sum(dim=-1).detach())
+    assert torch.equal(found.top_ids, top.indices)
+    torch.testing.assert_close(found.top_logprobs, top.values.detach())
+
+
+def test_distributions_give_the_trainer_s_logprobs_to_the_bit() -> None:
+    """Two definitions that differ in the last bit would show as a KL that nobody caused."""
+    head, hidden = head_of(torch.randn(50, 6)), torch.randn(300, 6)
+    tokens = torch.randint(0, 50, (300,))
+    trained = token_logprobs(hidden, head, tokens, 0.7)
+    served = token_distributions(hidden, head, tokens, 0.7, entropy=False, top_k=0)
+    assert torch.equal(trained.logprobs.detach(), served.logprobs)
+    assert served.entropies is None
+    assert served.top_ids.shape == served.top_logprobs.shape == (300, 0)
 
 
 def test_no_positions_give_no_logprobs() -> None:

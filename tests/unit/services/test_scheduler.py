@@ -117,14 +117,28 @@ async def test_callers_share_a_batch() -> None:
     assert engine.batches[1:] == [[1, 2, 3]]
 
 
-async def test_an_idle_scheduler_waits_for_mates_no_longer_than_told() -> None:
+async def test_a_lone_caller_does_not_wait_for_company() -> None:
+    engine = Engine()
+    async with scheduling(engine, wait_ms=1_000) as scheduler:
+        for item in range(5):
+            await asyncio.wait_for(scheduler.submit(submissions(item), LONG_S).gather(), 0.5)
+    assert engine.batches == [[0], [1], [2], [3], [4]]
+
+
+async def test_callers_that_overlap_are_waited_for_no_longer_than_told() -> None:
     engine = Engine()
     async with scheduling(engine, wait_ms=200) as scheduler:
+        block = await blocked(engine, scheduler)
+        beside = scheduler.submit(submissions(0), LONG_S)
+        engine.gate.set()
+        await asyncio.gather(beside.gather(), block)
         first = scheduler.submit(submissions(1), LONG_S)
         await asyncio.sleep(0.02)
         second = scheduler.submit(submissions(2), LONG_S)
-        await asyncio.gather(first.gather(), second.gather())
-    assert engine.batches == [[1, 2]]
+        # The two that were open together are here again, so the rest of the wait is spared.
+        await asyncio.wait_for(asyncio.gather(first.gather(), second.gather()), 0.15)
+        await asyncio.wait_for(scheduler.submit(submissions(3), LONG_S).gather(), 0.5)
+    assert engine.batches[2:] == [[1, 2], [3]]
 
 
 async def test_cancelled_entries_never_reach_the_engine() -> None:

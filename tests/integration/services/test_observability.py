@@ -1,0 +1,105 @@
+"""Traces and channelz of real service processes."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.trace.v1 import trace_pb2
+
+from ppod.tensors import pack_sequences
+from ppod.v1 import reference_pb2, reference_pb2_grpc
+from support.processes import ServiceProcess, running_service
+from support.services import tiny_model_config
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+PARENT_ID = "00f067aa0ba902b7"
+REQUEST = reference_pb2.ComputeLogprobsRequest(tokens=pack_sequences([[1, 2, 3], [4, 5]]), prompt_lengths=[1, 1])
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """An OTLP collector that keeps the spans it is sent."""
+
+    def __init__(self) -> None:
+        self.spans: queue.Queue[trace_pb2.Span] = queue.Queue()
+
+    def Export(self, request: trace_service_pb2.ExportTraceServiceRequest, context: object) -> object:  # noqa: N802, ARG002
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    self.spans.put(span)
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+@contextmanager
+def collecting() -> Iterator[tuple[Collector, str]]:
+    server = grpc.server(ThreadPoolExecutor(2))
+    collector = Collector()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield collector, f"http://127.0.0.1:{port}"
+    finally:
+        server.stop(0).wait()
+
+
+def compute(service: ServiceProcess, request: reference_pb2.ComputeLogprobsRequest, **metadata: str) -> None:
+    with grpc.insecure_channel(service.target) as channel:
+        stub = reference_pb2_grpc.ReferenceServiceStub(channel)
+        stub.ComputeLogprobs(request, timeout=30, metadata=tuple(metadata.items()))
+
+
+def attributes(span: trace_pb2.Span) -> dict[str, object]:
+    return {item.key: getattr(item.value, item.value.WhichOneof("value")) for item in span.attributes}
+
+
+def test_a_call_s_span_joins_the_caller_s_trace_and_says_where_the_time_went(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    with collecting() as (collector, endpoint):
+        values = {"model": tiny_model_config(tiny_model_dir), "tracing": {"endpoint": endpoint}}
+        with running_service("ppod_services.reference", tmp_path, values) as service:
+            with grpc.insecure_channel(service.target) as channel:
+                # A probe: it must leave no span.
+                health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=""), timeout=5)
+            compute(service, REQUEST, traceparent=f"00-{TRACE_ID}-{PARENT_ID}-01")
+            bad = reference_pb2.ComputeLogprobsRequest(tokens=pack_sequences([[1]]), prompt_lengths=[1])
+            with pytest.raises(grpc.RpcError):
+                compute(service, bad)
+            # Spans leave in batches; a drained service sends what it still has.
+            service.signal()
+            assert service.wait() == 0
+        spans = [collector.spans.get(timeout=10) for _ in range(2)]
+        assert collector.spans.empty()
+    good, refused = sorted(spans, key=lambda span: span.trace_id.hex() != TRACE_ID)
+    assert good.trace_id.hex() == TRACE_ID
+    assert good.parent_span_id.hex() == PARENT_ID
+    assert good.name == "/ppod.v1.ReferenceService/ComputeLogprobs"
+    found = attributes(good)
+    assert found["ppod.tokens"] == 5
+    duration_s = (good.end_time_unix_nano - good.start_time_unix_nano) / 1e9
+    assert 0 < found["ppod.compute_s"] < duration_s
+    assert 0 <= found["ppod.queue_s"] < duration_s
+    assert attributes(refused)["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+
+
+def test_without_an_endpoint_nothing_is_traced(reference_service: ServiceProcess) -> None:
+    compute(reference_service, REQUEST, traceparent=f"00-{TRACE_ID}-{PARENT_ID}-01")
+
+
+def test_channelz_is_for_administrators_only(reference_service: ServiceProcess) -> None:
+    with grpc.insecure_channel(reference_service.admin_target) as channel:
+        servers = channelz_pb2_grpc.ChannelzStub(channel).GetServers(channelz_pb2.GetServersRequest(), timeout=5)
+    assert len(servers.server) == 2
+    with grpc.insecure_channel(reference_service.target) as channel, pytest.raises(grpc.RpcError) as caught:
+        channelz_pb2_grpc.ChannelzStub(channel).GetServers(channelz_pb2.GetServersRequest(), timeout=5)
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED

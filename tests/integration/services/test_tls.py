@@ -1,0 +1,155 @@
+"""TLS and mutual TLS of real service processes: who gets in, and what happens when certificates rotate."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+import trustme
+from cryptography import x509
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from support.processes import ServiceProcess, running_service
+from support.services import tiny_model_config
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A certificate authority, and files of what it issued."""
+
+    ca: trustme.CA
+    directory: Path
+
+    def issue(self, name: str) -> dict[str, str]:
+        """Write certificate and key of 127.0.0.1; returns the configuration of a port with them."""
+        issued = self.ca.issue_cert("127.0.0.1", "localhost")
+        certificate, key = self.directory / f"{name}.crt", self.directory / f"{name}.key"
+        certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        key.write_bytes(issued.private_key_pem.bytes())
+        return {"certificate_file": str(certificate), "private_key_file": str(key)}
+
+    @property
+    def root(self) -> bytes:
+        return self.ca.cert_pem.bytes()
+
+    def root_file(self) -> str:
+        path = self.directory / "ca.crt"
+        path.write_bytes(self.root)
+        return str(path)
+
+    def client(self) -> grpc.ChannelCredentials:
+        """Credentials of a caller that this authority vouches for."""
+        issued = self.ca.issue_cert("trainer")
+        chain = b"".join(blob.bytes() for blob in issued.cert_chain_pems)
+        return grpc.ssl_channel_credentials(self.root, issued.private_key_pem.bytes(), chain)
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(trustme.CA(), tmp_path)
+
+
+@pytest.fixture
+def service(authority: Authority, tiny_model_dir: Path, tmp_path: Path) -> Iterator[ServiceProcess]:
+    """TLS on the data port, mutual TLS on the administration port."""
+    values = {
+        "model": tiny_model_config(tiny_model_dir),
+        "tls": authority.issue("server"),
+        "admin_tls": {**authority.issue("admin"), "client_ca_file": authority.root_file()},
+    }
+    with running_service("ppod_services.reference", tmp_path, values) as process:
+        yield process
+
+
+def status(target: str, credentials: grpc.ChannelCredentials | None) -> health_pb2.HealthCheckResponse.ServingStatus:
+    """The health of a target over a new connection; a handshake that fails raises RpcError."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    opened = (
+        grpc.insecure_channel(target, options)
+        if credentials is None
+        else grpc.secure_channel(target, credentials, options)
+    )
+    with opened as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        return stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=5).status
+
+
+def served_serial(port: int) -> int:
+    """Serial number of the certificate that a new connection is shown."""
+    import ssl  # noqa: PLC0415
+
+    return x509.load_pem_x509_certificate(ssl.get_server_certificate(("127.0.0.1", port)).encode()).serial_number
+
+
+def test_only_those_who_know_the_authority_get_in(service: ServiceProcess, authority: Authority) -> None:
+    assert status(service.target, grpc.ssl_channel_credentials(authority.root)) == SERVING
+    for stranger in (None, grpc.ssl_channel_credentials(trustme.CA().cert_pem.bytes())):
+        with pytest.raises(grpc.RpcError) as caught:
+            status(service.target, stranger)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_administration_needs_a_certificate_of_the_caller_s(service: ServiceProcess, authority: Authority) -> None:
+    assert status(service.admin_target, authority.client()) == SERVING
+    other = trustme.CA()
+    issued = other.issue_cert("intruder")
+    chain = issued.cert_chain_pems[0].bytes()
+    intruder = grpc.ssl_channel_credentials(authority.root, issued.private_key_pem.bytes(), chain)
+    for nobody in (grpc.ssl_channel_credentials(authority.root), intruder):
+        with pytest.raises(grpc.RpcError) as caught:
+            status(service.admin_target, nobody)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_rotated_certificates_serve_new_connections_without_a_restart(
+    service: ServiceProcess, authority: Authority
+) -> None:
+    credentials = grpc.ssl_channel_credentials(authority.root)
+    with grpc.secure_channel(service.target, credentials) as old:
+        check = health_pb2_grpc.HealthStub(old).Check
+        assert check(health_pb2.HealthCheckRequest(service=""), timeout=5).status == SERVING
+        before = served_serial(service.port)
+        fresh = authority.issue("rotated")
+        for key, name in (("private_key_file", "server.key"), ("certificate_file", "server.crt")):
+            shutil.move(fresh[key], authority.directory / name)
+        after = _wait_for_other_serial(service.port, before)
+        assert after != before
+        assert status(service.target, credentials) == SERVING
+        # The connection that was open goes on.
+        assert check(health_pb2.HealthCheckRequest(service=""), timeout=5).status == SERVING
+    assert '"event": "certificates_rotated"' in service.stderr
+
+
+def test_half_a_rotation_is_refused_and_the_old_certificate_serves_on(
+    service: ServiceProcess, authority: Authority
+) -> None:
+    before = served_serial(service.port)
+    shutil.move(authority.issue("rotated")["private_key_file"], authority.directory / "server.key")
+    for _ in range(3):
+        assert served_serial(service.port) == before
+    assert '"event": "certificates_refused"' in service.stderr
+    assert status(service.target, grpc.ssl_channel_credentials(authority.root)) == SERVING
+
+
+def test_a_missing_certificate_is_named_at_the_start(tiny_model_dir: Path, tmp_path: Path) -> None:
+    tls = {"certificate_file": str(tmp_path / "none.crt"), "private_key_file": str(tmp_path / "none.key")}
+    values = {"model": tiny_model_config(tiny_model_dir), "tls": tls}
+    with (
+        pytest.raises(AssertionError, match=r"(?s)exit code 1;.*tls: certificate_file: .*none\.crt: No such file"),
+        running_service("ppod_services.reference", tmp_path, values, until="listening"),
+    ):
+        pass
+
+
+def _wait_for_other_serial(port: int, serial: int) -> int:
+    until = time.monotonic() + 10
+    while (found := served_serial(port)) == serial and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
