@@ -96,9 +96,12 @@ def test_process_scores_that_nobody_asked_for() -> None:
     def change(reply: Message, _: int) -> None:
         cast("reward_pb2.ScoreResponse", reply).process.SetInParent()
 
-    with scripted_server(Script(change)) as server, RewardClient(server.target) as client:
-        with pytest.raises(InvalidReply, match="process"):
-            client.score([[1]])
+    with (
+        scripted_server(Script(change)) as server,
+        RewardClient(server.target) as client,
+        pytest.raises(InvalidReply, match="process"),
+    ):
+        client.score([[1]])
 
 
 @pytest.mark.parametrize(
@@ -129,9 +132,12 @@ def test_entropies_and_top_tokens_that_nobody_asked_for() -> None:
         script = Script(
             change=lambda reply, _, change=change: change(cast("reference_pb2.ComputeLogprobsResponse", reply))
         )
-        with scripted_server(script) as server, ReferenceClient(server.target) as client:
-            with pytest.raises(InvalidReply, match=field):
-                client.logprobs([[1, 2, 3], [4, 5]], [1, 1])
+        with (
+            scripted_server(script) as server,
+            ReferenceClient(server.target) as client,
+            pytest.raises(InvalidReply, match=field),
+        ):
+            client.logprobs([[1, 2, 3], [4, 5]], [1, 1])
 
 
 @pytest.mark.parametrize(
@@ -188,6 +194,9 @@ def test_a_replacement_of_another_model() -> None:
     def change(reply: Message, _: int) -> None:
         cast("reward_admin_pb2.ReplaceModelResponse", reply).model.model = "two"
 
-    with scripted_server(Script(change)) as server, RewardAdminClient(server.target) as client:
-        with pytest.raises(InvalidReply, match="two"):
-            client.replace_model(Replacement("one"))
+    with (
+        scripted_server(Script(change)) as server,
+        RewardAdminClient(server.target) as client,
+        pytest.raises(InvalidReply, match="two"),
+    ):
+        client.replace_model(Replacement("one"))

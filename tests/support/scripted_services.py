@@ -1,5 +1,7 @@
 """Real gRPC servers whose answers are arithmetic, and that break the contract where a test asks them to."""
 
+# ruff: noqa: N802 - a servicer's methods carry the names of the contract
+
 from __future__ import annotations
 
 import threading
@@ -15,7 +17,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from ppod.channel import server_options
-from ppod.errors import STATUS_DETAILS_KEY, PpodError, to_status
+from ppod.errors import STATUS_DETAILS_KEY, InvalidArgument, PpodError, to_status
 from ppod.tensors import pack_floats, pack_tokens, unpack_sequences
 from ppod.v1 import (
     common_pb2,
@@ -91,8 +93,6 @@ class ScriptedReward(reward_pb2_grpc.RewardServiceServicer):
                 turns = [each.messages for each in request.conversations.conversations]
                 sequences = [list("".join(m.role + m.content for m in each).encode()) for each in turns]
         if len(sequences) > LIMITS.max_request_sequences:
-            from ppod import InvalidArgument  # noqa: PLC0415
-
             field_name = request.WhichOneof("input") or ""
             abort(context, InvalidArgument(field_name, f"{len(sequences)} sequences", "1 to 8 sequences"))
         reply = self._reply(sequences)
