@@ -24,6 +24,7 @@ from ppod.errors import (
     NotFound,
     PpodError,
     ResourceExhausted,
+    RewardFailed,
     Unavailable,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "ReferenceLogprobs",
     "ResourceExhausted",
     "RewardClient",
+    "RewardFailed",
     "Sampling",
     "Scores",
     "Truncation",

@@ -9,7 +9,7 @@ import pytest
 
 from ppod_models.configuration import ConfigError, ConfigModel, ModelConfig, dump_config, load_config, parse_config
 from ppod_models.sources import ModelSourceError, resolve, write_once
-from reward_support.tiny_trunk import save_tiny_trunk
+from support.tiny_trunk import save_tiny_trunk
 
 
 @pytest.fixture(autouse=True)
