@@ -16,6 +16,7 @@ from ppod_models.sources import ModelSourceError
 from ppod_services.core.described import Deferred
 from ppod_services.core.logs import log_event
 from ppod_services.core.weight_servicer import Exclusive
+from ppod_services.reward.config import RewardServiceConfig
 from ppod_services.reward.kinds import HeadConfig, ModelRewardConfig
 from ppod_services.reward.replies import write_state
 from ppod_services.reward.rewards import RewardSet
@@ -33,12 +34,12 @@ class RewardAdminServicer(reward_admin_pb2_grpc.RewardAdminServiceServicer):
         self,
         rewards: Deferred[RewardSet],
         scheduler: Exclusive,
-        max_batch_tokens: int,
+        config: RewardServiceConfig,
         on_version: Callable[[int], None],
     ) -> None:
         self._rewards = rewards
         self._scheduler = scheduler
-        self._max_batch_tokens = max_batch_tokens
+        self._config = config
         self._on_version = on_version
         # Two loads at once might not fit into memory.
         self._replacing = asyncio.Lock()
@@ -73,15 +74,15 @@ class RewardAdminServicer(reward_admin_pb2_grpc.RewardAdminServiceServicer):
 
         beside = list(rewards.parts.models.values())
         try:
-            return await asyncio.to_thread(load_model, config, self._max_batch_tokens, beside)
+            return await asyncio.to_thread(load_model, config, self._config.batching.max_batch_tokens, beside)
         except ModelSourceError as error:
             raise InvalidArgument("source", " ".join(str(error).split()), "a model that loads") from error
 
     def _swap(self, rewards: RewardSet, new: ServedModel) -> None:
         """In the models' thread, between two batches; requests that began before keep the model they began with."""
-        from ppod_services.reward.loading import warm_up  # noqa: PLC0415 - as above
+        from ppod_services.reward.loading import warm_up_model  # noqa: PLC0415 - as above
 
-        warm_up(new)
+        warm_up_model(new, self._config.warm_up_tokens)
         models = {**rewards.parts.models, new.info.name: new}
         configs = tuple(new.config if one.name == new.info.name else one for one in rewards.parts.configs)
         self._rewards.set(RewardSet(replace(rewards.parts, configs=configs, models=models)))

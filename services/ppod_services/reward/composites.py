@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 
 import numpy as np
 
 from ppod.tensors import FloatArray
 from ppod_services.reward.kinds import EnsembleConfig, SumConfig
 from ppod_services.reward.samples import Query
-from ppod_services.reward.scored import Adjustment, Kind, RawScores, Scored, Work, adjusted
+from ppod_services.reward.scored import Adjustment, Kind, RawScores, Scored, adjusted
 
 Combine = Callable[[Sequence[FloatArray]], FloatArray]
 
@@ -68,7 +67,6 @@ def _composed(
         members=tuple(members),
         weights=weights,
         truncated=_most_truncated(members),
-        work=reduce(Work.plus, (member.work for member in members)),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -24,6 +23,7 @@ from ppod_models.reward_model import RewardHeadError, RewardModel
 from ppod_models.sources import ModelSourceError, resolve
 from ppod_services.core.described import ModelInfo
 from ppod_services.core.model import load_pretrained, quieten_transformers, set_threads
+from ppod_services.core.warm_up import warm_up
 from ppod_services.reward.codec import TokenizerCodec
 from ppod_services.reward.kinds import (
     HeadConfig,
@@ -31,7 +31,8 @@ from ppod_services.reward.kinds import (
     SequenceClassificationConfig,
     TokenClassificationConfig,
 )
-from ppod_services.reward.requests import ModelInput, Scorer
+from ppod_services.reward.model_inputs import at_end
+from ppod_services.reward.requests import ModelInput, RewardItem, Scorer, run_batch
 from ppod_services.reward.samples import TokenSource
 from ppod_services.reward.served import ServedModel
 
@@ -95,7 +96,7 @@ class Trunk:
     tokenizer: PreTrainedTokenizerFast
 
 
-def load_all(configs: Sequence[ModelRewardConfig], max_batch_tokens: int) -> list[ServedModel]:
+def load_all(configs: Sequence[ModelRewardConfig], max_batch_tokens: int, warm_up_tokens: int = 0) -> list[ServedModel]:
     """Load all models, each trunk once, and warm them up.
 
     Raises:
@@ -105,7 +106,7 @@ def load_all(configs: Sequence[ModelRewardConfig], max_batch_tokens: int) -> lis
     for config in configs:
         models.append(load_model(config, max_batch_tokens, models))
     for model in models:
-        warm_up(model)
+        warm_up_model(model, warm_up_tokens)
     return models
 
 
@@ -140,10 +141,12 @@ def load_tokenizer_source(source: str) -> TokenSource:
     return TokenSource(codec, codec.vocab_size)
 
 
-def warm_up(model: ServedModel) -> None:
-    """Run one short forward, so that the first request does not pay for kernels and memory pools."""
-    tokens = np.asarray([1, 2, 3], dtype=np.int32)
-    model.scorer.score([ModelInput(tokens, np.asarray([model.scorer.end_of(tokens)], dtype=np.int32))])
+def warm_up_model(model: ServedModel, tokens: int) -> None:
+    """Run a lone sequence and a batch of `tokens` tokens; raises ModelSourceError when the model cannot."""
+    scorer = model.scorer
+    warm_up(
+        run_batch, model.info, tokens, lambda _, sequence: RewardItem(scorer, at_end(sequence, scorer.end_of(sequence)))
+    )
 
 
 def _load_head(config: HeadConfig, max_batch_tokens: int, beside: Iterable[ServedModel]) -> ServedModel:

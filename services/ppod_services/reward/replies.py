@@ -7,11 +7,12 @@ import numpy as np
 from ppod.tensors import FloatArray, pack_floats
 from ppod.v1 import common_pb2, reward_pb2
 from ppod_services.core.config import LimitsConfig
+from ppod_services.core.tracing import annotate_span
 from ppod_services.reward.composition_rules import members_of
 from ppod_services.reward.kinds import EnsembleConfig, RewardConfig, SumConfig
 from ppod_services.reward.rewards import RewardSet, kind_of
 from ppod_services.reward.samples import Steps
-from ppod_services.reward.scored import Adjustment, Kind, ModelIdentity, Scored, Work
+from ppod_services.reward.scored import Adjustment, Kind, ModelIdentity, Scored, Work, total_work
 
 _KINDS = {
     Kind.MODEL: reward_pb2.REWARD_KIND_MODEL,
@@ -27,7 +28,7 @@ def write_scores(scored: Scored, identity: ModelIdentity, steps: Steps | None) -
     """A whole reply."""
     return reward_pb2.ScoreResponse(
         model=write_state(identity),
-        timing=_write_timing(scored.work),
+        timing=_write_timing(total_work(scored)),
         scores=pack_floats(scored.scores),
         truncated_tokens=scored.truncated,
         breakdown=_write_component(scored),
@@ -114,7 +115,9 @@ def _write_way(steps: Steps, way: tuple[FloatArray, ...]) -> reward_pb2.ProcessS
 
 def _write_timing(work: Work) -> common_pb2.Timing:
     compute_s = sum(work.batch_s.values()) if work.batch_s else work.elsewhere_s
-    return common_pb2.Timing(queue_s=work.queue_s or 0.0, compute_s=compute_s, tokens=work.tokens)
+    timing = common_pb2.Timing(queue_s=work.queue_s or 0.0, compute_s=compute_s, tokens=work.tokens)
+    annotate_span(timing)
+    return timing
 
 
 def _pack_optional(values: FloatArray | None) -> bytes:

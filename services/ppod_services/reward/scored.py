@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import reduce
 
 import numpy as np
 
@@ -64,7 +65,7 @@ class Work:
     """Where the time went.
 
     Attributes:
-        queue_s: seconds until the first batch began, by model entry; empty where no model was asked.
+        queue_s: seconds until the first batch began; None where no model was asked.
         batch_s: seconds of each batch of the models' queue, by its number.
         tokens: tokens that models processed, padding left out.
         elsewhere_s: seconds that functions and judges took.
@@ -105,7 +106,7 @@ class Scored:
         weights: factors of the terms of a sum, one for each member; empty elsewhere.
         model: who computed it; None where no model of this server did.
         truncated: tokens dropped from each sequence; empty where none was.
-        work: where the time went, members included.
+        work: where the time went, members left out.
     """
 
     name: str
@@ -122,6 +123,11 @@ class Scored:
     model: ModelIdentity | None = None
     truncated: tuple[int, ...] = ()
     work: Work = field(default_factory=Work)
+
+
+def total_work(scored: Scored) -> Work:
+    """Where the time of a reward and all its members went; one that is a member twice was computed once."""
+    return reduce(Work.plus, (part.work for part in {part.name: part for part in _parts(scored)}.values()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,6 +147,12 @@ def adjusted(raw: RawScores, adjustment: Adjustment | None, indexes: Sequence[in
         _checked(one, adjustment, [index] * len(one), name) for one, index in zip(raw.way, indexes, strict=True)
     )
     return RawScores(scores, way)
+
+
+def _parts(scored: Scored) -> Iterator[Scored]:
+    yield scored
+    for member in scored.members:
+        yield from _parts(member)
 
 
 def _checked(raw: FloatArray, adjustment: Adjustment | None, indexes: Sequence[int], name: str) -> FloatArray:

@@ -24,6 +24,7 @@ from ppod_services.reward.requests import RewardItem, run_batch
 from ppod_services.reward.rewards import Parts, RewardSet, model_configs
 from ppod_services.reward.runtime import Runtime
 from ppod_services.reward.samples import TokenSource
+from ppod_services.reward.served import ServedModel
 from ppod_services.reward.servicer import REWARD_SERVICE, RewardServicer
 from ppod_services.reward.text_rewards import FunctionScorer, TextScorer
 
@@ -55,9 +56,7 @@ class RewardService:
 
     def register_admin(self, server: grpc.aio.Server) -> None:
         """Add RewardAdminService."""
-        servicer = RewardAdminServicer(
-            self.rewards, self._scheduler, self._config.batching.max_batch_tokens, self._host.metrics.weight_version
-        )
+        servicer = RewardAdminServicer(self.rewards, self._scheduler, self._config, self._host.metrics.weight_version)
         reward_admin_pb2_grpc.add_RewardAdminServiceServicer_to_server(servicer, server)
 
     def load(self) -> None:
@@ -66,13 +65,12 @@ class RewardService:
         # Before the imports, which take seconds: a missing model is told at once.
         for source in (*(config.model.source for config in configs), *self._config.tokenizers):
             resolve(source)
-        # See the class.
-        models = []
+        models: list[ServedModel] = []
         tokenizers: list[TokenSource] = []
         if configs or self._config.tokenizers:
             from ppod_services.reward.loading import load_all, load_tokenizer_source  # noqa: PLC0415
 
-            models = load_all(configs, self._config.batching.max_batch_tokens)
+            models = load_all(configs, self._config.batching.max_batch_tokens, self._config.warm_up_tokens)
             tokenizers = [load_tokenizer_source(source) for source in self._config.tokenizers]
         self.rewards.set(
             RewardSet(
