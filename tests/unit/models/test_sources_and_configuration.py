@@ -11,7 +11,7 @@ import torch
 from ppod_models.configuration import ConfigError, ConfigModel, ModelConfig, dump_config, load_config, parse_config
 from ppod_models.loading import pick_dtype
 from ppod_models.sources import ModelSourceError, resolve, write_once
-from reward_support.tiny_trunk import save_tiny_trunk
+from support.tiny_trunk import save_tiny_trunk
 
 
 @pytest.fixture(autouse=True)
