@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ppod_models.configuration import ConfigModel, ModelConfig
+from ppod_models.configuration import ConfigModel, ModelConfig, TracingConfig
 
 Target = str
 
@@ -185,6 +185,7 @@ class TrainerConfig(ConfigModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @model_validator(mode="after")
     def _check_batch_splits(self) -> Self:
