@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import grpc
+import grpc.aio
 
 ChannelOptions = list[tuple[str, str | int]]
 
@@ -26,6 +29,8 @@ def client_options() -> ChannelOptions:
         # A service that restarts is found again within a second, not after gRPC's two-minute backoff.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
+        # A host that answers nothing is given up after this, not after twenty seconds.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
         # Two clients of one process do not share a connection, so bulk weights do not delay small calls.
         ("grpc.use_local_subchannel_pool", 1),
     ]
@@ -44,6 +49,39 @@ def server_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> ChannelOptions
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class ChannelSpec:
+    """Where a channel leads.
+
+    Attributes:
+        address: `host:port` or any gRPC target.
+        server_name: name that the server's certificate must carry; empty: the host of `address`.
+    """
+
+    address: str
+    server_name: str = ""
+
+    def options(self) -> ChannelOptions:
+        """Options of the channel."""
+        if not self.server_name:
+            return client_options()
+        return [*client_options(), ("grpc.ssl_target_name_override", self.server_name)]
+
+
+def open_channel(spec: ChannelSpec, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+    """Open a channel for blocking calls; without credentials in plain text."""
+    if credentials is None:
+        return grpc.insecure_channel(spec.address, options=spec.options())
+    return grpc.secure_channel(spec.address, credentials, options=spec.options())
+
+
+def open_aio_channel(spec: ChannelSpec, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """Open a channel on the running event loop; without credentials in plain text."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(spec.address, options=spec.options())
+    return grpc.aio.secure_channel(spec.address, credentials, options=spec.options())
+
+
 def insecure_channel(target: str) -> grpc.Channel:
     """Open a plain-text channel to `host:port`."""
-    return grpc.insecure_channel(target, options=client_options())
+    return open_channel(ChannelSpec(target), None)

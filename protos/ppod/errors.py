@@ -20,6 +20,10 @@ from google.rpc import error_details_pb2, status_pb2
 ERROR_DOMAIN = "ppod.v1"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 
+_MAX_VALUE_BYTES = 320
+_MAX_MESSAGE_BYTES = 640
+"""A status travels as HTTP/2 headers, three times over and encoded, and gRPC drops the call beyond 8 KiB of them."""
+
 
 class PpodError(Exception):
     """Root of every error that ppod raises on purpose."""
@@ -106,6 +110,28 @@ class NonFiniteOutput(PpodError):
 
 
 @dataclass(eq=False)
+class RewardFailed(PpodError):
+    """A reward that is no model of the server gave no score: a function raised, a judge's verdict cannot be read.
+
+    Attributes:
+        reward: name of the reward.
+        found: what happened instead.
+        expected: what it should have given, and what to do.
+        sample: position of the sequence in the request; None where it is not one sequence's.
+    """
+
+    reward: str
+    found: str
+    expected: str
+    sample: int | None = None
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+    def __str__(self) -> str:
+        where = f"reward {self.reward!r}" if self.sample is None else f"reward {self.reward!r}, sample {self.sample}"
+        return f"{where}: found {self.found}, expected {self.expected}"
+
+
+@dataclass(eq=False)
 class InvalidReply(PpodError):
     """A reply breaks the contract: wrong shape, a value that is not finite, a missing sample."""
 
@@ -165,25 +191,35 @@ class Internal(_PlainError):
 
 
 def to_status(error: PpodError) -> status_pb2.Status:
-    """Describe an error as a google.rpc.Status whose details carry every field of the exception."""
+    """Describe an error as a google.rpc.Status whose details carry every field of the exception, cut where too long."""
     info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN)
     for name, value in vars(error).items():
         if value is not None:
-            info.metadata[name] = str(value)
+            info.metadata[name] = _clipped(str(value), _MAX_VALUE_BYTES)
+    message = _clipped(error.message, _MAX_MESSAGE_BYTES)
     details: list[any_pb2.Any] = [_pack(info)]
     if isinstance(error, InvalidArgument):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=_clipped(error.field, _MAX_VALUE_BYTES), description=message
+        )
         details.append(_pack(error_details_pb2.BadRequest(field_violations=[violation])))
     elif isinstance(error, FailedPrecondition):
         failure = error_details_pb2.PreconditionFailure.Violation(
-            type=type(error).__name__, subject=error.what, description=error.message
+            type=type(error).__name__, subject=_clipped(error.what, _MAX_VALUE_BYTES), description=message
         )
         details.append(_pack(error_details_pb2.PreconditionFailure(violations=[failure])))
     elif isinstance(error, ResourceExhausted):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
-    return status_pb2.Status(code=error.code.value[0], message=error.message, details=details)
+    return status_pb2.Status(code=error.code.value[0], message=message, details=details)
+
+
+def _clipped(text: str, max_bytes: int) -> str:
+    data = text.encode(errors="replace")
+    if len(data) <= max_bytes:
+        return text
+    return f"{data[: max_bytes - 3].decode(errors='ignore')}…"
 
 
 def from_rpc_error(error: grpc.RpcError) -> PpodError:
@@ -259,6 +295,9 @@ def _rebuild_from(info: error_details_pb2.ErrorInfo, message: str) -> PpodError:
             return ResourceExhausted(values["what"], float(values["retry_after_s"]))
         case "NonFiniteOutput":
             return NonFiniteOutput(values["output"], int(values["sample"]), values["found"])
+        case "RewardFailed":
+            sample = int(values["sample"]) if "sample" in values else None
+            return RewardFailed(values["reward"], values["found"], values["expected"], sample)
         case "Unavailable":
             return Unavailable(values["detail"])
         case "Unauthenticated":

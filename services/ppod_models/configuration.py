@@ -16,6 +16,8 @@ class ConfigModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
+_SECTIONS = (Mapping, BaseModel, list, tuple)
+
 ConfigT = TypeVar("ConfigT", bound=ConfigModel)
 
 
@@ -85,7 +87,8 @@ def describe_faults(error: ValidationError) -> list[str]:
     """One line for each fault: dotted path, what is wrong, what was found."""
     lines: list[str] = []
     for fault in error.errors(include_url=False):
-        path = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+        # Which kind of several a section is, stands in its own key `kind`; in the path it would be no key of the file.
+        path = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("kind=")) or "(top level)"
         if fault["type"] == "extra_forbidden":
             lines.append(f"{path}: unknown key")
         elif fault["type"] == "missing":
@@ -93,6 +96,6 @@ def describe_faults(error: ValidationError) -> list[str]:
         else:
             message = fault["msg"].removeprefix("Value error, ")
             # A check over a whole section names the values it compared; the section itself would bury them.
-            found = "" if isinstance(fault["input"], Mapping | BaseModel) else f", found {fault['input']!r}"
+            found = "" if isinstance(fault["input"], _SECTIONS) else f", found {fault['input']!r}"
             lines.append(f"{path}: {message}{found}")
     return lines

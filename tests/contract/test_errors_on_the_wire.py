@@ -192,3 +192,22 @@ def test_other_languages_read_the_standard_details(generation_service: ServicePr
     [violation] = bad.field_violations
     assert violation.field == "prompts.token_ids"
     assert "sample 1: found id 400 at position 0, expected ids from 0 to 319" in violation.description
+
+
+def test_a_long_value_is_cut_not_dropped_with_the_whole_status(reference_service: ServiceProcess) -> None:
+    """An error travels as HTTP/2 headers: one that repeats a long value would lose the call its code."""
+    for name in ("x" * 50_000, "😀" * 20_000):
+        with (
+            ReferenceClient(reference_service.target, pin=Pin(model=name)) as client,
+            pytest.raises(NotFound) as caught,
+        ):
+            client.logprobs([[1, 2]], [1])
+        assert caught.value.found[:50] == name[:50]
+        assert caught.value.found.endswith("…")
+
+
+def test_a_temperature_that_no_float_can_divide_by_is_the_callers_fault(reference_service: ServiceProcess) -> None:
+    with ReferenceClient(reference_service.target) as client:
+        assert client.logprobs([[1, 2]], [1], temperature=1e-6).values[0][0] <= 0
+        with pytest.raises(InvalidArgument, match="at least 1e-06"):
+            client.logprobs([[1, 2]], [1], temperature=1e-38)

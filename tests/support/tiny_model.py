@@ -12,6 +12,7 @@ EOS = "<|end|>"
 PAD = "<|pad|>"
 VOCAB_SIZE = 320
 MAX_TOKENS = 128
+NAN_TOKEN = 259
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -46,5 +47,15 @@ def build_model(*, seed: int = 0, tied: bool = True, eos_token_id: int | None = 
 def save_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True) -> Path:
     """Save model and tokenizer as safetensors; returns the directory."""
     build_model(seed=seed, tied=tied).save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def save_nan_model(model_dir: Path, directory: Path) -> Path:
+    """Save a model like the one in `model_dir`, but with NaN in the embedding of NAN_TOKEN."""
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[NAN_TOKEN] = torch.nan
+    model.save_pretrained(directory)
     build_tokenizer().save_pretrained(directory)
     return directory

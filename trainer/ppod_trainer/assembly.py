@@ -103,7 +103,7 @@ def _load_learner(config: TrainerConfig, path: Path) -> Learner:
     policy = PolicyWithValue(
         model,
         temperature=config.rollout.temperature,
-        compute_dtype=loading.pick_dtype(config.policy.dtype),
+        compute_dtype=loading.pick_dtype(config.policy.dtype, device),
     )
     rules = ExperienceRules(config.rewards, config.kl, config.advantages)
     return build_learner(policy, config.ppo, rules, config.optimizer, config.seed)

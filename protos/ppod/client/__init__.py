@@ -1,37 +1,69 @@
 """The thin client: typed calls to ppod's services, with numpy and grpcio alone."""
 
-from ppod.client.base import (
+from ppod.client.base import AsyncServiceClient, ServiceClient
+from ppod.client.breakdown import RewardComponent, RewardDescription, RewardKind, ScoreAdjustment
+from ppod.client.core import RpcObserver
+from ppod.client.delivery import NO_RETRY, Delivery, HedgePolicy, RetryPolicy, SplitPolicy
+from ppod.client.generation import AsyncGenerationClient, GenerationClient
+from ppod.client.generation_calls import Completion, FinishReason, Sampling
+from ppod.client.identity import (
     ModelDescription,
     ModelLimits,
     ModelState,
     Pin,
-    RpcObserver,
-    ServiceClient,
+    Priority,
     Timing,
     new_request_id,
 )
-from ppod.client.generation import Completion, FinishReason, GenerationClient, Sampling
-from ppod.client.reference import ReferenceClient, ReferenceLogprobs
-from ppod.client.reward import RewardClient, Scores, Truncation
-from ppod.client.weights import TensorDtype, WeightClient, WeightStatus, WeightTensor
+from ppod.client.reference import AsyncReferenceClient, ReferenceClient
+from ppod.client.reference_calls import ReferenceLogprobs, TopTokens
+from ppod.client.reward import AsyncRewardClient, RewardClient
+from ppod.client.reward_admin import AsyncRewardAdminClient, ReplacedModel, Replacement, RewardAdminClient
+from ppod.client.reward_calls import ChatTurn, Granularity, ProcessScores, Scores, Truncation
+from ppod.client.security import ClientSecurity
+from ppod.client.weights import AsyncWeightClient, TensorDtype, WeightClient, WeightStatus, WeightTensor
 
 __all__ = [
+    "NO_RETRY",
+    "AsyncGenerationClient",
+    "AsyncReferenceClient",
+    "AsyncRewardAdminClient",
+    "AsyncRewardClient",
+    "AsyncServiceClient",
+    "AsyncWeightClient",
+    "ChatTurn",
+    "ClientSecurity",
     "Completion",
+    "Delivery",
     "FinishReason",
     "GenerationClient",
+    "Granularity",
+    "HedgePolicy",
     "ModelDescription",
     "ModelLimits",
     "ModelState",
     "Pin",
+    "Priority",
+    "ProcessScores",
     "ReferenceClient",
     "ReferenceLogprobs",
+    "ReplacedModel",
+    "Replacement",
+    "RetryPolicy",
+    "RewardAdminClient",
     "RewardClient",
+    "RewardComponent",
+    "RewardDescription",
+    "RewardKind",
     "RpcObserver",
     "Sampling",
+    "ScoreAdjustment",
     "Scores",
     "ServiceClient",
+    "SplitPolicy",
     "TensorDtype",
     "Timing",
+    "TopTokens",
     "Truncation",
     "WeightClient",
     "WeightStatus",

@@ -1,92 +1,38 @@
-"""What every client shares: one channel, deadlines, typed errors, readiness."""
+"""The two faces of every client: one that blocks, one for asyncio. What they do is in `core` and in the `*_calls`."""
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import random
+from abc import abstractmethod
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-from ppod.channel import insecure_channel
-from ppod.errors import DeadlineExceeded, FailedPrecondition, Unavailable, from_rpc_error
-from ppod.v1 import common_pb2
-
-RpcObserver = Callable[[str, float, str], None]
-"""Called after each RPC with its full method name, its seconds and its status code's name."""
-
-DEFAULT_TIMEOUT_S = 120.0
+from ppod.client.aio_driver import AioDriver
+from ppod.client.core import DEFAULT_TIMEOUT_S, ClientCore, ClientSettings, RpcObserver
+from ppod.client.delivery import Delivery
+from ppod.client.identity import Pin
+from ppod.client.security import ClientSecurity
+from ppod.client.sync_driver import SyncDriver
 
 
-@dataclass(frozen=True, slots=True)
-class ModelState:
-    """Which model, weights and tokenizer produced a reply."""
-
-    model: str
-    weight_version: int
-    tokenizer_fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """What a served model takes. Lengths are in tokens."""
-
-    vocab_size: int
-    max_sequence_tokens: int
-    max_request_sequences: int
-    dtype: str
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDescription:
-    """Identity and limits of a served model; `eos_token_ids` is empty where it has no meaning."""
-
-    state: ModelState
-    limits: ModelLimits
-    eos_token_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Where the server's time for one request went."""
-
-    queue_s: float
-    compute_s: float
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """What a client insists on in every request; None and empty mean anything."""
-
-    model: str = ""
-    weight_version: int | None = None
-    tokenizer_fingerprint: str = ""
-
-    def to_proto(self) -> common_pb2.ModelSelector:
-        """As the message that travels."""
-        return common_pb2.ModelSelector(
-            model=self.model, weight_version=self.weight_version, tokenizer_fingerprint=self.tokenizer_fingerprint
-        )
-
-
-class ServiceClient:
-    """A channel to one service. Thread-safe; close it, or use it as a context manager.
+class _Client:
+    """Settings, which both faces share.
 
     Args:
-        target: `host:port` or any gRPC target.
-        timeout_s: deadline of each call in seconds, where a call gives none itself.
+        target: `host:port`; several with commas between, which share the work; `dns:///host:port`, whose every address
+            is a replica; or any other gRPC target.
+        timeout_s: deadline of each call in seconds, waits and repeats included, where a call gives none itself.
         pin: what every request insists on.
-        observer: called after each RPC, for metrics.
+        observer: called after each attempt, for metrics.
+        security: TLS and the team's token.
+        delivery: retries, hedging and splitting.
+        rng: draws the jitter of waits; give one to make them repeatable.
+
+    Raises:
+        InvalidArgument: the target cannot be read, or the token would travel in plain text.
     """
 
-    service_name = ""
+    service_name: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -95,12 +41,52 @@ class ServiceClient:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         pin: Pin | None = None,
         observer: RpcObserver | None = None,
+        security: ClientSecurity | None = None,
+        delivery: Delivery | None = None,
+        rng: random.Random | None = None,
     ) -> None:
-        self.target = target
-        self.timeout_s = timeout_s
-        self.pin = pin or Pin()
-        self._observer = observer
-        self._channel = insecure_channel(target)
+        settings = ClientSettings(
+            timeout_s=timeout_s,
+            pin=pin or Pin(),
+            observer=observer,
+            security=security or ClientSecurity(),
+            delivery=delivery or Delivery(),
+            rng=rng,
+        )
+        self._core = ClientCore(self.service_name, target, settings)
+        self._connect()
+
+    @property
+    def target(self) -> str:
+        """Where the service is."""
+        return self._core.target
+
+    @property
+    def timeout_s(self) -> float:
+        """Deadline of a call that gives none itself, in seconds."""
+        return self._core.settings.timeout_s
+
+    @property
+    def pin(self) -> Pin:
+        """What every request insists on; may be set."""
+        return self._core.pin
+
+    @pin.setter
+    def pin(self, pin: Pin) -> None:
+        self._core.pin = pin
+
+    @abstractmethod
+    def _connect(self) -> None:
+        """Make the driver."""
+
+
+class ServiceClient(_Client):
+    """A client whose calls block. Thread-safe; close it, or use it as a context manager."""
+
+    _driver: SyncDriver
+
+    def _connect(self) -> None:
+        self._driver = SyncDriver(self._core)
 
     def __enter__(self) -> Self:
         return self
@@ -111,78 +97,42 @@ class ServiceClient:
         self.close()
 
     def close(self) -> None:
-        """Close the channel; calls under way end with Cancelled."""
-        self._channel.close()
+        """Close all channels; calls under way end with Cancelled."""
+        self._driver.close()
 
     def wait_ready(self, timeout_s: float, service: str | None = None) -> None:
-        """Wait until the health service reports SERVING for this service.
+        """Wait until the health service of a replica reports SERVING for this service.
 
         Raises:
             DeadlineExceeded: it did not within `timeout_s` seconds; the message carries the last state.
         """
-        name = self.service_name if service is None else service
-        stub = health_pb2_grpc.HealthStub(self._channel)
-        deadline = time.monotonic() + timeout_s
-        last = "no answer"
-        while (left := deadline - time.monotonic()) > 0:
-            try:
-                reply = stub.Check(  # pyright: ignore
-                    health_pb2.HealthCheckRequest(service=name), timeout=min(left, 2.0)
-                )
-                if reply.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-                last = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
-            except grpc.RpcError as error:
-                last = str(from_rpc_error(error))
-            time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
-        raise DeadlineExceeded(f"{name} at {self.target} was not ready within {timeout_s:g} s; last state: {last}")
-
-    def _check_state(self, message: common_pb2.ModelState) -> ModelState:
-        """Turn a reply's identity into a ModelState, and hold it against the pin."""
-        state = ModelState(message.model, message.weight_version, message.tokenizer_fingerprint)
-        pin = self.pin
-        for what, found, wanted in (
-            ("model", state.model, pin.model or state.model),
-            ("tokenizer", state.tokenizer_fingerprint, pin.tokenizer_fingerprint or state.tokenizer_fingerprint),
-        ):
-            if found != wanted:
-                raise FailedPrecondition(what, found, wanted)
-        return state
-
-    @contextmanager
-    def _rpc(self, method: str) -> Generator[None]:
-        """Time one RPC, report it to the observer and turn its RpcError into a typed one."""
-        start = time.monotonic()
-        code = "OK"
-        try:
-            yield
-        except grpc.RpcError as error:
-            typed = from_rpc_error(error)
-            code = typed.code.name
-            if isinstance(typed, Unavailable):
-                typed = Unavailable(f"{self.service_name} at {self.target}: {typed.detail}")
-            raise typed from error
-        finally:
-            if self._observer is not None:
-                self._observer(f"/{self.service_name}/{method}", time.monotonic() - start, code)
+        self._driver.run(self._core.wait_ready(timeout_s, service))
 
 
-def new_request_id() -> str:
-    """A request id that no other request has."""
-    return uuid.uuid4().hex
+class AsyncServiceClient(_Client):
+    """A client whose calls are awaited. Belongs to one event loop; close it, or use it in `async with`."""
 
+    _driver: AioDriver
 
-def read_timing(message: common_pb2.Timing) -> Timing:
-    """The timing of a reply."""
-    return Timing(message.queue_s, message.compute_s, message.tokens)
+    def _connect(self) -> None:
+        self._driver = AioDriver(self._core)
 
+    async def __aenter__(self) -> Self:
+        return self
 
-def read_limits(message: common_pb2.ModelLimits) -> ModelLimits:
-    """The limits of a described model."""
-    return ModelLimits(
-        message.vocab_size,
-        message.max_sequence_tokens,
-        message.max_request_sequences,
-        message.dtype,
-        message.device,
-    )
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all channels; calls under way end with Cancelled."""
+        await self._driver.close()
+
+    async def wait_ready(self, timeout_s: float, service: str | None = None) -> None:
+        """Wait until the health service of a replica reports SERVING for this service.
+
+        Raises:
+            DeadlineExceeded: it did not within `timeout_s` seconds; the message carries the last state.
+        """
+        await self._driver.run(self._core.wait_ready(timeout_s, service))

@@ -1,84 +1,23 @@
-"""Client of GenerationService."""
+"""Clients of GenerationService."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import numpy.typing as npt
 
-from ppod.client.base import (
-    ModelDescription,
-    ModelState,
-    ServiceClient,
-    Timing,
-    new_request_id,
-    read_limits,
-    read_timing,
-)
-from ppod.errors import InvalidReply
-from ppod.tensors import FloatArray, TokenArray, pack_sequences, unpack_reply_floats, unpack_reply_tokens
-from ppod.v1 import generation_pb2, generation_pb2_grpc
-
-
-class FinishReason(Enum):
-    """Why a completion ended."""
-
-    STOP = generation_pb2.FINISH_REASON_STOP
-    LENGTH = generation_pb2.FINISH_REASON_LENGTH
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0 keeps all tokens."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-
-    def to_proto(self) -> generation_pb2.SamplingParams:
-        """As the message that travels."""
-        return generation_pb2.SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            stop_token_ids=self.stop_token_ids,
-            ignore_eos=self.ignore_eos,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One finished completion.
-
-    Attributes:
-        index: position of its prompt in the request.
-        token_ids: int32 [length], the stop token included.
-        logprobs: float32 [length], natural log, under the distribution that each token was drawn from.
-        finish_reason: why it ended.
-        seed: the seed that was used.
-        state: model and weight version that sampled it.
-        timing: where the server's time went.
-    """
-
-    index: int
-    token_ids: TokenArray
-    logprobs: FloatArray
-    finish_reason: FinishReason
-    seed: int
-    state: ModelState
-    timing: Timing
+from ppod.client import generation_calls as calls
+from ppod.client.base import AsyncServiceClient, ServiceClient
+from ppod.client.core import ClientCore
+from ppod.client.generation_calls import Completion, GenerateJob, GenerateOptions, Sampling
+from ppod.client.identity import ModelDescription, Priority
+from ppod.client.streaming import StreamDelivery
 
 
 class GenerationClient(ServiceClient):
     """Samples completions of prompts."""
 
-    service_name = "ppod.v1.GenerationService"
+    service_name = calls.GENERATION_SERVICE
 
     def stream(
         self,
@@ -87,6 +26,7 @@ class GenerationClient(ServiceClient):
         *,
         seeds: Sequence[int] = (),
         weight_version: int | None = None,
+        priority: Priority = Priority.NORMAL,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> Iterator[Completion]:
@@ -95,33 +35,18 @@ class GenerationClient(ServiceClient):
         Args:
             prompts: token ids, each of shape [length], without padding.
             sampling: how tokens are drawn.
-            seeds: one for each prompt, or none.
+            seeds: one for each prompt, or none. With seeds a stream that breaks is resumed.
             weight_version: the version that must sample; None takes the pin's.
+            priority: who goes first among the team's requests.
+            request_id: empty: a new one.
+            timeout_s: for the whole stream; None: the client's.
 
         Raises:
             PpodError: any class of `ppod.errors`. InvalidReply: a completion is missing, double or malformed.
         """
-        request = generation_pb2.GenerateRequest(
-            request_id=request_id or new_request_id(),
-            selector=self.pin.to_proto(),
-            prompts=pack_sequences(prompts),
-            sampling=sampling.to_proto(),
-            seeds=seeds,
-        )
-        if weight_version is not None:
-            request.selector.weight_version = weight_version
-        stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        seen: set[int] = set()
-        with self._rpc("Generate"):
-            for reply in stub.Generate(request, timeout=timeout_s or self.timeout_s):
-                completion = self._read(reply, len(prompts))
-                if completion.index in seen:
-                    raise InvalidReply("index", f"{completion.index} twice", "one completion for each prompt")
-                seen.add(completion.index)
-                yield completion
-        if len(seen) != len(prompts):
-            missing = next(index for index in range(len(prompts)) if index not in seen)
-            raise InvalidReply("index", f"no completion of prompt {missing}", "one completion for each prompt")
+        options = GenerateOptions(seeds, weight_version, priority, request_id)
+        job = GenerateJob(prompts, sampling, options, self.pin)
+        return self._driver.stream(_delivery(self._core, job, timeout_s))
 
     def generate(
         self,
@@ -130,43 +55,63 @@ class GenerationClient(ServiceClient):
         *,
         seeds: Sequence[int] = (),
         weight_version: int | None = None,
+        priority: Priority = Priority.NORMAL,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> list[Completion]:
         """Wait for all completions and return them in the order of the prompts. Arguments and errors as `stream`."""
-        completions = self.stream(
-            prompts,
-            sampling,
-            seeds=seeds,
-            weight_version=weight_version,
-            request_id=request_id,
-            timeout_s=timeout_s,
-        )
+        options = GenerateOptions(seeds, weight_version, priority, request_id)
+        job = GenerateJob(prompts, sampling, options, self.pin)
+        completions = list(self._driver.stream(_delivery(self._core, job, timeout_s)))
         return sorted(completions, key=lambda completion: completion.index)
 
     def describe(self, *, timeout_s: float | None = None) -> ModelDescription:
         """Ask which model is served and what it takes."""
-        stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        with self._rpc("GetGenerationModel"):
-            reply = stub.GetGenerationModel(
-                generation_pb2.GetGenerationModelRequest(), timeout=timeout_s or self.timeout_s
-            )
-        return ModelDescription(self._check_state(reply.model), read_limits(reply.limits), tuple(reply.eos_token_ids))
+        return self._driver.run(calls.describe(self._core, timeout_s))
 
-    def _read(self, reply: generation_pb2.GenerateResponse, prompts: int) -> Completion:
-        if reply.index >= prompts:
-            raise InvalidReply("index", str(reply.index), f"an index below {prompts}")
-        tokens = unpack_reply_tokens(reply.token_ids, "token_ids")
-        try:
-            reason = FinishReason(reply.finish_reason)
-        except ValueError:
-            raise InvalidReply("finish_reason", str(reply.finish_reason), "STOP or LENGTH") from None
-        return Completion(
-            index=reply.index,
-            token_ids=tokens,
-            logprobs=unpack_reply_floats(reply.logprobs, len(tokens), "logprobs"),
-            finish_reason=reason,
-            seed=reply.seed,
-            state=self._check_state(reply.model),
-            timing=read_timing(reply.timing),
-        )
+
+class AsyncGenerationClient(AsyncServiceClient):
+    """`GenerationClient` for asyncio: the same calls, awaited."""
+
+    service_name = calls.GENERATION_SERVICE
+
+    def stream(
+        self,
+        prompts: Sequence[npt.ArrayLike],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int] = (),
+        weight_version: int | None = None,
+        priority: Priority = Priority.NORMAL,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Completion]:
+        """Yield each completion as soon as it is finished. Arguments and errors as for `GenerationClient.stream`."""
+        options = GenerateOptions(seeds, weight_version, priority, request_id)
+        job = GenerateJob(prompts, sampling, options, self.pin)
+        return self._driver.stream(_delivery(self._core, job, timeout_s))
+
+    async def generate(
+        self,
+        prompts: Sequence[npt.ArrayLike],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int] = (),
+        weight_version: int | None = None,
+        priority: Priority = Priority.NORMAL,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> list[Completion]:
+        """Wait for all completions and return them in the order of the prompts. Arguments and errors as `stream`."""
+        options = GenerateOptions(seeds, weight_version, priority, request_id)
+        job = GenerateJob(prompts, sampling, options, self.pin)
+        completions = [each async for each in self._driver.stream(_delivery(self._core, job, timeout_s))]
+        return sorted(completions, key=lambda completion: completion.index)
+
+    async def describe(self, *, timeout_s: float | None = None) -> ModelDescription:
+        """Ask which model is served and what it takes."""
+        return await self._driver.run(calls.describe(self._core, timeout_s))
+
+
+def _delivery(core: ClientCore, job: GenerateJob, timeout_s: float | None) -> StreamDelivery[Completion]:
+    return StreamDelivery(job, core.shared, core.deadline(timeout_s))

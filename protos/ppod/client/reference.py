@@ -1,44 +1,21 @@
-"""Client of ReferenceService."""
+"""Clients of ReferenceService."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy.typing as npt
 
-from ppod.client.base import (
-    ModelDescription,
-    ModelState,
-    ServiceClient,
-    Timing,
-    new_request_id,
-    read_limits,
-    read_timing,
-)
-from ppod.tensors import FloatArray, pack_sequences, split_ragged, unpack_reply_floats
-from ppod.v1 import reference_pb2, reference_pb2_grpc
-
-
-@dataclass(frozen=True, slots=True)
-class ReferenceLogprobs:
-    """Logprobs of one request.
-
-    Attributes:
-        values: for each sequence float32 [length - prompt_length], natural log, finite.
-        state: which model answered.
-        timing: where the server's time went.
-    """
-
-    values: list[FloatArray]
-    state: ModelState
-    timing: Timing
+from ppod.client import reference_calls as calls
+from ppod.client.base import AsyncServiceClient, ServiceClient
+from ppod.client.identity import ModelDescription, Priority
+from ppod.client.reference_calls import LogprobJob, LogprobOptions, ReferenceLogprobs
 
 
 class ReferenceClient(ServiceClient):
     """Asks a reference policy for the logprobs of given response tokens."""
 
-    service_name = "ppod.v1.ReferenceService"
+    service_name = calls.REFERENCE_SERVICE
 
     def logprobs(
         self,
@@ -46,6 +23,9 @@ class ReferenceClient(ServiceClient):
         prompt_lengths: Sequence[int],
         *,
         temperature: float = 1.0,
+        entropy: bool = False,
+        top_k: int = 0,
+        priority: Priority = Priority.NORMAL,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> ReferenceLogprobs:
@@ -55,30 +35,46 @@ class ReferenceClient(ServiceClient):
             sequences: token ids of prompt and response, each of shape [length], without padding.
             prompt_lengths: prompt tokens of each sequence, at least 1.
             temperature: divides the logits before the softmax.
+            entropy: also compute the entropy at each response token.
+            top_k: also tell so many of the most probable tokens at each response token, 0 to 64.
+            priority: who goes first among the team's requests.
+            request_id: empty: a new one; repeats of the request carry the same.
+            timeout_s: for the whole call; None: the client's.
 
         Raises:
             PpodError: any class of `ppod.errors`; InvalidArgument names the sample at fault.
         """
-        tokens = pack_sequences(sequences)
-        request = reference_pb2.ComputeLogprobsRequest(
-            request_id=request_id or new_request_id(),
-            selector=self.pin.to_proto(),
-            tokens=tokens,
-            prompt_lengths=prompt_lengths,
-            temperature=temperature,
-        )
-        stub = reference_pb2_grpc.ReferenceServiceStub(self._channel)
-        with self._rpc("ComputeLogprobs"):
-            reply = stub.ComputeLogprobs(request, timeout=timeout_s or self.timeout_s)
-        counts = [length - prompt for length, prompt in zip(tokens.lengths, prompt_lengths, strict=True)]
-        flat = unpack_reply_floats(reply.logprobs, sum(counts), "logprobs")
-        return ReferenceLogprobs(split_ragged(flat, counts), self._check_state(reply.model), read_timing(reply.timing))
+        options = LogprobOptions(temperature, entropy, top_k, priority, request_id)
+        job = LogprobJob(sequences, prompt_lengths, options, self.pin)
+        return self._driver.run(calls.compute(self._core, job, timeout_s))
 
     def describe(self, *, timeout_s: float | None = None) -> ModelDescription:
         """Ask which model is served and what it takes."""
-        stub = reference_pb2_grpc.ReferenceServiceStub(self._channel)
-        with self._rpc("GetReferenceModel"):
-            reply = stub.GetReferenceModel(
-                reference_pb2.GetReferenceModelRequest(), timeout=timeout_s or self.timeout_s
-            )
-        return ModelDescription(self._check_state(reply.model), read_limits(reply.limits))
+        return self._driver.run(calls.describe(self._core, timeout_s))
+
+
+class AsyncReferenceClient(AsyncServiceClient):
+    """`ReferenceClient` for asyncio: the same calls, awaited."""
+
+    service_name = calls.REFERENCE_SERVICE
+
+    async def logprobs(
+        self,
+        sequences: Sequence[npt.ArrayLike],
+        prompt_lengths: Sequence[int],
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        top_k: int = 0,
+        priority: Priority = Priority.NORMAL,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> ReferenceLogprobs:
+        """Compute the logprob of each response token. Arguments and errors as for `ReferenceClient.logprobs`."""
+        options = LogprobOptions(temperature, entropy, top_k, priority, request_id)
+        job = LogprobJob(sequences, prompt_lengths, options, self.pin)
+        return await self._driver.run(calls.compute(self._core, job, timeout_s))
+
+    async def describe(self, *, timeout_s: float | None = None) -> ModelDescription:
+        """Ask which model is served and what it takes."""
+        return await self._driver.run(calls.describe(self._core, timeout_s))

@@ -1,105 +1,165 @@
-"""Client of RewardService."""
+"""Clients of RewardService."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
 
 import numpy.typing as npt
 
-from ppod.client.base import (
-    ModelDescription,
-    ModelState,
-    ServiceClient,
-    Timing,
-    new_request_id,
-    read_limits,
-    read_timing,
-)
-from ppod.errors import InvalidReply
-from ppod.tensors import FloatArray, pack_sequences, unpack_reply_floats
-from ppod.v1 import common_pb2, reward_pb2, reward_pb2_grpc
-
-
-class Truncation(Enum):
-    """What the server does with a sequence longer than its model takes."""
-
-    NONE = reward_pb2.TRUNCATION_SIDE_NONE
-    LEFT = reward_pb2.TRUNCATION_SIDE_LEFT
-    RIGHT = reward_pb2.TRUNCATION_SIDE_RIGHT
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Scores of one request.
-
-    Attributes:
-        values: float32 [sequences], finite.
-        truncated_tokens: tokens dropped from each sequence; all zero unless truncation was asked for.
-        state: which model answered.
-        timing: where the server's time went.
-    """
-
-    values: FloatArray
-    truncated_tokens: tuple[int, ...]
-    state: ModelState
-    timing: Timing
+from ppod.client import reward_calls as calls
+from ppod.client.base import AsyncServiceClient, ServiceClient
+from ppod.client.breakdown import RewardDescription
+from ppod.client.identity import ModelDescription, Priority
+from ppod.client.reward_calls import ChatTurn, Granularity, ScoreOptions, Scores, Truncation
 
 
 class RewardClient(ServiceClient):
-    """Scores token sequences or texts.
+    """Scores token sequences, texts or conversations.
 
     >>> with RewardClient("localhost:50051") as reward:  # doctest: +SKIP
     ...     reward.score_texts(["A joy from start to end."]).values
     """
 
-    service_name = "ppod.v1.RewardService"
+    service_name = calls.REWARD_SERVICE
 
     def score(
         self,
         sequences: Sequence[npt.ArrayLike],
         *,
+        prompt_lengths: Sequence[int] = (),
+        references: Sequence[str] = (),
+        process: Granularity | None = None,
         truncation: Truncation = Truncation.NONE,
+        priority: Priority = Priority.NORMAL,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> Scores:
-        """Score token sequences, each of shape [length]: prompt and response, without padding.
+        """Score token sequences.
+
+        Args:
+            sequences: token ids of prompt and response, each of shape [length], without padding.
+            prompt_lengths: prompt tokens of each sequence; empty: the whole sequence is response.
+            references: what rewards that check an answer hold each response against; empty: nothing.
+            process: also score the way, for process reward models.
+            truncation: what to do with a sequence longer than the model takes.
+            priority: who goes first among the team's requests.
+            request_id: empty: a new one; repeats of the request carry the same.
+            timeout_s: for the whole call; None: the client's.
 
         Raises:
-            PpodError: any class of `ppod.errors`; InvalidArgument names the sample at fault.
+            PpodError: any class of `ppod.errors`; InvalidArgument names the sample at fault, InvalidReply the field of
+                a reply that breaks the contract.
         """
-        request = reward_pb2.ScoreRequest(tokens=pack_sequences(sequences), truncation=truncation.value)
-        return self._score(request, len(sequences), request_id, timeout_s)
+        options = ScoreOptions(truncation, references, process, priority, request_id)
+        job = calls.token_job(sequences, prompt_lengths, options, self.pin)
+        return self._driver.run(calls.score(self._core, job, timeout_s))
 
     def score_texts(
         self,
         texts: Sequence[str],
         *,
+        prompts: Sequence[str] = (),
+        references: Sequence[str] = (),
+        process: Granularity | None = None,
         truncation: Truncation = Truncation.NONE,
+        priority: Priority = Priority.NORMAL,
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> Scores:
-        """Score texts, which the server tokenises itself. Raises as `score` does."""
-        request = reward_pb2.ScoreRequest(texts=common_pb2.TextSequences(texts=texts), truncation=truncation.value)
-        return self._score(request, len(texts), request_id, timeout_s)
+        """Score texts, which the server tokenises itself; `prompts` stand before them, one each or none.
+
+        Other arguments and errors as for `score`.
+        """
+        options = ScoreOptions(truncation, references, process, priority, request_id)
+        return self._driver.run(calls.score(self._core, calls.text_job(texts, prompts, options, self.pin), timeout_s))
+
+    def score_conversations(
+        self,
+        conversations: Sequence[Sequence[ChatTurn]],
+        *,
+        references: Sequence[str] = (),
+        process: Granularity | None = None,
+        truncation: Truncation = Truncation.NONE,
+        priority: Priority = Priority.NORMAL,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> Scores:
+        """Score the last turn of each conversation; the server applies the model's chat template.
+
+        Other arguments and errors as for `score`.
+        """
+        options = ScoreOptions(truncation, references, process, priority, request_id)
+        job = calls.conversation_job(conversations, options, self.pin)
+        return self._driver.run(calls.score(self._core, job, timeout_s))
 
     def describe(self, *, timeout_s: float | None = None) -> ModelDescription:
         """Ask which model is served and what it takes."""
-        stub = reward_pb2_grpc.RewardServiceStub(self._channel)
-        request = reward_pb2.GetRewardModelRequest(selector=self.pin.to_proto())
-        with self._rpc("GetRewardModel"):
-            reply = stub.GetRewardModel(request, timeout=timeout_s or self.timeout_s)
-        return ModelDescription(self._check_state(reply.model), read_limits(reply.limits))
+        return self._driver.run(calls.describe(self._core, timeout_s))
 
-    def _score(self, request: reward_pb2.ScoreRequest, count: int, request_id: str, timeout_s: float | None) -> Scores:
-        request.request_id = request_id or new_request_id()
-        request.selector.CopyFrom(self.pin.to_proto())
-        stub = reward_pb2_grpc.RewardServiceStub(self._channel)
-        with self._rpc("Score"):
-            reply = stub.Score(request, timeout=timeout_s or self.timeout_s)
-        values = unpack_reply_floats(reply.scores, count, "scores")
-        truncated = tuple(reply.truncated_tokens) or (0,) * count
-        if len(truncated) != count:
-            raise InvalidReply("truncated_tokens", f"{len(truncated)} values", f"{count} or none")
-        return Scores(values, truncated, self._check_state(reply.model), read_timing(reply.timing))
+    def list_rewards(self, *, timeout_s: float | None = None) -> tuple[RewardDescription, ...]:
+        """Ask for every reward of the service, the default first."""
+        return self._driver.run(calls.list_rewards(self._core, timeout_s))
+
+
+class AsyncRewardClient(AsyncServiceClient):
+    """`RewardClient` for asyncio: the same calls, awaited."""
+
+    service_name = calls.REWARD_SERVICE
+
+    async def score(
+        self,
+        sequences: Sequence[npt.ArrayLike],
+        *,
+        prompt_lengths: Sequence[int] = (),
+        references: Sequence[str] = (),
+        process: Granularity | None = None,
+        truncation: Truncation = Truncation.NONE,
+        priority: Priority = Priority.NORMAL,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> Scores:
+        """Score token sequences. Arguments and errors as for `RewardClient.score`."""
+        options = ScoreOptions(truncation, references, process, priority, request_id)
+        job = calls.token_job(sequences, prompt_lengths, options, self.pin)
+        return await self._driver.run(calls.score(self._core, job, timeout_s))
+
+    async def score_texts(
+        self,
+        texts: Sequence[str],
+        *,
+        prompts: Sequence[str] = (),
+        references: Sequence[str] = (),
+        process: Granularity | None = None,
+        truncation: Truncation = Truncation.NONE,
+        priority: Priority = Priority.NORMAL,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> Scores:
+        """Score texts. Arguments and errors as for `RewardClient.score_texts`."""
+        options = ScoreOptions(truncation, references, process, priority, request_id)
+        job = calls.text_job(texts, prompts, options, self.pin)
+        return await self._driver.run(calls.score(self._core, job, timeout_s))
+
+    async def score_conversations(
+        self,
+        conversations: Sequence[Sequence[ChatTurn]],
+        *,
+        references: Sequence[str] = (),
+        process: Granularity | None = None,
+        truncation: Truncation = Truncation.NONE,
+        priority: Priority = Priority.NORMAL,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> Scores:
+        """Score conversations. Arguments and errors as for `RewardClient.score_conversations`."""
+        options = ScoreOptions(truncation, references, process, priority, request_id)
+        job = calls.conversation_job(conversations, options, self.pin)
+        return await self._driver.run(calls.score(self._core, job, timeout_s))
+
+    async def describe(self, *, timeout_s: float | None = None) -> ModelDescription:
+        """Ask which model is served and what it takes."""
+        return await self._driver.run(calls.describe(self._core, timeout_s))
+
+    async def list_rewards(self, *, timeout_s: float | None = None) -> tuple[RewardDescription, ...]:
+        """Ask for every reward of the service, the default first."""
+        return await self._driver.run(calls.list_rewards(self._core, timeout_s))

@@ -32,6 +32,9 @@ _MAX_TOP_K = 64
 
 REFERENCE_SERVICE = reference_pb2.DESCRIPTOR.services_by_name["ReferenceService"].full_name
 
+MIN_TEMPERATURE = 1e-6
+"""Below it logits overflow, and what the caller got wrong would come back as a fault of the model."""
+
 
 class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
     """Computes token logprobs; see reference.proto.
@@ -116,8 +119,8 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
     ) -> list[ReferenceItem]:
         sequences = read_sequences(request.tokens, "tokens", info, self._limits.max_request_sequences)
         temperature = request.temperature if request.HasField("temperature") else 1.0
-        if not math.isfinite(temperature) or temperature <= 0:
-            raise InvalidArgument("temperature", str(temperature), "a finite number above 0")
+        if not math.isfinite(temperature) or temperature < MIN_TEMPERATURE:
+            raise InvalidArgument("temperature", str(temperature), f"a finite number, at least {MIN_TEMPERATURE:g}")
         most = min(_MAX_TOP_K, info.vocab_size)
         if request.top_k > most:
             raise InvalidArgument("top_k", str(request.top_k), f"0 to {most}")

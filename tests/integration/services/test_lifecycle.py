@@ -28,6 +28,7 @@ from ppod import (
     Unavailable,
     WeightClient,
 )
+from ppod.client import NO_RETRY, Delivery
 from ppod.errors import STATUS_DETAILS_KEY
 from ppod.tensors import pack_sequences
 from ppod.v1 import generation_pb2, generation_pb2_grpc
@@ -55,7 +56,7 @@ def test_help_and_check(service: str, tmp_path: Path) -> None:
     assert "exit codes" in shown.stdout
     values: dict[str, object] = {"listen": {"port": 5000}}
     model = {"source": "nowhere"}
-    values |= {"models": [{"name": "a", "model": model, "head": "h"}]} if service == "reward" else {"model": model}
+    values |= {"rewards": [{"name": "a", "model": model, "head": "h"}]} if service == "reward" else {"model": model}
     checked = run_to_exit(
         f"ppod_services.{service}", "--config", str(write_config(tmp_path / "c.yaml", values)), "--check"
     )
@@ -316,7 +317,7 @@ def test_cancelled_calls_leave_the_queue_and_cost_no_compute(busy_service: Servi
 def test_a_full_queue_tells_when_to_come_back(busy_service: ServiceProcess) -> None:
     running = Call(busy_service, 20)
     assert running.begun.wait(30)
-    with GenerationClient(busy_service.target) as client:
+    with GenerationClient(busy_service.target, delivery=Delivery(retry=NO_RETRY)) as client:
         with pytest.raises(ResourceExhausted) as caught:
             client.generate([[5]] * 19, LONG)
         assert 0 < caught.value.retry_after_s <= 60

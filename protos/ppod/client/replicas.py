@@ -1,0 +1,171 @@
+"""The replicas of one service as a client sees them: who is up, and how many tokens each one holds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from ppod.errors import InvalidArgument
+
+_FIRST_PROBE_S = 0.5
+_LAST_PROBE_S = 10.0
+RESOLVE_INTERVAL_S = 10.0
+"""A name is looked up again this often, and whenever a replica fails: pods come and go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where a service is.
+
+    Attributes:
+        addresses: gRPC targets, one channel each; empty for a name that is still to be looked up.
+        host, port: of `dns:///host:port`, whose every address is a replica; None for all other targets.
+    """
+
+    addresses: tuple[str, ...]
+    host: str | None = None
+    port: int | None = None
+
+
+def parse_target(target: str) -> Endpoints:
+    """Read `host:port`, `a:1,b:2`, `dns:///host:port` or any other gRPC target.
+
+    Raises:
+        InvalidArgument: it is empty, names a replica twice, or is a dns target without a port.
+    """
+    if target.startswith("dns:///"):
+        host, colon, port = target.removeprefix("dns:///").rpartition(":")
+        if not colon or not host or not port.isdigit():
+            raise InvalidArgument("target", target, "dns:///host:port")
+        return Endpoints((), host.strip("[]"), int(port))
+    # ipv4: and ipv6: targets hold lists of their own, which gRPC balances.
+    listed = [target] if target.startswith(("ipv4:", "ipv6:")) else [part.strip() for part in target.split(",")]
+    if not all(listed):
+        raise InvalidArgument("target", repr(target), "host:port, or several with commas between")
+    if len(set(listed)) != len(listed):
+        raise InvalidArgument("target", target, "each replica once")
+    return Endpoints(tuple(listed))
+
+
+@dataclass(slots=True)
+class _Replica:
+    outstanding_tokens: int = 0
+    down: bool = False
+    failures: int = 0
+    probe_at: float = 0.0
+    probing: bool = False
+    last_pick: int = 0
+
+
+class Replicas:
+    """Shared by all calls of a client, on whatever thread they run."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._lock = threading.Lock()
+        self._by_address = {address: _Replica() for address in addresses}
+        self._leaving: dict[str, _Replica] = {}
+        self._picks = 0
+        self._resolve_at = 0.0
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """All replicas, those that are down included."""
+        with self._lock:
+            return tuple(self._by_address)
+
+    def __len__(self) -> int:
+        return len(self._by_address)
+
+    def pick(self, avoided: Collection[str], full: Collection[str], tokens: int) -> str | None:
+        """Take the replica with the fewest tokens under way and book `tokens` on it; None: wait for one.
+
+        Args:
+            avoided: not these: they failed this request, or answer with other weights.
+            full: not these now: they hold enough of this request.
+        """
+        with self._lock:
+            wanted = {a: r for a, r in self._by_address.items() if a not in avoided}
+            # With every wanted replica down the request itself finds out whether one is back.
+            alive = {a: r for a, r in wanted.items() if not r.down} or wanted
+            free = [a for a in alive if a not in full]
+            if not free:
+                return None
+            self._picks += 1
+            # Among equals the one that was picked longest ago, so that lone calls spread over all.
+            chosen = min(free, key=lambda a: (alive[a].outstanding_tokens, alive[a].last_pick))
+            alive[chosen].last_pick = self._picks
+            alive[chosen].outstanding_tokens += tokens
+            return chosen
+
+    def pick_idle(self, avoided: Collection[str], tokens: int) -> str | None:
+        """Take a replica that is up and holds nothing, and book `tokens` on it; None where there is none."""
+        with self._lock:
+            for address, replica in self._by_address.items():
+                if address not in avoided and not replica.down and replica.outstanding_tokens == 0:
+                    replica.outstanding_tokens += tokens
+                    return address
+        return None
+
+    def has_other(self, avoided: Collection[str]) -> bool:
+        """Whether a replica that is up is left."""
+        with self._lock:
+            return any(a not in avoided and not r.down for a, r in self._by_address.items())
+
+    def release(self, address: str, tokens: int) -> None:
+        """An attempt ended, however it did."""
+        with self._lock:
+            if (replica := self._by_address.get(address) or self._leaving.get(address)) is not None:
+                replica.outstanding_tokens -= tokens
+
+    def mark_up(self, address: str) -> None:
+        """A replica answered."""
+        with self._lock:
+            if (replica := self._by_address.get(address)) is not None:
+                replica.down = replica.probing = False
+                replica.failures = 0
+
+    def mark_down(self, address: str, now: float) -> None:
+        """A replica does not answer, or drains: ask its health again later, and later each time."""
+        with self._lock:
+            if (replica := self._by_address.get(address)) is not None:
+                replica.down, replica.probing = True, False
+                replica.probe_at = now + min(_LAST_PROBE_S, _FIRST_PROBE_S * 2.0 ** min(replica.failures, 10))
+                replica.failures += 1
+            self._resolve_at = min(self._resolve_at, now)
+
+    def due_probes(self, now: float) -> list[str]:
+        """Replicas that are down and whose health is to be asked now; each is told once until it is marked."""
+        with self._lock:
+            due = [a for a, r in self._by_address.items() if r.down and not r.probing and r.probe_at <= now]
+            if len(self._by_address) == 1:
+                return []
+            for address in due:
+                self._by_address[address].probing = True
+            return due
+
+    def due_lookup(self, now: float) -> bool:
+        """Whether a name is to be looked up again; true once in each interval."""
+        with self._lock:
+            if self._by_address and now < self._resolve_at:
+                return False
+            self._resolve_at = now + RESOLVE_INTERVAL_S
+            return True
+
+    def replace(self, addresses: Sequence[str]) -> None:
+        """A name was looked up: these are the replicas now. What is known of those that stay is kept."""
+        with self._lock:
+            known = {**self._leaving, **self._by_address}
+            self._by_address = {a: known.get(a) or _Replica() for a in addresses}
+            # A pod that drains leaves the name at once, but still finishes what it holds.
+            self._leaving = {a: r for a, r in known.items() if a not in self._by_address and r.outstanding_tokens > 0}
+
+    def in_use(self) -> set[str]:
+        """Replicas whose channels are needed: all, and those that left and still hold work."""
+        with self._lock:
+            return {*self._by_address, *(a for a, r in self._leaving.items() if r.outstanding_tokens > 0)}
+
+    def outstanding(self) -> dict[str, int]:
+        """Tokens under way at each replica."""
+        with self._lock:
+            return {address: replica.outstanding_tokens for address, replica in self._by_address.items()}

@@ -1,0 +1,113 @@
+"""How a client proves who it is, and knows whom it talks to."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from ppod.errors import InvalidArgument
+
+TOKEN_VARIABLE = "PPOD_TOKEN"
+TOKEN_FILE_VARIABLE = "PPOD_TOKEN_FILE"
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSecurity:
+    """TLS and a team's token. All empty: plain text, anonymous.
+
+    Attributes:
+        ca_file: PEM certificates that the server's must descend from; makes the connection TLS.
+        certificate_file, key_file: PEM of the client's own certificate, for servers that ask for one (mutual TLS).
+        server_name: name in the server's certificate, where it is not the target's host.
+        token: sent with each call as `authorization: Bearer TOKEN`. Never shown in a repr.
+        plain_text_token: send the token without TLS to any host; otherwise only to this machine.
+    """
+
+    ca_file: Path | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    server_name: str = ""
+    token: str = field(default="", repr=False)
+    plain_text_token: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise InvalidArgument("security", "one of certificate_file and key_file", "both or none")
+        if self.certificate_file is not None and self.ca_file is None:
+            raise InvalidArgument("security.ca_file", "none", "a file: a client certificate needs TLS")
+        if not self.token.isascii() or not self.token.isprintable() or " " in self.token:
+            raise InvalidArgument("security.token", "other characters", "printable ASCII without spaces")
+
+    @classmethod
+    def from_environment(
+        cls,
+        *,
+        ca_file: Path | None = None,
+        certificate_file: Path | None = None,
+        key_file: Path | None = None,
+        server_name: str = "",
+        plain_text_token: bool = False,
+    ) -> ClientSecurity:
+        """Files as given, and the token from PPOD_TOKEN or from the file that PPOD_TOKEN_FILE names.
+
+        Raises:
+            InvalidArgument: both are set, or the file cannot be read or is empty.
+        """
+        return cls(ca_file, certificate_file, key_file, server_name, _read_token(os.environ), plain_text_token)
+
+    def check_target(self, target: str) -> None:
+        """Raise InvalidArgument when the token would travel in plain text to another machine."""
+        if self.token and self.ca_file is None and not self.plain_text_token and not _is_local(target):
+            raise InvalidArgument(
+                "security.token",
+                f"a token for {target} without TLS",
+                "ca_file, or plain_text_token where the network is trusted (a service mesh encrypts by itself)",
+            )
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """TLS credentials from the files as they are now; None: plain text."""
+        if self.ca_file is None:
+            return None
+        chain = _read("security.certificate_file", self.certificate_file)
+        key = _read("security.key_file", self.key_file)
+        return grpc.ssl_channel_credentials(_read("security.ca_file", self.ca_file), key, chain)
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What each call carries. gRPC's own call credentials would refuse plain text even on this machine."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+
+def _read_token(environment: Mapping[str, str]) -> str:
+    token, path = environment.get(TOKEN_VARIABLE, ""), environment.get(TOKEN_FILE_VARIABLE, "")
+    if token and path:
+        raise InvalidArgument("security.token", f"{TOKEN_VARIABLE} and {TOKEN_FILE_VARIABLE}", "one of the two")
+    if not path:
+        return token
+    content = (_read(TOKEN_FILE_VARIABLE, Path(path)) or b"").decode(errors="replace").strip()
+    if not content:
+        raise InvalidArgument(TOKEN_FILE_VARIABLE, f"{path}, which is empty", "a file that holds a token")
+    return content
+
+
+def _read(name: str, path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidArgument(name, f"{path}: {error.strerror}", "a file that can be read") from error
+
+
+def _is_local(target: str) -> bool:
+    if target.startswith("unix:"):
+        return True
+    host = target.rpartition("/")[2].rpartition(":")[0].strip("[]") or target
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
