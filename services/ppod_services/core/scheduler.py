@@ -39,6 +39,8 @@ ResultT = TypeVar("ResultT")
 JobT = TypeVar("JobT")
 
 _RECORD_DELAY_S = 0.005
+_ANSWER_S = 0.05
+"""A request ends this much before its deadline, so that its caller hears why, and does not just give up."""
 
 
 class Scheduler(Generic[ItemT, ResultT]):
@@ -142,9 +144,10 @@ class Scheduler(Generic[ItemT, ResultT]):
             self._close(closed, tokens, caller, reason)
 
         now_s = time.monotonic()
-        ticket: Ticket[ResultT] = Ticket(count, now_s, now_s + deadline_s, close)
         expired = DeadlineExceeded(f"no result within the deadline of {deadline_s:.3f} s")
-        timer = asyncio.get_running_loop().call_later(max(0.0, deadline_s), ticket.fail, expired, "expired")
+        left_s = max(0.0, deadline_s - min(_ANSWER_S, deadline_s / 20))
+        ticket: Ticket[ResultT] = Ticket(count, now_s, now_s + left_s, close)
+        timer = asyncio.get_running_loop().call_later(left_s, ticket.fail, expired, "expired")
         self._open.add(ticket)
         return ticket
 

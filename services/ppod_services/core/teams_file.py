@@ -22,7 +22,7 @@ _RESERVED = (ANONYMOUS.name, ADMINISTRATOR.name)
 
 
 def _filled(values: tuple[EntryT, ...]) -> tuple[EntryT, ...]:
-    """Not `min_length`: pydantic counts what is valid, and would complain of an empty tuple beside every other fault."""
+    """Not `min_length`: pydantic counts valid entries, and would call a tuple with one bad entry empty."""
     if not values:
         raise ValueError("at least one is needed")
     return values
