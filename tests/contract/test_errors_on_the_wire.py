@@ -197,7 +197,10 @@ def test_other_languages_read_the_standard_details(generation_service: ServicePr
 def test_a_long_value_is_cut_not_dropped_with_the_whole_status(reference_service: ServiceProcess) -> None:
     """An error travels as HTTP/2 headers: one that repeats a long value would lose the call its code."""
     for name in ("x" * 50_000, "😀" * 20_000):
-        with ReferenceClient(reference_service.target, pin=Pin(model=name)) as client, pytest.raises(NotFound) as caught:
+        with (
+            ReferenceClient(reference_service.target, pin=Pin(model=name)) as client,
+            pytest.raises(NotFound) as caught,
+        ):
             client.logprobs([[1, 2]], [1])
         assert caught.value.found[:50] == name[:50]
         assert caught.value.found.endswith("…")

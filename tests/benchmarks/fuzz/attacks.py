@@ -18,7 +18,17 @@ LOGPROBS = "/ppod.v1.ReferenceService/ComputeLogprobs"
 DESCRIBE = {REWARD: "/ppod.v1.RewardService/GetRewardModel", REFERENCE: "/ppod.v1.ReferenceService/GetReferenceModel"}
 _FLOATS = [0.0, -0.0, 1.0, -1.0, 1e-45, 1e-30, 1e38, float("inf"), float("-inf"), float("nan")]
 _INTEGERS = [0, 1, 2, 3, 64, 65, 255, 65_536, 2**31 - 1, 2**31, 2**32 - 1]
-_WORDS = ["", "a", "nobody", "\0", "\u202e\ufeff", "😀" * 50, "x" * 5_000, "'; DROP TABLE models; --", "../../etc/passwd"]
+_WORDS = [
+    "",
+    "a",
+    "nobody",
+    "\0",
+    "\u202e\ufeff",
+    "😀" * 50,
+    "x" * 5_000,
+    "'; DROP TABLE models; --",
+    "../../etc/passwd",
+]
 
 
 @dataclass(frozen=True, slots=True)
