@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ppod import RewardClient, ResourceExhausted, Truncation
+from ppod import ResourceExhausted, RewardClient, Truncation
 from support.processes import ROOT, ServiceProcess
 from support.scripted_services import Script, scripted_server
 

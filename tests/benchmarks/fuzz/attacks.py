@@ -1,4 +1,4 @@
-"""Requests that are malformed, mutated or merely odd: each follows from a seed and its number, so any can be sent again."""
+"""Requests that are malformed, mutated or merely odd: each follows from a seed and its number, to be sent again."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ def _wrong_methods(rng: random.Random) -> Made:
             f"{package}/Nothing",
             f"{package}/{name.lower()}",
             f"/ppod.v1.NoService/{name}",
-            f"/ppod.v1.WeightService/CommitWeights",
-            f"/ppod.v1.RewardAdminService/ReplaceModel",
+            "/ppod.v1.WeightService/CommitWeights",
+            "/ppod.v1.RewardAdminService/ReplaceModel",
             f"{package}/",
             "/",
             "/grpc.health.v1.Health/Nothing",
