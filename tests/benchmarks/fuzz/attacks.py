@@ -1,4 +1,4 @@
-"""Requests that are malformed, mutated or merely odd: each follows from a seed and its number, so any can be sent again."""
+"""Requests that are malformed, mutated or merely odd: each follows from a seed and its number, to be sent again."""
 
 from __future__ import annotations
 
