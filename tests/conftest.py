@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import transformers
 
-from support.services import generation_service, reference_service, reward_service
+from support.services import generation_service, reference_service, reward_service, tiny_heads
 from support.tiny_model import save_tiny_model
 
-__all__ = ["generation_service", "reference_service", "reward_service"]
+__all__ = ["generation_service", "reference_service", "reward_service", "tiny_heads"]
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -60,7 +60,7 @@ def parse_run(values: object, origin: str) -> RunConfig:
     problems += _port_clashes(listens, _valid(MetricsConfig, filled, "trainer", "metrics"))
     if targets is not None:
         problems += _target_mismatches(listens, targets)
-        problems += _unknown_reward_models(_section(filled, "services", "reward", "models"), targets)
+        problems += _unknown_rewards(_section(filled, "services", "reward", "rewards"), targets)
     if problems or config is None:
         raise ConfigError(origin, problems)
     return config
@@ -177,14 +177,14 @@ def _target_mismatches(listens: Mapping[str, ListenConfig], targets: ServicesCon
     ]
 
 
-def _unknown_reward_models(models: object, targets: ServicesConfig) -> list[str]:
-    if not isinstance(models, list | tuple):
+def _unknown_rewards(rewards: object, targets: ServicesConfig) -> list[str]:
+    if not isinstance(rewards, list | tuple):
         return []
-    entries = cast("list[object]", models)
+    entries = cast("list[object]", rewards)
     served = [str(name) for entry in entries if (name := _section(entry, "name")) is not None]
     asked = (("reward_model", targets.reward_model), ("judge_model", targets.judge_model))
     return [
-        f"trainer.services.{key}: {name!r}, but services.reward.models holds {', '.join(served) or 'none'}"
+        f"trainer.services.{key}: {name!r}, but services.reward.rewards holds {', '.join(served) or 'none'}"
         for key, name in asked
         if name and name not in served
     ]

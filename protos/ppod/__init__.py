@@ -40,6 +40,7 @@ from ppod.errors import (
     PermissionDenied,
     PpodError,
     ResourceExhausted,
+    RewardFailed,
     Unauthenticated,
     Unavailable,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "RewardAdminClient",
     "RewardClient",
     "RewardComponent",
+    "RewardFailed",
     "Sampling",
     "Scores",
     "SplitPolicy",

@@ -110,6 +110,28 @@ class NonFiniteOutput(PpodError):
 
 
 @dataclass(eq=False)
+class RewardFailed(PpodError):
+    """A reward that is no model of the server gave no score: a function raised, a judge's verdict cannot be read.
+
+    Attributes:
+        reward: name of the reward.
+        found: what happened instead.
+        expected: what it should have given, and what to do.
+        sample: position of the sequence in the request; None where it is not one sequence's.
+    """
+
+    reward: str
+    found: str
+    expected: str
+    sample: int | None = None
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+    def __str__(self) -> str:
+        where = f"reward {self.reward!r}" if self.sample is None else f"reward {self.reward!r}, sample {self.sample}"
+        return f"{where}: found {self.found}, expected {self.expected}"
+
+
+@dataclass(eq=False)
 class InvalidReply(PpodError):
     """A reply breaks the contract: wrong shape, a value that is not finite, a missing sample."""
 
@@ -273,6 +295,9 @@ def _rebuild_from(info: error_details_pb2.ErrorInfo, message: str) -> PpodError:
             return ResourceExhausted(values["what"], float(values["retry_after_s"]))
         case "NonFiniteOutput":
             return NonFiniteOutput(values["output"], int(values["sample"]), values["found"])
+        case "RewardFailed":
+            sample = int(values["sample"]) if "sample" in values else None
+            return RewardFailed(values["reward"], values["found"], values["expected"], sample)
         case "Unavailable":
             return Unavailable(values["detail"])
         case "Unauthenticated":

@@ -16,6 +16,8 @@ class ConfigModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
+_SECTIONS = (Mapping, BaseModel, list, tuple)
+
 ConfigT = TypeVar("ConfigT", bound=ConfigModel)
 
 
@@ -53,6 +55,20 @@ class ModelConfig(ConfigModel):
     threads: int | None = Field(default=None, ge=1, description="CPU threads of this process; none: all cores")
 
 
+class TracingConfig(ConfigModel):
+    """Where OpenTelemetry spans go. A call's span joins the trace that its metadata names."""
+
+    endpoint: str | None = Field(
+        default=None, min_length=1, description="OTLP over gRPC, such as http://collector:4317; none: no tracing"
+    )
+    sample_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of the traces begun here that are kept; others follow their caller",
+    )
+
+
 def read_yaml(path: Path) -> object:
     """Read a YAML file; raise ConfigError when it cannot be read or parsed."""
     try:
@@ -85,7 +101,8 @@ def describe_faults(error: ValidationError) -> list[str]:
     """One line for each fault: dotted path, what is wrong, what was found."""
     lines: list[str] = []
     for fault in error.errors(include_url=False):
-        path = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+        # Which kind of several a section is, stands in its own key `kind`; in the path it would be no key of the file.
+        path = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("kind=")) or "(top level)"
         if fault["type"] == "extra_forbidden":
             lines.append(f"{path}: unknown key")
         elif fault["type"] == "missing":
@@ -93,6 +110,6 @@ def describe_faults(error: ValidationError) -> list[str]:
         else:
             message = fault["msg"].removeprefix("Value error, ")
             # A check over a whole section names the values it compared; the section itself would bury them.
-            found = "" if isinstance(fault["input"], Mapping | BaseModel) else f", found {fault['input']!r}"
+            found = "" if isinstance(fault["input"], _SECTIONS) else f", found {fault['input']!r}"
             lines.append(f"{path}: {message}{found}")
     return lines

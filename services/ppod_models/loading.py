@@ -23,9 +23,20 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def pick_dtype(dtype: str) -> torch.dtype:
-    """The dtype that a configuration names; "auto" is bfloat16, which halves memory traffic on GPUs and new CPUs."""
-    return DTYPES["bfloat16" if dtype == "auto" else dtype]
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype that a configuration names; "auto" is bfloat16 where the device computes in it, else float32.
+
+    A CPU without instructions for bfloat16 emulates it, tens of times slower than float32.
+    """
+    if dtype != "auto":
+        return DTYPES[dtype]
+    return torch.bfloat16 if device.type != "cpu" or _cpu_computes_bfloat16() else torch.float32
+
+
+def _cpu_computes_bfloat16() -> bool:
+    # torch tells it under private names only; without them float32 is the safe answer.
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    return any(check() for check in checks if check is not None)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:

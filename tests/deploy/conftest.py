@@ -104,7 +104,7 @@ def run_values(tiny_model_dir: Path, tiny_head_dir: Path, tmp_path: Path) -> dic
         "services": {
             "reward": {
                 "listen": {"port": ports[0]},
-                "models": [{"name": "tiny", "model": model, "head": str(tiny_head_dir)}],
+                "rewards": [{"name": "tiny", "model": model, "head": str(tiny_head_dir)}],
             },
             "reference": {"listen": {"port": ports[1], "admin_port": ports[2]}, "model": model},
             "generation": {"listen": {"port": ports[3], "admin_port": ports[4]}, "model": model},

@@ -54,14 +54,14 @@ def test_overrides_are_yaml_values_under_dotted_paths() -> None:
 
 
 def test_overrides_reach_into_lists_and_leave_the_file_values_alone() -> None:
-    values = {"services": {"reward": {"models": [{"name": "a"}, {"name": "b"}]}}}
-    path = ("services", "reward", "models", "1", "name")
+    values = {"services": {"reward": {"rewards": [{"name": "a"}, {"name": "b"}]}}}
+    path = ("services", "reward", "rewards", "1", "name")
     assert apply_overrides(values, [Override(path, "c")]) == {
-        "services": {"reward": {"models": [{"name": "a"}, {"name": "c"}]}}
+        "services": {"reward": {"rewards": [{"name": "a"}, {"name": "c"}]}}
     }
-    assert values["services"]["reward"]["models"][1] == {"name": "b"}
+    assert values["services"]["reward"]["rewards"][1] == {"name": "b"}
     with pytest.raises(ConfigError, match="items 0 to 1"):
-        apply_overrides(values, [Override(("services", "reward", "models", "2", "name"), "c")])
+        apply_overrides(values, [Override(("services", "reward", "rewards", "2", "name"), "c")])
     with pytest.raises(ConfigError, match="which has no keys"):
         apply_overrides({"trainer": {"steps": 3}}, [Override(("trainer", "steps", "more"), 1)])
 
@@ -87,7 +87,7 @@ def test_disagreements_between_sections_are_faults(run_values: dict[str, Section
     assert raised.value.problems == [
         "services.generation.listen.port: 7002 is also services.reward.listen.metrics_port; every port must be another",
         "trainer.metrics.port: 7003 is also services.generation.listen.admin_port; every port must be another",
-        "trainer.services.judge_model: 'nobody', but services.reward.models holds tiny",
+        "trainer.services.judge_model: 'nobody', but services.reward.rewards holds tiny",
     ]
 
 
@@ -109,7 +109,7 @@ def test_a_file_that_is_no_mapping_and_a_resume_of_nothing_are_faults(tmp_path: 
 
 def test_help_lists_every_key_that_an_override_reaches() -> None:
     text = "\n".join(describe_keys(RunConfig))
-    for key in ("--services.reward.models", "--trainer.ppo.clip FLOAT", "--trainer.kl.adaptive.target FLOAT"):
+    for key in ("--services.reward.rewards", "--trainer.ppo.clip FLOAT", "--trainer.kl.adaptive.target FLOAT"):
         assert key in text
     assert "PydanticUndefined" not in text
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from support.processes import ServiceProcess, running_service
+from support.tiny_head import save_tiny_head
+from support.tiny_model import save_nan_model
 
 
 def tiny_model_config(directory: Path) -> dict[str, object]:
@@ -30,11 +32,27 @@ def reference_service(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def reward_service(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+def tiny_heads(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of two heads for the tiny model."""
+    directory = tmp_path_factory.mktemp("heads")
+    names = ("first", "second")
+    return {name: save_tiny_head(tiny_model_dir, directory / name, name=name, seed=i) for i, name in enumerate(names)}
+
+
+@pytest.fixture(scope="session")
+def reward_service(
+    tiny_model_dir: Path, tiny_heads: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServiceProcess]:
+    """Two heads on the tiny model, and "broken" on a model with NaN in one embedding."""
     model = tiny_model_config(tiny_model_dir)
+    nan_dir = save_nan_model(tiny_model_dir, tmp_path_factory.mktemp("nan") / "model")
+    nan_head = save_tiny_head(nan_dir, tmp_path_factory.mktemp("nan") / "head", name="broken")
     values = {
-        "models": [{"name": "first", "model": model, "head": "0.5"}, {"name": "second", "model": model, "head": "-1"}],
+        "rewards": [
+            *({"name": name, "model": model, "head": str(head)} for name, head in tiny_heads.items()),
+            {"name": "broken", "model": tiny_model_config(nan_dir), "head": str(nan_head)},
+        ],
         "limits": {"max_request_sequences": 16},
     }
-    with running_service("support.fake_reward_service", tmp_path_factory.mktemp("reward"), values, admin=False) as up:
-        yield up
+    with running_service("ppod_services.reward", tmp_path_factory.mktemp("reward"), values) as service:
+        yield service

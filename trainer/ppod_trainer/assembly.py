@@ -28,7 +28,7 @@ from ppod_trainer.rollouts import RolloutCollector
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import DroppedSamples, Parts, TrainingRun
 
-_FREE_SECTIONS = {"run_dir", "resume", "services", "metrics", "checkpoint", "evaluation"}
+_FREE_SECTIONS = {"run_dir", "resume", "services", "metrics", "tracing", "checkpoint", "evaluation"}
 
 
 def configuration_fingerprint(config: TrainerConfig) -> str:
@@ -103,7 +103,7 @@ def _load_learner(config: TrainerConfig, path: Path) -> Learner:
     policy = PolicyWithValue(
         model,
         temperature=config.rollout.temperature,
-        compute_dtype=loading.pick_dtype(config.policy.dtype),
+        compute_dtype=loading.pick_dtype(config.policy.dtype, device),
     )
     rules = ExperienceRules(config.rewards, config.kl, config.advantages)
     return build_learner(policy, config.ppo, rules, config.optimizer, config.seed)

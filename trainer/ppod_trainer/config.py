@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ppod_models.configuration import ConfigModel, ModelConfig
+from ppod_models.configuration import ConfigModel, ModelConfig, TracingConfig
 
 Target = str
 
@@ -221,6 +221,7 @@ class TrainerConfig(ConfigModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @model_validator(mode="after")
     def _refresh_reaches_all(self) -> Self:

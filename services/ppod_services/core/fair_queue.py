@@ -6,9 +6,11 @@ two teams of weights w and v both have work, their counters differ by no more th
 max(tokens / w), so that neither gets more than its share by more than that, however many requests the other sends.
 
 One thing differs from the paper. There a team that comes back from a pause is lifted to the lowest counter of those at
-work: what it left unused is gone. Here it keeps up to `catch_up_tokens` of it. A team that asks for less than its share
-is thus served at once in its bursts, which is what holds its tail latency beside a team that floods; over any
-interval it can exceed its share by `catch_up_tokens` at most. Zero gives the paper's rule.
+work: what it left unused is gone. Here it keeps up to `catch_up_tokens` of it, if its last request was no more than
+half a minute ago. A team that steadily asks for less than its share is thus served at once in its bursts, which is what
+holds its tail latency beside a team that floods; over any interval it can exceed its share by `catch_up_tokens` at
+most. One that comes back after a longer time has no such claim, or its first flood would push a steady team aside.
+Zero tokens give the paper's rule.
 
 Pure: no clock, no model, no transport. Not thread-safe: the scheduler holds a lock.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
@@ -24,6 +27,9 @@ from typing import Generic, Protocol, TypeVar
 from ppod_services.core.batching import BatchBounds, BatchShape
 from ppod_services.core.callers import Caller, Priority, Team
 from ppod_services.core.length_index import LengthIndex
+
+STEADY_S = 30.0
+"""A team counts as using the service for this long after its last request."""
 
 
 class Queued(Protocol):
@@ -50,7 +56,8 @@ class FairQueue(Generic[QueuedT]):
     is taken; n is the number of distinct lengths.
 
     Args:
-        catch_up_tokens: most tokens that a team may be behind its share when it comes back; see the module.
+        catch_up_tokens: most tokens that a team may be behind its share when it comes back; see the module. Times are
+            seconds of any steady clock.
     """
 
     def __init__(self, catch_up_tokens: int) -> None:
@@ -70,11 +77,12 @@ class FairQueue(Generic[QueuedT]):
         """Requests that have a sequence waiting."""
         return len(self._requests)
 
-    def add(self, request: Hashable, caller: Caller, sequences: Sequence[QueuedT]) -> None:
+    def add(self, request: Hashable, caller: Caller, sequences: Sequence[QueuedT], now_s: float) -> None:
         """Enqueue all sequences of a request; `request` is unique among those that wait."""
         team = self._team(caller.team)
         if not team.tokens:
-            self._lift(team)
+            self._lift(team, steady=now_s - team.seen_s <= STEADY_S)
+        team.seen_s = now_s
         nodes = [_Node(sequence, next(self._orders)) for sequence in sequences]
         self._requests[request] = team.add(request, caller.priority, nodes)
         self.tokens += sum(node.tokens for node in nodes)
@@ -122,6 +130,10 @@ class FairQueue(Generic[QueuedT]):
             heapq.heapreplace(ranked, (team.counter, team.number, team))
         return batch
 
+    def teams_since(self, start_s: float) -> int:
+        """Teams that sent a request at this time or later."""
+        return sum(1 for team in self._teams.values() if team.seen_s >= start_s)
+
     def team_tokens(self, name: str) -> int:
         """Tokens of a team that wait."""
         team = self._teams.get(name)
@@ -162,8 +174,9 @@ class FairQueue(Generic[QueuedT]):
         queue.weight = team.weight
         return queue
 
-    def _lift(self, team: _TeamQueue[QueuedT]) -> None:
-        team.counter = max(team.counter, self._floor() - self._catch_up_tokens / team.weight)
+    def _lift(self, team: _TeamQueue[QueuedT], *, steady: bool) -> None:
+        catch_up_tokens = self._catch_up_tokens if steady else 0
+        team.counter = max(team.counter, self._floor() - catch_up_tokens / team.weight)
 
     def _floor(self) -> float:
         """The lowest counter at work; where nobody is, that of the last team that was served."""
@@ -244,6 +257,7 @@ class _TeamQueue(Generic[QueuedT]):
         self.name = name
         self.number = number
         self.counter = counter
+        self.seen_s = -math.inf
         self.weight = 1.0
         self.tokens = 0
         self.sequences = 0

@@ -74,7 +74,8 @@ def load_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTok
     path = resolve(config.source).path
     try:
         tokenizer = load_tokenizer(path)
-        device, dtype = pick_device(config.device), pick_dtype(config.dtype)
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, device)
         model = load_causal_lm(path, device=device, dtype=dtype, attention=config.attention)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelSourceError(f"model {config.source!r} on device {config.device!r}: {error}") from error

@@ -26,7 +26,7 @@ from ppod_services.core.batching import BatchBounds, padded_tokens
 from ppod_services.core.callers import ANONYMOUS_CALLER, Caller
 from ppod_services.core.company import Company
 from ppod_services.core.config import BatchingConfig
-from ppod_services.core.fair_queue import FairQueue
+from ppod_services.core.fair_queue import STEADY_S, FairQueue
 from ppod_services.core.metrics import BatchFigures, ServiceMetrics
 from ppod_services.core.quotas import Quotas
 from ppod_services.core.rate import ComputeRate
@@ -38,8 +38,9 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 JobT = TypeVar("JobT")
 
-_CONTENDED_S = 30.0
-"""A team counts as using the service for this long after its last request."""
+_RECORD_DELAY_S = 0.005
+_ANSWER_S = 0.05
+"""A request ends this much before its deadline, so that its caller hears why, and does not just give up."""
 
 
 class Scheduler(Generic[ItemT, ResultT]):
@@ -69,7 +70,6 @@ class Scheduler(Generic[ItemT, ResultT]):
         self._rate = ComputeRate()
         self._admission = Admission(config, self._queue, self._rate, quotas or Quotas(), metrics.refused)
         self._company = Company()
-        self._seen_s: dict[str, float] = {}
         self._open: set[Ticket[ResultT]] = set()
         self._batches = itertools.count(1)
         # Guards the queue, admission, the rate and the flags below: the model's thread takes batches itself.
@@ -108,8 +108,7 @@ class Scheduler(Generic[ItemT, ResultT]):
             for index, submission in enumerate(submissions)
         ]
         with self._lock:
-            self._queue.add(ticket, caller, entries)
-            self._seen_s[caller.team.name] = now_s
+            self._queue.add(ticket, caller, entries, now_s)
         self._metrics.accepted(caller.team.name, tokens)
         self._count_queue([caller.team.name])
         self._company.arrived(len(self._open), now_s)
@@ -145,9 +144,10 @@ class Scheduler(Generic[ItemT, ResultT]):
             self._close(closed, tokens, caller, reason)
 
         now_s = time.monotonic()
-        ticket: Ticket[ResultT] = Ticket(count, now_s, now_s + deadline_s, close)
         expired = DeadlineExceeded(f"no result within the deadline of {deadline_s:.3f} s")
-        timer = asyncio.get_running_loop().call_later(max(0.0, deadline_s), ticket.fail, expired, "expired")
+        left_s = max(0.0, deadline_s - min(_ANSWER_S, deadline_s / 20))
+        ticket: Ticket[ResultT] = Ticket(count, now_s, now_s + left_s, close)
+        timer = asyncio.get_running_loop().call_later(left_s, ticket.fail, expired, "expired")
         self._open.add(ticket)
         return ticket
 
@@ -216,8 +216,8 @@ class Scheduler(Generic[ItemT, ResultT]):
 
     def _bounds(self, now_s: float) -> BatchBounds:
         config = self._config
-        recent = sum(1 for seen_s in self._seen_s.values() if now_s - seen_s < _CONTENDED_S)
-        most = config.contended_batch_tokens if recent > 1 else config.max_batch_tokens
+        shared = self._queue.teams_since(now_s - STEADY_S) > 1
+        most = config.contended_batch_tokens if shared else config.max_batch_tokens
         return BatchBounds(most, config.max_batch_size, config.batch_overhead_tokens)
 
     def _go_on(self, done: Future[None]) -> None:
@@ -239,8 +239,11 @@ class Scheduler(Generic[ItemT, ResultT]):
                 self._rate.finished(run.tokens, run.seconds, saturated=bool(len(self._queue)))
             else:
                 self._rate.failed()
-        # The loop counts: this thread has a batch to run.
-        run.mailbox.post(lambda: self._record(run, error))
+        # The loop counts, and later: this thread has a batch to run, and the loop has answers to send.
+        run.mailbox.post(lambda: self._record_soon(run, error))
+
+    def _record_soon(self, run: BatchRun[ItemT, ResultT], error: BaseException | None) -> None:
+        asyncio.get_running_loop().call_later(_RECORD_DELAY_S, self._record, run, error)
 
     def _record(self, run: BatchRun[ItemT, ResultT], error: BaseException | None) -> None:
         metrics, entries = self._metrics, run.batch

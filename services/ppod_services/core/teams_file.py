@@ -7,9 +7,9 @@ import hmac
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Self, TypeVar
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from ppod_models.configuration import ConfigModel, load_config
 from ppod_services.core.callers import ANONYMOUS, Team
@@ -17,9 +17,19 @@ from ppod_services.core.callers import ANONYMOUS, Team
 ADMINISTRATOR = Team("administrator")
 """Whoever calls an administrative service with a token for it."""
 
+EntryT = TypeVar("EntryT")
 _RESERVED = (ANONYMOUS.name, ADMINISTRATOR.name)
 
+
+def _filled(values: tuple[EntryT, ...]) -> tuple[EntryT, ...]:
+    """Not `min_length`: pydantic counts valid entries, and would call a tuple with one bad entry empty."""
+    if not values:
+        raise ValueError("at least one is needed")
+    return values
+
+
 TokenHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+TokenHashes = Annotated[tuple[TokenHash, ...], AfterValidator(_filled)]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9_.-]{0,61}[a-z0-9])?$")]
 
 _HASHES = "SHA-256 of each valid token, in lower-case hexadecimal; several while a token is being replaced"
@@ -29,7 +39,7 @@ class TeamEntry(ConfigModel):
     """One team; the attributes are those of `callers.Team`."""
 
     name: Name = Field(description="lower-case letters, digits, dots, dashes; a label of metrics")
-    token_sha256: tuple[TokenHash, ...] = Field(min_length=1, description=_HASHES)
+    token_sha256: TokenHashes = Field(description=_HASHES)
     weight: float = Field(default=1.0, gt=0, le=1e6, description="share of the compute, relative to other teams'")
     tokens_per_s: float | None = Field(default=None, gt=0, le=1e12, description="quota of tokens; none: no quota")
     burst_s: float = Field(default=10.0, gt=0, le=86_400, description="seconds of quota that may be spent at once")
@@ -40,13 +50,13 @@ class AdministratorEntry(ConfigModel):
     """Somebody who may call WeightService and RewardAdminService, and nothing else."""
 
     name: Name = Field(description="for the reader of the file")
-    token_sha256: tuple[TokenHash, ...] = Field(min_length=1, description=_HASHES)
+    token_sha256: TokenHashes = Field(description=_HASHES)
 
 
 class TeamsFile(ConfigModel):
     """All teams and administrators of a service."""
 
-    teams: tuple[TeamEntry, ...] = Field(min_length=1)
+    teams: Annotated[tuple[TeamEntry, ...], AfterValidator(_filled)]
     administrators: tuple[AdministratorEntry, ...] = ()
 
     @model_validator(mode="after")

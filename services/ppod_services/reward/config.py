@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Self
+from pydantic import Field, field_validator
 
-from pydantic import Field, model_validator
-
-from ppod_models.configuration import ConfigModel, ModelConfig
 from ppod_services.core.config import ServiceConfig
-
-
-class RewardModelConfig(ConfigModel):
-    """One named reward model: a trunk and a head on it."""
-
-    name: str = Field(min_length=1, description="what requests call the model")
-    model: ModelConfig
-    head: str = Field(min_length=1, description="name of a head that ppod carries, or the directory of one")
+from ppod_services.reward.composition_rules import composition_faults
+from ppod_services.reward.kinds import RewardConfig
 
 
 class RewardServiceConfig(ServiceConfig):
-    """Which reward models to serve; those with the same source, device and dtype share one trunk in memory."""
+    """Which rewards to serve; heads with the same trunk, device and dtype share it in memory."""
 
-    models: tuple[RewardModelConfig, ...] = Field(min_length=1, description="the first one is the default")
+    rewards: tuple[RewardConfig, ...] = Field(
+        min_length=1,
+        description="named rewards, each of one kind (`head` where none is given); the first is the default",
+    )
+    tokenizers: tuple[str, ...] = Field(
+        default=(),
+        description="further tokenizers (packaged:NAME, a directory or a hub id) that token ids may come from, such as "
+        "the policy's where every reward model has another",
+    )
+    max_process_positions: int = Field(
+        default=65_536,
+        ge=1,
+        description="most scored positions of a request; each costs a forward over its prefix, except where the "
+        "model scores all positions at once",
+    )
 
-    @model_validator(mode="after")
-    def _fits_the_service(self) -> Self:
-        names = [model.name for model in self.models]
-        doubles = sorted({name for name in names if names.count(name) > 1})
-        if doubles:
-            raise ValueError(f"models: each name once, but {', '.join(doubles)} is there twice")
-        if self.listen.admin_port is not None:
-            raise ValueError("listen.admin_port: the reward service takes no new weights, so it has no such port")
-        return self
+    @field_validator("rewards")
+    @classmethod
+    def _fit_together(cls, rewards: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+        faults = composition_faults(rewards)
+        if faults:
+            raise ValueError("; ".join(faults))
+        return rewards

@@ -2,54 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc.aio
 
-from ppod.v1 import reward_pb2_grpc
-from ppod_models.sources import resolve
+from ppod.tensors import FloatArray
+from ppod.v1 import reward_admin_pb2_grpc, reward_pb2_grpc
+from ppod_models.sources import resolve, resolve_tokenizer
 from ppod_services.core.described import Deferred
-from ppod_services.core.scheduler import RunBatch, Scheduler, Sink
+from ppod_services.core.scheduler import Scheduler
 from ppod_services.core.server import Host
+from ppod_services.reward.admin_servicer import REWARD_ADMIN_SERVICE, RewardAdminServicer
 from ppod_services.reward.config import RewardServiceConfig
-from ppod_services.reward.requests import RewardItem, RewardTarget
+from ppod_services.reward.functions.pool import FunctionPool
+from ppod_services.reward.functions.registry import find_function
+from ppod_services.reward.judge import Judge
+from ppod_services.reward.kinds import FunctionConfig, JudgeConfig, PpodServerConfig
+from ppod_services.reward.requests import RewardItem, run_batch
+from ppod_services.reward.rewards import Parts, RewardSet, model_configs
+from ppod_services.reward.runtime import Runtime
+from ppod_services.reward.samples import TokenSource
+from ppod_services.reward.served import ServedModel
 from ppod_services.reward.servicer import REWARD_SERVICE, RewardServicer
+from ppod_services.reward.text_rewards import FunctionScorer, TextScorer
 
 
 class RewardService:
-    """Wires servicer, scheduler and engine; imports torch only in `load`, once the ports are bound."""
+    """Wires servicers, scheduler and rewards; imports torch only in `load`, once the ports are bound.
+
+    Attributes:
+        rewards: all rewards, once they are loaded.
+    """
 
     service_name = REWARD_SERVICE
-    admin_service_name = None
+    admin_service_name = REWARD_ADMIN_SERVICE
 
     def __init__(self, config: RewardServiceConfig, host: Host) -> None:
+        self.rewards: Deferred[RewardSet] = Deferred()
         self._config = config
-        self._targets: Deferred[list[RewardTarget]] = Deferred()
-        self._engine: Deferred[RunBatch[RewardItem, float]] = Deferred()
-        self._scheduler = Scheduler(self._run_batch, config.batching, host.executor, host.metrics)
+        self._host = host
+        self._scheduler: Scheduler[RewardItem, FloatArray] = Scheduler(
+            run_batch, config.batching, host.executor, host.metrics
+        )
+        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self._pools = {one.name: FunctionPool(one) for one in config.rewards if isinstance(one, FunctionConfig)}
+        self._judges: dict[str, Judge] = {}
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add RewardService."""
-        servicer = RewardServicer(self._targets, self._scheduler, self._config.limits)
-        reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server)
+        reward_pb2_grpc.add_RewardServiceServicer_to_server(RewardServicer(self.rewards, self._config), server)
 
     def register_admin(self, server: grpc.aio.Server) -> None:
-        """Nothing: reward models do not change while a server runs."""
+        """Add RewardAdminService."""
+        servicer = RewardAdminServicer(self.rewards, self._scheduler, self._config, self._host.metrics.weight_version)
+        reward_admin_pb2_grpc.add_RewardAdminServiceServicer_to_server(servicer, server)
 
     def load(self) -> None:
         """Load the models in the calling thread."""
+        configs = model_configs(self._config.rewards)
         # Before the imports, which take seconds: a missing model is told at once.
-        for model in self._config.models:
-            resolve(model.model.source)
-        from ppod_services.reward.engine import load_reward_models  # noqa: PLC0415 - see the class
+        for config in configs:
+            resolve(config.model.source)
+        for source in self._config.tokenizers:
+            resolve_tokenizer(source)
+        models: list[ServedModel] = []
+        tokenizers: list[TokenSource] = []
+        if configs or self._config.tokenizers:
+            from ppod_services.reward.loading import load_all, load_tokenizer_source  # noqa: PLC0415
 
-        engine, targets = load_reward_models(self._config.models, self._config.batching.max_batch_tokens)
-        self._engine.set(engine.run)
-        self._targets.set(targets)
+            models = load_all(configs, self._config.batching.max_batch_tokens, self._config.warm_up_tokens)
+            tokenizers = [load_tokenizer_source(source) for source in self._config.tokenizers]
+        self.rewards.set(
+            RewardSet(
+                Parts(
+                    configs=self._config.rewards,
+                    models={model.info.name: model for model in models},
+                    text_scorers=self._text_scorers(),
+                    tokenizers=tuple(tokenizers),
+                    runtime=Runtime(self._scheduler, self._tokenizing),
+                )
+            )
+        )
 
     async def run(self) -> None:
-        """Run batches until cancelled."""
-        await self._scheduler.run()
+        """Run batches, functions and judges until cancelled."""
+        starting = [asyncio.ensure_future(pool.start()) for pool in self._pools.values()]
+        try:
+            await self._scheduler.run()
+        finally:
+            for task in starting:
+                task.cancel()
+            await asyncio.gather(*starting, return_exceptions=True)
+            for closing in (*self._pools.values(), *self._judges.values()):
+                await closing.close()
+            self._tokenizing.shutdown(wait=False)
 
-    def _run_batch(self, items: Sequence[RewardItem], sink: Sink[float]) -> None:
-        self._engine.get()(items, sink)
+    def _text_scorers(self) -> Mapping[str, TextScorer]:
+        scorers: dict[str, TextScorer] = {}
+        for config in self._config.rewards:
+            if isinstance(config, FunctionConfig):
+                needed = find_function(config.function).needs_references
+                scorers[config.name] = FunctionScorer(self._pools[config.name], needed)
+            elif isinstance(config, JudgeConfig):
+                self._judges[config.name] = scorers[config.name] = _make_judge(config)
+        return scorers
+
+
+def _make_judge(config: JudgeConfig) -> Judge:
+    from ppod_services.reward.judge_servers import make_server  # noqa: PLC0415 - seconds of import; see the class
+
+    codec = None
+    if isinstance(config.server, PpodServerConfig):
+        from ppod_services.reward.loading import load_tokenizer_source  # noqa: PLC0415
+
+        codec = load_tokenizer_source(config.server.tokenizer).codec
+    return Judge(config, make_server(config, codec))

@@ -140,7 +140,7 @@ def run_values(setting: Setting, steps: int, run_dir: Path) -> dict[str, object]
     reward_model = {"name": "reviews-reward", "model": scoring, "head": "reviews-reward"}
     return {
         "services": {
-            "reward": {"listen": {"port": 51051}, "models": [reward_model]},
+            "reward": {"listen": {"port": 51051}, "rewards": [reward_model]},
             "reference": {"listen": {"port": 51052, "admin_port": 51062}, "model": scoring},
             "generation": {"listen": {"port": 51053, "admin_port": 51063}, "model": model},
         },

@@ -56,7 +56,7 @@ def test_help_and_check(service: str, tmp_path: Path) -> None:
     assert "exit codes" in shown.stdout
     values: dict[str, object] = {"listen": {"port": 5000}}
     model = {"source": "nowhere"}
-    values |= {"models": [{"name": "a", "model": model, "head": "h"}]} if service == "reward" else {"model": model}
+    values |= {"rewards": [{"name": "a", "model": model, "head": "h"}]} if service == "reward" else {"model": model}
     checked = run_to_exit(
         f"ppod_services.{service}", "--config", str(write_config(tmp_path / "c.yaml", values)), "--check"
     )

@@ -94,18 +94,27 @@ def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> N
 
 
 @contextmanager
-def running_system(model_dir: Path, directory: Path, reward_module: str, heads: Mapping[str, str]) -> Iterator[System]:
-    """Start three services; prompts are two-digit words."""
+def running_system(
+    model_dir: Path,
+    directory: Path,
+    heads: Mapping[str, str],
+    *,
+    reward_model_dir: Path | None = None,
+    tracing_endpoint: str | None = None,
+) -> Iterator[System]:
+    """Start three services, the rewards on a model of their own where one is given; prompts are two-digit words."""
     directory.mkdir(exist_ok=True)
     (directory / "prompts.txt").write_text("\n".join(f"{index:02d} is it" for index in range(60)))
     model = tiny_model_config(model_dir)
-    models = [{"name": name, "model": model, "head": head} for name, head in heads.items()]
+    trunk = tiny_model_config(reward_model_dir or model_dir)
+    rewards = [{"name": name, "model": trunk, "head": head} for name, head in heads.items()]
+    common = {"tracing": {"endpoint": tracing_endpoint}}
     with ExitStack() as stack:
         start: Callable[..., ServiceProcess] = lambda *args, **kw: stack.enter_context(running_service(*args, **kw))  # noqa: E731
         yield System(
-            reward=start(reward_module, directory, {"models": models}, admin=False),
-            reference=start("ppod_services.reference", directory, {"model": model}),
-            generation=start("ppod_services.generation", directory, {"model": model}),
+            reward=start("ppod_services.reward", directory, {"rewards": rewards, **common}),
+            reference=start("ppod_services.reference", directory, {"model": model, **common}),
+            generation=start("ppod_services.generation", directory, {"model": model, **common}),
             model_dir=model_dir,
             directory=directory,
         )
@@ -118,5 +127,5 @@ def system(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         name: str(save_tiny_head(tiny_model_dir, directory / name, name=name, seed=seed))
         for seed, name in enumerate(("reward", "judge"))
     }
-    with running_system(tiny_model_dir, directory, "ppod_services.reward", heads) as made:
+    with running_system(tiny_model_dir, directory, heads) as made:
         yield made

@@ -12,15 +12,21 @@ from pathlib import Path
 import pytest
 
 from support.processes import free_ports
+from support.tiny_head import save_tiny_head
+from support.tiny_model import save_nan_model
 
 from .conftest import System, records_of, running_system, wait_for_step
 
 
 @pytest.fixture
 def fragile(tiny_model_dir: Path, tmp_path: Path) -> Iterator[System]:
-    """Services that a test may kill. Scores are arithmetic, and NaN for texts that hold a certain token."""
-    heads = {"reward": "0.01", "judge": "0.02"}
-    with running_system(tiny_model_dir, tmp_path / "fragile", "support.fake_reward_service", heads) as made:
+    """Services that a test may kill. Scores are NaN for texts that hold a certain token."""
+    nan_dir = save_nan_model(tiny_model_dir, tmp_path / "nan")
+    heads = {
+        name: str(save_tiny_head(nan_dir, tmp_path / name, name=name, seed=seed))
+        for seed, name in enumerate(("reward", "judge"))
+    }
+    with running_system(tiny_model_dir, tmp_path / "fragile", heads, reward_model_dir=nan_dir) as made:
         yield made
 
 
@@ -35,7 +41,7 @@ def test_nan_from_the_reward_model_stops_or_skips(fragile: System) -> None:
     changes = {"steps": 12, "services": without_judge(fragile), "optimizer": {"learning_rate": 1e-6}}
     stopped = fragile.train(fragile.config("stop", rollout=rollout, **changes))
     assert stopped.returncode == 1
-    assert "the model's score is nan" in stopped.stderr
+    assert "the model's score of 'reward' is nan" in stopped.stderr
     assert "sample " in stopped.stderr
 
     config = fragile.config("skip", rollout={**rollout, "on_bad_sample": "skip"}, **changes)

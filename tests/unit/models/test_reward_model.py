@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ppod_models.loading import tokenizer_fingerprint
-from ppod_models.reward_cards import FeatureSpec, HeadCard, HeldOutFigures, Read, TrainingRecord, TrunkSpec
+from ppod_models.reward_cards import FeatureSpec, Read
 from ppod_models.reward_heads import RewardHead, RewardHeadError, read_head, weights_digest, write_head
 from ppod_models.reward_model import RewardModel
-from reward_support.tiny_trunk import HIDDEN, LAYERS, POSITIONS, tiny_tokenizer, tiny_trunk
+from support.tiny_head import tiny_card
+from support.tiny_trunk import HIDDEN, LAYERS, POSITIONS, tiny_tokenizer, tiny_trunk
 
 SPEC = FeatureSpec(
     prefix="review: ",
@@ -37,30 +37,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_head(trunk: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, spec: FeatureSpec = SPEC) -> RewardHead:
-    card = HeadCard(
-        name="toy",
-        features=spec,
-        trunk=TrunkSpec(
-            source="tiny",
-            fingerprint="0" * 16,
-            weights_digest=weights_digest(trunk),
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            hidden_size=HIDDEN,
-            num_layers=LAYERS,
-        ),
-        logit_per_score=1.5,
-        training=TrainingRecord(
-            command="none",
-            data_sha256="0",
-            split_seed=1,
-            half="a",
-            loss="none",
-            l2=0.1,
-            reviews_fitted=1,
-            dtype="float32",
-        ),
-        held_out=HeldOutFigures(reviews=2, pairs=1, accuracy=1, clear_pairs=1, clear_accuracy=1, calibration_error=0.1),
-    )
+    card = tiny_card("toy", spec, trunk, tokenizer)
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(len(spec.reads) * HIDDEN, generator=generator)
     return RewardHead(card, weight, torch.tensor(0.25))

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ppod_models.configuration import ConfigError, ConfigModel, ModelConfig, dump_config, load_config, parse_config
+from ppod_models.loading import pick_dtype
 from ppod_models.sources import ModelSourceError, resolve, write_once
-from reward_support.tiny_trunk import save_tiny_trunk
+from support.tiny_trunk import save_tiny_trunk
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +112,14 @@ def test_yaml_round_trip_and_unreadable_files(tmp_path) -> None:
         load_config(Outer, file)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_config(Outer, tmp_path / "absent.yaml")
+
+
+def test_auto_is_bfloat16_only_where_the_device_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated bfloat16 is tens of times slower than float32: an older CPU would take an hour for minutes of work."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
+    for amx, avx512 in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
+        assert pick_dtype("auto", cpu) == (torch.bfloat16 if amx or avx512 else torch.float32)
+    assert pick_dtype("auto", cuda) == torch.bfloat16
+    assert pick_dtype("bfloat16", cpu) == torch.bfloat16

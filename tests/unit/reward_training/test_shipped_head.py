@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ppod_models.loading import load_causal_lm, load_tokenizer
+from ppod_models.loading import load_causal_lm, load_tokenizer, pick_dtype
 from ppod_models.reward_model import RewardModel
 from ppod_models.sources import resolve
 from ppod_trainer.reward_training.compare import score_reviews, spread
@@ -13,7 +13,8 @@ from ppod_trainer.reward_training.evaluate import evaluate
 
 def test_reward_head_orders_held_out_reviews_as_people_do() -> None:
     path = resolve("packaged:smollm2-135m-instruct").path
-    trunk = load_causal_lm(path, device=torch.device("cpu"), dtype=torch.bfloat16)
+    cpu = torch.device("cpu")
+    trunk = load_causal_lm(path, device=cpu, dtype=pick_dtype("auto", cpu))
     model = RewardModel.load(trunk, load_tokenizer(path), "reviews-reward")
     held_out = split_reviews(read_reviews(PACKAGED_RATINGS), seed=1, held_out_share=1 / 9).held_out
     reviews = spread(held_out, 200)

@@ -12,7 +12,7 @@ from ppod_models.reward_model import RewardModel
 from ppod_trainer.reward_training import config as config_module
 from ppod_trainer.reward_training.__main__ import main
 from ppod_trainer.reward_training.config import RewardTrainingConfig
-from reward_support.tiny_trunk import save_tiny_trunk, tiny_tokenizer, tiny_trunk
+from support.tiny_trunk import save_tiny_trunk, tiny_tokenizer, tiny_trunk
 
 CONFIGS = Path(config_module.__file__).parent / "configs"
 

@@ -50,7 +50,7 @@ class Desk:
         self.admission.admit(Request(tokens, sequences, deadline_s, caller), now_s)
         key = object()
         each = [tokens // sequences] * (sequences - 1)
-        self.queue.add(key, caller, [Submission(None, length) for length in [*each, tokens - sum(each)]])
+        self.queue.add(key, caller, [Submission(None, length) for length in [*each, tokens - sum(each)]], now_s)
         return key
 
     def serve(self, tokens: int) -> None:

@@ -10,7 +10,6 @@ import pytest
 from ppod_models.configuration import ConfigError, parse_config
 from ppod_services.core.config import ServiceConfig
 from ppod_services.generation.config import GenerationServiceConfig
-from ppod_services.reward.config import RewardServiceConfig
 from support.processes import environment
 
 MODEL = {"source": "somewhere"}
@@ -54,19 +53,6 @@ def test_queue_must_hold_a_batch() -> None:
 
 def test_model_is_required() -> None:
     assert problems(GenerationServiceConfig, {"listen": {"port": 1}}) == ["model: required, but missing"]
-
-
-@pytest.mark.parametrize(
-    ("models", "listen", "word"),
-    [
-        ([], {"port": 1}, "models"),
-        ([{"name": "a", "model": MODEL, "head": "h"}] * 2, {"port": 1}, "twice"),
-        ([{"name": "a", "model": MODEL, "head": "h"}], {"port": 1, "admin_port": 2}, "admin_port"),
-    ],
-)
-def test_reward_rules(models: list[object], listen: dict[str, int], word: str) -> None:
-    [problem] = problems(RewardServiceConfig, {"listen": listen, "models": models})
-    assert word in problem
 
 
 @pytest.mark.parametrize("service", ["reward", "reference", "generation"])

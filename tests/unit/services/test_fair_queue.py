@@ -29,13 +29,15 @@ def queue_of(*requests: Sequence[int], catch_up_tokens: int = 0) -> FairQueue[En
     """One team's requests, each by the lengths of its sequences."""
     queue: FairQueue[Entry] = FairQueue(catch_up_tokens)
     for number, lengths in enumerate(requests):
-        queue.add(number, Caller(A), [Entry(tokens) for tokens in lengths])
+        queue.add(number, Caller(A), [Entry(tokens) for tokens in lengths], 0.0)
     return queue
 
 
-def put(queue: FairQueue[Entry], team: Team, *lengths: int, priority: Priority = Priority.NORMAL) -> object:
+def put(
+    queue: FairQueue[Entry], team: Team, *lengths: int, priority: Priority = Priority.NORMAL, now_s: float = 0.0
+) -> object:
     key = object()
-    queue.add(key, Caller(team, priority), [Entry(tokens, owner=team.name) for tokens in lengths])
+    queue.add(key, Caller(team, priority), [Entry(tokens, owner=team.name) for tokens in lengths], now_s)
     return key
 
 
@@ -66,7 +68,7 @@ def test_a_lone_request_is_cut_longest_first_within_the_budget() -> None:
 def test_ties_keep_their_order() -> None:
     entries = [Entry(5) for _ in range(4)]
     queue: FairQueue[Entry] = FairQueue(0)
-    queue.add(0, Caller(A), entries)
+    queue.add(0, Caller(A), entries, 0.0)
     assert queue.take(bounds(100, 3)) == entries[:3]
     assert queue.take(bounds(100, 3)) == entries[3:]
 
@@ -93,7 +95,7 @@ def test_padding_that_costs_more_than_a_batch_is_refused() -> None:
 
 def test_groups_do_not_mix() -> None:
     queue: FairQueue[Entry] = FairQueue(0)
-    queue.add(0, Caller(A), [Entry(4, "x"), Entry(4, "y"), Entry(3, "x")])
+    queue.add(0, Caller(A), [Entry(4, "x"), Entry(4, "y"), Entry(3, "x")], 0.0)
     assert [entry.group for entry in queue.take(ROOMY)] == ["x", "x"]
     assert [entry.group for entry in queue.take(ROOMY)] == ["y"]
 
@@ -157,6 +159,19 @@ def test_a_team_that_comes_back_catches_up_as_far_as_it_may() -> None:
     assert [owners(queue.take(one))[0] for _ in range(8)] == ["b", "b", "b", "b", "a", "b", "a", "b"]
 
 
+def test_a_team_that_was_away_for_long_has_nothing_to_catch_up() -> None:
+    """Else the first flood after a quiet hour would push a steady team aside."""
+    queue: FairQueue[Entry] = FairQueue(catch_up_tokens=30)
+    put(queue, B, 10)
+    put(queue, A, *[10] * 100)
+    one = bounds(10**6, max_size=1)
+    for _ in range(91):
+        queue.take(one)
+    put(queue, B, *[10] * 10, now_s=30.1)
+    assert queue.tokens_behind(B) == 0
+    assert sorted(owners(queue.take(one))[0] for _ in range(8)) == ["a"] * 4 + ["b"] * 4
+
+
 def test_removing_a_request_takes_all_of_it_and_nothing_else() -> None:
     queue: FairQueue[Entry] = FairQueue(0)
     gone = put(queue, A, 5, 7, 6)
@@ -205,7 +220,7 @@ def filled(requests: list[tuple[str, Priority, list[tuple[int, str]]]], catch_up
     for number, (team, priority, sequences) in enumerate(requests):
         weight = {"a": 1.0, "b": 2.0, "c": 0.5}[team]
         entries = [Entry(tokens, group, team) for tokens, group in sequences]
-        queue.add(number, Caller(Team(team, weight=weight), priority), entries)
+        queue.add(number, Caller(Team(team, weight=weight), priority), entries, 0.0)
     return queue
 
 

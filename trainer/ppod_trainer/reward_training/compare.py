@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ppod_models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype
+from ppod_models.loading import load_causal_lm, load_tokenizer, pick_dtype
 from ppod_models.reward_features import encode_text
 from ppod_models.reward_model import RewardModel
 from ppod_models.sources import resolve
@@ -23,6 +23,7 @@ from ppod_trainer.reward_training.config import DataConfig
 from ppod_trainer.reward_training.data import PACKAGED_RATINGS, Review, read_reviews, split_reviews
 from ppod_trainer.reward_training.evaluate import Evaluation, evaluate
 
+CPU = torch.device("cpu")
 TIMED_SEQUENCES = 32
 TIMED_TOKENS = 30
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reviews = spread(splits.held_out, options.reviews)
     ratings = np.array([review.mean_rating for review in reviews])
     resolved = resolve(options.source)
-    trunk = load_causal_lm(resolved.path, device=pick_device("cpu"), dtype=pick_dtype(options.dtype))
+    trunk = load_causal_lm(resolved.path, device=CPU, dtype=pick_dtype(options.dtype, CPU))
     tokenizer = load_tokenizer(resolved.path)
     columns: list[npt.NDArray[np.float32]] = []
     print(f"{options.source} in {options.dtype}, {options.threads} threads, {len(reviews):,} held-out reviews")
@@ -119,7 +120,7 @@ def _parse(arguments: Sequence[str] | None) -> Options:
     )
     parser.add_argument("--heads", nargs="+", default=["reviews-reward", "reviews-judge"], metavar="HEAD")
     parser.add_argument("--source", default="packaged:smollm2-135m-instruct", help="the trunk (default: %(default)s)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--reviews", type=int, default=None, metavar="N", help="only N of the held-out reviews")
     parser.add_argument("--lexicon", action="store_true", help="measure VADER too (pip install vaderSentiment)")

@@ -100,7 +100,8 @@ def load_trunk(config: RewardTrainingConfig) -> Trunk:
     if config.model.threads is not None:
         torch.set_num_threads(config.model.threads)
     resolved = resolve(config.model.source)
-    model = load_causal_lm(resolved.path, device=pick_device(config.model.device), dtype=pick_dtype(config.model.dtype))
+    device = pick_device(config.model.device)
+    model = load_causal_lm(resolved.path, device=device, dtype=pick_dtype(config.model.dtype, device))
     return Trunk(resolved, model, load_tokenizer(resolved.path))
 
 

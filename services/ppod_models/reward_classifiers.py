@@ -1,0 +1,188 @@
+"""Reward models that transformers loads whole: sequence classifiers and process reward models.
+
+Shape legend: B sequences, T padded length, K labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from ppod_models.padding import PaddedBatch, pad_sequences
+
+Tokens = npt.NDArray[np.integer]
+_PROBE = (1, 2, 3, 4, 5, 6)
+_PROBE_TOLERANCE = {torch.float32: 1e-4}
+_PROBE_TOLERANCE_HALF = 3e-2
+
+
+class RewardClassifierError(Exception):
+    """A model is no reward model of the kind asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierInput:
+    """One sequence and where to read it.
+
+    Attributes:
+        tokens: int [length].
+        reads: int [reads], positions counted from 0, each of which gives one value.
+    """
+
+    tokens: Tokens
+    reads: Tokens
+
+
+class SequenceClassifier:
+    """A reward model with one label: the value of a position is the score of the sequence up to it.
+
+    Models that see ahead (encoders such as DeBERTa) score whole sequences only; `scores_prefixes` tells.
+    Not thread-safe: one call at a time.
+
+    Raises:
+        RewardClassifierError: the model has another number of labels than one.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        _check_labels(model, 1)
+        self._model = model
+        self._pad = pad_token_id(model)
+        # Decoders keep the layer that scores apart, so that every position may be read in one forward.
+        self._decoder = isinstance(model, GenericForSequenceClassification)
+        self.scores_prefixes = self._decoder and _is_causal(
+            lambda tokens: self._position_scores(_batch_of(model, tokens)),
+            _PROBE_TOLERANCE.get(model.dtype, _PROBE_TOLERANCE_HALF),
+        )
+
+    def end_of(self, tokens: Tokens) -> int:
+        """Where the whole sequence is read: at its last token that is no padding token, as transformers does it."""
+        real = np.flatnonzero(np.asarray(tokens) != self._pad)
+        return int(real[-1]) if len(real) and self._pad is not None else len(tokens) - 1
+
+    @torch.inference_mode()
+    def score(self, inputs: Sequence[ClassifierInput]) -> list[npt.NDArray[np.float32]]:
+        """One forward for the batch; float32 [reads] for each input.
+
+        Other reads than `end_of` need `scores_prefixes`.
+        """
+        batch = _pad(self._model, [one.tokens for one in inputs])
+        if self._decoder:
+            scores = self._position_scores(batch)
+            return [_take(scores, row, one.reads) for row, one in enumerate(inputs)]
+        logits = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return list(logits.float().cpu().numpy().reshape(-1, 1))
+
+    def _position_scores(self, batch: PaddedBatch) -> torch.Tensor:
+        """float32 [B, T]."""
+        states = self._model.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state
+        head = cast(nn.Module, self._model.score)
+        return head(states).squeeze(-1).float()
+
+
+class TokenClassifier:
+    """A process reward model with two labels: the value of a position is the probability of label 1, a good step.
+
+    As TRL's PRMTrainer trains and saves it. Not thread-safe: one call at a time.
+
+    Raises:
+        RewardClassifierError: the model has another number of labels than two.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        _check_labels(model, 2)
+        self._model = model
+
+    @torch.inference_mode()
+    def score(self, inputs: Sequence[ClassifierInput]) -> list[npt.NDArray[np.float32]]:
+        """One forward for the batch; float32 [reads] for each input, from 0 to 1."""
+        batch = _pad(self._model, [one.tokens for one in inputs])
+        logits = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        probabilities = logits.float().softmax(dim=-1)[..., 1]
+        return [_take(probabilities, row, one.reads) for row, one in enumerate(inputs)]
+
+
+def load_sequence_classifier(
+    path: Path, *, device: torch.device, dtype: torch.dtype, attention: str, remote_code: bool
+) -> PreTrainedModel:
+    """Load a sequence classifier from safetensors, in evaluation mode; raise RewardClassifierError when it is none."""
+    return _load(AutoModelForSequenceClassification, path, device, dtype, attention, remote_code)
+
+
+def load_token_classifier(
+    path: Path, *, device: torch.device, dtype: torch.dtype, attention: str, remote_code: bool
+) -> PreTrainedModel:
+    """Load a token classifier from safetensors, in evaluation mode; raise RewardClassifierError when it is none."""
+    return _load(AutoModelForTokenClassification, path, device, dtype, attention, remote_code)
+
+
+def pad_token_id(model: PreTrainedModel) -> int | None:
+    """The padding token of the model's configuration, or None."""
+    return cast("int | None", model.config.get_text_config().pad_token_id)
+
+
+def _load(
+    auto: type[AutoModelForSequenceClassification | AutoModelForTokenClassification],
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    remote_code: bool,
+) -> PreTrainedModel:
+    loaded = auto.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=remote_code,
+        output_loading_info=True,
+    )
+    model, info = cast("tuple[PreTrainedModel, dict[str, object]]", loaded)
+    missing = sorted(cast("set[str]", info["missing_keys"]))
+    if missing:
+        # transformers fills them with random numbers: scores would be noise that looks like scores.
+        raise RewardClassifierError(f"its weights lack {', '.join(missing[:3])}: it was saved as another kind of model")
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    return model.eval()
+
+
+def _check_labels(model: PreTrainedModel, labels: int) -> None:
+    found = cast(int, model.config.num_labels)
+    if found != labels:
+        raise RewardClassifierError(f"its number of labels is {found}, expected {labels}")
+
+
+def _pad(model: PreTrainedModel, sequences: Sequence[Tokens]) -> PaddedBatch:
+    batch = pad_sequences(sequences, side="right", device=model.device)
+    pad = pad_token_id(model)
+    if pad is not None:
+        # Some encoders count positions by the tokens that are no padding tokens.
+        batch.input_ids.masked_fill_(batch.attention_mask == 0, pad)
+    return batch
+
+
+def _batch_of(model: PreTrainedModel, tokens: Sequence[int]) -> PaddedBatch:
+    return pad_sequences([np.asarray(tokens)], side="right", device=model.device)
+
+
+def _take(values: torch.Tensor, row: int, reads: Tokens) -> npt.NDArray[np.float32]:
+    return values[row, torch.from_numpy(np.asarray(reads, dtype=np.int64)).to(values.device)].cpu().numpy()
+
+
+@torch.inference_mode()
+def _is_causal(scores_of: Callable[[Sequence[int]], torch.Tensor], tolerance: float) -> bool:
+    """Whether the score at a position is that of the prefix alone: some decoders are used with attention both ways."""
+    whole = scores_of(_PROBE)[0]
+    prefix = scores_of(_PROBE[:3])[0]
+    scale = float(whole.abs().max().clamp(min=1.0))
+    return bool(((whole[:3] - prefix).abs() <= tolerance * scale).all())

@@ -1,0 +1,62 @@
+"""A tokenizer for texts, tokens and conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import jinja2
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from ppod.tensors import TokenArray
+from ppod_models.loading import tokenizer_fingerprint
+from ppod_services.reward.samples import ChatTemplateError, Turn
+
+
+class TokenizerCodec:
+    """Encodes with a Rust tokenizer of its own.
+
+    A copy, because the Python wrapper changes the settings of the one that it holds; and without the truncation and
+    padding that some tokenizer files ask for, which would cut texts without a word.
+
+    Attributes:
+        fingerprint: see `ppod_models.loading.tokenizer_fingerprint`.
+        bos_token_id: begin of sequence; None where the tokenizer has none.
+        longest_tokens: what the tokenizer's files say its model takes; huge where they say nothing.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.fingerprint = tokenizer_fingerprint(tokenizer)
+        self.bos_token_id = cast("int | None", tokenizer.bos_token_id)
+        self.longest_tokens = int(tokenizer.model_max_length)
+        self._tokenizer = tokenizer
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that it makes."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[TokenArray]:
+        """One int32 array a text."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=special_tokens)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, tokens: TokenArray) -> str:
+        """Text without special tokens."""
+        return self._backend.decode(tokens.tolist(), skip_special_tokens=True)
+
+    def render(self, turns: Sequence[Turn], *, open_turn: bool) -> str:
+        """Apply the chat template."""
+        if not self._tokenizer.chat_template:
+            raise ChatTemplateError("its tokenizer has no chat template")
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"its chat template refuses the conversation: {error}") from error
+        return cast(str, text)

@@ -1,0 +1,70 @@
+"""A reward for responses whose answer is the reference's."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import Field, field_validator
+
+from ppod_models.configuration import ConfigModel
+from ppod_services.reward.functions import FunctionSample
+
+
+class ExactAnswerParameters(ConfigModel):
+    """Where the answer stands, and how strictly it is compared."""
+
+    pattern: str | None = Field(
+        default=None,
+        description="regular expression whose last match in the response holds the answer in its first group, such as "
+        r"'####\s*(.+)'; none: the whole response is the answer",
+    )
+    ignore_case: bool = False
+    numbers: bool = Field(default=False, description="whether 1,000 and 1000.0 are the same answer")
+    correct: float = Field(default=1.0, description="score of a right answer")
+    wrong: float = Field(default=0.0, description="score of a wrong answer, or of none")
+
+    @field_validator("pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        if groups < 1:
+            raise ValueError("needs a group around the answer")
+        return pattern
+
+
+class ExactAnswer:
+    """`correct` where the answer equals the reference, white space at its ends and runs of it aside."""
+
+    parameters_type = ExactAnswerParameters
+    needs_references = True
+
+    def __init__(self, parameters: ExactAnswerParameters) -> None:
+        self._parameters = parameters
+        self._pattern = None if parameters.pattern is None else re.compile(parameters.pattern)
+
+    def score(self, sample: FunctionSample) -> float:
+        """Score of a right or a wrong answer."""
+        answer = self._answer(sample.response)
+        right = answer is not None and self._plain(answer) == self._plain(sample.reference or "")
+        return self._parameters.correct if right else self._parameters.wrong
+
+    def _answer(self, response: str) -> str | None:
+        if self._pattern is None:
+            return response
+        matches = list(self._pattern.finditer(response))
+        return matches[-1].group(1) if matches else None
+
+    def _plain(self, answer: str) -> str | float:
+        text = " ".join(answer.split())
+        if self._parameters.numbers:
+            try:
+                return float(text.replace(",", ""))
+            except ValueError:
+                # Not a number: compared as text.
+                pass
+        return text.casefold() if self._parameters.ignore_case else text

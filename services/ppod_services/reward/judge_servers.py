@@ -1,0 +1,138 @@
+"""The servers that a judge can ask: any with OpenAI's chat completions, and ppod's own generation service."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import cast
+
+import openai
+from openai.types.chat import ChatCompletionMessageParam
+
+from ppod import GenerationClient, Sampling
+from ppod.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from ppod_models.sources import ModelSourceError
+from ppod_services.reward.judge import JudgeRefusedError, JudgeServer
+from ppod_services.reward.kinds import JudgeConfig, OpenAiServerConfig, PpodServerConfig
+from ppod_services.reward.samples import ChatTemplateError, Codec, Turn
+
+_SERVER_ERROR = 500
+_RETRIES = 2
+_RETRY_AFTER_S = 1.0
+
+
+def make_server(config: JudgeConfig, codec: Codec | None) -> JudgeServer:
+    """The server of a judge; `codec` is the tokenizer of a ppod service.
+
+    Raises:
+        ModelSourceError: the environment lacks the key, or the tokenizer has no chat template.
+    """
+    match config.server:
+        case OpenAiServerConfig():
+            return OpenAiServer(config, config.server)
+        case PpodServerConfig():
+            assert codec is not None
+            return PpodServer(config, config.server, codec)
+
+
+class OpenAiServer:
+    """Any server with OpenAI's chat completions."""
+
+    def __init__(self, config: JudgeConfig, server: OpenAiServerConfig) -> None:
+        self._config = config
+        self._server = server
+        key = "none" if server.api_key_env is None else os.environ.get(server.api_key_env)
+        if not key:
+            raise ModelSourceError(f"judge {config.name!r}: set the environment variable {server.api_key_env}")
+        self._key = key
+        self._client: openai.AsyncOpenAI | None = None
+
+    async def complete(self, turns: Sequence[Turn], timeout_s: float) -> str:
+        """The assistant's next turn; see `JudgeServer`."""
+        if self._client is None:
+            # Here, because its connections belong to the event loop that uses them.
+            self._client = openai.AsyncOpenAI(
+                base_url=self._server.base_url, api_key=self._key, max_retries=_RETRIES, timeout=self._config.timeout_s
+            )
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await self._client.chat.completions.create(
+                    model=self._server.model,
+                    messages=cast("list[ChatCompletionMessageParam]", messages),
+                    temperature=self._config.temperature,
+                    max_tokens=self._config.max_tokens,
+                    timeout=timeout_s,
+                )
+        except TimeoutError:
+            raise Unavailable(f"{self._what()} gave no answer within {timeout_s:.1f} s") from None
+        except openai.APIError as error:
+            raise self._typed(error) from error
+        if not reply.choices or reply.choices[0].message.content is None:
+            return ""
+        return reply.choices[0].message.content
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.close()
+
+    def _what(self) -> str:
+        return f"the server of judge {self._config.name!r} at {self._server.base_url}"
+
+    def _typed(self, error: openai.APIError) -> Exception:
+        match error:
+            case openai.RateLimitError():
+                return ResourceExhausted(f"{self._what()} is busy", _retry_after_s(error))
+            case openai.APIConnectionError():
+                return Unavailable(f"{self._what()} cannot be reached: {error.message}")
+            case openai.APIStatusError() if error.status_code < _SERVER_ERROR:
+                return JudgeRefusedError(f"status {error.status_code} from {self._server.base_url}: {error.message}")
+            case _:
+                return Unavailable(f"{self._what()} failed: {error.message}")
+
+
+class PpodServer:
+    """A generation service of ppod."""
+
+    def __init__(self, config: JudgeConfig, server: PpodServerConfig, codec: Codec) -> None:
+        try:
+            codec.render([Turn("user", "hello")], open_turn=True)
+        except ChatTemplateError as error:
+            raise ModelSourceError(f"judge {config.name!r}: {server.tokenizer!r}: {error}") from error
+        self._sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
+        self._codec = codec
+        self._target = server.target
+        self._client = GenerationClient(server.target)
+        # Threads of its own: a slow judge must not take those that others share.
+        self._threads = ThreadPoolExecutor(config.concurrency, thread_name_prefix="judge")
+
+    async def complete(self, turns: Sequence[Turn], timeout_s: float) -> str:
+        """The assistant's next turn; see `JudgeServer`."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._complete, turns, timeout_s)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        self._client.close()
+        self._threads.shutdown(wait=False)
+
+    def _complete(self, turns: Sequence[Turn], timeout_s: float) -> str:
+        try:
+            [prompt] = self._codec.encode([self._codec.render(turns, open_turn=True)], special_tokens=False)
+            [completion] = self._client.generate([prompt], self._sampling, seeds=[0], timeout_s=timeout_s)
+        except (InvalidArgument, FailedPrecondition, NotFound) as error:
+            # Of the question, not of the request that it is asked for: its sample numbers are others.
+            raise JudgeRefusedError(f"{error.code.name} from {self._target}: {error}") from error
+        except ChatTemplateError as error:
+            raise JudgeRefusedError(f"{self._target}: {error}") from error
+        return self._codec.decode(completion.token_ids)
+
+
+def _retry_after_s(error: openai.RateLimitError) -> float:
+    try:
+        return float(error.response.headers.get("retry-after", _RETRY_AFTER_S))
+    except ValueError:
+        # The header may also hold a date.
+        return _RETRY_AFTER_S

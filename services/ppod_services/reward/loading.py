@@ -1,0 +1,206 @@
+"""Loads reward models. Imports torch; used in the models' thread, or in a thread of its own for a replacement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from ppod.tensors import FloatArray, TokenArray
+from ppod_models.configuration import ModelConfig
+from ppod_models.loading import load_tokenizer, max_sequence_tokens, pick_device, pick_dtype, vocab_size
+from ppod_models.reward_classifiers import (
+    ClassifierInput,
+    RewardClassifierError,
+    SequenceClassifier,
+    TokenClassifier,
+    load_sequence_classifier,
+    load_token_classifier,
+)
+from ppod_models.reward_model import RewardHeadError, RewardModel
+from ppod_models.sources import ModelSourceError, resolve, resolve_tokenizer
+from ppod_services.core.described import ModelInfo
+from ppod_services.core.model import load_pretrained, quieten_transformers, set_threads
+from ppod_services.core.warm_up import warm_up
+from ppod_services.reward.codec import TokenizerCodec
+from ppod_services.reward.kinds import (
+    HeadConfig,
+    ModelRewardConfig,
+    SequenceClassificationConfig,
+    TokenClassificationConfig,
+)
+from ppod_services.reward.model_inputs import at_end
+from ppod_services.reward.requests import ModelInput, RewardItem, Scorer, run_batch
+from ppod_services.reward.samples import TokenSource
+from ppod_services.reward.served import ServedModel
+
+
+class HeadScorer:
+    """A trunk with a head, as a scorer: one score, at the end."""
+
+    scores_prefixes = False
+
+    def __init__(self, model: RewardModel) -> None:
+        self._model = model
+
+    def end_of(self, tokens: TokenArray) -> int:
+        """The last token; the head itself knows which states it reads."""
+        return len(tokens) - 1
+
+    def score(self, inputs: Sequence[ModelInput]) -> list[FloatArray]:
+        """float32 [1] for each input."""
+        return list(self._model.score([one.tokens for one in inputs]).reshape(-1, 1))
+
+
+class SequenceScorer:
+    """A sequence classifier as a scorer."""
+
+    def __init__(self, model: SequenceClassifier) -> None:
+        self._model = model
+        self.scores_prefixes = model.scores_prefixes
+
+    def end_of(self, tokens: TokenArray) -> int:
+        """The last token that is no padding token."""
+        return self._model.end_of(tokens)
+
+    def score(self, inputs: Sequence[ModelInput]) -> list[FloatArray]:
+        """float32 [reads] for each input."""
+        return self._model.score([ClassifierInput(one.tokens, one.reads) for one in inputs])
+
+
+class ProcessScorer:
+    """A process reward model as a scorer."""
+
+    scores_prefixes = False
+
+    def __init__(self, model: TokenClassifier) -> None:
+        self._model = model
+
+    def end_of(self, tokens: TokenArray) -> int:
+        """The last token."""
+        return len(tokens) - 1
+
+    def score(self, inputs: Sequence[ModelInput]) -> list[FloatArray]:
+        """float32 [reads] for each input."""
+        return self._model.score([ClassifierInput(one.tokens, one.reads) for one in inputs])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trunk:
+    """A loaded trunk, and what tells it from others: contents of its files, device, dtype, attention."""
+
+    key: tuple[str, str, str, str]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+
+
+def load_all(configs: Sequence[ModelRewardConfig], max_batch_tokens: int, warm_up_tokens: int = 0) -> list[ServedModel]:
+    """Load all models, each trunk once, and warm them up.
+
+    Raises:
+        ModelSourceError: a model cannot be loaded, or a head is missing or does not fit its trunk.
+    """
+    models: list[ServedModel] = []
+    for config in configs:
+        models.append(load_model(config, max_batch_tokens, models))
+    for model in models:
+        warm_up_model(model, warm_up_tokens)
+    return models
+
+
+def load_model(config: ModelRewardConfig, max_batch_tokens: int, beside: Iterable[ServedModel]) -> ServedModel:
+    """Load one model as version 0; a head takes the trunk of a model in `beside` that has the same one.
+
+    Raises:
+        ModelSourceError: as `load_all`.
+    """
+    match config:
+        case HeadConfig():
+            return _load_head(config, max_batch_tokens, beside)
+        case SequenceClassificationConfig():
+            model, codec = _load_classifier(config, load_sequence_classifier)
+            scorer: Scorer = _checked(config, lambda: SequenceScorer(SequenceClassifier(model)))
+        case TokenClassificationConfig():
+            model, codec = _load_classifier(config, load_token_classifier)
+            scorer = _checked(config, lambda: ProcessScorer(TokenClassifier(model)))
+    # Encoders that count positions from the padding token on have fewer than their configuration says.
+    longest = min(max_sequence_tokens(model), codec.longest_tokens, max_batch_tokens)
+    return ServedModel(config, _describe(config.name, model, codec, longest), 0, scorer, codec)
+
+
+def load_tokenizer_source(source: str) -> TokenSource:
+    """A tokenizer without its model; raises ModelSourceError."""
+    quieten_transformers()
+    path = resolve_tokenizer(source)
+    try:
+        codec = TokenizerCodec(load_tokenizer(path))
+    except (OSError, ValueError) as error:
+        raise ModelSourceError(f"tokenizer {source!r}: {error}") from error
+    return TokenSource(codec, codec.vocab_size)
+
+
+def warm_up_model(model: ServedModel, tokens: int) -> None:
+    """Run a lone sequence and a batch of `tokens` tokens; raises ModelSourceError when the model cannot."""
+    scorer = model.scorer
+    warm_up(
+        run_batch, model.info, tokens, lambda _, sequence: RewardItem(scorer, at_end(sequence, scorer.end_of(sequence)))
+    )
+
+
+def _load_head(config: HeadConfig, max_batch_tokens: int, beside: Iterable[ServedModel]) -> ServedModel:
+    trunk = _shared_trunk(config.model, beside)
+    try:
+        model = RewardModel.load(trunk.model, trunk.tokenizer, config.head)
+    except RewardHeadError as error:
+        raise ModelSourceError(f"head of reward {config.name!r}: {error}") from error
+    codec = TokenizerCodec(trunk.tokenizer)
+    longest = min(model.max_sequence_tokens, max_batch_tokens)
+    info = _describe(config.name, trunk.model, codec, longest)
+    return ServedModel(config, info, 0, HeadScorer(model), codec, trunk)
+
+
+def _shared_trunk(config: ModelConfig, beside: Iterable[ServedModel]) -> Trunk:
+    # By its contents: a directory may hold other weights than when it was read last.
+    key = (resolve(config.source).fingerprint, config.device, config.dtype, config.attention)
+    for model in beside:
+        if isinstance(model.trunk, Trunk) and model.trunk.key == key:
+            return model.trunk
+    return Trunk(key, *load_pretrained(config))
+
+
+def _load_classifier(
+    config: SequenceClassificationConfig | TokenClassificationConfig, load: Callable[..., PreTrainedModel]
+) -> tuple[PreTrainedModel, TokenizerCodec]:
+    quieten_transformers()
+    set_threads(config.model.threads)
+    source = config.model.source
+    path = resolve(source).path
+    device = pick_device(config.model.device)
+    dtype = pick_dtype(config.model.dtype, device)
+    remote_code = source in config.allow_remote_code
+    try:
+        codec = TokenizerCodec(load_tokenizer(path))
+        model = load(path, device=device, dtype=dtype, attention=config.model.attention, remote_code=remote_code)
+    except (OSError, ValueError, RuntimeError, SafetensorError, RewardClassifierError) as error:
+        raise ModelSourceError(f"model {source!r} of reward {config.name!r}: {error}") from error
+    return model, codec
+
+
+def _checked(config: ModelRewardConfig, make: Callable[[], Scorer]) -> Scorer:
+    try:
+        return make()
+    except RewardClassifierError as error:
+        raise ModelSourceError(f"model {config.model.source!r} of reward {config.name!r}: {error}") from error
+
+
+def _describe(name: str, model: PreTrainedModel, codec: TokenizerCodec, longest: int) -> ModelInfo:
+    return ModelInfo(
+        name=name,
+        tokenizer_fingerprint=codec.fingerprint,
+        vocab_size=vocab_size(model),
+        max_sequence_tokens=longest,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+    )

@@ -1,0 +1,201 @@
+"""How sequences of every form become inputs of a reward model. Pure but for the tokenizer that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ppod.errors import InvalidArgument
+from ppod.tensors import TokenArray
+from ppod_services.core.described import check_length
+from ppod_services.reward.requests import ModelInput
+from ppod_services.reward.samples import (
+    ChatContent,
+    ChatTemplateError,
+    Codec,
+    Content,
+    IntArray,
+    PlainText,
+    Sample,
+    TextContent,
+    TokenContent,
+    Truncation,
+    read_text,
+)
+
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How a model reads.
+
+    Attributes:
+        name: of the reward, for errors.
+        codec: the model's tokenizer.
+        special_tokens: whether the tokenizer's own special tokens go around a text.
+        same_tokens: whether the request's token ids are the model's.
+        source: the tokenizer of the request's token ids, to decode those of another; None where it is unknown.
+    """
+
+    name: str
+    codec: Codec
+    special_tokens: bool
+    same_tokens: bool
+    source: Codec | None
+
+
+def encode_whole(samples: Sequence[Sample], reader: Reader) -> list[TokenArray]:
+    """Token ids of whole sequences, int32 [length] each.
+
+    Raises:
+        InvalidArgument: a text without a token, a conversation that the chat template refuses, unknown token ids.
+    """
+    found: list[TokenArray | None] = [_own_tokens(sample, reader) for sample in samples]
+    rest = [index for index, tokens in enumerate(found) if tokens is None]
+    for special in (False, True):
+        # A rendered conversation brings its special tokens along.
+        chosen = [
+            index
+            for index in rest
+            if (reader.special_tokens and not isinstance(samples[index].content, ChatContent)) is special
+        ]
+        if chosen:
+            texts = [_whole_text(samples[index], reader) for index in chosen]
+            for index, tokens in zip(chosen, reader.codec.encode(texts, special_tokens=special), strict=True):
+                found[index] = tokens
+    return [_not_empty(sample, tokens) for sample, tokens in zip(samples, found, strict=True)]
+
+
+def truncate(
+    samples: Sequence[Sample], sequences: Sequence[TokenArray], side: Truncation, most: int
+) -> list[TokenArray]:
+    """Cut sequences to `most` tokens on the side asked for; raise InvalidArgument for one too long where none is."""
+    if side is Truncation.LEFT:
+        return [tokens[-most:] for tokens in sequences]
+    if side is Truncation.RIGHT:
+        return [tokens[:most] for tokens in sequences]
+    for sample, tokens in zip(samples, sequences, strict=True):
+        check_length(sample.index, len(tokens), sample.field, most)
+    return list(sequences)
+
+
+def encode_steps(sample: Sample, positions: Sequence[int], separator: str, reader: Reader) -> ModelInput:
+    """A sequence for a process reward model, read at the end of each step.
+
+    As TRL's PRMTrainer builds it: every step is tokenised by itself and followed by the separator, whose last token is
+    read; a tokenizer's begin of sequence goes before a text.
+
+    Args:
+        sample: the sequence.
+        positions: where its steps end.
+        separator: what goes after each step.
+        reader: of the model.
+    """
+    prompt, pieces = _pieces(sample, positions, reader)
+    end = reader.codec.encode([separator], special_tokens=False)[0]
+    steps = [_without(piece, separator) for piece in pieces]
+    encoded = reader.codec.encode(steps, special_tokens=False)
+    parts = [prompt]
+    reads: list[int] = []
+    length = len(prompt)
+    for tokens in encoded:
+        parts += [tokens, end]
+        length += len(tokens) + len(end)
+        reads.append(length - 1)
+    return ModelInput(np.concatenate(parts), np.asarray(reads, dtype=np.int32))
+
+
+def truncate_reads(sample: Sample, one: ModelInput, side: Truncation, most: int) -> tuple[ModelInput, int]:
+    """Cut an input to `most` tokens without losing a place that is read; returns it and the tokens dropped.
+
+    Raises:
+        InvalidArgument: it is too long, and may not be cut or only through a step's end.
+    """
+    lost = len(one.tokens) - most
+    if lost <= 0:
+        return one, 0
+    reads: IntArray = one.reads - lost
+    if side is Truncation.LEFT and reads[0] >= 0:
+        return ModelInput(one.tokens[lost:], reads), lost
+    if side is Truncation.RIGHT and one.reads[-1] < most:
+        return ModelInput(one.tokens[:most], one.reads), lost
+    expected = f"at most {most} tokens, or fewer to cut than stand before the first step's end"
+    raise InvalidArgument(f"{sample.field}.lengths", f"{len(one.tokens)} tokens", expected, sample.index)
+
+
+def _own_tokens(sample: Sample, reader: Reader) -> TokenArray | None:
+    match sample.content:
+        case TokenContent(tokens, _) if reader.same_tokens:
+            return tokens
+        case _:
+            return None
+
+
+def _whole_text(sample: Sample, reader: Reader) -> str:
+    match sample.content:
+        case ChatContent(turns):
+            return _render(sample, reader, ChatContent(turns), open_turn=False)
+        case _:
+            text = read_text(sample, reader.source)
+            return text.prompt + text.response
+
+
+def _pieces(sample: Sample, positions: Sequence[int], reader: Reader) -> tuple[TokenArray, list[str]]:
+    """The tokens of the prompt, and the text of each step."""
+    content: Content = sample.content
+    starts: Sequence[int]
+    match content:
+        case TokenContent(tokens, prompt_length):
+            starts = (prompt_length, *positions[:-1])
+            if reader.source is None:
+                read_text(sample, None)
+            source = reader.source or reader.codec
+            pieces = [source.decode(tokens[a:b]) for a, b in zip(starts, positions, strict=True)]
+            prompt = tokens[:prompt_length] if reader.same_tokens else _encode_prompt(read_text(sample, source), reader)
+            return prompt, pieces
+        case ChatContent(turns):
+            response = turns[-1].content
+            opening = _render(sample, reader, ChatContent(turns[:-1]), open_turn=True)
+            prompt = reader.codec.encode([opening], special_tokens=False)[0]
+        case TextContent():
+            response = content.response
+            prompt = _encode_prompt(PlainText(content.prompt, response), reader)
+    starts = (0, *positions[:-1])
+    return prompt, [response[a:b] for a, b in zip(starts, positions, strict=True)]
+
+
+def _encode_prompt(text: PlainText, reader: Reader) -> TokenArray:
+    tokens = reader.codec.encode([text.prompt], special_tokens=False)[0] if text.prompt else _NO_TOKENS
+    bos = reader.codec.bos_token_id
+    return tokens if bos is None else np.concatenate([np.asarray([bos], dtype=np.int32), tokens])
+
+
+def _render(sample: Sample, reader: Reader, chat: ChatContent, *, open_turn: bool) -> str:
+    try:
+        return reader.codec.render(chat.turns, open_turn=open_turn)
+    except ChatTemplateError as error:
+        expected = f"a conversation that the model of {reader.name!r} takes, or texts"
+        raise InvalidArgument("conversations", str(error), expected, sample.index) from error
+
+
+def _without(piece: str, separator: str) -> str:
+    while piece.startswith(separator):
+        piece = piece.removeprefix(separator)
+    while piece.endswith(separator):
+        piece = piece.removesuffix(separator)
+    return piece
+
+
+def _not_empty(sample: Sample, tokens: TokenArray | None) -> TokenArray:
+    if tokens is None or not len(tokens):
+        field = "texts.texts" if isinstance(sample.content, TextContent) else sample.field
+        raise InvalidArgument(field, "a text without a single token", "at least one token", sample.index)
+    return tokens
+
+
+def at_end(tokens: TokenArray, end: int) -> ModelInput:
+    """A sequence that is read once."""
+    return ModelInput(tokens, np.asarray([end], dtype=np.int32))

@@ -1,0 +1,84 @@
+"""What rewards share at run time: the models' queue, and a thread that tokenises."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ppod.errors import DeadlineExceeded
+from ppod.tensors import FloatArray
+from ppod_services.core.scheduler import Outcome, Scheduler, Submission
+from ppod_services.reward.requests import ModelInput, RewardItem
+from ppod_services.reward.samples import PlainText, Query, Sample, TextContent, TokenContent, read_text
+from ppod_services.reward.scored import Work
+from ppod_services.reward.served import ServedModel
+
+JobT = TypeVar("JobT")
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """The models' queue, and an executor with a single thread for tokenisers and templates."""
+
+    scheduler: Scheduler[RewardItem, FloatArray]
+    tokenizing: Executor
+
+    async def tokenize(self, job: Callable[[], JobT]) -> JobT:
+        """Run what encodes, decodes or renders, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, job)
+
+    async def texts(self, samples: Sequence[Sample], query: Query) -> list[PlainText]:
+        """Samples as text; raises InvalidArgument as `read_text` does."""
+        codec = None if query.source is None else query.source.codec
+        if all(isinstance(sample.content, TextContent) for sample in samples):
+            return [read_text(sample, codec) for sample in samples]
+        return await self.tokenize(lambda: [read_text(sample, codec) for sample in samples])
+
+    async def run_model(
+        self, model: ServedModel, inputs: Sequence[ModelInput], query: Query
+    ) -> tuple[list[FloatArray], Work]:
+        """Put inputs into the models' queue together and wait for all; leaving early takes them out again."""
+        group = (model.info.name, model.weight_version)
+        submissions = [Submission(RewardItem(model.scorer, one), len(one.tokens), group) for one in inputs]
+        ticket = self.scheduler.submit(submissions, seconds_left(query), query.caller)
+        try:
+            outcomes = await ticket.gather()
+        finally:
+            ticket.cancel()
+        return [outcome.result for outcome in outcomes], _work_of(outcomes, inputs)
+
+
+def seconds_left(query: Query) -> float:
+    """Seconds until a query is worth nothing; raise DeadlineExceeded when that was."""
+    left = query.deadline - time.monotonic()
+    if left <= 0:
+        raise DeadlineExceeded("no result within the deadline")
+    return left
+
+
+async def within(query: Query, work: Awaitable[JobT]) -> JobT:
+    """Await work until the query's deadline; raise DeadlineExceeded, with the work cancelled, when that passes."""
+    try:
+        async with asyncio.timeout(seconds_left(query)):
+            return await work
+    except TimeoutError:
+        raise DeadlineExceeded("no result within the deadline") from None
+
+
+def holds_tokens_of(sample: Sample, query: Query, model: ServedModel) -> bool:
+    """Whether a sample is token ids that the model may read as they are."""
+    if not isinstance(sample.content, TokenContent):
+        return False
+    return query.source is None or query.source.codec.fingerprint == model.info.tokenizer_fingerprint
+
+
+def _work_of(outcomes: Sequence[Outcome[FloatArray]], inputs: Sequence[ModelInput]) -> Work:
+    seconds: dict[int, float] = {}
+    for outcome in outcomes:
+        seconds[outcome.batch] = max(outcome.compute_s, seconds.get(outcome.batch, 0.0))
+    queue_s = min(outcome.queue_s for outcome in outcomes)
+    return Work(queue_s, seconds, sum(len(one.tokens) for one in inputs))

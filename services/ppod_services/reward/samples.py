@@ -1,0 +1,207 @@
+"""What a request asks to score, in the forms that it comes in. Free of torch and of protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ppod.errors import InvalidArgument
+from ppod.tensors import FloatArray, TokenArray
+from ppod_services.core.callers import Caller
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenContent:
+    """A whole sequence, int32 [length]; its first `prompt_length` tokens are the prompt, fewer than all."""
+
+    tokens: TokenArray
+    prompt_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextContent:
+    """A text, and what stands before it."""
+
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatContent:
+    """A conversation; its last turn is what is scored."""
+
+    turns: tuple[Turn, ...]
+
+
+Content = TokenContent | TextContent | ChatContent
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One sequence to score: its position in the request, for errors, and the answer to hold it against."""
+
+    index: int
+    content: Content
+    reference: str | None = None
+
+    @property
+    def field(self) -> str:
+        """The field of the request that it came in."""
+        match self.content:
+            case TokenContent():
+                return "tokens"
+            case TextContent():
+                return "texts"
+            case ChatContent():
+                return "conversations"
+
+    def prefix(self, position: int) -> Sample:
+        """The same sequence up to a position: tokens of the whole, or characters of the response."""
+        match self.content:
+            case TokenContent(tokens, prompt_length):
+                content: Content = TokenContent(tokens[:position], prompt_length)
+            case TextContent(prompt, response):
+                content = TextContent(prompt, response[:position])
+            case ChatContent(turns):
+                last = replace(turns[-1], content=turns[-1].content[:position])
+                content = ChatContent((*turns[:-1], last))
+        return Sample(self.index, content, self.reference)
+
+
+class Truncation(Enum):
+    """Where too long a sequence is cut; the numbers of `ppod.v1.TruncationSide`."""
+
+    NONE = 1
+    LEFT = 2
+    RIGHT = 3
+
+
+class Granularity(Enum):
+    """How finely the way is scored; the numbers of `ppod.v1.ProcessGranularity`."""
+
+    STEP = 1
+    TOKEN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Where each sequence is scored: growing positions, the last one its end. Units as in `Sample.prefix`."""
+
+    granularity: Granularity
+    positions: tuple[tuple[int, ...], ...]
+
+
+class Codec(Protocol):
+    """A tokenizer; every method may be called from any one thread at a time."""
+
+    @property
+    def fingerprint(self) -> str:
+        """See `ppod_models.loading.tokenizer_fingerprint`."""
+        ...
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Begin of sequence; None where the tokenizer has none."""
+        ...
+
+    def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[TokenArray]:
+        """One int32 array a text; `special_tokens` adds those that the tokenizer puts around a text."""
+        ...
+
+    def decode(self, tokens: TokenArray) -> str:
+        """Text without special tokens."""
+        ...
+
+    def render(self, turns: Sequence[Turn], *, open_turn: bool) -> str:
+        """Apply the chat template; `open_turn` begins the assistant's turn. Raise ChatTemplateError when it cannot."""
+        ...
+
+
+class ChatTemplateError(Exception):
+    """A tokenizer has no chat template, or the template refuses a conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSource:
+    """The tokenizer that made the token ids of a request; valid ids are 0 to vocab_size - 1."""
+
+    codec: Codec
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A request, ready to be scored.
+
+    Attributes:
+        samples: in the request's order.
+        truncation: what to do with too long a sequence.
+        caller: whose it is.
+        deadline: when it is worth nothing any more, by `time.monotonic`.
+        source: what made its token ids; None where it has none.
+        steps: where to score on the way; None: at the end only.
+    """
+
+    samples: tuple[Sample, ...]
+    truncation: Truncation
+    caller: Caller
+    deadline: float
+    source: TokenSource | None = None
+    steps: Steps | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    """A sequence as text, for rewards that read text."""
+
+    prompt: str
+    response: str
+
+
+def read_text(sample: Sample, codec: Codec | None) -> PlainText:
+    """A sample as text; raise InvalidArgument for token ids of a tokenizer that the service does not know."""
+    match sample.content:
+        case TokenContent(tokens, prompt_length):
+            if codec is None:
+                raise InvalidArgument("input", "tokens", "texts or conversations: this service has no tokenizer")
+            return PlainText(codec.decode(tokens[:prompt_length]), codec.decode(tokens[prompt_length:]))
+        case TextContent(prompt, response):
+            return PlainText(prompt, response)
+        case ChatContent(turns):
+            before = "\n".join(f"{turn.role}: {turn.content}" for turn in turns[:-1])
+            return PlainText(before, turns[-1].content)
+
+
+def with_prefixes(samples: Sequence[Sample], steps: Steps | None) -> tuple[Sample, ...]:
+    """Every sequence at every position, its whole last: what scores the way by scores of prefixes."""
+    if steps is None:
+        return tuple(samples)
+    return tuple(
+        sample if position == positions[-1] else sample.prefix(position)
+        for sample, positions in zip(samples, steps.positions, strict=True)
+        for position in positions
+    )
+
+
+def split_by_steps(values: FloatArray, steps: Steps | None) -> tuple[FloatArray, tuple[FloatArray, ...] | None]:
+    """Undo `with_prefixes` on its scores: those of the whole sequences, and those along the way of each."""
+    if steps is None:
+        return values, None
+    ends = np.cumsum([len(positions) for positions in steps.positions])
+    way = tuple(np.split(values, ends[:-1]))
+    return values[ends - 1], way

@@ -1,0 +1,172 @@
+"""Reward models of transformers behind the service, against transformers itself, one sequence at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from ppod import InvalidArgument
+from support.tiny_head import scores_alone
+from support.tiny_model import build_tokenizer
+
+from .conftest import Zoo
+from .reward_calls import STEP, TOKEN, failure, floats, of_chats, of_texts, of_tokens, score, way_of, with_process
+
+NOISE = 2e-5
+EOS, PAD = 256, 257
+
+
+@torch.no_grad()
+def alone(directory: Path, ids: list[int]) -> float:
+    """What transformers gives one sequence without padding."""
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
+    return float(model(input_ids=torch.tensor([ids])).logits[0, 0])
+
+
+def ids_of(text: str) -> list[int]:
+    return build_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_decoder_is_read_where_transformers_reads_it(zoo: Zoo) -> None:
+    """At the last token that is no padding token: not at the end of the padded row, nor at padding that was sent."""
+    sequences = [[5, 6, 7, 8, 9], [40], [10, 20, EOS], [10, 20, EOS, PAD, PAD]]
+    expected = [alone(zoo.decoder, ids) for ids in sequences]
+    assert abs(expected[2] - alone(zoo.decoder, [10, 20])) > 100 * NOISE
+    reply = score(zoo.service, of_tokens(sequences), "decoder")
+    assert floats(reply.scores) == pytest.approx(expected, abs=NOISE)
+    assert expected[2] == pytest.approx(expected[3], abs=NOISE)
+
+
+def test_an_encoder_gets_its_special_tokens_and_nothing_is_cut(zoo: Zoo) -> None:
+    texts = ["a short one", "one that is longer than the eight tokens at which its tokenizer would cut"]
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(zoo.encoder)
+    whole = [tokenizer(text, truncation=False)["input_ids"] for text in texts]
+    assert (whole[0][0], whole[0][-1], len(whole[1])) == (0, 1, len(texts[1]) + 2)
+    reply = score(zoo.service, of_texts(texts), "encoder")
+    assert floats(reply.scores) == pytest.approx([alone(zoo.encoder, ids) for ids in whole], abs=NOISE)
+    too_long = failure(zoo.service, of_texts(["x" * 200]), "encoder")
+    assert isinstance(too_long, InvalidArgument)
+    assert "202 tokens" in too_long.found
+
+
+def test_token_ids_reach_a_member_with_another_tokenizer_as_text(zoo: Zoo) -> None:
+    texts = ["hello", "wörld ✓"]
+    by_text = score(zoo.service, of_texts(texts), "encoder")
+    by_tokens = score(zoo.service, of_tokens([ids_of(text) for text in texts]), "retokenised")
+    assert floats(by_tokens.scores) == pytest.approx(floats(by_text.scores), abs=NOISE)
+    first, encoder = by_tokens.breakdown.members
+    assert first.model.tokenizer_fingerprint == by_tokens.model.tokenizer_fingerprint
+    assert encoder.model.tokenizer_fingerprint != by_tokens.model.tokenizer_fingerprint
+
+
+def test_prompt_and_response_are_read_as_one(zoo: Zoo) -> None:
+    apart = score(zoo.service, of_texts(["yes", "no"], ["is it? ", "was it? "]), "first")
+    joined = score(zoo.service, of_texts(["is it? yes", "was it? no"]), "first")
+    assert apart.scores == joined.scores
+
+
+def test_conversations_get_the_template_of_each_model(zoo: Zoo) -> None:
+    chat = [("user", "hi"), ("assistant", "hello")]
+    reply = score(zoo.service, of_chats(chat, chat[:1]), "decoder")
+    expected = [alone(zoo.decoder, ids_of("[user]hi[assistant]hello")), alone(zoo.decoder, ids_of("[user]hi"))]
+    assert floats(reply.scores) == pytest.approx(expected, abs=NOISE)
+    refused = failure(zoo.service, of_chats(chat, [("tool", "x")]), "decoder")
+    assert isinstance(refused, InvalidArgument)
+    assert (refused.field, refused.sample) == ("conversations", 1)
+    assert "no role tool" in refused.found
+    without = failure(zoo.service, of_chats(chat), "first")
+    assert isinstance(without, InvalidArgument)
+    assert "no chat template" in without.found
+
+
+@torch.no_grad()
+def good_steps(directory: Path, prompt: str, steps: list[str], separator: str) -> list[float]:
+    """Probabilities of good steps, one forward for each: a prefix of the sequence as TRL's PRMTrainer tokenises it."""
+    model = AutoModelForTokenClassification.from_pretrained(directory, dtype=torch.float32)
+    ids = ids_of(prompt)
+    found: list[float] = []
+    for step in steps:
+        ids = [*ids, *ids_of(step), *ids_of(separator)]
+        found.append(float(model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)[1]))
+    return found
+
+
+def test_a_process_model_scores_steps_as_trl_trains_them(zoo: Zoo) -> None:
+    steps = [["two and two", "is four", "done"], ["nothing"]]
+    expected = [good_steps(zoo.process, "sum? ", one, "\n\n") for one in steps]
+    texts = ["two and two\n\nis four\n\ndone", "nothing\n\n"]
+    by_text = score(zoo.service, with_process(of_texts(texts, ["sum? "] * 2), STEP), "process")
+    assert floats(by_text.scores) == pytest.approx([min(one) for one in expected], abs=NOISE)
+    assert [[p for p, _ in one] for one in way_of(by_text)] == [[13, 22, 26], [9]]
+    for one, wanted in zip(way_of(by_text), expected, strict=True):
+        assert [value for _, value in one] == pytest.approx(wanted, abs=NOISE)
+    tokens = of_tokens([ids_of("sum? " + text) for text in texts], [5, 5])
+    by_tokens = score(zoo.service, with_process(tokens, STEP), "process")
+    assert floats(by_tokens.scores) == pytest.approx(floats(by_text.scores), abs=NOISE)
+    assert [[p for p, _ in one] for one in way_of(by_tokens)] == [[18, 27, 31], [14]]
+    chat = score(zoo.service, of_chats([("user", "sum? "), ("assistant", texts[0])]), "process")
+    rendered = good_steps(zoo.process, "[user]sum? [assistant]", steps[0], "\n\n")
+    assert floats(chat.scores) == pytest.approx([min(rendered)], abs=NOISE)
+
+
+def test_the_way_of_a_head_is_the_score_of_each_prefix(zoo: Zoo) -> None:
+    ids = ids_of("ask: one\ntwo\nthree")
+    ends = [9, 13, 18]
+    expected = scores_alone(zoo.trunk, zoo.heads["first"], [ids[:end] for end in ends])
+    reply = score(zoo.service, with_process(of_tokens([ids, ids[:7]], [5, 5]), STEP), "first")
+    [way, short] = way_of(reply)
+    assert [position for position, _ in way] == ends
+    assert [value for _, value in way] == pytest.approx(expected, abs=NOISE)
+    assert [position for position, _ in short] == [7]
+    assert floats(reply.scores) == [way[-1][1], short[-1][1]]
+    by_text = score(zoo.service, with_process(of_texts(["one\ntwo\nthree"], ["ask: "]), STEP), "first")
+    assert [position for position, _ in way_of(by_text)[0]] == [4, 8, 13]
+    assert [value for _, value in way_of(by_text)[0]] == pytest.approx(expected, abs=NOISE)
+
+
+def test_every_token_of_a_decoder_in_one_forward_equals_its_prefixes(zoo: Zoo) -> None:
+    ids = [11, 22, 33, 44, 55]
+    reply = score(zoo.service, with_process(of_tokens([ids, [9, 8]], [2, 1]), TOKEN), "decoder")
+    [way, short] = way_of(reply)
+    assert [position for position, _ in way] == [3, 4, 5]
+    assert [position for position, _ in short] == [2]
+    assert [value for _, value in way] == pytest.approx([alone(zoo.decoder, ids[:end]) for end in (3, 4, 5)], abs=NOISE)
+    # Prefixes apart would have cost 3 + 4 + 5 + 2 tokens.
+    assert reply.timing.tokens == 7
+    head = score(zoo.service, with_process(of_tokens([ids], [2]), TOKEN), "first")
+    assert head.timing.tokens == 3 + 4 + 5
+
+
+def test_a_sum_asks_its_members_at_its_own_steps(zoo: Zoo) -> None:
+    request = with_process(of_texts(["one\ntwo"]), STEP)
+    reply = score(zoo.service, request, "stepwise")
+    first = [value for _, value in way_of(score(zoo.service, request, "first"))[0]]
+    # The sum's steps end at "\n"; the process model's own end at "\n\n", so it saw one step for its score.
+    process = good_steps(zoo.process, "", ["one\n", "two"], "\n\n")
+    expected = [a + 3 * b for a, b in zip(first, process, strict=True)]
+    assert [value for _, value in way_of(reply)[0]] == pytest.approx(expected, abs=5 * NOISE)
+    whole = good_steps(zoo.process, "", ["one\ntwo"], "\n\n")
+    assert floats(reply.breakdown.members[1].scores) == pytest.approx(whole, abs=NOISE)
+
+
+def test_normalised_and_clipped_scores_come_with_what_they_were(zoo: Zoo) -> None:
+    request = of_tokens([[10], [1, 2, 3], [7, 7]])
+    raw = np.asarray(floats(score(zoo.service, request, "first").scores))
+    reply = score(zoo.service, request, "scaled")
+    assert floats(reply.breakdown.raw_scores) == raw.tolist()
+    expected = np.clip((raw - 0.25) / 2.0, -0.1, 0.1).astype(np.float32)
+    assert floats(reply.scores) == expected.tolist()
+    adjustment = reply.breakdown.adjustment
+    assert (adjustment.mean, adjustment.std, adjustment.clip_low, adjustment.clip_high) == (0.25, 2.0, -0.1, 0.1)
+    plain = score(zoo.service, request, "first").breakdown
+    assert not plain.HasField("adjustment")
+    assert plain.raw_scores == b""
