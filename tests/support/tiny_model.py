@@ -27,8 +27,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(
     *, seed: int = 0, tied: bool = True, eos_token_id: int | None = 256, max_tokens: int = MAX_TOKENS
 ) -> LlamaForCausalLM:
-    *, seed: int = 0, tied: bool = True, eos_token_id: int | None = 256, max_tokens: int = MAX_TOKENS
-) -> LlamaForCausalLM:
     """A two-layer Llama with random weights large enough that its distributions are far from uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
