@@ -101,7 +101,7 @@ def _launch(arguments: Sequence[str]) -> int:
 
 
 def _ask(query: Score | Generate) -> int:
-    from ppod.client import Sampling  # noqa: PLC0415
+    from ppod.client import ClientSecurity, Sampling  # noqa: PLC0415
     from ppod.errors import PpodError  # noqa: PLC0415
     from ppod_deploy import clients  # noqa: PLC0415
     from ppod_models.sources import ModelSourceError  # noqa: PLC0415
@@ -109,14 +109,22 @@ def _ask(query: Score | Generate) -> int:
     texts = clients.read_lines(query.texts if isinstance(query, Score) else query.prompts)
     if not texts:
         return _fail(EXIT_CONFIG, "nothing to do: give a text, or lines on stdin")
+    tls = query.tls
     try:
+        security = ClientSecurity.from_environment(
+            ca_file=tls.ca_file,
+            certificate_file=tls.certificate_file,
+            key_file=tls.key_file,
+            server_name=tls.server_name,
+            plain_text_token=tls.plain_text_token,
+        )
         if isinstance(query, Score):
-            clients.score(clients.ScoreQuery(query.target, texts, query.model, query.json, query.timeout_s))
+            clients.score(clients.ScoreQuery(query.target, texts, query.model, query.json, query.timeout_s, security))
         else:
             sampling = Sampling(query.max_tokens, temperature=query.temperature, top_p=query.top_p)
             clients.generate(
                 clients.GenerateQuery(
-                    query.target, texts, query.tokenizer, sampling, query.seed, query.json, query.timeout_s
+                    query.target, texts, query.tokenizer, sampling, query.seed, query.json, query.timeout_s, security
                 )
             )
     except (PpodError, ModelSourceError) as error:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from ppod.client import Completion, GenerationClient, Pin, RewardClient, Sampling, Truncation
+from ppod.client import ClientSecurity, Completion, GenerationClient, Pin, RewardClient, Sampling, Truncation
 from ppod_models.sources import resolve
 
 
@@ -20,11 +20,12 @@ class ScoreQuery:
     """What to score.
 
     Attributes:
-        target: `host:port` of a reward service.
+        target: `host:port` of a reward service; several with commas between share the work.
         texts: at least one.
         model: name of the reward model; empty: the service's first.
         as_json: print one JSON object a line, not a table.
         timeout_s: deadline in seconds.
+        security: TLS and token.
     """
 
     target: str
@@ -32,6 +33,7 @@ class ScoreQuery:
     model: str
     as_json: bool
     timeout_s: float
+    security: ClientSecurity
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class GenerateQuery:
         seed: of the first prompt, the next has the next; None: the service picks.
         as_json: print one JSON object a line.
         timeout_s: deadline in seconds.
+        security: TLS and token.
     """
 
     target: str
@@ -55,6 +58,7 @@ class GenerateQuery:
     seed: int | None
     as_json: bool
     timeout_s: float
+    security: ClientSecurity
 
 
 def score(query: ScoreQuery) -> None:
@@ -63,7 +67,8 @@ def score(query: ScoreQuery) -> None:
     Raises:
         PpodError: the service answered with an error, or not at all.
     """
-    with RewardClient(query.target, timeout_s=query.timeout_s, pin=Pin(model=query.model)) as client:
+    pin = Pin(model=query.model)
+    with RewardClient(query.target, timeout_s=query.timeout_s, pin=pin, security=query.security) as client:
         scores = client.score_texts(query.texts, truncation=Truncation.RIGHT)
     rows = list(zip(query.texts, scores.values.tolist(), scores.truncated_tokens, strict=True))
     if query.as_json:
@@ -90,7 +95,7 @@ def generate(query: GenerateQuery) -> None:
     tokenizer.no_truncation()
     ids = [tokenizer.encode(prompt).ids for prompt in query.prompts]
     seeds = [] if query.seed is None else [query.seed + index for index in range(len(ids))]
-    with GenerationClient(query.target, timeout_s=query.timeout_s) as client:
+    with GenerationClient(query.target, timeout_s=query.timeout_s, security=query.security) as client:
         completions = client.generate(ids, query.sampling, seeds=seeds)
     for prompt, completion in zip(query.prompts, completions, strict=True):
         text = tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -94,10 +94,31 @@ class Serve:
 
 
 @dataclass(frozen=True, slots=True)
+class Tls:
+    """How the service is reached, where not in plain text."""
+
+    ca_file: OptionalPath = None
+    """Certificates that the service's must come from; makes the connection TLS."""
+
+    certificate_file: OptionalPath = None
+    """The caller's own certificate, for mutual TLS."""
+
+    key_file: OptionalPath = None
+    """The key of that certificate."""
+
+    server_name: str = ""
+    """Name in the service's certificate; empty: the target's host."""
+
+    plain_text_token: bool = False
+    """Send the token without TLS to another machine, as inside a mesh that encrypts itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """Ask a reward service for the scores of texts.
 
-    Texts come from the command line, or one a line from stdin:
+    The team's token comes from PPOD_TOKEN, or from the file that PPOD_TOKEN_FILE names. Texts come from the command
+    line, or one a line from stdin:
         ppod score --target 127.0.0.1:50051 "A joy from start to end." "I want my two hours back."
     """
 
@@ -105,7 +126,7 @@ class Score:
     """Texts to score; none: lines of stdin."""
 
     target: str = "127.0.0.1:50051"
-    """host:port of the reward service."""
+    """host:port of the reward service; several with commas between share the work."""
 
     model: str = ""
     """Name of the reward model; empty: the service's first."""
@@ -116,12 +137,15 @@ class Score:
     timeout_s: float = 60.0
     """Deadline of the call in seconds."""
 
+    tls: Tls = field(default_factory=Tls)
+
 
 @dataclass(frozen=True, slots=True)
 class Generate:
     """Ask a generation service to complete prompts.
 
-    Prompts come from the command line, or one a line from stdin:
+    The team's token comes from PPOD_TOKEN, or from the file that PPOD_TOKEN_FILE names. Prompts come from the command
+    line, or one a line from stdin:
         ppod generate --target 127.0.0.1:50053 "This movie was"
     """
 
@@ -151,6 +175,8 @@ class Generate:
 
     timeout_s: float = 120.0
     """Deadline of the call in seconds."""
+
+    tls: Tls = field(default_factory=Tls)
 
 
 AnyCommand = Run | Up | Train | Serve | Score | Generate

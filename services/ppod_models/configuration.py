@@ -55,6 +55,20 @@ class ModelConfig(ConfigModel):
     threads: int | None = Field(default=None, ge=1, description="CPU threads of this process; none: all cores")
 
 
+class TracingConfig(ConfigModel):
+    """Where OpenTelemetry spans go. A call's span joins the trace that its metadata names."""
+
+    endpoint: str | None = Field(
+        default=None, min_length=1, description="OTLP over gRPC, such as http://collector:4317; none: no tracing"
+    )
+    sample_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of the traces begun here that are kept; others follow their caller",
+    )
+
+
 def read_yaml(path: Path) -> object:
     """Read a YAML file; raise ConfigError when it cannot be read or parsed."""
     try:

@@ -12,12 +12,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGED_PREFIX = "packaged:"
+
+_TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+_MODEL_FILES = (*_TOKENIZER_FILES, "*.safetensors")
 
 
 class ModelSourceError(Exception):
@@ -112,6 +115,26 @@ def resolve_adapter(source: str) -> Path:
     return path
 
 
+def resolve_tokenizer(source: str) -> Path:
+    """Find a model's tokenizer without its weights, which may be large; returns the directory.
+
+    Args:
+        source: as for `resolve`; a directory needs tokenizer.json only.
+
+    Raises:
+        ModelSourceError: nothing was found there.
+    """
+    directory = Path(source).expanduser()
+    if source.startswith(PACKAGED_PREFIX):
+        return resolve(source).path
+    if not directory.is_dir() and source.startswith(("/", ".", "~")):
+        raise ModelSourceError(f"tokenizer {source!r}: no such directory")
+    path = directory.resolve() if directory.is_dir() else _resolve_hub(source, _TOKENIZER_FILES)
+    if not (path / "tokenizer.json").is_file():
+        raise ModelSourceError(f"tokenizer {source!r}: {path} holds no tokenizer.json")
+    return path
+
+
 def write_once(target: Path, write: Callable[[Path], None]) -> None:
     """Fill a directory aside and rename it into place, so that no reader ever sees half of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,14 +190,13 @@ def _convert_gguf(directory: Path, gguf_file: str, target: Path) -> None:
     model.save_pretrained(target)
 
 
-def _resolve_hub(source: str) -> Path:
+def _resolve_hub(source: str, patterns: Sequence[str] = _MODEL_FILES) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
     repository, _, revision = source.partition("@")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
     except HFValidationError as error:
         raise ModelSourceError(
             f"model {source!r}: neither packaged:NAME, nor a directory, nor a hub id: {error}"

@@ -216,6 +216,13 @@ class ScriptedGeneration(generation_pb2_grpc.GenerationServiceServicer):
             self.script.answer(request, reply, context)
             yield reply
 
+    def GetGenerationModel(
+        self, request: generation_pb2.GetGenerationModelRequest, context: grpc.ServicerContext
+    ) -> generation_pb2.GetGenerationModelResponse:
+        reply = generation_pb2.GetGenerationModelResponse(model=self.script.state, limits=LIMITS, eos_token_ids=[2])
+        self.script.answer(request, reply, context)
+        return reply
+
 
 class ScriptedAdmin(reward_admin_pb2_grpc.RewardAdminServiceServicer):
     """Pretends to load what it is asked for."""

@@ -24,7 +24,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
 
 
-def build_model(*, seed: int = 0, tied: bool = True, eos_token_id: int | None = 256) -> LlamaForCausalLM:
+def build_model(
+    *, seed: int = 0, tied: bool = True, eos_token_id: int | None = 256, max_tokens: int = MAX_TOKENS
+) -> LlamaForCausalLM:
     """A two-layer Llama with random weights large enough that its distributions are far from uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -34,7 +36,7 @@ def build_model(*, seed: int = 0, tied: bool = True, eos_token_id: int | None = 
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=max_tokens,
         tie_word_embeddings=tied,
         initializer_range=0.2,
         bos_token_id=None,
@@ -44,9 +46,9 @@ def build_model(*, seed: int = 0, tied: bool = True, eos_token_id: int | None = 
     return LlamaForCausalLM(config).eval()
 
 
-def save_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True) -> Path:
+def save_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True, max_tokens: int = MAX_TOKENS) -> Path:
     """Save model and tokenizer as safetensors; returns the directory."""
-    build_model(seed=seed, tied=tied).save_pretrained(directory)
+    build_model(seed=seed, tied=tied, max_tokens=max_tokens).save_pretrained(directory)
     build_tokenizer().save_pretrained(directory)
     return directory
 

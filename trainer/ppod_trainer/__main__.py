@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ppod import PpodError
 from ppod_models.configuration import ConfigError, load_config
 from ppod_models.sources import ModelSourceError
+from ppod_models.tracing import configure_tracing
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.errors import StopRequestedError, TrainerError
 
@@ -45,6 +46,7 @@ def run(config: TrainerConfig) -> int:
     from ppod_trainer.assembly import open_run  # noqa: PLC0415
     from ppod_trainer.stopping import StopSignal  # noqa: PLC0415
 
+    configure_tracing(config.tracing.endpoint, "ppod.trainer", config.tracing.sample_ratio)
     stop = StopSignal()
     stop.install()
     try:

@@ -28,7 +28,7 @@ from ppod_trainer.rollouts import RolloutCollector
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import DroppedSamples, Parts, TrainingRun
 
-_FREE_SECTIONS = {"run_dir", "resume", "services", "metrics", "checkpoint", "evaluation"}
+_FREE_SECTIONS = {"run_dir", "resume", "services", "metrics", "tracing", "checkpoint", "evaluation"}
 
 
 def configuration_fingerprint(config: TrainerConfig) -> str:

@@ -7,13 +7,37 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ppod_models.configuration import ConfigModel, ModelConfig
+from ppod_models.configuration import ConfigModel, ModelConfig, TracingConfig
 
 Target = str
 
 
+def has_replicas(target: Target) -> bool:
+    """Whether a target may be more than one server."""
+    return "," in target or target.startswith("dns:")
+
+
+class ClientTlsConfig(ConfigModel):
+    """TLS to the services, as PEM files."""
+
+    ca_file: Path = Field(description="authority that the services' certificates come from")
+    certificate_file: Path | None = Field(default=None, description="mutual TLS: the trainer's certificate; none: TLS")
+    key_file: Path | None = Field(default=None, description="the key of the certificate")
+    server_name: str = Field(default="", description="name in the services' certificates; empty: the target's host")
+
+    @model_validator(mode="after")
+    def _whole_pair(self) -> Self:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("certificate_file and key_file go together: give both or none")
+        return self
+
+
 class ServicesConfig(ConfigModel):
-    """Where the services listen, as gRPC targets `host:port`."""
+    """Where the services listen, as gRPC targets `host:port`.
+
+    Reward and reference may have replicas, which share each step's work: `a:1,b:2`, or `dns:///host:port` for every
+    address of a headless service. The team's token comes from PPOD_TOKEN, or from the file that PPOD_TOKEN_FILE names.
+    """
 
     reward: Target = "127.0.0.1:50051"
     reference: Target = "127.0.0.1:50052"
@@ -24,6 +48,18 @@ class ServicesConfig(ConfigModel):
     judge_model: str | None = Field(default=None, description="name of the held-out judge; none: no judge")
     timeout_s: float = Field(default=120.0, gt=0, description="deadline of each call")
     ready_timeout_s: float = Field(default=120.0, gt=0, description="how long to wait for the services at the start")
+    tls: ClientTlsConfig | None = Field(default=None, description="none: plain text")
+    plain_text_token: bool = Field(
+        default=False, description="send the token without TLS to other machines, as inside a mesh that encrypts itself"
+    )
+
+    @model_validator(mode="after")
+    def _weights_reach_all(self) -> Self:
+        for key in ("generation", "generation_admin", "reference_admin"):
+            target: Target = getattr(self, key)
+            if has_replicas(target):
+                raise ValueError(f"{key} is {target!r}: weights are pushed to one server, so it must be one host:port")
+        return self
 
 
 class PromptsConfig(ConfigModel):
@@ -185,6 +221,15 @@ class TrainerConfig(ConfigModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
+
+    @model_validator(mode="after")
+    def _refresh_reaches_all(self) -> Self:
+        if self.reference_refresh_steps is not None and has_replicas(self.services.reference):
+            raise ValueError(
+                f"services.reference is {self.services.reference!r}: a reference that is refreshed must be one server"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_batch_splits(self) -> Self:

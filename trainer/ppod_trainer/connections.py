@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ppod import GenerationClient, Pin, ReferenceClient, RewardClient, WeightClient
+from ppod import ClientSecurity, GenerationClient, Pin, ReferenceClient, RewardClient, WeightClient
 from ppod.client import ModelDescription, RpcObserver
 from ppod_trainer.config import RolloutConfig, ServicesConfig
 from ppod_trainer.errors import ServiceMismatchError
@@ -34,25 +34,43 @@ def connect(config: ServicesConfig, tokenizer_fingerprint: str, observer: RpcObs
 
     Raises:
         DeadlineExceeded: a service was not ready within `ready_timeout_s`.
+        InvalidArgument: the token or a certificate cannot be read, or the token would travel in plain text.
     """
     pin = Pin(tokenizer_fingerprint=tokenizer_fingerprint)
-    timeout_s = config.timeout_s
+    timeout_s, security = config.timeout_s, client_security(config)
 
     def reward(model: str) -> RewardClient:
         named = Pin(model=model, tokenizer_fingerprint=tokenizer_fingerprint)
-        return RewardClient(config.reward, timeout_s=timeout_s, pin=named, observer=observer)
+        return RewardClient(config.reward, timeout_s=timeout_s, pin=named, observer=observer, security=security)
+
+    def weights(target: str) -> WeightClient:
+        return WeightClient(target, timeout_s=timeout_s, observer=observer, security=security)
 
     connections = Connections(
-        generation=GenerationClient(config.generation, timeout_s=timeout_s, pin=pin, observer=observer),
+        generation=GenerationClient(
+            config.generation, timeout_s=timeout_s, pin=pin, observer=observer, security=security
+        ),
         reward=reward(config.reward_model),
         judge=None if config.judge_model is None else reward(config.judge_model),
-        reference=ReferenceClient(config.reference, timeout_s=timeout_s, pin=pin, observer=observer),
-        generation_weights=WeightClient(config.generation_admin, timeout_s=timeout_s, observer=observer),
-        reference_weights=WeightClient(config.reference_admin, timeout_s=timeout_s, observer=observer),
+        reference=ReferenceClient(config.reference, timeout_s=timeout_s, pin=pin, observer=observer, security=security),
+        generation_weights=weights(config.generation_admin),
+        reference_weights=weights(config.reference_admin),
     )
     for client in (connections.generation, connections.reward, connections.reference):
         client.wait_ready(config.ready_timeout_s)
     return connections
+
+
+def client_security(config: ServicesConfig) -> ClientSecurity:
+    """TLS from the configuration, and the token from the environment: secrets never stand in files of ours."""
+    tls = config.tls
+    return ClientSecurity.from_environment(
+        ca_file=None if tls is None else tls.ca_file,
+        certificate_file=None if tls is None else tls.certificate_file,
+        key_file=None if tls is None else tls.key_file,
+        server_name="" if tls is None else tls.server_name,
+        plain_text_token=config.plain_text_token,
+    )
 
 
 def check_services(connections: Connections, rollout: RolloutConfig, vocab_size: int) -> ModelDescription:
@@ -74,7 +92,8 @@ def check_services(connections: Connections, rollout: RolloutConfig, vocab_size:
                 f"{name} takes token ids below {limits.vocab_size}, the policy makes ids below {vocab_size}; "
                 "serve a model with the policy's tokenizer"
             )
-        if limits.max_request_sequences < rollout.batch_size:
+        # The other clients split what is too much for one request; a stream of completions is one request.
+        if name == "generation" and limits.max_request_sequences < rollout.batch_size:
             raise ServiceMismatchError(
                 f"{name} takes {limits.max_request_sequences} sequences a request; rollout.batch_size is "
                 f"{rollout.batch_size}; lower it or raise the service's limits.max_request_sequences"

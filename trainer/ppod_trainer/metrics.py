@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 from wsgiref.simple_server import WSGIServer
 
+from opentelemetry import trace
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from torch.utils.tensorboard import SummaryWriter
 
@@ -48,7 +49,7 @@ GAUGES = {
 
 
 class StepTimer:
-    """Seconds by phase of one step. Phases of two threads may overlap."""
+    """Seconds by phase of one step, and an OpenTelemetry span for each. Phases of two threads may overlap."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -56,10 +57,11 @@ class StepTimer:
 
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
-        """Add the seconds of the block to a phase."""
+        """Add the seconds of the block to a phase; services' spans of calls within it join its span."""
         start = time.perf_counter()
         try:
-            yield
+            with trace.get_tracer("ppod.trainer").start_as_current_span(f"ppo.{name}"):
+                yield
         finally:
             elapsed = time.perf_counter() - start
             with self._lock:

@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -157,7 +158,8 @@ class RolloutCollector:
             with timer.phase("reference"):
                 return self._call(rollouts, reference)
 
-        pending = self._pool.submit(timed_reference)
+        # With this thread's context, so that the call belongs to the step's trace.
+        pending = self._pool.submit(copy_context().run, timed_reference)
         with timer.phase("score"):
             scored, scores = self._call(rollouts, reward)
         judged, ref_logprobs = pending.result()

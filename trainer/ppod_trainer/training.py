@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from opentelemetry import trace
 from transformers import PreTrainedTokenizerFast
 
 from ppod import PpodError
@@ -126,6 +127,7 @@ class TrainingRun:
         timer = StepTimer()
         parts.dropped.count = 0
         with timer.phase("step"):
+            trace.get_current_span().set_attribute("ppo.step", step + 1)
             prompts = parts.prompts.for_step(step, config.rollout.batch_size, config.seed)
             seeds = [sample_seed(config.seed, "rollout", step, index) for index in range(len(prompts))]
             with parts.stop.interruptible():

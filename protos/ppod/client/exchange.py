@@ -24,6 +24,7 @@ from ppod.errors import (
     NonFiniteOutput,
     PpodError,
     ResourceExhausted,
+    RewardFailed,
     Unavailable,
 )
 
@@ -391,6 +392,6 @@ def _mismatch(found: Answerer, newest: Answerer) -> FailedPrecondition:
 
 def _rebased(error: PpodError, start: int) -> PpodError:
     """The same error with the sample's position in the whole request."""
-    if isinstance(error, InvalidArgument | NonFiniteOutput) and error.sample is not None and start:
+    if isinstance(error, InvalidArgument | NonFiniteOutput | RewardFailed) and error.sample is not None and start:
         return replace(error, sample=error.sample + start)
     return error

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from queue import Empty, SimpleQueue
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import grpc
 
@@ -19,6 +19,7 @@ from ppod.client.streaming import StreamDelivery
 from ppod.client.tracing import Metadata
 from ppod.errors import Cancelled, PpodError
 
+UnaryMethod: TypeAlias = "grpc.UnaryUnaryMultiCallable[bytes, bytes]"
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
 
@@ -37,6 +38,7 @@ class SyncDriver:
         self._core = core
         self._lock = threading.Lock()
         self._channels: dict[str, grpc.Channel] = {}
+        self._methods: dict[tuple[str, str], UnaryMethod] = {}
         self._closed = False
 
     def close(self) -> None:
@@ -45,6 +47,7 @@ class SyncDriver:
             self._closed = True
             channels = list(self._channels.values())
             self._channels.clear()
+            self._methods.clear()
         for channel in channels:
             channel.close()
 
@@ -105,9 +108,13 @@ class SyncDriver:
         finally:
             self._core.observe(method, time.monotonic() - start, code)
 
-    def unary(self, address: str, method: str) -> grpc.UnaryUnaryMultiCallable[bytes, bytes]:
+    def unary(self, address: str, method: str) -> UnaryMethod:
         """A method of a replica, bytes in and bytes out."""
-        return self._channel(address).unary_unary(method, None, None)
+        found = self._methods.get((address, method))
+        if found is None:
+            found = self._channel(address).unary_unary(method, None, None)
+            self._methods[address, method] = found
+        return found
 
     def _channel(self, address: str) -> grpc.Channel:
         with self._lock:
@@ -134,7 +141,10 @@ class SyncDriver:
     def _probe(self) -> None:
         for address in self._core.shared.replicas.due_probes(time.monotonic()):
             payload, timeout_s = self._core.probe_payload()
-            future = self.unary(address, HEALTH_CHECK).future(payload, timeout=timeout_s)
+            try:
+                future = self.unary(address, HEALTH_CHECK).future(payload, timeout=timeout_s)
+            except ValueError as error:  # what gRPC raises for a channel that another thread has closed
+                raise Cancelled("the client is closed") from error
 
             def tell(done: _Future, address: str = address) -> None:
                 try:
@@ -152,6 +162,7 @@ class SyncDriver:
         with self._lock:
             gone = [address for address in self._channels if address not in used]
             channels = [self._channels.pop(address) for address in gone]
+            self._methods = {key: value for key, value in self._methods.items() if key[0] not in gone}
         for channel in channels:
             channel.close()
 

@@ -9,7 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ppod.channel import MAX_MESSAGE_BYTES, WEIGHT_CHUNK_BYTES
-from ppod_models.configuration import ConfigModel, ModelConfig
+from ppod_models.configuration import ConfigModel, ModelConfig, TracingConfig
 
 
 class ListenConfig(ConfigModel):
@@ -35,17 +35,6 @@ class TlsConfig(ConfigModel):
     private_key_file: Path = Field(description="the key of the certificate, without a passphrase")
     client_ca_file: Path | None = Field(
         default=None, description="mutual TLS: authority that callers' certificates must come from; none: TLS only"
-    )
-
-
-class TracingConfig(ConfigModel):
-    """Where OpenTelemetry spans go. A call's span joins the trace that its metadata names."""
-
-    endpoint: str | None = Field(
-        default=None, min_length=1, description="OTLP over gRPC, such as http://collector:4317; none: no tracing"
-    )
-    sample_ratio: float = Field(
-        default=1.0, ge=0, le=1, description="share of traces begun here that are kept; a caller's own choice counts"
     )
 
 

@@ -8,8 +8,8 @@ import grpc.aio
 from opentelemetry import trace
 
 from ppod.v1 import common_pb2
+from ppod_models.configuration import TracingConfig
 from ppod_models.tracing import configure_tracing
-from ppod_services.core.config import TracingConfig
 
 
 def tracing_interceptors(config: TracingConfig, service_name: str) -> list[grpc.aio.ServerInterceptor]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import grpc.aio
+import numpy as np
 
 from ppod.errors import InvalidArgument, Unavailable
 from ppod.tensors import TokenArray, pack_floats, pack_tokens
@@ -32,7 +33,7 @@ _MAX_TOP_K = 64
 
 REFERENCE_SERVICE = reference_pb2.DESCRIPTOR.services_by_name["ReferenceService"].full_name
 
-MIN_TEMPERATURE = 1e-6
+MIN_TEMPERATURE = float(np.float32(1e-6))
 """Below it logits overflow, and what the caller got wrong would come back as a fault of the model."""
 
 

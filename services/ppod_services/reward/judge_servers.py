@@ -119,12 +119,14 @@ class PpodServer:
         self._threads.shutdown(wait=False)
 
     def _complete(self, turns: Sequence[Turn], timeout_s: float) -> str:
-        [prompt] = self._codec.encode([self._codec.render(turns, open_turn=True)], special_tokens=False)
         try:
+            [prompt] = self._codec.encode([self._codec.render(turns, open_turn=True)], special_tokens=False)
             [completion] = self._client.generate([prompt], self._sampling, seeds=[0], timeout_s=timeout_s)
         except (InvalidArgument, FailedPrecondition, NotFound) as error:
             # Of the question, not of the request that it is asked for: its sample numbers are others.
             raise JudgeRefusedError(f"{error.code.name} from {self._target}: {error}") from error
+        except ChatTemplateError as error:
+            raise JudgeRefusedError(f"{self._target}: {error}") from error
         return self._codec.decode(completion.token_ids)
 
 

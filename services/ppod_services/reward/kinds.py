@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, Self, cast
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
@@ -11,6 +11,21 @@ from ppod_models.configuration import ConfigModel, ModelConfig
 from ppod_services.reward.functions.registry import check_parameters
 
 KINDS = ("head", "sequence_classification", "token_classification", "function", "judge", "ensemble", "sum")
+
+
+def _tagger(kinds: tuple[str, ...], default: str) -> Callable[[object], str | None]:
+    """Reads the tag of a section off its key `kind`; tags begin with "kind=", which paths of faults leave out."""
+
+    def tag_of(value: object) -> str | None:
+        if isinstance(value, BaseModel):
+            kind: object = getattr(value, "kind", None)
+        elif isinstance(value, Mapping):
+            kind = cast(Mapping[str, object], value).get("kind", default)
+        else:
+            return None
+        return f"kind={kind}" if kind in kinds else None
+
+    return tag_of
 
 
 class NormalizationConfig(ConfigModel):
@@ -146,12 +161,22 @@ class PpodServerConfig(ConfigModel):
     tokenizer: str = Field(min_length=1, description="source of its model's tokenizer, which needs a chat template")
 
 
+JudgeServerConfig = Annotated[
+    Annotated[OpenAiServerConfig, Tag("kind=openai")] | Annotated[PpodServerConfig, Tag("kind=ppod")],
+    Discriminator(
+        _tagger(("openai", "ppod"), "openai"),
+        custom_error_type="judge_server",
+        custom_error_message="expected a mapping whose kind is openai or ppod",
+    ),
+]
+
+
 class JudgeConfig(NamedReward):
     """A language model that scores by a rubric (RLAIF)."""
 
     kind: Literal["judge"]
     rubric: RubricConfig
-    server: Annotated[OpenAiServerConfig | PpodServerConfig, Field(discriminator="kind")]
+    server: JudgeServerConfig
     attempts: int = Field(default=3, ge=1, le=10, description="questions at most, until a reply holds a valid score")
     concurrency: int = Field(default=8, ge=1, le=1_024, description="questions under way at a time")
     timeout_s: float = Field(default=60.0, gt=0, le=3_600, description="longest wait for one reply")
@@ -185,15 +210,6 @@ class SumConfig(NamedReward):
 ModelRewardConfig = HeadConfig | SequenceClassificationConfig | TokenClassificationConfig
 
 
-def _kind_of(value: object) -> str | None:
-    if isinstance(value, BaseModel):
-        value = cast(Mapping[str, object], {"kind": getattr(value, "kind", None)})
-    if not isinstance(value, Mapping):
-        return None
-    kind = cast(Mapping[str, object], value).get("kind", "head")
-    return f"kind={kind}" if kind in KINDS else None
-
-
 RewardConfig = Annotated[
     Annotated[HeadConfig, Tag("kind=head")]
     | Annotated[SequenceClassificationConfig, Tag("kind=sequence_classification")]
@@ -203,7 +219,7 @@ RewardConfig = Annotated[
     | Annotated[EnsembleConfig, Tag("kind=ensemble")]
     | Annotated[SumConfig, Tag("kind=sum")],
     Discriminator(
-        _kind_of,
+        _tagger(KINDS, "head"),
         custom_error_type="reward_kind",
         custom_error_message=f"expected a mapping whose kind is one of {', '.join(KINDS)}",
     ),

@@ -20,7 +20,7 @@ from ppod_models.reward_classifiers import (
     load_token_classifier,
 )
 from ppod_models.reward_model import RewardHeadError, RewardModel
-from ppod_models.sources import ModelSourceError, resolve
+from ppod_models.sources import ModelSourceError, resolve, resolve_tokenizer
 from ppod_services.core.described import ModelInfo
 from ppod_services.core.model import load_pretrained, quieten_transformers, set_threads
 from ppod_services.core.warm_up import warm_up
@@ -133,7 +133,7 @@ def load_model(config: ModelRewardConfig, max_batch_tokens: int, beside: Iterabl
 def load_tokenizer_source(source: str) -> TokenSource:
     """A tokenizer without its model; raises ModelSourceError."""
     quieten_transformers()
-    path = resolve(source).path
+    path = resolve_tokenizer(source)
     try:
         codec = TokenizerCodec(load_tokenizer(path))
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ import grpc.aio
 
 from ppod.tensors import FloatArray
 from ppod.v1 import reward_admin_pb2_grpc, reward_pb2_grpc
-from ppod_models.sources import resolve
+from ppod_models.sources import resolve, resolve_tokenizer
 from ppod_services.core.described import Deferred
 from ppod_services.core.scheduler import Scheduler
 from ppod_services.core.server import Host
@@ -63,8 +63,10 @@ class RewardService:
         """Load the models in the calling thread."""
         configs = model_configs(self._config.rewards)
         # Before the imports, which take seconds: a missing model is told at once.
-        for source in (*(config.model.source for config in configs), *self._config.tokenizers):
-            resolve(source)
+        for config in configs:
+            resolve(config.model.source)
+        for source in self._config.tokenizers:
+            resolve_tokenizer(source)
         models: list[ServedModel] = []
         tokenizers: list[TokenSource] = []
         if configs or self._config.tokenizers:

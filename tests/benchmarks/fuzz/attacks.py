@@ -1,4 +1,4 @@
-"""Requests that are malformed, mutated or merely odd: each follows from a seed and its number, so any can be sent again."""
+"""Requests that are malformed, mutated or merely odd: each follows from a seed and its number, to be sent again."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ _WORDS = [
     "'; DROP TABLE models; --",
     "../../etc/passwd",
 ]
+_REWARDS = ["first", "second", "length", "answer", "ensemble", "sum"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +205,7 @@ def _wrong_methods(rng: random.Random) -> Made:
 def _conflicts(rng: random.Random) -> Made:
     """Fields that do not go together."""
     message = good_texts(rng) if rng.random() < 0.5 else good_score(rng)
+    message.selector.model = rng.choice(_REWARDS)
     match rng.randrange(6):
         case 0:
             message.references.extend(["42"] * rng.choice([1, 2, 9]))
@@ -228,7 +230,7 @@ def _conflicts(rng: random.Random) -> Made:
 def _selectors(rng: random.Random) -> Made:
     service, method, message = _base(rng)
     selector: common_pb2.ModelSelector = message.selector  # pyright: ignore
-    selector.model = rng.choice(_WORDS)
+    selector.model = rng.choice(_WORDS + _REWARDS)
     if rng.random() < 0.5:
         selector.weight_version = rng.choice([1, 2**63, 2**64 - 1])
     if rng.random() < 0.5:

@@ -96,8 +96,11 @@ class Fuzzer:
         self._seed = seed
         self._report = Report()
         rng = random.Random(seed)
+        composed = good_score(rng)
+        composed.selector.model = "sum"
         self._good = [
             (REWARD, SCORE, good_score(rng).SerializeToString()),
+            (REWARD, SCORE, composed.SerializeToString()),
             (REWARD, SCORE, good_texts(rng).SerializeToString()),
             (REFERENCE, LOGPROBS, good_logprobs(rng).SerializeToString()),
         ]
@@ -126,9 +129,8 @@ class Fuzzer:
         try:
             future.result()
         except grpc.RpcError as error:
-            assert isinstance(error, grpc.Call)
-            code = error.code().name
-            fault = _fault(sent, from_rpc_error(error), error)
+            code = error.code().name  # pyright: ignore
+            fault = _fault(sent, from_rpc_error(error), error)  # pyright: ignore
         self._report.codes[sent.kind, code] += 1
         if fault:
             head = sent.payload[:40].hex()
@@ -203,21 +205,28 @@ def main() -> int:
 
 
 def start_services(stack: ExitStack, directory: Path) -> tuple[ServiceProcess, ServiceProcess]:
-    """A reward and a reference service with a tiny random model."""
+    """A reward service with models, functions and what is composed of them, and a reference; all on a tiny model."""
     from support.services import tiny_model_config  # noqa: PLC0415
     from support.tiny_head import save_tiny_head  # noqa: PLC0415
     from support.tiny_model import save_tiny_model  # noqa: PLC0415
 
     model_dir = save_tiny_model(directory / "model")
-    head = save_tiny_head(model_dir, directory / "head")
+    heads = [str(save_tiny_head(model_dir, directory / f"head{seed}", name=f"h{seed}", seed=seed)) for seed in (0, 1)]
     model = tiny_model_config(model_dir)
     limits = {"max_request_sequences": 16}
-    reward = {"models": [{"name": "tiny", "model": model, "head": str(head)}], "limits": limits}
+    rewards = [
+        {"name": "first", "model": model, "head": heads[0]},
+        {"name": "second", "model": model, "head": heads[1], "normalization": {"mean": 0.5, "std": 2.0}},
+        {"name": "length", "kind": "function", "function": "length", "parameters": {"maximum": 3}},
+        {"name": "answer", "kind": "function", "function": "exact_answer"},
+        {"name": "ensemble", "kind": "ensemble", "members": ["first", "second"], "pessimism": 0.5},
+        {"name": "sum", "kind": "sum", "terms": [{"reward": "ensemble", "weight": 2.0}, {"reward": "length"}]},
+    ]
+    reward = {"rewards": rewards, "limits": limits}
+    reference = {"model": model, "limits": limits}
     return (
         stack.enter_context(running_service("ppod_services.reward", directory, reward, admin=False)),
-        stack.enter_context(
-            running_service("ppod_services.reference", directory, {"model": model, "limits": limits}, admin=False)
-        ),
+        stack.enter_context(running_service("ppod_services.reference", directory, reference, admin=False)),
     )
 
 

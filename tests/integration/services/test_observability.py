@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-import queue
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from ppod.tensors import pack_sequences
 from ppod.v1 import reference_pb2, reference_pb2_grpc
+from support.otlp_collector import collecting
 from support.processes import ServiceProcess, running_service
 from support.services import tiny_model_config
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT_ID = "00f067aa0ba902b7"
 REQUEST = reference_pb2.ComputeLogprobsRequest(tokens=pack_sequences([[1, 2, 3], [4, 5]]), prompt_lengths=[1, 1])
-
-
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """An OTLP collector that keeps the spans it is sent."""
-
-    def __init__(self) -> None:
-        self.spans: queue.Queue[trace_pb2.Span] = queue.Queue()
-
-    def Export(self, request: trace_service_pb2.ExportTraceServiceRequest, context: object) -> object:  # noqa: N802, ARG002
-        for resource in request.resource_spans:
-            for scope in resource.scope_spans:
-                for span in scope.spans:
-                    self.spans.put(span)
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-
-@contextmanager
-def collecting() -> Iterator[tuple[Collector, str]]:
-    server = grpc.server(ThreadPoolExecutor(2))
-    collector = Collector()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield collector, f"http://127.0.0.1:{port}"
-    finally:
-        server.stop(0).wait()
 
 
 def compute(service: ServiceProcess, request: reference_pb2.ComputeLogprobsRequest, **metadata: str) -> None:

@@ -95,7 +95,12 @@ def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> N
 
 @contextmanager
 def running_system(
-    model_dir: Path, directory: Path, heads: Mapping[str, str], *, reward_model_dir: Path | None = None
+    model_dir: Path,
+    directory: Path,
+    heads: Mapping[str, str],
+    *,
+    reward_model_dir: Path | None = None,
+    tracing_endpoint: str | None = None,
 ) -> Iterator[System]:
     """Start three services, the rewards on a model of their own where one is given; prompts are two-digit words."""
     directory.mkdir(exist_ok=True)
@@ -103,12 +108,13 @@ def running_system(
     model = tiny_model_config(model_dir)
     trunk = tiny_model_config(reward_model_dir or model_dir)
     rewards = [{"name": name, "model": trunk, "head": head} for name, head in heads.items()]
+    common = {"tracing": {"endpoint": tracing_endpoint}}
     with ExitStack() as stack:
         start: Callable[..., ServiceProcess] = lambda *args, **kw: stack.enter_context(running_service(*args, **kw))  # noqa: E731
         yield System(
-            reward=start("ppod_services.reward", directory, {"rewards": rewards}),
-            reference=start("ppod_services.reference", directory, {"model": model}),
-            generation=start("ppod_services.generation", directory, {"model": model}),
+            reward=start("ppod_services.reward", directory, {"rewards": rewards, **common}),
+            reference=start("ppod_services.reference", directory, {"model": model, **common}),
+            generation=start("ppod_services.generation", directory, {"model": model, **common}),
             model_dir=model_dir,
             directory=directory,
         )

@@ -17,6 +17,7 @@ from ppod.errors import (
     NonFiniteOutput,
     PpodError,
     ResourceExhausted,
+    RewardFailed,
     Unavailable,
 )
 from unit.client.simulated_replicas import Answer, Behaviour, RowsJob, World, failing, good
@@ -164,14 +165,20 @@ class TestSplitting:
         assert world.sent[2].at == pytest.approx(0.1), "two in flight"
 
     def test_an_error_names_the_sample_of_the_whole_request(self) -> None:
-        def behave(payload: bytes, _: float) -> Answer:
-            start = int(payload.split(b"-")[0])
-            return (0.1, InvalidArgument("f", "x", "y", 3)) if start == 20 else (1.0, payload + b"@0")
+        for error in (
+            InvalidArgument("f", "x", "y", 3),
+            NonFiniteOutput("score", 3, "nan"),
+            RewardFailed("judge", "x", "y", 3),
+        ):
 
-        world = World({"a": behave})
-        with pytest.raises(InvalidArgument) as caught:
-            world.exchange(RowsJob([1] * 30), max_sequences=10)
-        assert caught.value.sample == 23
+            def behave(payload: bytes, _: float, error: PpodError = error) -> Answer:
+                start = int(payload.split(b"-")[0])
+                return (0.1, error) if start == 20 else (0.05, payload + b"@0")
+
+            world = World({"a": behave})
+            with pytest.raises(type(error)) as caught:
+                world.exchange(RowsJob([1] * 30), max_sequences=10)
+            assert caught.value.sample == 23  # pyright: ignore
 
     def test_a_straggler_is_sent_again_once_and_only_to_an_idle_replica(self) -> None:
         stuck = sequence_of(good(0.1), good(60.0))

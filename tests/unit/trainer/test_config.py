@@ -42,6 +42,20 @@ def test_more_minibatches_than_samples_are_refused() -> None:
     assert "ppo.minibatches is 9" in problems({"ppo": {"minibatches": 9}, "rollout": {"batch_size": 8}})[0]
 
 
+def test_replicas_are_refused_where_weights_are_pushed() -> None:
+    several = {"services": {"reward": "a:1,b:1", "reference": "dns:///reference:1"}}
+    assert parse_config(TrainerConfig, several, "test").services.reward == "a:1,b:1"
+    assert "pushed to one server" in problems({"services": {"generation": "a:1,b:1"}})[0]
+    assert "pushed to one server" in problems({"services": {"reference_admin": "dns:///a:1"}})[0]
+    refreshed = {"services": {"reference": "a:1,b:1"}, "reference_refresh_steps": 5}
+    assert "refreshed must be one server" in problems(refreshed)[0]
+
+
+def test_tls_comes_whole() -> None:
+    assert "go together" in problems({"services": {"tls": {"ca_file": "ca", "key_file": "key"}}})[0]
+    assert problems({"services": {"tls": {}}})[0].startswith("services.tls.ca_file")
+
+
 def test_resolved_configuration_reads_back_equal() -> None:
     config = parse_config(TrainerConfig, {"steps": 7, "kl": {"adaptive": {"target": 3.0}}}, "test")
     import yaml  # noqa: PLC0415

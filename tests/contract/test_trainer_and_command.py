@@ -1,0 +1,100 @@
+"""The trainer's connections and `ppod score` over TLS, with a token and with replicas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import grpc
+import pytest
+import trustme
+
+from ppod import InvalidArgument, Pin
+from ppod_deploy.cli import execute
+from ppod_models.configuration import parse_config
+from ppod_trainer.config import RolloutConfig, ServicesConfig
+from ppod_trainer.connections import check_services, connect
+from ppod_trainer.errors import ServiceMismatchError
+from support.scripted_services import LIMITS, Script, scripted_server
+
+FINGERPRINT = "f" * 16
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def ca_file(authority: trustme.CA, tmp_path: Path) -> Path:
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    return tmp_path / "ca.pem"
+
+
+@pytest.fixture
+def credentials(authority: trustme.CA) -> grpc.ServerCredentials:
+    issued = authority.issue_cert("127.0.0.1")
+    return grpc.ssl_server_credentials([(issued.private_key_pem.bytes(), issued.cert_chain_pems[0].bytes())])
+
+
+def services(one: str, two: str, **others: object) -> ServicesConfig:
+    values = {
+        "reward": f"{one},{two}",
+        "reference": f"{one},{two}",
+        "generation": one,
+        "generation_admin": one,
+        "reference_admin": one,
+        **others,
+    }
+    return parse_config(ServicesConfig, values, "test")
+
+
+def test_the_trainer_uses_replicas_tls_and_the_token(
+    ca_file: Path, credentials: grpc.ServerCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PPOD_TOKEN", "team-one")
+    seen: list[str] = []
+    with scripted_server(credentials=credentials) as one, scripted_server(credentials=credentials) as two:
+        config = services(one.target, two.target, tls={"ca_file": str(ca_file)})
+        connections = connect(config, FINGERPRINT, lambda method, _, code: seen.append(f"{method} {code}"))
+        try:
+            # More sequences than a request may hold: the client cuts them, so the trainer need not be refused.
+            rollout = RolloutConfig(batch_size=LIMITS.max_request_sequences, max_tokens=8)
+            assert connections.reward.pin == Pin(tokenizer_fingerprint=FINGERPRINT)
+            assert check_services(connections, rollout, LIMITS.vocab_size).eos_token_ids == (2,)
+            too_many = RolloutConfig(batch_size=LIMITS.max_request_sequences + 1, max_tokens=8)
+            with pytest.raises(ServiceMismatchError, match="generation takes 8 sequences"):
+                check_services(connections, too_many, LIMITS.vocab_size)
+            scores = connections.reward.score([[1, index] for index in range(3 * LIMITS.max_request_sequences)])
+        finally:
+            connections.close()
+    assert len(scores.values) == 24
+    for server in (one, two):
+        assert server.script.requests
+        assert {each["authorization"] for each in server.script.metadata} == {"Bearer team-one"}
+    assert "/ppod.v1.RewardService/Score OK" in seen
+
+
+def test_a_token_is_not_sent_in_plain_text_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PPOD_TOKEN", "team-one")
+    with pytest.raises(InvalidArgument, match="without TLS"):
+        connect(services("reward:1", "reference:1"), FINGERPRINT, lambda *_: None)
+
+
+def test_score_takes_tls_and_the_token(
+    ca_file: Path,
+    credentials: grpc.ServerCredentials,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PPOD_TOKEN", "team-one")
+    script = Script()
+    with scripted_server(script, credentials=credentials) as server:
+        assert execute(["score", "--target", server.target, "--json", "--tls.ca-file", str(ca_file), "ab"]) == 0
+        assert execute(["score", "--target", server.target, "--timeout-s", "2", "ab"]) == 1
+    captured = capsys.readouterr()
+    record = json.loads(captured.out.splitlines()[0])
+    assert record["score"] == (97 + 98) * 0.5 + 2 + 2 * 2
+    assert [each["authorization"] for each in script.metadata] == ["Bearer team-one"]
+    assert execute(["score", "--target", "elsewhere:1", "ab"]) == 1
+    assert "without TLS" in capsys.readouterr().err
