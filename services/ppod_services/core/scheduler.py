@@ -224,6 +224,9 @@ class Scheduler(Generic[ItemT, ResultT]):
         config = self._config
         shared = self._queue.teams_since(now_s - STEADY_S) > 1
         most = config.contended_batch_tokens if shared else config.max_batch_tokens
+        if self._queue.requests > 1 and self._rate.tokens_per_s:
+            # Never for a request that is alone: its batches must not depend on a clock.
+            most = min(most, max(1, int(self._rate.tokens_per_s * config.max_batch_s)))
         return BatchBounds(most, config.max_batch_size, config.batch_overhead_tokens)
 
     def _go_on(self, done: Future[None]) -> None:
