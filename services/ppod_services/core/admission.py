@@ -22,15 +22,18 @@ from typing import Protocol
 from ppod.errors import InvalidArgument, ResourceExhausted
 from ppod_services.core.callers import Caller, Team
 from ppod_services.core.config import BatchingConfig
+from ppod_services.core.promises import Promises
 from ppod_services.core.quotas import Quotas
 from ppod_services.core.rate import ComputeRate
 
 _LEAST_MARGIN = 1.2
+_CLAIM_MARGIN = 1.1
 _MOST_MARGIN = 4.0
 _MARGIN_UP = 1.1
 _MARGIN_DOWN = 0.99
 """Estimates are stretched by a margin: work that ends just after its deadline is compute for nobody. The margin grows
-with each batch that had to leave a request behind for being too late, and shrinks with each that had not."""
+with each batch that had to leave a request behind for being too late, and shrinks with each that had not. A request
+that was told to come back had its margin when it was told."""
 
 _UNKNOWN_RATE_WAIT_S = 1.0
 _SHORTEST_WAIT_S = 0.01
@@ -97,12 +100,14 @@ class Request:
         sequences: their number.
         deadline_s: seconds from now after which it is worth nothing.
         caller: whose it is.
+        request_id: the caller's name for it; a repeated request has the same one.
     """
 
     tokens: int
     sequences: int
     deadline_s: float
     caller: Caller
+    request_id: str = ""
 
 
 class Admission:
@@ -129,6 +134,7 @@ class Admission:
         self._rate = rate
         self._quotas = quotas
         self._on_refused = on_refused
+        self._promises = Promises()
         self._margin = _LEAST_MARGIN
         self._in_flight: dict[str, int] = {}
         self._parts: dict[str, float] = {}
@@ -143,17 +149,19 @@ class Admission:
         self._check_possible(request)
         team = request.caller.team
         self._parts[team.name] = team.part
+        claimed = self._promises.claim(team.name, request.request_id, now_s)
+        promised = 0.0 if claimed else self._promises.tokens_soon(team.name, now_s)
         found = [
             self._in_flight_cap(request, now_s),
             self._quota(request, now_s),
-            self._room(request, now_s),
-            self._deadline(request, now_s),
+            self._room(request, promised, now_s),
+            self._deadline(request, promised, now_s, _CLAIM_MARGIN if claimed else self._margin),
         ]
         refusals = [refusal for refusal in found if refusal is not None]
         if refusals:
             longest = max(refusals, key=lambda refusal: refusal.wait_s)
             self._on_refused(team.name, longest.reason)
-            raise ResourceExhausted(longest.what, max(longest.wait_s, _SHORTEST_WAIT_S))
+            raise ResourceExhausted(longest.what, self._place(request, longest, now_s))
         self._quotas.spend(team, request.tokens, now_s)
         self._in_flight[team.name] = self._in_flight.get(team.name, 0) + request.tokens
 
@@ -168,6 +176,15 @@ class Admission:
     def leave(self, team: Team, tokens: int) -> None:
         """An admitted request ended, whichever way."""
         self._in_flight[team.name] -= tokens
+
+    def _place(self, request: Request, refusal: _Refusal, now_s: float) -> float:
+        """Seconds until a refused request should come back, when it will find its place kept."""
+        wait_s = max(refusal.wait_s, _SHORTEST_WAIT_S)
+        team, rate = request.caller.team, self._rate.tokens_per_s * self._backlog.share(request.caller.team)
+        if refusal.reason not in (Refusal.QUEUE, Refusal.DEADLINE) or not rate:
+            return wait_s
+        due_s = self._promises.book(team.name, request.request_id, request.tokens, now_s + wait_s, 1 / rate, now_s)
+        return due_s - now_s
 
     def _check_possible(self, request: Request) -> None:
         config, team = self._config, request.caller.team
@@ -196,9 +213,10 @@ class Admission:
         what = f"team {team.name} has spent its quota of {team.tokens_per_s:g} tokens a second"
         return _Refusal(Refusal.QUOTA, wait_s, what)
 
-    def _room(self, request: Request, now_s: float) -> _Refusal | None:
+    def _room(self, request: Request, promised: float, now_s: float) -> _Refusal | None:
         team, backlog, config = request.caller.team, self._backlog, self._config
-        tokens = self._excess(team, request.tokens, config.max_queue_tokens, backlog.team_tokens)
+        asked = request.tokens + promised if backlog.team_tokens(team.name) else request.tokens
+        tokens = self._excess(team, asked, config.max_queue_tokens, backlog.team_tokens)
         sequences = self._excess(team, request.sequences, config.max_queue_sequences, backlog.team_sequences)
         if not tokens and not sequences:
             return None
@@ -209,30 +227,30 @@ class Admission:
         what = f"the queue holds {backlog.tokens} tokens; team {team.name} has {held} of them, and more do not fit"
         return _Refusal(Refusal.QUEUE, wait_s, what)
 
-    def _excess(self, team: Team, asked: int, most: int, held: Callable[[str], int]) -> float:
+    def _excess(self, team: Team, asked: float, most: int, held: Callable[[str], int]) -> float:
         """By how much the shared half of the queue would overflow, were a request of this size to enter."""
         beyond = max(0.0, held(team.name) + asked - team.part * most / 2)
         others = sum(max(0.0, held(name) - part * most / 2) for name, part in self._parts.items() if name != team.name)
         return max(0.0, beyond + others - most / 2) if beyond else 0.0
 
-    def _deadline(self, request: Request, now_s: float) -> _Refusal | None:
+    def _deadline(self, request: Request, promised: float, now_s: float, margin: float) -> _Refusal | None:
         backlog, rate = self._backlog, self._rate
         if not backlog.tokens or not rate.tokens_per_s:
             # Nothing is ahead, so no wait would help; or nothing is known yet. The deadline itself decides.
             return None
-        need_s = self._margin * self._end_s(request, now_s)
+        need_s = margin * self._end_s(request, promised, now_s)
         if need_s <= request.deadline_s:
             return None
         empty_s = backlog.tokens / rate.tokens_per_s + rate.running_s(now_s)
-        wait_s = min((need_s - request.deadline_s) / self._margin, empty_s)
+        wait_s = min((need_s - request.deadline_s) / margin, empty_s)
         what = f"the queue needs about {need_s:.3f} s, and the deadline is in {request.deadline_s:.3f} s"
         return _Refusal(Refusal.DEADLINE, wait_s, what)
 
-    def _end_s(self, request: Request, now_s: float) -> float:
-        """Seconds until the last sequence of a request is done, by estimate."""
+    def _end_s(self, request: Request, promised: float, now_s: float) -> float:
+        """Seconds until the last sequence of a request is done, by estimate, with tokens promised to others first."""
         backlog, team = self._backlog, request.caller.team
-        everything = backlog.tokens + request.tokens
-        ahead = backlog.tokens_ahead(request.caller) + request.tokens
+        everything = backlog.tokens + promised + request.tokens
+        ahead = backlog.tokens_ahead(request.caller) + promised + request.tokens
         at_once = min(ahead, backlog.tokens_behind(team))
         fair = at_once + (ahead - at_once) / backlog.share(team)
         return self._rate.running_s(now_s) + min(everything, fair) / self._rate.tokens_per_s

@@ -55,6 +55,9 @@ ANONYMOUS_CALLER = Caller()
 current_team: ContextVar[Team] = ContextVar("current_team", default=ANONYMOUS)
 """The team of the call that the current task serves; the interceptor sets it."""
 
+current_request_id: ContextVar[str] = ContextVar("current_request_id", default="")
+"""The id that the caller gave to the current request; the same when it repeats one. Empty where it gave none."""
+
 
 def caller_of(priority: int) -> Caller:
     """The caller of the current call, with the priority field of its request; raise InvalidArgument for another one."""

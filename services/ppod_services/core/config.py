@@ -52,6 +52,13 @@ class BatchingConfig(ConfigModel):
         description="most tokens of a batch while several teams use the service: a team that comes back waits for the "
         "batch that runs; none: a quarter of max_batch_tokens",
     )
+    max_batch_s: float = Field(
+        default=1.0,
+        gt=0,
+        le=3_600,
+        description="longest batch by the measured speed, while several requests wait: bounds how long each waits for "
+        "the one that runs, on slow devices above all",
+    )
     batch_overhead_tokens: int = Field(
         default=64,
         ge=0,

@@ -27,7 +27,7 @@ from ppod.errors import (
     to_status,
 )
 from ppod_services.core.admission import Refusal
-from ppod_services.core.callers import Team, current_team
+from ppod_services.core.callers import Team, current_request_id, current_team
 from ppod_services.core.gate import CallGate
 from ppod_services.core.logs import LogValue, log_event
 from ppod_services.core.metrics import ServiceMetrics
@@ -194,6 +194,7 @@ class _Call:
             expected = "a message of the method's request type"
             raise InvalidArgument("request", f"{len(incoming)} bytes that cannot be decoded", expected) from error
         self._request_id = str(getattr(request, "request_id", ""))
+        current_request_id.set(self._request_id)
         return request
 
     def _note_cancelled(self) -> None:

@@ -23,7 +23,7 @@ from ppod.errors import DeadlineExceeded, Unavailable
 from ppod_services.core.admission import Admission, Request
 from ppod_services.core.batch_run import BatchRun, Entry, Mailbox, RunBatch, Sink
 from ppod_services.core.batching import BatchBounds, padded_tokens
-from ppod_services.core.callers import ANONYMOUS_CALLER, Caller
+from ppod_services.core.callers import ANONYMOUS_CALLER, Caller, current_request_id
 from ppod_services.core.company import Company
 from ppod_services.core.config import BatchingConfig
 from ppod_services.core.fair_queue import STEADY_S, FairQueue
@@ -100,8 +100,9 @@ class Scheduler(Generic[ItemT, ResultT]):
             raise Unavailable("the server is stopping")
         now_s = time.monotonic()
         tokens = sum(submission.tokens for submission in submissions)
+        request = Request(tokens, len(submissions), deadline_s, caller, current_request_id.get())
         with self._lock:
-            self._admission.admit(Request(tokens, len(submissions), deadline_s, caller), now_s)
+            self._admission.admit(request, now_s)
         ticket = self._open_ticket(len(submissions), tokens, deadline_s, caller)
         entries = [
             Entry(ticket, caller.team.name, index, submission.item, submission.tokens, submission.group)
@@ -223,6 +224,9 @@ class Scheduler(Generic[ItemT, ResultT]):
         config = self._config
         shared = self._queue.teams_since(now_s - STEADY_S) > 1
         most = config.contended_batch_tokens if shared else config.max_batch_tokens
+        if self._queue.requests > 1 and self._rate.tokens_per_s:
+            # Never for a request that is alone: its batches must not depend on a clock.
+            most = min(most, max(1, int(self._rate.tokens_per_s * config.max_batch_s)))
         return BatchBounds(most, config.max_batch_size, config.batch_overhead_tokens)
 
     def _go_on(self, done: Future[None]) -> None:

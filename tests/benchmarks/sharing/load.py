@@ -40,7 +40,8 @@ class Stream:
         sequences: sequences of each request.
         tokens: shortest and longest sequence.
         deadline_s: of each attempt.
-        obeys: part of the refused requests that come back once, after the time told.
+        obeys: part of the refused requests that come back once, after the time told, if that is within `patience_s`.
+        patience_s: longest wait that such a caller accepts.
         seed: decides arrival times and lengths.
     """
 
@@ -51,6 +52,7 @@ class Stream:
     tokens: tuple[int, int]
     deadline_s: float
     obeys: float = 0.0
+    patience_s: float = 20.0
     seed: int = 0
 
 
@@ -136,7 +138,8 @@ class Generator:
     ) -> None:
         try:
             first = await self._attempt(stream, stub, request, tokens, due_s, 0)
-            if first.retry_after_s is not None and chance < stream.obeys:
+            waits = first.retry_after_s is not None and first.retry_after_s <= stream.patience_s
+            if first.retry_after_s is not None and waits and chance < stream.obeys:
                 await asyncio.sleep(first.retry_after_s)
                 await self._attempt(stream, stub, request, tokens, time.monotonic() - self._start_s, 1)
         finally:

@@ -7,8 +7,8 @@ The bound: two scores of one sequence, alone and in any company, differ by at mo
 
 in units of the scores' standard deviation over the sequences. Padding and the batch's shape change the order in which a
 matrix product adds up, which moves each state by some units in the last place (2^-24 and 2^-9 of its size); the layers
-above amplify that about tenfold. A fault, such as a state that is read at a padded position, moves scores by about their
-standard deviation, and by as much in either type.
+above amplify that about tenfold. A fault, such as a state that is read at a padded position, moves scores by about
+their standard deviation, and by as much in either type.
 """
 
 from __future__ import annotations

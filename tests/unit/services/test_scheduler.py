@@ -259,3 +259,30 @@ async def test_stopping_tells_those_who_wait() -> None:
         await waiting.gather()
     with pytest.raises(Unavailable):
         scheduler.submit(submissions(1), LONG_S)
+
+
+async def test_batches_are_short_while_others_wait_and_whole_for_a_request_that_is_alone() -> None:
+    """At 100 tokens a second and less, 0.3 s hold three sequences of 10 tokens at most."""
+    engine = Engine()
+    config = BatchingConfig(max_batch_tokens=1_000, max_wait_ms=0.0, max_batch_s=0.3)
+    with ThreadPoolExecutor(1) as executor:
+        scheduler: Scheduler[int, int] = Scheduler(engine.run, config, executor, ServiceMetrics())
+        task = asyncio.create_task(scheduler.run())
+        engine.gate.clear()
+        slow = scheduler.submit(submissions(0, tokens=10), LONG_S)
+        await asyncio.sleep(0.1)
+        engine.gate.set()
+        await slow.gather()
+        await asyncio.sleep(0.01)
+        await scheduler.submit(submissions(*range(1, 21), tokens=10), LONG_S).gather()
+        engine.gate.clear()
+        first = scheduler.submit(submissions(0, tokens=10), LONG_S)
+        await asyncio.sleep(0.4)
+        both = [scheduler.submit(submissions(*range(10), tokens=10), LONG_S) for _ in range(2)]
+        engine.gate.set()
+        await asyncio.gather(first.gather(), *(ticket.gather() for ticket in both))
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    assert engine.batches[1] == list(range(1, 21))
+    assert len(engine.batches[3]) <= 3
