@@ -24,7 +24,7 @@ RUN_STAMP := $(VENV)/.installed-run-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 
 .PHONY: help setup setup-run run test lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos \
-	format protos bench-trl clean
+	format protos bench-trl bench-serving bench-fairness bench-overload bench-fuzz clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-14s %s\n", $$1, $$2 }'
@@ -72,6 +72,19 @@ protos: setup ## generate the Python code from protos/ppod/v1/*.proto
 bench-trl: setup-run ## measure ppod and TRL side by side (TRL in an environment of its own; ~20 minutes; ARGS="--settings ...")
 	tests/benchmarks/trl_ppo/setup.sh $(CACHE)/venv-trl $(PYTHON)
 	$(BIN)/python tests/benchmarks/trl_ppo/compare.py --trl-python $(CACHE)/venv-trl/bin/python $(ARGS)
+
+bench-serving: setup-run ## measure the reward service against its bare forward pass and its peers (~25 minutes)
+	tests/benchmarks/serving/setup.sh $(CACHE) $(PYTHON)
+	$(BIN)/python tests/benchmarks/serving/compare.py --peers $(CACHE)/venv-serving-peers --vllm $(CACHE)/venv-vllm $(ARGS)
+
+bench-fairness: setup-run ## measure two teams on one reward service, one of them flooding it
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.sharing.fairness $(ARGS)
+
+bench-overload: setup-run ## measure the reward service at ten times the load that it can carry
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.sharing.overload $(ARGS)
+
+bench-fuzz: setup ## send 100,000 malformed requests to the reward and reference services
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.fuzz.malformed --requests 100000 $(ARGS)
 
 clean: ## remove the virtual environment, caches and build outputs; run directories stay
 	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -25,8 +25,12 @@ from ppod_services.core.config import BatchingConfig
 from ppod_services.core.quotas import Quotas
 from ppod_services.core.rate import ComputeRate
 
-_SAFETY = 1.2
-"""Estimates are stretched by this: work that ends just after its deadline is compute for nobody."""
+_LEAST_MARGIN = 1.2
+_MOST_MARGIN = 4.0
+_MARGIN_UP = 1.1
+_MARGIN_DOWN = 0.99
+"""Estimates are stretched by a margin: work that ends just after its deadline is compute for nobody. The margin grows
+with each batch that had to leave a request behind for being too late, and shrinks with each that had not."""
 
 _UNKNOWN_RATE_WAIT_S = 1.0
 _SHORTEST_WAIT_S = 0.01
@@ -125,6 +129,7 @@ class Admission:
         self._rate = rate
         self._quotas = quotas
         self._on_refused = on_refused
+        self._margin = _LEAST_MARGIN
         self._in_flight: dict[str, int] = {}
         self._parts: dict[str, float] = {}
 
@@ -151,6 +156,14 @@ class Admission:
             raise ResourceExhausted(longest.what, max(longest.wait_s, _SHORTEST_WAIT_S))
         self._quotas.spend(team, request.tokens, now_s)
         self._in_flight[team.name] = self._in_flight.get(team.name, 0) + request.tokens
+
+    def missed(self) -> None:
+        """An admitted request was too late when its turn came: the estimates are too bright."""
+        self._margin = min(_MOST_MARGIN, self._margin * _MARGIN_UP)
+
+    def kept(self) -> None:
+        """A batch was served."""
+        self._margin = max(_LEAST_MARGIN, self._margin * _MARGIN_DOWN)
 
     def leave(self, team: Team, tokens: int) -> None:
         """An admitted request ended, whichever way."""
@@ -207,11 +220,11 @@ class Admission:
         if not backlog.tokens or not rate.tokens_per_s:
             # Nothing is ahead, so no wait would help; or nothing is known yet. The deadline itself decides.
             return None
-        need_s = _SAFETY * self._end_s(request, now_s)
+        need_s = self._margin * self._end_s(request, now_s)
         if need_s <= request.deadline_s:
             return None
         empty_s = backlog.tokens / rate.tokens_per_s + rate.running_s(now_s)
-        wait_s = min((need_s - request.deadline_s) / _SAFETY, empty_s)
+        wait_s = min((need_s - request.deadline_s) / self._margin, empty_s)
         what = f"the queue needs about {need_s:.3f} s, and the deadline is in {request.deadline_s:.3f} s"
         return _Refusal(Refusal.DEADLINE, wait_s, what)
 

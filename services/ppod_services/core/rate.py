@@ -38,6 +38,10 @@ class ComputeRate:
         """A batch broke, which says nothing about speed."""
         self._running_tokens = 0
 
+    def seconds(self, tokens: float) -> float:
+        """How long this many tokens take, by estimate; zero while nothing is known."""
+        return tokens / self.tokens_per_s if self.tokens_per_s else 0.0
+
     def running_s(self, now_s: float) -> float:
         """Seconds until the running batch ends, by estimate; zero when none runs."""
         if not self._running_tokens or not self.tokens_per_s:

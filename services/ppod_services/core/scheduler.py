@@ -199,19 +199,24 @@ class Scheduler(Generic[ItemT, ResultT]):
     def _take(self) -> BatchRun[ItemT, ResultT] | None:
         assert self._mailbox is not None
         now_s = time.monotonic()
-        dropped = 0
+        late: list[Entry[ItemT, ResultT]] = []
         with self._lock:
             bounds = self._bounds(now_s)
             batch: list[Entry[ItemT, ResultT]] = []
             while len(self._queue) and not batch:
                 taken = self._queue.take(bounds)
-                # The event loop may be late to tell the queue of those whose time is up.
-                batch = [entry for entry in taken if not entry.ticket.closed and entry.ticket.expires_s > now_s]
-                dropped += len(taken) - len(batch)
+                # Where others wait, compute for what ends too late would be theirs: served in order of arrival, an
+                # overloaded queue would else be full of requests that expire while their batch runs.
+                needed_s = self._rate.seconds(sum(entry.tokens for entry in taken)) if len(self._queue) else 0.0
+                for entry in taken:
+                    (batch if entry.ticket.expires_s > now_s + needed_s else late).append(entry)
+            if late:
+                self._admission.missed()
             if batch:
                 self._rate.started(sum(entry.tokens for entry in batch), now_s)
-        if dropped:
-            self._metrics.dropped(dropped, "expired")
+        if late:
+            self._metrics.dropped(len(late), "expired")
+            self._mailbox.post(lambda: _expire(late))
         return BatchRun(batch, next(self._batches), self._mailbox) if batch else None
 
     def _bounds(self, now_s: float) -> BatchBounds:
@@ -236,6 +241,7 @@ class Scheduler(Generic[ItemT, ResultT]):
         run.fail_unanswered(error)
         with self._lock:
             if error is None:
+                self._admission.kept()
                 self._rate.finished(run.tokens, run.seconds, saturated=bool(len(self._queue)))
             else:
                 self._rate.failed()
@@ -264,3 +270,8 @@ class Scheduler(Generic[ItemT, ResultT]):
         self._metrics.queue(len(self._queue), self._queue.tokens)
         for team in teams:
             self._metrics.team_queue(team, self._queue.team_tokens(team))
+
+
+def _expire(late: Sequence[Entry[ItemT, ResultT]]) -> None:
+    for entry in late:
+        entry.ticket.fail(DeadlineExceeded("the deadline is nearer than the end of the next batch"), "expired")

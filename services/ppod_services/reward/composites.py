@@ -9,7 +9,7 @@ import numpy as np
 from ppod.tensors import FloatArray
 from ppod_services.reward.kinds import EnsembleConfig, SumConfig
 from ppod_services.reward.samples import Query
-from ppod_services.reward.scored import Adjustment, Kind, RawScores, Scored, adjusted
+from ppod_services.reward.scored import Adjustment, Kind, RawScores, Scored, adjusted, as_scores
 
 Combine = Callable[[Sequence[FloatArray]], FloatArray]
 
@@ -23,9 +23,9 @@ def score_ensemble(config: EnsembleConfig, members: Sequence[Scored], query: Que
         Kind.ENSEMBLE,
         members,
         query,
-        combine=lambda parts: (_mean(parts) - pessimism * _std(parts)).astype(np.float32),
-        mean=_mean(scores).astype(np.float32),
-        std=_std(scores).astype(np.float32),
+        combine=lambda parts: as_scores(_mean(parts) - pessimism * _std(parts)),
+        mean=as_scores(_mean(scores)),
+        std=as_scores(_std(scores)),
     )
 
 
@@ -35,7 +35,7 @@ def score_sum(config: SumConfig, members: Sequence[Scored], query: Query) -> Sco
 
     def combine(parts: Sequence[FloatArray]) -> FloatArray:
         terms = [weight * part.astype(np.float64) for weight, part in zip(weights, parts, strict=True)]
-        return np.add.reduce(terms).astype(np.float32)
+        return as_scores(np.add.reduce(terms))
 
     return _composed(config, Kind.SUM, members, query, combine=combine, weights=weights)
 

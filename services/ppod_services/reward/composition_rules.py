@@ -27,7 +27,10 @@ def composition_faults(rewards: Sequence[RewardConfig]) -> list[str]:
         unknown = [part for part in dict.fromkeys(parts) if part not in members]
         faults += [f"{name!r} has the member {part!r}, which is no reward here" for part in unknown]
         faults += [f"{name!r} has the member {part!r} twice" for part in _doubles(parts)]
-    cycles = {frozenset(cycle): cycle for name in members if (cycle := _cycle(name, members))}
+    cycles: dict[frozenset[str], list[str]] = {}
+    for name in members:
+        if cycle := _cycle(name, members):
+            cycles.setdefault(frozenset(cycle), cycle)
     faults += [f"{' -> '.join(repr(part) for part in cycle)} is a cycle" for cycle in cycles.values()]
     return faults
 

@@ -8,10 +8,17 @@ from enum import Enum
 from functools import reduce
 
 import numpy as np
+import numpy.typing as npt
 
 from ppod.errors import NonFiniteOutput
 from ppod.tensors import FloatArray
 from ppod_services.reward.kinds import NamedReward, NormalizationConfig
+
+
+def as_scores(values: npt.ArrayLike) -> FloatArray:
+    """float32; what that cannot hold becomes infinite, which `adjusted` refuses with the sample's name."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values, dtype=np.float64).astype(np.float32)
 
 
 class Kind(Enum):
@@ -48,7 +55,7 @@ class Adjustment:
         scores = (raw.astype(np.float64) - self.mean) / self.std
         if self.clip_low is not None or self.clip_high is not None:
             scores = np.clip(scores, self.clip_low, self.clip_high)
-        return scores.astype(np.float32)
+        return as_scores(scores)
 
 
 @dataclass(frozen=True, slots=True)

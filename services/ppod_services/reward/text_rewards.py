@@ -6,15 +6,13 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-
 from ppod.errors import InvalidArgument
 from ppod_services.reward.functions import FunctionSample
 from ppod_services.reward.functions.pool import FunctionPool, NumberedSample
 from ppod_services.reward.kinds import FunctionConfig, JudgeConfig
 from ppod_services.reward.runtime import Runtime, within
 from ppod_services.reward.samples import PlainText, Query, Sample, split_by_steps, with_prefixes
-from ppod_services.reward.scored import Adjustment, Kind, RawScores, Scored, Work, adjusted
+from ppod_services.reward.scored import Adjustment, Kind, RawScores, Scored, Work, adjusted, as_scores
 
 
 class TextScorer(Protocol):
@@ -62,7 +60,7 @@ class TextReward:
         samples = with_prefixes(query.samples, query.steps)
         texts = await self._runtime.texts(samples, query)
         values = await within(query, self._scorer.score(samples, texts, query.deadline))
-        scores, way = split_by_steps(np.asarray(values, dtype=np.float32), query.steps)
+        scores, way = split_by_steps(as_scores(values), query.steps)
         raw = RawScores(scores, way)
         done = adjusted(raw, self._adjustment, [sample.index for sample in query.samples], self._name)
         return Scored(

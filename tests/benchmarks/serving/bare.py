@@ -3,21 +3,20 @@
 usage: python bare.py --checkpoint DIR --texts FILE --threads N --dtype NAME --max-batch-tokens N
     --max-batch-size N --seconds S
 
-Prints one JSON object: sequences and tokens a second, seconds of a lone sequence, scores in the order of the texts.
+Prints one JSON object: sequences and tokens a second, scores in the order of the texts. With --lone it answers each
+line of its input with the seconds of one forward pass over the shortest text instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from forward import Forward
-
-LONE_CALLS = 100
 
 
 def ideal_batches(lengths: Sequence[int], max_batch_tokens: int, max_batch_size: int) -> list[list[int]]:
@@ -32,6 +31,14 @@ def ideal_batches(lengths: Sequence[int], max_batch_tokens: int, max_batch_size:
     return batches
 
 
+def answer_lone(forward: Forward, sequence: Sequence[int]) -> None:
+    """Time one forward pass for each line of the input."""
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        forward.scores([sequence])
+        print(time.perf_counter() - begin, flush=True)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -42,10 +49,14 @@ def main() -> None:
     parser.add_argument("--max-batch-tokens", type=int, required=True)
     parser.add_argument("--max-batch-size", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--lone", action="store_true")
     options = parser.parse_args()
     texts: list[str] = json.loads(options.texts.read_text())
     forward = Forward(options.checkpoint, options.threads, options.dtype)
     sequences = forward.encode(texts)
+    if options.lone:
+        answer_lone(forward, min(sequences, key=len))
+        return
     batches = ideal_batches([len(sequence) for sequence in sequences], options.max_batch_tokens, options.max_batch_size)
     scores = [0.0] * len(texts)
     for batch in batches:  # the first pass warms up, and tells the scores
@@ -56,19 +67,12 @@ def main() -> None:
         for batch in batches:
             forward.scores([sequences[index] for index in batch])
         passes += 1
-    lone = sequences[len(sequences) // 2]
-    times: list[float] = []
-    for _ in range(LONE_CALLS):
-        begin = time.perf_counter()
-        forward.scores([lone])
-        times.append(time.perf_counter() - begin)
     tokens = sum(len(sequence) for sequence in sequences)
     print(
         json.dumps(
             {
                 "sequences_per_s": passes * len(texts) / seconds,
                 "tokens_per_s": passes * tokens / seconds,
-                "lone_p50_s": statistics.median(times),
                 "scores": scores,
             }
         )

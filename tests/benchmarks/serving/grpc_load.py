@@ -2,7 +2,8 @@
 
 usage: python grpc_load.py --target HOST:PORT --texts FILE --in-flight N --per-request N --seconds S --lone-calls N
 
-Prints one JSON object: sequences a second, p50 of a lone call, scores in the order of the texts.
+Prints one JSON object: sequences a second, how much longer a lone call takes than its forward pass, and the scores in
+the order of the texts.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import argparse
 import asyncio
 import json
 import math
-import statistics
 import time
 from pathlib import Path
+
+from lone import bare_forward, extra_seconds
 
 from ppod import AsyncRewardClient, RewardClient
 
@@ -43,15 +45,14 @@ async def saturate(options: argparse.Namespace, texts: list[str]) -> tuple[float
     return passes * len(texts) / seconds, scores
 
 
-def lone_p50_s(target: str, text: str, calls: int) -> float:
-    """Median seconds of a call with one text and nobody else there, with the synchronous client."""
-    times: list[float] = []
-    with RewardClient(target) as client:
-        for _ in range(calls):
-            start = time.perf_counter()
-            client.score_texts([text])
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def measure_lone(options: argparse.Namespace, text: str) -> dict[str, float]:
+    """Calls with one text and nobody else there, with the synchronous client."""
+    with RewardClient(options.target) as client, bare_forward(tuple(json.loads(options.bare))) as bare:
+        return extra_seconds(lambda: void(client.score_texts([text])), bare, options.lone_calls)
+
+
+def void(_: object) -> None:
+    """Drop a result."""
 
 
 def main() -> None:
@@ -63,11 +64,12 @@ def main() -> None:
     parser.add_argument("--per-request", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--lone-calls", type=int, required=True)
+    parser.add_argument("--bare", required=True, help="JSON list: command of bare.py --lone")
     options = parser.parse_args()
     texts: list[str] = json.loads(options.texts.read_text())
     sequences_per_s, scores = asyncio.run(saturate(options, texts))
-    lone = lone_p50_s(options.target, texts[len(texts) // 2], options.lone_calls)
-    print(json.dumps({"sequences_per_s": sequences_per_s, "lone_p50_s": lone, "scores": scores}))
+    lone = measure_lone(options, min(texts, key=len))
+    print(json.dumps({"sequences_per_s": sequences_per_s, "scores": scores, **lone}))
 
 
 if __name__ == "__main__":

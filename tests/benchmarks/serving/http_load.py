@@ -3,7 +3,8 @@
 usage: python http_load.py --protocol openrlhf|litserve|vllm --url URL --texts FILE --in-flight N --per-request N
     --seconds S --lone-calls N
 
-Prints one JSON object: sequences a second, p50 of a lone call, scores in the order of the texts.
+Prints one JSON object: sequences a second, how much longer a lone call takes than its forward pass, and the scores in
+the order of the texts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import asyncio
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from lone import bare_forward, extra_seconds
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,26 @@ async def measure(options: argparse.Namespace) -> dict[str, object]:
         while (seconds := time.perf_counter() - start) < options.seconds:
             await load.score_all(texts, options.per_request, options.in_flight)
             passes += 1
-        times: list[float] = []
-        for _ in range(options.lone_calls):
-            begin = time.perf_counter()
-            await load.call([texts[len(texts) // 2]])
-            times.append(time.perf_counter() - begin)
+        lone = await asyncio.to_thread(measure_lone, options, min(texts, key=len), asyncio.get_running_loop(), load)
     return {
         "sequences_per_s": passes * len(texts) / seconds,
-        "lone_p50_s": statistics.median(times),
         "scores": scores,
+        **lone,
     }
+
+
+def measure_lone(
+    options: argparse.Namespace, text: str, loop: asyncio.AbstractEventLoop, load: Load
+) -> dict[str, float]:
+    """Calls with one text and nobody else there; runs beside the loop that carries them."""
+    with bare_forward(tuple(json.loads(options.bare))) as bare:
+        return extra_seconds(
+            lambda: void(asyncio.run_coroutine_threadsafe(load.call([text]), loop).result()), bare, options.lone_calls
+        )
+
+
+def void(_: object) -> None:
+    """Drop a result."""
 
 
 def main() -> None:
@@ -109,6 +120,7 @@ def main() -> None:
     parser.add_argument("--per-request", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--lone-calls", type=int, required=True)
+    parser.add_argument("--bare", required=True, help="JSON list: command of bare.py --lone")
     print(json.dumps(asyncio.run(measure(parser.parse_args()))))
 
 

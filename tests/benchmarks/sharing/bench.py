@@ -76,7 +76,7 @@ def serving(teams: Sequence[str], batching: Mapping[str, object]) -> Iterator[Se
         teams_file = directory / "teams.yaml"
         teams_file.write_text(yaml.safe_dump({"teams": entries}))
         values: dict[str, object] = {
-            "models": [{"name": "reward", "model": MODEL, "head": "reviews-reward"}],
+            "rewards": [{"name": "reward", "model": MODEL, "head": "reviews-reward"}],
             "batching": dict(batching),
             "tenancy": {"teams_file": str(teams_file)},
         }

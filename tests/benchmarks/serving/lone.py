@@ -1,0 +1,51 @@
+"""Lone calls against bare forward passes, in turns, so that a noisy machine disturbs both alike."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+WARM_UP_CALLS = 5
+
+
+@contextmanager
+def bare_forward(command: tuple[str, ...]) -> Generator[Callable[[], float]]:
+    """A process that runs one forward pass of the shortest text whenever it is asked; gives its seconds."""
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    ask, answer = process.stdin, process.stdout
+
+    def run() -> float:
+        ask.write("\n")
+        ask.flush()
+        return float(answer.readline())
+
+    try:
+        yield run
+    finally:
+        ask.close()
+        process.wait(30)
+
+
+def extra_seconds(call: Callable[[], None], bare: Callable[[], float], calls: int) -> dict[str, float]:
+    """p50 of calls and of forward passes, and the median of the differences of neighbours."""
+    called: list[float] = []
+    forwards: list[float] = []
+    for number in range(calls + WARM_UP_CALLS):
+        seconds = bare()
+        start = time.perf_counter()
+        call()
+        elapsed = time.perf_counter() - start
+        if number >= WARM_UP_CALLS:
+            called.append(elapsed)
+            forwards.append(seconds)
+    differences = [mine - theirs for mine, theirs in zip(called, forwards, strict=True)]
+    return {
+        "lone_p50_s": statistics.median(called),
+        "lone_forward_p50_s": statistics.median(forwards),
+        "lone_extra_p50_s": statistics.median(differences),
+    }

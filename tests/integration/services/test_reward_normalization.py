@@ -1,0 +1,78 @@
+"""The command that measures a reward's scale, and the examples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from support.processes import ROOT, run_to_exit, write_config
+from support.services import tiny_model_config
+from support.tiny_head import scores_alone
+from support.tiny_model import build_tokenizer
+
+EXAMPLES = sorted((ROOT / "services/ppod_services/reward/examples").glob("*.yaml"))
+COMMAND = "ppod_services.reward.normalization"
+
+
+@pytest.fixture
+def config(tiny_model_dir: Path, tiny_heads: dict[str, Path], tmp_path: Path) -> Path:
+    trunk = tiny_model_config(tiny_model_dir)
+    rewards = [
+        {"name": "head", "model": trunk, "head": str(tiny_heads["first"]), "normalization": {"mean": 9, "std": 9}},
+        {"name": "answer", "kind": "function", "function": "exact_answer"},
+    ]
+    return write_config(tmp_path / "c.yaml", {"listen": {"port": 1}, "rewards": rewards})
+
+
+def test_a_reward_is_measured_as_it_is_before_its_own_normalisation(
+    config: Path, tiny_model_dir: Path, tiny_heads: dict[str, Path], tmp_path: Path
+) -> None:
+    texts = [f"text {number} " + "x" * number for number in range(70)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n\n")
+    done = run_to_exit(COMMAND, "--config", str(config), "--texts", str(tmp_path / "texts.txt"))
+    assert done.returncode == 0, done.stderr
+    ids = [build_tokenizer()(text, add_special_tokens=False)["input_ids"] for text in texts]
+    expected = np.asarray(scores_alone(tiny_model_dir, tiny_heads["first"], ids), dtype=np.float64)
+    found = yaml.safe_load(done.stdout)["normalization"]
+    assert (found["mean"], found["std"]) == pytest.approx((expected.mean(), expected.std()), rel=1e-4)
+    assert "70 samples" in done.stdout
+
+
+def test_samples_with_references_measure_a_function(config: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "1+1", "text": "2", "reference": "2"}, {"text": "3", "reference": "2"}]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    done = run_to_exit(COMMAND, "--config", str(config), "--texts", str(file), "--reward", "answer")
+    assert yaml.safe_load(done.stdout) == {"normalization": {"mean": 0.5, "std": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "words"),
+    [
+        ("a.txt", "only one\n", 2, "found 1 samples"),
+        ("a.jsonl", '{"text": "a"}\n{"test": "b"}\n', 2, "line 2"),
+        ("a.jsonl", '{"text": "a", "reference": "b"}\n' * 2, 1, "all 2 samples have the score 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(
+    config: Path, tmp_path: Path, name: str, content: str, code: int, words: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    arguments = ("--config", str(config), "--texts", str(tmp_path / name), "--reward", "answer")
+    done = run_to_exit(COMMAND, *arguments)
+    assert (done.returncode, words in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_are_right(path: Path) -> None:
+    checked = run_to_exit("ppod_services.reward", "--config", str(path), "--check")
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_there_are_examples() -> None:
+    assert [path.stem for path in EXAMPLES] == ["composed", "judge"]

@@ -1,0 +1,114 @@
+"""Configuration of rewards: short where it is simple, every fault at once under its path."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from ppod_models.configuration import ConfigError, dump_config, parse_config
+from ppod_services.reward.config import RewardServiceConfig
+from ppod_services.reward.kinds import HeadConfig
+
+MODEL = {"source": "somewhere"}
+HEAD = {"name": "a", "model": MODEL, "head": "h"}
+
+
+def parse(*rewards: object) -> RewardServiceConfig:
+    return parse_config(RewardServiceConfig, {"listen": {"port": 1}, "rewards": list(rewards)}, "test")
+
+
+def problems(*rewards: object) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(*rewards)
+    return caught.value.problems
+
+
+def ensemble(name: str, *members: str) -> dict[str, object]:
+    return {"name": name, "kind": "ensemble", "members": list(members)}
+
+
+def weighted(name: str, *members: str) -> dict[str, object]:
+    return {"name": name, "kind": "sum", "terms": [{"reward": member} for member in members]}
+
+
+def test_a_head_needs_no_kind_and_everything_survives_a_round_trip() -> None:
+    config = parse(
+        HEAD,
+        {**HEAD, "name": "b", "normalization": {"mean": 1, "std": 2}, "clip": {"high": 3}},
+        {"name": "f", "kind": "function", "function": "regular_expression", "parameters": {"pattern": "x"}},
+        {"name": "j", "kind": "judge", "rubric": {"criteria": "c"}, "server": {"base_url": "http://x", "model": "m"}},
+        {**weighted("s", "a", "e"), "steps": {"separator": "|"}},
+        ensemble("e", "a", "b"),
+    )
+    assert isinstance(config.rewards[0], HeadConfig)
+    assert parse_config(RewardServiceConfig, yaml.safe_load(dump_config(config)), "again") == config
+
+
+def test_every_fault_of_every_kind_is_told_with_a_path_of_the_file() -> None:
+    found = problems(
+        {"name": "", "model": {"sauce": 1}, "head": "h"},
+        {"name": "x", "kind": "magic"},
+        "not a mapping",
+        {**HEAD, "normalization": {"mean": 0, "std": 0}, "clip": {}},
+        {"name": "c", "kind": "sequence_classification", "model": MODEL, "head": "h"},
+        {"name": "t", "kind": "token_classification", "model": MODEL, "reduce": "max"},
+        {"name": "f", "kind": "function", "function": "nothing"},
+        {"name": "f", "kind": "function", "function": "length", "parameters": {"minimum": 3, "maximum": 1, "x": 1}},
+        {"name": "f", "kind": "function", "function": "regular_expression", "parameters": {"pattern": "("}},
+        {"name": "f", "kind": "function", "function": "test_no_function"},
+        {"name": "f", "kind": "function", "function": "test_missing"},
+        {"name": "j", "kind": "judge", "rubric": {"criteria": "c", "scale": {"low": 2, "high": 2}}, "server": {}},
+        {"name": "j", "kind": "judge", "rubric": {"criteria": "c"}, "server": {"kind": "telepathy"}},
+        {"name": "e", "kind": "ensemble", "members": ["a"], "pessimism": -1},
+    )
+    text = "\n".join(found)
+    for part in (
+        "rewards.0.name: ",
+        "rewards.0.model.source: required",
+        "rewards.0.model.sauce: unknown key",
+        "rewards.1: expected a mapping whose kind is one of head,",
+        "rewards.2: expected a mapping",
+        "rewards.3.normalization.std: ",
+        "rewards.3.clip: give low, high or both",
+        "rewards.4.head: unknown key",
+        "rewards.5.reduce: ",
+        "rewards.6: no reward function 'nothing': installed packages declare exact_answer, length, regular_expression",
+        "rewards.7: function 'length': parameters.x: unknown key",
+        "parameters.pattern: not a regular expression",
+        "rewards.9: reward function 'test_no_function': support.reward_functions:NoFunction must be a class with",
+        "rewards.10: reward function 'test_missing': support.reward_functions:Missing cannot be loaded",
+        "rewards.11.rubric.scale: low must be below high",
+        "rewards.11.server.base_url: required",
+        "rewards.12.server: expected a mapping whose kind is openai or ppod",
+        "rewards.13.members: ",
+        "rewards.13.pessimism: ",
+    ):
+        assert part in text, f"{part!r} not in\n{text}"
+    assert "kind=" not in text
+
+
+def test_compositions_that_make_no_sense_are_told_all_at_once() -> None:
+    [problem] = problems(
+        HEAD,
+        HEAD,
+        weighted("self", "self"),
+        weighted("one", "two", "a"),
+        ensemble("two", "three", "a"),
+        weighted("three", "one"),
+        ensemble("twice", "a", "a"),
+        weighted("stranger", "nobody"),
+    )
+    assert problem.startswith("rewards: ")
+    for part in (
+        "'a' is there twice",
+        "'self' -> 'self' is a cycle",
+        "'one' -> 'two' -> 'three' -> 'one' is a cycle",
+        "'twice' has the member 'a' twice",
+        "'stranger' has the member 'nobody', which is no reward here",
+    ):
+        assert part in problem
+    assert problem.count("cycle") == 2
+
+
+def test_a_diamond_is_no_cycle() -> None:
+    parse(HEAD, {**HEAD, "name": "b"}, ensemble("e", "a", "b"), weighted("s", "e", "a"))

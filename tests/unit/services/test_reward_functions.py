@@ -1,0 +1,66 @@
+"""The reward functions that ppod carries, by hand."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+
+from ppod_services.reward.functions import FunctionSample
+from ppod_services.reward.functions.registry import make_function
+from support.processes import ROOT
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters", "response", "reference", "expected"),
+    [
+        ("length", {"minimum": 2, "maximum": 4}, "abc", None, 0.0),
+        ("length", {"minimum": 2, "maximum": 4}, "a", None, -1.0),
+        ("length", {"maximum": 4, "per_unit": 0.5}, "abcdefg", None, -1.5),
+        ("length", {"minimum": 3, "unit": "words"}, "  two words ", None, -1.0),
+        ("length", {}, "anything at all", None, 0.0),
+        ("regular_expression", {"pattern": r"\d+"}, "no 12", None, 1.0),
+        ("regular_expression", {"pattern": r"\d+", "no_match": -2}, "none", None, -2.0),
+        ("regular_expression", {"pattern": r"\d+", "mode": "full"}, "12 no", None, 0.0),
+        (
+            "regular_expression",
+            {"pattern": "A", "mode": "count", "match": 0.5, "flags": ["ignore_case"]},
+            "aXA",
+            None,
+            1.0,
+        ),
+        ("regular_expression", {"pattern": "^b$", "flags": ["multiline"]}, "a\nb", None, 1.0),
+        ("exact_answer", {}, " the  answer\n", "the answer", 1.0),
+        ("exact_answer", {}, "The answer", "the answer", 0.0),
+        ("exact_answer", {"ignore_case": True}, "The answer", "the answer", 1.0),
+        ("exact_answer", {"pattern": r"####\s*(.+)"}, "so 3\n#### 3\nno,\n#### 4", "4", 1.0),
+        ("exact_answer", {"pattern": r"####\s*(.+)", "wrong": -1}, "it is 4", "4", -1.0),
+        ("exact_answer", {"numbers": True}, "1,000.0", "1000", 1.0),
+        ("exact_answer", {"numbers": True}, "a thousand", "1000", 0.0),
+        ("vader", {"figure": "neg"}, "the table is there", None, 0.0),
+        ("vader", {"figure": "neu"}, "the table is there", None, 1.0),
+    ],
+)
+def test_scores_by_hand(
+    function: str, parameters: dict[str, object], response: str, reference: str | None, expected: float
+) -> None:
+    made = make_function(function, parameters)
+    assert made.score(FunctionSample("a prompt that does not count", response, reference)) == expected
+
+
+def test_vader_tells_praise_from_blame_by_the_lexicon() -> None:
+    vader = make_function("vader", {})
+    # The lexicon rates "good" 1.9; compound is s / sqrt(s^2 + 15), rounded to four digits.
+    assert vader.score(FunctionSample("", "good")) == pytest.approx(1.9 / (1.9**2 + 15) ** 0.5, abs=1e-4)
+    assert vader.score(FunctionSample("", "a terrible mess")) < -0.5
+
+
+def test_every_function_of_ours_is_declared_to_other_packages() -> None:
+    """Found by entry point alone: an entry that pyproject.toml lacks would be missed once ppod is installed."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["ppod.rewards"]
+    files = {path.stem for path in (ROOT / "services/ppod_services/reward/functions").glob("*.py")}
+    assert set(declared) == files - {"__init__", "registry", "pool", "worker"}
+    for value in declared.values():
+        module, _, name = value.partition(":")
+        assert (ROOT / "services" / f"{module.replace('.', '/')}.py").is_file()
+        assert name

@@ -1,0 +1,138 @@
+"""Where steps end, what a judge's reply says, and what composed scores are: pure parts of the rewards."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from ppod import InvalidArgument, NonFiniteOutput, ResourceExhausted
+from ppod_services.core.callers import ANONYMOUS_CALLER
+from ppod_services.reward.backlog import Backlog
+from ppod_services.reward.codec import TokenizerCodec
+from ppod_services.reward.composites import score_ensemble, score_sum
+from ppod_services.reward.judge import question, read_verdict
+from ppod_services.reward.kinds import EnsembleConfig, RubricConfig, SumConfig, TermConfig
+from ppod_services.reward.samples import (
+    Granularity,
+    PlainText,
+    Query,
+    Sample,
+    TextContent,
+    TokenContent,
+    Truncation,
+    read_text,
+)
+from ppod_services.reward.scored import Adjustment, Kind, Scored
+from ppod_services.reward.steps import find_steps, step_ends
+from support.tiny_model import build_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "separator", "ends"),
+    [
+        ("one\ntwo", "\n", (4, 7)),
+        ("one\ntwo\n", "\n", (4, 8)),
+        ("one", "\n", (3,)),
+        ("", "\n", (0,)),
+        ("\n\n", "\n", (2,)),
+        ("a\n\n\nb\n", "\n", (2, 6)),
+        ("\na\n", "\n", (3,)),
+        ("a<s>b<s> ", "<s>", (4, 9)),
+        ("a\n\nb", "\n\n", (3, 4)),
+    ],
+)
+def test_step_ends_by_hand(text: str, separator: str, ends: tuple[int, ...]) -> None:
+    assert step_ends(text, separator) == ends
+
+
+def test_steps_of_tokens_hold_the_text_of_the_steps() -> None:
+    """Each position is the first token at which the text of the steps so far is there, in any script."""
+    codec = TokenizerCodec(build_tokenizer())
+    prompt, response = "ünï: ", "größer\n✓ ok\n\nend\n"
+    [head] = codec.encode([prompt], special_tokens=False)
+    [tail] = codec.encode([response], special_tokens=False)
+    # The tiny tokenizer's end of sequence, which adds no text.
+    tokens = np.concatenate([head, tail, [256]]).astype(np.int32)
+    sample = Sample(0, TokenContent(tokens, len(head)))
+    steps = find_steps((sample,), Granularity.STEP, "\n", codec, 10)
+    texts = [read_text(sample.prefix(position), codec).response for position in steps.positions[0]]
+    assert texts == ["größer\n", "größer\n✓ ok\n", response]
+    assert steps.positions[0][-1] == len(tokens)
+    before = [read_text(sample.prefix(position - 1), codec).response for position in steps.positions[0][:-1]]
+    assert before == ["größer", "größer\n✓ ok"]
+    with pytest.raises(InvalidArgument, match="3 positions"):
+        find_steps((sample,), Granularity.STEP, "\n", codec, 2)
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("Score: 3", 3.0),
+        ("Because.\n  Score: 2.5  \n", 2.5),
+        ("Score: -1", None),
+        ("Score: 11", None),
+        ("score: 3", None),
+        ("Score: 3/10", None),
+        ("Score: three", None),
+        ("I'd say Score: 3", None),
+        ("Score: 3\nScore: 3", None),
+        ("Score: nan", None),
+        ("", None),
+    ],
+)
+def test_only_one_line_with_a_score_on_the_scale_is_a_verdict(reply: str, verdict: float | None) -> None:
+    found, fault = read_verdict(reply, 0, 10)
+    assert found == verdict
+    assert bool(fault) is (verdict is None)
+
+
+def test_the_marks_of_a_question_are_the_same_each_time_and_follow_the_text() -> None:
+    rubric = RubricConfig(criteria="c")
+    one = question(rubric, PlainText("p", "r"), None)
+    assert one == question(rubric, PlainText("p", "r"), None)
+    mark = one[0].content.split("begin response ")[1][:16]
+    assert mark not in question(rubric, PlainText("p", "r."), None)[0].content
+
+
+def scored(name: str, values: list[float], adjustment: Adjustment | None = None) -> Scored:
+    return Scored(name, Kind.MODEL, np.asarray(values, dtype=np.float32), None, adjustment)
+
+
+def query(count: int) -> Query:
+    samples = tuple(Sample(10 + index, TextContent("", "x")) for index in range(count))
+    return Query(samples, Truncation.NONE, ANONYMOUS_CALLER, time.monotonic() + 10)
+
+
+def test_an_ensemble_by_hand() -> None:
+    config = EnsembleConfig(name="e", kind="ensemble", members=("a", "b"), pessimism=2.0)
+    result = score_ensemble(config, [scored("a", [1.0, 4.0]), scored("b", [3.0, 4.0])], query(2))
+    assert result.mean is not None
+    assert result.std is not None
+    assert (result.mean.tolist(), result.std.tolist(), result.scores.tolist()) == ([2, 4], [1, 0], [0, 4])
+
+
+def test_a_sum_that_overflows_names_its_sample() -> None:
+    config = SumConfig(
+        name="s", kind="sum", terms=(TermConfig(reward="a", weight=1e30), TermConfig(reward="b", weight=1.0))
+    )
+    fine = score_sum(config, [scored("a", [1e-30, 0]), scored("b", [2, 3])], query(2))
+    assert fine.scores.tolist() == [3.0, 3.0]
+    with pytest.raises(NonFiniteOutput) as caught:
+        score_sum(config, [scored("a", [0, 1e30]), scored("b", [2, 3])], query(2))
+    assert (caught.value.output, caught.value.sample) == ("score of 's'", 11)
+
+
+def test_a_backlog_is_bounded_and_tells_a_wait_that_it_measured() -> None:
+    backlog = Backlog("the judge", 10)
+    with pytest.raises(InvalidArgument), backlog.hold(11):
+        pass
+    with backlog.hold(10):
+        time.sleep(0.1)
+        with pytest.raises(ResourceExhausted), backlog.hold(1):
+            pass
+    with backlog.hold(5), pytest.raises(ResourceExhausted) as caught, backlog.hold(6):
+        pass
+    # Ten texts took a tenth of a second, so five take half of that.
+    assert 0.03 < caught.value.retry_after_s < 0.2
