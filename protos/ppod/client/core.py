@@ -16,8 +16,9 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2
 
 from ppod.client.delivery import NO_RETRY, Delivery
-from ppod.client.exchange import Answerer, Exchange, Job, Shared
+from ppod.client.exchange import Exchange, Shared
 from ppod.client.identity import ModelDescription, ModelState, Pin
+from ppod.client.jobs import Answerer, Job
 from ppod.client.latencies import HedgeBudget, Latencies
 from ppod.client.replicas import Replicas, parse_target
 from ppod.client.security import ClientSecurity

@@ -10,13 +10,11 @@ import itertools
 import random
 import statistics
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from ppod.client.delivery import Delivery
-from ppod.client.identity import ModelState
+from ppod.client.jobs import Answerer, Job
 from ppod.client.latencies import HedgeBudget, Latencies
 from ppod.client.replicas import Replicas
-from ppod.client.splitting import RowSizes
 from ppod.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -30,52 +28,8 @@ from ppod.errors import (
 
 _MAX_REASKS = 2
 _MIN_HEDGE_S = 0.002
-
-
-@dataclass(frozen=True, slots=True)
-class Answerer:
-    """Who answered a part: all parts of a request must have the same.
-
-    Attributes:
-        state: model, weights and tokenizer of the reply.
-        versions: weight versions of every model that took part, the reply's own first.
-        signature: everything else that must be equal: names, kinds and settings of a reward's components.
-    """
-
-    state: ModelState
-    versions: tuple[int, ...]
-    signature: str = ""
-
-
-class Job(Protocol):
-    """What is asked, in terms of its sequences ("rows"): one method, many of them."""
-
-    @property
-    def method(self) -> str:
-        """Full name of the RPC: /package.Service/Method."""
-        ...
-
-    @property
-    def sizes(self) -> RowSizes:
-        """What each row weighs."""
-        ...
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether the same request may be under way twice."""
-        ...
-
-    def encode(self, rows: range, part: int | None) -> bytes:
-        """The request for some of the rows; `part` is None when these are all of them."""
-        ...
-
-    def accept(self, rows: range, data: bytes) -> Answerer:
-        """Check and keep the reply for some of the rows.
-
-        Raises:
-            InvalidReply: it breaks the contract. FailedPrecondition: it is not what the pin insists on.
-        """
-        ...
+_MIN_STRAGGLE_S = 0.05
+"""Parts that take a millisecond are three times as slow by chance alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +179,8 @@ class Exchange:
     def _may_repeat(self, error: PpodError, address: str) -> bool:
         match error:
             case Unavailable():
-                return True
+                # The server may have done the work before the connection broke.
+                return self._job.repeatable
             case ResourceExhausted():
                 # gRPC's own, as for too large a message, brings no wait, and no wait mends it.
                 return error.retry_after_s > 0
@@ -341,7 +296,7 @@ class Exchange:
             return None
         rate = statistics.median(each.seconds / max(1, each.tokens) for each in finished)
         factor = self._shared.delivery.split.straggler_factor
-        return part.sent_at + max(_MIN_HEDGE_S, factor * rate * part.tokens)
+        return part.sent_at + max(_MIN_STRAGGLE_S, factor * rate * part.tokens)
 
     def _newest(self) -> Answerer | None:
         return max(self._answers.values(), key=lambda who: who.versions, default=None)

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ppod.client.core import ClientCore, Program, SingleJob, parse
-from ppod.client.exchange import Answerer
 from ppod.client.identity import (
     ModelDescription,
     ModelState,
@@ -22,6 +21,7 @@ from ppod.client.identity import (
     read_limits,
     read_timing,
 )
+from ppod.client.jobs import Answerer
 from ppod.client.splitting import RowSizes
 from ppod.errors import InvalidArgument, InvalidReply
 from ppod.tensors import FloatArray, TokenArray, pack_sequences, split_ragged, unpack_reply_floats, unpack_reply_tokens

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ppod.client.delivery import Delivery
-from ppod.client.exchange import Action, Answerer, Exchange, Send, Shared
+from ppod.client.exchange import Action, Exchange, Send, Shared
 from ppod.client.identity import ModelState
+from ppod.client.jobs import Answerer
 from ppod.client.latencies import HedgeBudget, Latencies
 from ppod.client.replicas import Replicas
 from ppod.client.splitting import RowSizes, split_rows

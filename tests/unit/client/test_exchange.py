@@ -74,6 +74,16 @@ def test_what_no_repeat_can_mend_is_raised_at_once(error: PpodError) -> None:
     assert len(world.sent) == 1
 
 
+def test_what_may_not_be_done_twice_is_repeated_only_when_it_was_refused() -> None:
+    world = World({"a": failing(GONE), "b": good(0.1)})
+    with pytest.raises(Unavailable):
+        world.exchange(RowsJob([1], repeatable=False))
+    assert len(world.sent) == 1
+    world = World({"a": sequence_of(failing(ResourceExhausted("full", 0.5)), good(0.1))})
+    world.exchange(RowsJob([1], repeatable=False))
+    assert len(world.sent) == 2
+
+
 def test_no_attempt_sooner_than_told() -> None:
     world = World({"a": sequence_of(failing(ResourceExhausted("full", 2.0), 0.5), good(0.1))})
     world.exchange(RowsJob([1]))
