@@ -40,4 +40,4 @@ class Length:
         length = len(sample.response.split()) if wanted.unit == "words" else len(sample.response)
         missing = max(0, wanted.minimum - length)
         excess = 0 if wanted.maximum is None else max(0, length - wanted.maximum)
-        return -wanted.per_unit * (missing + excess)
+        return 0.0 - wanted.per_unit * (missing + excess)
