@@ -109,7 +109,7 @@ class Scheduler(Generic[ItemT, ResultT]):
             for index, submission in enumerate(submissions)
         ]
         with self._lock:
-            self._queue.add(ticket, caller, entries, now_s)
+            self._queue.add(ticket, caller, entries, now_s, ticket.expires_s)
         self._metrics.accepted(caller.team.name, tokens)
         self._count_queue([caller.team.name])
         self._company.arrived(len(self._open), now_s)
@@ -200,17 +200,13 @@ class Scheduler(Generic[ItemT, ResultT]):
     def _take(self) -> BatchRun[ItemT, ResultT] | None:
         assert self._mailbox is not None
         now_s = time.monotonic()
-        late: list[Entry[ItemT, ResultT]] = []
         with self._lock:
             bounds = self._bounds(now_s)
-            batch: list[Entry[ItemT, ResultT]] = []
-            while len(self._queue) and not batch:
-                taken = self._queue.take(bounds)
-                # Where others wait, compute for what ends too late would be theirs: served in order of arrival, an
-                # overloaded queue would else be full of requests that expire while their batch runs.
-                needed_s = self._rate.seconds(sum(entry.tokens for entry in taken)) if len(self._queue) else 0.0
-                for entry in taken:
-                    (batch if entry.ticket.expires_s > now_s + needed_s else late).append(entry)
+            # Where others wait, compute for what ends too late would be theirs.
+            shared = self._queue.requests > 1
+            needed_s = self._rate.seconds(min(self._queue.tokens, bounds.max_tokens)) if shared else 0.0
+            late = self._queue.expire(now_s + needed_s)
+            batch = self._queue.take(bounds, now_s)
             if late:
                 self._admission.missed()
             if batch:

@@ -330,3 +330,46 @@ def test_nobody_starves(teams: int) -> None:
             assert turn == 0
             return
     pytest.fail("the long sequence never ran")
+
+
+def timed(*requests: tuple[int, float, float]) -> FairQueue[Entry]:
+    """One team's requests of one sequence each: length, arrival and expiry."""
+    queue: FairQueue[Entry] = FairQueue(0)
+    for number, (tokens, arrived_s, expires_s) in enumerate(requests):
+        queue.add(number, Caller(A), [Entry(tokens)], arrived_s, expires_s)
+    return queue
+
+
+def test_an_urgent_request_goes_before_those_of_the_right_length() -> None:
+    """At 6 s the one of 30 tokens has had half of its 10 s; the leader's own length would win otherwise."""
+    requests = [(10, 0.0, 100.0), (10, 1.0, 100.0), (30, 1.0, 11.0), (10, 2.0, 100.0)]
+    assert lengths(timed(*requests).take(bounds(20), 5.9)) == [10, 10]
+    assert lengths(timed(*requests).take(bounds(20), 6.0)) == [30]
+
+
+def test_of_urgent_requests_those_that_expire_first_go_first() -> None:
+    queue = timed((10, 0.0, 9.0), (12, 0.0, 8.0), (11, 0.0, 7.0), (11, 6.0, 99.0))
+    assert lengths(queue.take(bounds(24), 6.0)) == [11, 12]
+    assert lengths(queue.take(bounds(24), 6.0)) == [10, 11]
+
+
+def test_an_urgent_request_joins_a_batch_only_within_the_price_of_padding() -> None:
+    queue = timed((10, 0.0, 7.0), (200, 0.0, 8.0), (10, 5.0, 99.0))
+    assert lengths(queue.take(bounds(1_000, overhead_tokens=8), 6.0)) == [10, 10]
+
+
+def test_a_request_that_is_alone_is_batched_as_ever_however_late_it_is() -> None:
+    lone: list[list[int]] = []
+    for now_s in (0.0, 99.0):
+        queue: FairQueue[Entry] = FairQueue(0)
+        queue.add("lone", Caller(A), [Entry(tokens) for tokens in (3, 9, 4, 8)], 0.0, 100.0)
+        lone.append(lengths(queue.take(bounds(18), now_s)))
+    assert lone == [[9, 8], [9, 8]]
+
+
+def test_what_expires_leaves_and_the_rest_stays() -> None:
+    queue = timed((10, 0.0, 5.0), (20, 0.0, 6.0), (30, 0.0, 7.0))
+    assert lengths(queue.expire(6.0)) == [10, 20]
+    assert (len(queue), queue.tokens) == (1, 30)
+    assert queue.expire(6.0) == []
+    assert lengths(queue.take(ROOMY, 6.0)) == [30]
