@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -129,11 +131,12 @@ def running(contestant: Contestant, setting: Setting, log: Path) -> Generator[No
         yield
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait(30)
+        # Some servers leave their workers behind, which would hold the port and compute on.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
 
 
 def _wait(contestant: Contestant, process: subprocess.Popen[bytes], log: Path) -> None:
