@@ -1,11 +1,11 @@
 """Reward models that transformers loads whole: sequence classifiers and process reward models.
 
-Shape legend: B sequences, T padded length, K labels.
+Shape legend: B sequences, T padded length, N tokens of all sequences with their padding, K labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
+from ppod_models.packing import enable_packing, hidden_states, lay_out
 from ppod_models.padding import PaddedBatch, pad_sequences
 
 Tokens = npt.NDArray[np.integer]
@@ -42,11 +43,28 @@ class ClassifierInput:
     reads: Tokens
 
 
+class _Decoder:
+    """A decoder that keeps its classifying layer apart, so that every position may be read in one forward."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.packs = enable_packing(model)
+
+    def read(self, inputs: Sequence[ClassifierInput]) -> list[torch.Tensor]:
+        """Run all inputs in one forward; float32 [reads, K] for each."""
+        layout = lay_out([one.tokens for one in inputs], packed=self.packs, device=self._model.device)
+        states = hidden_states(cast(PreTrainedModel, self._model.base_model), layout)
+        head = cast(nn.Module, self._model.score)
+        reads = [torch.from_numpy(np.asarray(one.reads, dtype=np.int64)).to(states.device) for one in inputs]
+        positions = torch.cat([start + read for start, read in zip(layout.starts, reads, strict=True)])
+        return list(head(states[positions]).float().split([len(read) for read in reads]))
+
+
 class SequenceClassifier:
     """A reward model with one label: the value of a position is the score of the sequence up to it.
 
-    Models that see ahead (encoders such as DeBERTa) score whole sequences only; `scores_prefixes` tells.
-    Not thread-safe: one call at a time.
+    Models that see ahead (encoders such as DeBERTa) score whole sequences only; `scores_prefixes` tells. `packs` tells
+    whether sequences share a batch without padding. Not thread-safe: one call at a time.
 
     Raises:
         RewardClassifierError: the model has another number of labels than one.
@@ -56,11 +74,10 @@ class SequenceClassifier:
         _check_labels(model, 1)
         self._model = model
         self._pad = pad_token_id(model)
-        # Decoders keep the layer that scores apart, so that every position may be read in one forward.
-        self._decoder = isinstance(model, GenericForSequenceClassification)
-        self.scores_prefixes = self._decoder and _is_causal(
-            lambda tokens: self._position_scores(_batch_of(model, tokens)),
-            _PROBE_TOLERANCE.get(model.dtype, _PROBE_TOLERANCE_HALF),
+        self._decoder = _Decoder(model) if isinstance(model, GenericForSequenceClassification) else None
+        self.packs = self._decoder is not None and self._decoder.packs
+        self.scores_prefixes = self._decoder is not None and _is_causal(
+            self._decoder, _PROBE_TOLERANCE.get(model.dtype, _PROBE_TOLERANCE_HALF)
         )
 
     def end_of(self, tokens: Tokens) -> int:
@@ -74,20 +91,11 @@ class SequenceClassifier:
 
         Other reads than `end_of` need `scores_prefixes`.
         """
+        if self._decoder is not None:
+            return [scores.squeeze(-1).cpu().numpy() for scores in self._decoder.read(inputs)]
         batch = _pad(self._model, [one.tokens for one in inputs])
-        if self._decoder:
-            scores = self._position_scores(batch)
-            return [_take(scores, row, one.reads) for row, one in enumerate(inputs)]
         logits = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return list(logits.float().cpu().numpy().reshape(-1, 1))
-
-    def _position_scores(self, batch: PaddedBatch) -> torch.Tensor:
-        """float32 [B, T]."""
-        states = self._model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state
-        head = cast(nn.Module, self._model.score)
-        return head(states).squeeze(-1).float()
 
 
 class TokenClassifier:
@@ -102,10 +110,14 @@ class TokenClassifier:
     def __init__(self, model: PreTrainedModel) -> None:
         _check_labels(model, 2)
         self._model = model
+        self._decoder = _Decoder(model) if isinstance(model, GenericForTokenClassification) else None
+        self.packs = self._decoder is not None and self._decoder.packs
 
     @torch.inference_mode()
     def score(self, inputs: Sequence[ClassifierInput]) -> list[npt.NDArray[np.float32]]:
         """One forward for the batch; float32 [reads] for each input, from 0 to 1."""
+        if self._decoder is not None:
+            return [logits.softmax(dim=-1)[:, 1].cpu().numpy() for logits in self._decoder.read(inputs)]
         batch = _pad(self._model, [one.tokens for one in inputs])
         logits = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         probabilities = logits.float().softmax(dim=-1)[..., 1]
@@ -171,8 +183,8 @@ def _pad(model: PreTrainedModel, sequences: Sequence[Tokens]) -> PaddedBatch:
     return batch
 
 
-def _batch_of(model: PreTrainedModel, tokens: Sequence[int]) -> PaddedBatch:
-    return pad_sequences([np.asarray(tokens)], side="right", device=model.device)
+def _every_position(tokens: Sequence[int]) -> ClassifierInput:
+    return ClassifierInput(np.asarray(tokens), np.arange(len(tokens)))
 
 
 def _take(values: torch.Tensor, row: int, reads: Tokens) -> npt.NDArray[np.float32]:
@@ -180,9 +192,8 @@ def _take(values: torch.Tensor, row: int, reads: Tokens) -> npt.NDArray[np.float
 
 
 @torch.inference_mode()
-def _is_causal(scores_of: Callable[[Sequence[int]], torch.Tensor], tolerance: float) -> bool:
+def _is_causal(decoder: _Decoder, tolerance: float) -> bool:
     """Whether the score at a position is that of the prefix alone: some decoders are used with attention both ways."""
-    whole = scores_of(_PROBE)[0]
-    prefix = scores_of(_PROBE[:3])[0]
+    whole, prefix = (decoder.read([_every_position(_PROBE[:end])])[0] for end in (len(_PROBE), 3))
     scale = float(whole.abs().max().clamp(min=1.0))
     return bool(((whole[:3] - prefix).abs() <= tolerance * scale).all())

@@ -2,7 +2,7 @@
 
 Training and serving share this code, so a served score is the score that was evaluated.
 
-Shape legend: B sequences, T padded length, H hidden size, F features (reads x H).
+Shape legend: B sequences, N tokens of all sequences with their padding, H hidden size, F features (reads x H).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ppod_models.loading import max_sequence_tokens
-from ppod_models.padding import PaddedBatch, pad_sequences
+from ppod_models.packing import Layout, enable_packing, hidden_states, lay_out
 from ppod_models.reward_cards import FeatureSpec, Pooling
 from ppod_models.reward_heads import RewardHeadError
 
@@ -29,7 +29,8 @@ RMS_EPSILON = 1e-6
 class TrunkFeatures:
     """Reads features off a trunk; runs no layer above the highest one that is asked for.
 
-    The trunk is shared, not copied, and is left as it was. One forward at a time: calls are not thread-safe.
+    The trunk is shared, not copied; its weights are left as they were. `packs` tells whether sequences share a batch
+    without padding. One forward at a time: calls are not thread-safe.
 
     Raises:
         RewardHeadError: the trunk has no such layers, or is of an architecture whose layers cannot be found.
@@ -41,6 +42,7 @@ class TrunkFeatures:
         self._suffix = encode_text(tokenizer, spec.suffix)
         self._eos = tokenizer.eos_token_id
         self._device = trunk.device
+        self.packs = enable_packing(trunk)
         self._body = lower_layers(cast(PreTrainedModel, trunk.base_model), max(read.layer for read in spec.reads))
         self.max_sequence_tokens = max_sequence_tokens(trunk) - len(self._prefix) - len(self._suffix)
 
@@ -60,9 +62,9 @@ class TrunkFeatures:
         """
         contents = [self._content(sequence) for sequence in sequences]
         wrapped = [np.concatenate([self._prefix, content, self._suffix]) for content in contents]
-        batch = pad_sequences(wrapped, side="right", device=self._device)
-        states = self._states(batch)
-        starts = torch.full((len(contents),), len(self._prefix), device=self._device)
+        layout = lay_out(wrapped, packed=self.packs, device=self._device, masked=False)
+        states = self._states(layout)
+        starts = layout.starts + len(self._prefix)
         lengths = torch.tensor([len(content) for content in contents], device=self._device)
         parts = [unit_rms(self._pool(states[read.layer], read.pooling, starts, lengths)) for read in self.spec.reads]
         return torch.cat(parts, dim=-1)
@@ -87,19 +89,14 @@ class TrunkFeatures:
             end -= 1
         return np.asarray(sequence[:end], dtype=np.int64)
 
-    def _states(self, batch: PaddedBatch) -> dict[int, torch.Tensor]:
-        """Outputs of the layers that are read, by number, each [B, T, H] in the trunk's dtype."""
+    def _states(self, layout: Layout) -> dict[int, torch.Tensor]:
+        """Outputs of the layers that are read, by number, each [N, H] in the trunk's dtype."""
         found: dict[int, torch.Tensor] = {}
         layers = cast(nn.ModuleList, self._body.layers)
         with ExitStack() as hooks:
             for number in {read.layer for read in self.spec.reads}:
                 hooks.enter_context(layers[number - 1].register_forward_hook(_keep(found, number)))
-            self._body(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-            )
+            hidden_states(self._body, layout)
         return found
 
 
@@ -130,16 +127,14 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> npt.NDArray[np
 
 
 def states_at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One state of each row: float32 [B, H] for hidden [B, T, H] and positions [B]."""
-    return hidden[torch.arange(len(hidden), device=hidden.device), positions].float()
+    """One state of each sequence: float32 [B, H] for hidden [N, H] and positions [B]."""
+    return hidden[positions].float()
 
 
 def mean_states(hidden: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Mean over positions start to start + length - 1: float32 [B, H] for hidden [B, T, H], starts and lengths [B]."""
-    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    inside = (positions >= starts[:, None]) & (positions < (starts + lengths)[:, None])
-    weights = inside.float() / lengths[:, None]
-    return torch.bmm(weights[:, None], hidden.float())[:, 0]
+    """Mean over positions start to start + length - 1: float32 [B, H] for hidden [N, H], starts and lengths [B]."""
+    spans = zip(starts.tolist(), lengths.tolist(), strict=True)
+    return torch.stack([hidden[start : start + length].float().mean(dim=0) for start, length in spans])
 
 
 def unit_rms(states: torch.Tensor) -> torch.Tensor:
@@ -150,6 +145,6 @@ def unit_rms(states: torch.Tensor) -> torch.Tensor:
 def _keep(found: dict[int, torch.Tensor], index: int) -> Callable[[nn.Module, object, object], None]:
     def hook(_module: nn.Module, _inputs: object, output: object) -> None:
         # Some decoder layers return a tuple whose first entry is the hidden state.
-        found[index] = cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)
+        found[index] = cast(torch.Tensor, output[0] if isinstance(output, tuple) else output).flatten(0, 1)
 
     return hook

@@ -59,6 +59,11 @@ class RewardModel:
         return self.card.name
 
     @property
+    def packs(self) -> bool:
+        """Whether sequences share a batch without padding."""
+        return self._features.packs
+
+    @property
     def max_sequence_tokens(self) -> int:
         """Longest sequence that `score` takes: the trunk's positions less the template's tokens."""
         return self._features.max_sequence_tokens

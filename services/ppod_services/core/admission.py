@@ -14,7 +14,7 @@ that would end too late is refused at once, and told how long its team's backlog
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -189,8 +189,8 @@ class Admission:
     def _check_possible(self, request: Request) -> None:
         config, team = self._config, request.caller.team
         for unit, asked, most in (
-            ("tokens in all", request.tokens, _most_held(team, config.max_queue_tokens)),
-            ("sequences", request.sequences, _most_held(team, config.max_queue_sequences)),
+            ("tokens in all", request.tokens, most_held(team, config.max_queue_tokens)),
+            ("sequences", request.sequences, most_held(team, config.max_queue_sequences)),
         ):
             if asked > most:
                 expected = f"at most {most:.0f}, which is what one team may have in the queue"
@@ -216,8 +216,10 @@ class Admission:
     def _room(self, request: Request, promised: float, now_s: float) -> _Refusal | None:
         team, backlog, config = request.caller.team, self._backlog, self._config
         asked = request.tokens + promised if backlog.team_tokens(team.name) else request.tokens
-        tokens = self._excess(team, asked, config.max_queue_tokens, backlog.team_tokens)
-        sequences = self._excess(team, request.sequences, config.max_queue_sequences, backlog.team_sequences)
+        held_tokens = {name: backlog.team_tokens(name) for name in self._parts}
+        held_sequences = {name: backlog.team_sequences(name) for name in self._parts}
+        tokens = overflow(team, asked, config.max_queue_tokens, held_tokens, self._parts)
+        sequences = overflow(team, request.sequences, config.max_queue_sequences, held_sequences, self._parts)
         if not tokens and not sequences:
             return None
         # What must leave first, in tokens: sequences are taken to be of the queue's mean length.
@@ -226,12 +228,6 @@ class Admission:
         held = f"{backlog.team_tokens(team.name)} tokens in {backlog.team_sequences(team.name)} sequences"
         what = f"the queue holds {backlog.tokens} tokens; team {team.name} has {held} of them, and more do not fit"
         return _Refusal(Refusal.QUEUE, wait_s, what)
-
-    def _excess(self, team: Team, asked: float, most: int, held: Callable[[str], int]) -> float:
-        """By how much the shared half of the queue would overflow, were a request of this size to enter."""
-        beyond = max(0.0, held(team.name) + asked - team.part * most / 2)
-        others = sum(max(0.0, held(name) - part * most / 2) for name, part in self._parts.items() if name != team.name)
-        return max(0.0, beyond + others - most / 2) if beyond else 0.0
 
     def _deadline(self, request: Request, promised: float, now_s: float, margin: float) -> _Refusal | None:
         backlog, rate = self._backlog, self._rate
@@ -261,6 +257,21 @@ class Admission:
         return self._rate.running_s(now_s) + tokens / rate if rate else _UNKNOWN_RATE_WAIT_S
 
 
-def _most_held(team: Team, most: int) -> float:
-    """What a team could have in an otherwise empty queue: its own part and the shared half."""
+def most_held(team: Team, most: int) -> float:
+    """What a team could have in an otherwise empty queue: its own part of one half, and the other half, all shared."""
     return (1 + team.part) / 2 * most
+
+
+def overflow(team: Team, asked: float, most: int, held: Mapping[str, int], parts: Mapping[str, float]) -> float:
+    """By how much the shared half of a queue would overflow, were a request of this size to enter.
+
+    Args:
+        team: whose request it is.
+        asked: its size.
+        most: the queue's.
+        held: what each team has in it.
+        parts: each team's part.
+    """
+    beyond = max(0.0, held[team.name] + asked - team.part * most / 2)
+    others = sum(max(0.0, held[name] - part * most / 2) for name, part in parts.items() if name != team.name)
+    return max(0.0, beyond + others - most / 2) if beyond else 0.0

@@ -46,6 +46,7 @@ class Entry(Generic[ItemT, ResultT]):
     item: ItemT
     tokens: int
     group: Hashable
+    packed: bool
 
 
 class Mailbox:

@@ -15,6 +15,11 @@ class Sized(Protocol):
         """Length; for generation with the room for its completion."""
         ...
 
+    @property
+    def packed(self) -> bool:
+        """Whether its model runs sequences one after the other, without padding."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class BatchBounds:
@@ -33,30 +38,37 @@ class BatchBounds:
 
 
 class BatchShape:
-    """A batch while it is being filled."""
+    """A batch while it is being filled; the sequence that leads it decides whether it is padded or packed."""
 
-    def __init__(self, leader_tokens: int, bounds: BatchBounds) -> None:
-        self.width = leader_tokens
+    def __init__(self, leader: Sized, bounds: BatchBounds) -> None:
+        self.width = leader.tokens
         self.size = 1
-        self._tokens = leader_tokens
+        self.packed = leader.packed
+        self._tokens = leader.tokens
         self._bounds = bounds
 
     @property
     def full(self) -> bool:
         """Whether not even a sequence that needs no further padding fits."""
-        return self.size >= self._bounds.max_size or self.width * (self.size + 1) > self._bounds.max_tokens
+        least = self._tokens + 1 if self.packed else self.width * (self.size + 1)
+        return self.size >= self._bounds.max_size or least > self._bounds.max_tokens
+
+    @property
+    def room(self) -> int:
+        """Tokens left in a packed batch."""
+        return self._bounds.max_tokens - self._tokens
 
     def padding_with(self, tokens: int) -> int:
         """Padding tokens of the whole batch, were a sequence of this length to join."""
-        return max(self.width, tokens) * (self.size + 1) - self._tokens - tokens
+        return self._tokens_with(tokens) - self._tokens - tokens
 
     def takes(self, tokens: int) -> bool:
         """Whether a sequence of this length may join."""
         bounds = self._bounds
-        padded = max(self.width, tokens) * (self.size + 1)
-        if self.size >= bounds.max_size or padded > bounds.max_tokens:
+        total = self._tokens_with(tokens)
+        if self.size >= bounds.max_size or total > bounds.max_tokens:
             return False
-        return self.padding_with(tokens) <= bounds.overhead_tokens + padded // 16
+        return self.padding_with(tokens) <= bounds.overhead_tokens + total // 16
 
     def join(self, tokens: int) -> None:
         """A sequence of this length joins."""
@@ -64,7 +76,12 @@ class BatchShape:
         self.size += 1
         self._tokens += tokens
 
+    def _tokens_with(self, tokens: int) -> int:
+        return self._tokens + tokens if self.packed else max(self.width, tokens) * (self.size + 1)
 
-def padded_tokens(batch: Sequence[Sized]) -> int:
-    """Tokens of a batch when each sequence is padded to the longest."""
+
+def computed_tokens(batch: Sequence[Sized]) -> int:
+    """Tokens that a batch computes: its own, and padding to the longest where it is not packed."""
+    if batch[0].packed:
+        return sum(entry.tokens for entry in batch)
     return len(batch) * max(entry.tokens for entry in batch)

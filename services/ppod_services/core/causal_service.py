@@ -30,6 +30,8 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
     """Wires scheduler, engine and weights; imports torch only in `load`, once the ports are bound."""
 
     admin_service_name = WEIGHT_SERVICE
+    packs = False
+    """Whether the engine takes packed sequences from models that can."""
 
     def __init__(self, config: CausalServiceConfig, host: Host) -> None:
         self._config = config
@@ -58,7 +60,7 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
         from ppod_services.core.weights import ServedWeights  # noqa: PLC0415
 
         config = self._config
-        model = load_causal_model(config.model, config.name, config.batching.max_batch_tokens)
+        model = load_causal_model(config.model, config.name, config.batching.max_batch_tokens, pack=self.packs)
         weights = ServedWeights(model.model, self._metrics.weight_version)
         engine = self.build_engine(model, weights)
         warm_up(engine, model.info, config.warm_up_tokens, self.warm_up_item)

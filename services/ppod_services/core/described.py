@@ -30,6 +30,7 @@ class ModelInfo:
         dtype: "float32", "bfloat16" or "float16".
         device: "cpu", "cuda:0" and so on.
         eos_token_ids: the model's own end-of-sequence ids.
+        packs: whether it runs sequences one after the other, without padding.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ModelInfo:
     dtype: str
     device: str
     eos_token_ids: tuple[int, ...] = ()
+    packs: bool = False
 
     def state(self, weight_version: int) -> common_pb2.ModelState:
         """Identity as the message that travels."""

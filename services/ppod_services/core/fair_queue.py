@@ -12,9 +12,9 @@ holds its tail latency beside a team that floods; over any interval it can excee
 most. One that comes back after a longer time has no such claim, or its first flood would push a steady team aside.
 Zero tokens give the paper's rule.
 
-Batches of similar lengths serve young requests before old ones, and under overload the old ones would expire. So a
-request that has waited for half of its time is urgent: those that expire first go first within their team and priority,
-before those of the right length.
+Padded batches of similar lengths serve young requests before old ones, and under overload the old ones would expire. So
+a request that has waited for half of its time is urgent: those that expire first go first within their team and
+priority, before those of the right length.
 
 Pure: no clock, no model, no transport. Not thread-safe: the scheduler holds a lock.
 """
@@ -104,7 +104,8 @@ class FairQueue(Generic[QueuedT]):
 
         The team with the lowest counter leads, with the longest sequence of its oldest request of the highest
         priority. Then, one by one, the team that has the lowest counter by now adds the sequence of the same group
-        that needs the least padding, as long as bounds allow; urgent requests lead and add before all others. Without
+        that needs the least padding, or that of its oldest request where there is none, as long as bounds allow; urgent
+        requests lead and add before all others. Without
         those the choice depends on nothing but the queue, and ties keep their order; a lone request is never urgent. So
         a caller who is alone gets the same batches, and the same bits, each time.
 
@@ -117,7 +118,7 @@ class FairQueue(Generic[QueuedT]):
         self._served_up_to = leading.counter
         urgent_s = now_s if self.requests > 1 else -math.inf
         request, node = leading.leader(urgent_s)
-        shape = BatchShape(node.tokens, bounds)
+        shape = BatchShape(node.sequence, bounds)
         batch = [self._serve(request, node)]
         group = node.sequence.group
         ranked = [(team.counter, team.number, team) for team in self._teams.values() if team.tokens]

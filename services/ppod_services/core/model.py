@@ -25,6 +25,7 @@ from ppod_models.loading import (
     tokenizer_fingerprint,
     vocab_size,
 )
+from ppod_models.packing import enable_packing
 from ppod_models.sources import ModelSourceError, resolve
 from ppod_services.core.described import ModelInfo
 
@@ -82,8 +83,10 @@ def load_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTok
     return model, tokenizer
 
 
-def load_causal_model(config: ModelConfig, name: str, max_batch_tokens: int) -> CausalModel:
+def load_causal_model(config: ModelConfig, name: str, max_batch_tokens: int, *, pack: bool = False) -> CausalModel:
     """Load a model to serve under `name`; sequences longer than `max_batch_tokens` would never fit a batch.
+
+    With `pack` the model takes packed sequences where it can, which `info.packs` then tells.
 
     Raises:
         ModelSourceError: as `load_pretrained`; or the model does more to its logits than its output layer.
@@ -101,6 +104,7 @@ def load_causal_model(config: ModelConfig, name: str, max_batch_tokens: int) -> 
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
             eos_token_ids=eos_token_ids(model, tokenizer),
+            packs=pack and enable_packing(model),
         ),
         model=model,
         backbone=backbone,

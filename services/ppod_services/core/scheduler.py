@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 from ppod.errors import DeadlineExceeded, Unavailable
 from ppod_services.core.admission import Admission, Request
 from ppod_services.core.batch_run import BatchRun, Entry, Mailbox, RunBatch, Sink
-from ppod_services.core.batching import BatchBounds, padded_tokens
+from ppod_services.core.batching import BatchBounds, computed_tokens
 from ppod_services.core.callers import ANONYMOUS_CALLER, Caller, current_request_id
 from ppod_services.core.company import Company
 from ppod_services.core.config import BatchingConfig
@@ -105,8 +105,8 @@ class Scheduler(Generic[ItemT, ResultT]):
             self._admission.admit(request, now_s)
         ticket = self._open_ticket(len(submissions), tokens, deadline_s, caller)
         entries = [
-            Entry(ticket, caller.team.name, index, submission.item, submission.tokens, submission.group)
-            for index, submission in enumerate(submissions)
+            Entry(ticket, caller.team.name, index, one.item, one.tokens, one.group, one.packed)
+            for index, one in enumerate(submissions)
         ]
         with self._lock:
             self._queue.add(ticket, caller, entries, now_s, ticket.expires_s)
@@ -260,7 +260,7 @@ class Scheduler(Generic[ItemT, ResultT]):
                 entry.ticket.begun = True
                 metrics.waited(entry.team, run.started_s - entry.ticket.arrived_s)
         if error is None:
-            padded = padded_tokens(entries)
+            padded = computed_tokens(entries)
             metrics.batch(BatchFigures(len(entries), run.tokens, padded, self._config.max_batch_tokens, run.seconds))
             for team, tokens in served.items():
                 metrics.served(team, tokens)

@@ -20,8 +20,8 @@ from ppod_services.core.length_index import LengthIndex
 _URGENT_AFTER = 0.5
 """Part of its time after which a request is urgent."""
 
-_URGENT_SEEN = 64
-"""Most urgent requests that are looked at for each place in a batch."""
+_SEEN = 64
+"""Most requests that are looked at in their order for each place in a batch."""
 
 
 class Queued(Protocol):
@@ -35,6 +35,11 @@ class Queued(Protocol):
     @property
     def group(self) -> Hashable:
         """Only sequences with equal groups share a batch."""
+        ...
+
+    @property
+    def packed(self) -> bool:
+        """Whether its model runs sequences one after the other, without padding; one answer for a group."""
         ...
 
 
@@ -122,7 +127,7 @@ class Level(Generic[QueuedT]):
 
     def urgent(self, urgent_s: float) -> Iterator[WaitingRequest[QueuedT]]:
         """Requests that are urgent at this time, those that expire first before others; not all where they are many."""
-        for expiry in itertools.islice(self._in_order(), _URGENT_SEEN):
+        for expiry in itertools.islice(self._in_order(), _SEEN):
             request = self._by_expiry[expiry]
             if request.urgent_s > urgent_s:
                 return
@@ -132,17 +137,21 @@ class Level(Generic[QueuedT]):
         return cast("Iterator[tuple[float, int]]", iter(self._expiries))
 
     def nearest(self, group: Hashable, shape: BatchShape, urgent_s: float) -> Node[QueuedT] | None:
-        """The sequence that joins a batch, if one may: an urgent one, or the one that needs the least padding.
+        """The sequence that joins a batch, if one may: an urgent one, or else the one that needs the least padding.
 
-        Of two that need the same it is the shorter one.
+        Of two that need the same it is the shorter one. Packed batches need none: there it is one of the oldest
+        request, and at the end of a batch the longest that fits.
         """
-        for request in self.urgent(urgent_s):
-            node = request.longest()
-            if node.sequence.group == group and shape.takes(node.tokens):
-                return node
         index = self.groups.get(group)
         if index is None:
             return None
+        oldest = itertools.islice(self.requests.values(), _SEEN) if shape.packed else ()
+        for request in itertools.chain(self.urgent(urgent_s), oldest):
+            node = request.longest()
+            if node.sequence.group == group and shape.takes(node.tokens):
+                return node
+        if shape.packed:
+            return index.longest_at_most(shape.room)
         near = [index.longest_at_most(shape.width), index.shortest_above(shape.width)]
         fitting = [node for node in near if node is not None and shape.takes(node.tokens)]
         return min(fitting, key=lambda node: shape.padding_with(node.tokens), default=None)

@@ -16,11 +16,19 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True, slots=True)
 class Submission(Generic[ItemT]):
-    """One sequence to run: `tokens` is its cost; only equal `group`s share a batch."""
+    """One sequence to run.
+
+    Attributes:
+        item: what the engine takes.
+        tokens: its cost.
+        group: only equal ones share a batch.
+        packed: whether the engine runs this group's sequences one after the other, without padding.
+    """
 
     item: ItemT
     tokens: int
     group: Hashable = None
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 
 from ppod.errors import NonFiniteOutput, PpodError
 from ppod_models.logprobs import TokenDistributions, token_distributions
-from ppod_models.padding import pad_sequences
+from ppod_models.packing import hidden_states, lay_out
 from ppod_services.core.adapters import Adapters
 from ppod_services.core.described import check_version
 from ppod_services.core.model import CausalModel
@@ -50,14 +50,13 @@ class ReferenceEngine:
     def _distributions(self, items: Sequence[ReferenceItem]) -> TokenDistributions:
         """Of all response tokens of the batch in order. What no item asked for is not computed."""
         device = self._model.device
-        batch = pad_sequences([item.tokens for item in items], side="right", device=device)
-        # No mask: padding is on the right, where causal attention keeps it from every real token.
-        output = self._model.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        layout = lay_out([item.tokens for item in items], packed=self._model.info.packs, device=device, masked=False)
+        states = hidden_states(self._model.backbone, layout)
         lengths = [len(item.tokens) - item.prompt_length for item in items]
-        rows = np.repeat(np.arange(len(items)), lengths)
+        starts = np.repeat(layout.starts.cpu().numpy(), lengths)
         # The hidden state before a token predicts it: positions are shifted by one.
         positions = np.concatenate([np.arange(item.prompt_length, len(item.tokens)) for item in items]) - 1
-        hidden = output.last_hidden_state[torch.from_numpy(rows).to(device), torch.from_numpy(positions).to(device)]
+        hidden = states[torch.from_numpy(starts + positions).to(device)]
         responses = np.concatenate([item.tokens[item.prompt_length :] for item in items]).astype(np.int64)
         return token_distributions(
             hidden,

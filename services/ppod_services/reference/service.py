@@ -24,6 +24,7 @@ class ReferenceService(CausalService[ReferenceItem, ReferenceResult]):
     """Hosts ReferenceService and, on the admin port, WeightService."""
 
     service_name = REFERENCE_SERVICE
+    packs = True
 
     def __init__(self, config: ReferenceServiceConfig, host: Host) -> None:
         super().__init__(config, host)

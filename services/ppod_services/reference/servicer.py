@@ -68,7 +68,9 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
         target = self._target.get()
         info, adapter = self._select(target.info, request.selector)
         items = self._read(request, info, adapter, pinned_version(request.selector, target.weights.version))
-        submissions = [Submission(item, len(item.tokens), (item.adapter, item.temperature)) for item in items]
+        submissions = [
+            Submission(item, len(item.tokens), (item.adapter, item.temperature), info.packs) for item in items
+        ]
         ticket = self._scheduler.submit(
             submissions, effective_deadline_s(context.time_remaining(), self._limits), caller_of(request.priority)
         )

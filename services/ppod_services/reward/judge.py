@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ppod.errors import DeadlineExceeded, RewardFailed
-from ppod_services.reward.backlog import Backlog
+from ppod_services.reward.backlog import Backlog, Turns
 from ppod_services.reward.kinds import JudgeConfig, RubricConfig
-from ppod_services.reward.samples import PlainText, Sample, Turn
+from ppod_services.reward.samples import PlainText, Query, Sample, Turn
 
 _VERDICT = re.compile(r"^[ \t]*Score:[ \t]*(-?\d+(?:\.\d+)?)[ \t]*$", re.MULTILINE)
 _LONGEST_QUOTE = 200
@@ -48,19 +48,19 @@ class Judge:
     def __init__(self, config: JudgeConfig, server: JudgeServer) -> None:
         self._config = config
         self._server = server
-        self._room = asyncio.Semaphore(config.concurrency)
+        self._turns = Turns(config.concurrency)
         self._backlog = Backlog(f"reward {config.name!r}", config.max_waiting)
 
-    async def score(self, samples: Sequence[Sample], texts: Sequence[PlainText], deadline: float) -> list[float]:
+    async def score(self, samples: Sequence[Sample], texts: Sequence[PlainText], query: Query) -> list[float]:
         """One verdict a text, on the rubric's scale; the first that fails cancels the others.
 
         Raises:
             RewardFailed: no readable verdict after `attempts` questions. DeadlineExceeded: the time ran out before.
             PpodError: as `JudgeServer.complete`.
         """
-        with self._backlog.hold(len(texts)):
+        with self._backlog.hold(query.caller, len(texts)):
             tasks = [
-                asyncio.ensure_future(self._ask(sample, text, deadline))
+                asyncio.ensure_future(self._ask(sample, text, query))
                 for sample, text in zip(samples, texts, strict=True)
             ]
             try:
@@ -73,13 +73,13 @@ class Judge:
         """Close the server's connections."""
         await self._server.close()
 
-    async def _ask(self, sample: Sample, text: PlainText, deadline: float) -> float:
+    async def _ask(self, sample: Sample, text: PlainText, query: Query) -> float:
         turns = question(self._config.rubric, text, sample.reference)
         scale = self._config.rubric.scale
         fault = "none"
         for _ in range(self._config.attempts):
-            async with self._room:
-                left = deadline - time.monotonic()
+            async with self._turns.place(query.caller, 1):
+                left = query.deadline - time.monotonic()
                 if left <= 0:
                     raise DeadlineExceeded("no verdict within the deadline")
                 reply = await self._complete(turns, min(self._config.timeout_s, left), sample)

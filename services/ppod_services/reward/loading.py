@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -35,6 +36,8 @@ from ppod_services.reward.model_inputs import at_end
 from ppod_services.reward.requests import ModelInput, RewardItem, Scorer, run_batch
 from ppod_services.reward.samples import TokenSource
 from ppod_services.reward.served import ServedModel
+
+ClassifierT = TypeVar("ClassifierT", SequenceClassifier, TokenClassifier)
 
 
 class HeadScorer:
@@ -121,13 +124,16 @@ def load_model(config: ModelRewardConfig, max_batch_tokens: int, beside: Iterabl
             return _load_head(config, max_batch_tokens, beside)
         case SequenceClassificationConfig():
             model, codec = _load_classifier(config, load_sequence_classifier)
-            scorer: Scorer = _checked(config, lambda: SequenceScorer(SequenceClassifier(model)))
+            sequences = _checked(config, lambda: SequenceClassifier(model))
+            scorer: Scorer = SequenceScorer(sequences)
+            packs = sequences.packs
         case TokenClassificationConfig():
             model, codec = _load_classifier(config, load_token_classifier)
-            scorer = _checked(config, lambda: ProcessScorer(TokenClassifier(model)))
+            steps = _checked(config, lambda: TokenClassifier(model))
+            scorer, packs = ProcessScorer(steps), steps.packs
     # Encoders that count positions from the padding token on have fewer than their configuration says.
     longest = min(max_sequence_tokens(model), codec.longest_tokens, max_batch_tokens)
-    return ServedModel(config, _describe(config.name, model, codec, longest), 0, scorer, codec)
+    return ServedModel(config, _describe(config.name, model, codec, longest, packs=packs), 0, scorer, codec)
 
 
 def load_tokenizer_source(source: str) -> TokenSource:
@@ -157,7 +163,7 @@ def _load_head(config: HeadConfig, max_batch_tokens: int, beside: Iterable[Serve
         raise ModelSourceError(f"head of reward {config.name!r}: {error}") from error
     codec = TokenizerCodec(trunk.tokenizer)
     longest = min(model.max_sequence_tokens, max_batch_tokens)
-    info = _describe(config.name, trunk.model, codec, longest)
+    info = _describe(config.name, trunk.model, codec, longest, packs=model.packs)
     return ServedModel(config, info, 0, HeadScorer(model), codec, trunk)
 
 
@@ -188,14 +194,14 @@ def _load_classifier(
     return model, codec
 
 
-def _checked(config: ModelRewardConfig, make: Callable[[], Scorer]) -> Scorer:
+def _checked(config: ModelRewardConfig, make: Callable[[], ClassifierT]) -> ClassifierT:
     try:
         return make()
     except RewardClassifierError as error:
         raise ModelSourceError(f"model {config.model.source!r} of reward {config.name!r}: {error}") from error
 
 
-def _describe(name: str, model: PreTrainedModel, codec: TokenizerCodec, longest: int) -> ModelInfo:
+def _describe(name: str, model: PreTrainedModel, codec: TokenizerCodec, longest: int, *, packs: bool) -> ModelInfo:
     return ModelInfo(
         name=name,
         tokenizer_fingerprint=codec.fingerprint,
@@ -203,4 +209,5 @@ def _describe(name: str, model: PreTrainedModel, codec: TokenizerCodec, longest:
         max_sequence_tokens=longest,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
+        packs=packs,
     )

@@ -43,7 +43,8 @@ class Runtime:
     ) -> tuple[list[FloatArray], Work]:
         """Put inputs into the models' queue together and wait for all; leaving early takes them out again."""
         group = (model.info.name, model.weight_version)
-        submissions = [Submission(RewardItem(model.scorer, one), len(one.tokens), group) for one in inputs]
+        packed = model.info.packs
+        submissions = [Submission(RewardItem(model.scorer, one), len(one.tokens), group, packed) for one in inputs]
         ticket = self.scheduler.submit(submissions, seconds_left(query), query.caller)
         try:
             outcomes = await ticket.gather()

@@ -18,8 +18,8 @@ from ppod_services.reward.scored import Adjustment, Kind, RawScores, Scored, Wor
 class TextScorer(Protocol):
     """Scores texts, each with the position in its request; see `FunctionPool` and `Judge`."""
 
-    async def score(self, samples: Sequence[Sample], texts: Sequence[PlainText], deadline: float, /) -> list[float]:
-        """One value a text, perhaps not finite. `deadline` is by `time.monotonic`."""
+    async def score(self, samples: Sequence[Sample], texts: Sequence[PlainText], query: Query, /) -> list[float]:
+        """One value a text, perhaps not finite; the query tells who asks, and until when."""
         ...
 
 
@@ -30,13 +30,13 @@ class FunctionScorer:
         self._pool = pool
         self._needs_references = needs_references
 
-    async def score(self, samples: Sequence[Sample], texts: Sequence[PlainText], _deadline: float, /) -> list[float]:
+    async def score(self, samples: Sequence[Sample], texts: Sequence[PlainText], query: Query, /) -> list[float]:
         """Values as the function returned them."""
         numbered = [
             NumberedSample(sample.index, FunctionSample(text.prompt, text.response, self._reference(sample)))
             for sample, text in zip(samples, texts, strict=True)
         ]
-        return await self._pool.score(numbered)
+        return await self._pool.score(numbered, query.caller)
 
     def _reference(self, sample: Sample) -> str | None:
         if sample.reference is None and self._needs_references:
@@ -59,7 +59,7 @@ class TextReward:
         start = time.monotonic()
         samples = with_prefixes(query.samples, query.steps)
         texts = await self._runtime.texts(samples, query)
-        values = await within(query, self._scorer.score(samples, texts, query.deadline))
+        values = await within(query, self._scorer.score(samples, texts, query))
         scores, way = split_by_steps(as_scores(values), query.steps)
         raw = RawScores(scores, way)
         done = adjusted(raw, self._adjustment, [sample.index for sample in query.samples], self._name)

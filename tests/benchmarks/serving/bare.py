@@ -28,19 +28,23 @@ class EngineForward(Forward):
     def __init__(self, directory: str, threads: int, dtype: str) -> None:
         super().__init__(directory, threads, dtype)
         self._classifier = SequenceClassifier(self.model)
+        self.packs = self._classifier.packs
 
     def scores(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """One score for each sequence, in one forward with padding on the right."""
+        """One score for each sequence, in one forward: packed where the model can, else padded on the right."""
         inputs = [ClassifierInput(np.asarray(one, dtype=np.int32), np.asarray([len(one) - 1])) for one in sequences]
         return [float(score[0]) for score in self._classifier.score(inputs)]
 
 
-def ideal_batches(lengths: Sequence[int], max_batch_tokens: int, max_batch_size: int) -> list[list[int]]:
-    """Indices sorted by length and cut greedily where the padded batch would exceed a bound."""
+def ideal_batches(
+    lengths: Sequence[int], max_batch_tokens: int, max_batch_size: int, *, packed: bool
+) -> list[list[int]]:
+    """Indices sorted by length and cut greedily where the batch, padded or packed, would exceed a bound."""
     batches: list[list[int]] = [[]]
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         batch = batches[-1]
-        if len(batch) == max_batch_size or lengths[index] * (len(batch) + 1) > max_batch_tokens:
+        tokens = sum(lengths[member] for member in batch) if packed else lengths[index] * len(batch)
+        if len(batch) == max_batch_size or tokens + lengths[index] > max_batch_tokens:
             batch = []
             batches.append(batch)
         batch.append(index)
@@ -73,7 +77,8 @@ def main() -> None:
     if options.lone:
         answer_lone(forward, min(sequences, key=len))
         return
-    batches = ideal_batches([len(sequence) for sequence in sequences], options.max_batch_tokens, options.max_batch_size)
+    lengths = [len(sequence) for sequence in sequences]
+    batches = ideal_batches(lengths, options.max_batch_tokens, options.max_batch_size, packed=forward.packs)
     scores = [0.0] * len(texts)
     for batch in batches:  # the first pass warms up, and tells the scores
         for index, score in zip(batch, forward.scores([sequences[index] for index in batch]), strict=True):

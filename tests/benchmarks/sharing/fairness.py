@@ -1,12 +1,15 @@
 """Two teams of equal weight, one offering ten times the load: what the other keeps, and what it waits.
 
-Run as `python -m benchmarks.sharing.fairness` with tests/ on the path; `--quick` for a look. Four runs on one server:
+Run as `python -m benchmarks.sharing.fairness` with tests/ on the path; `--quick` for a look. On one server, after a
+guess of its capacity, rounds of three runs each:
 
-1. A guess of the capacity.
-2. Both teams at five times the guess: the capacity C in tokens a second. Both have work at all times, so equal weights
+1. Both teams at five times the guess: the capacity C in tokens a second. Both have work at all times, so equal weights
    mean equal tokens.
-3. The steady team alone, a Poisson process at 0.46 C: its latencies without anybody beside it.
-4. The same arrivals of the steady team, and the other team at ten times that rate.
+2. The steady team alone, a Poisson process at 0.46 C: its latencies without anybody beside it.
+3. The same arrivals of the steady team, and the other team at ten times that rate.
+
+A machine that others use grows slower and faster by the minute. The rounds are short, so that what the steady team asks
+for follows the capacity; the figures are those of all rounds together.
 
 The steady team asks for 46% of the capacity because more than half of it can be nobody's right, and because at exactly
 half the queue of a Poisson process would grow without bound under any scheduler.
@@ -53,8 +56,20 @@ class Run:
     def share(self, team: str) -> float:
         return self.served.get(team, 0.0) / sum(self.served.values())
 
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(self.served.values()) / self.seconds
 
-def measure(server: Server, seconds: float, rates: dict[str, float]) -> Run:
+
+def together(runs: Sequence[Run]) -> Run:
+    """Several runs as if they were one."""
+    served: Counter[str] = Counter()
+    for run in runs:
+        served.update(run.served)
+    return Run([call for run in runs for call in run.calls], dict(served), sum(run.seconds for run in runs))
+
+
+def measure(server: Server, seconds: float, rates: dict[str, float], seed: int = 0) -> Run:
     """Send each team's requests a second, and count what is served while they are sent."""
     streams = [
         server.stream(
@@ -63,7 +78,7 @@ def measure(server: Server, seconds: float, rates: dict[str, float]) -> Run:
             sequences=1,
             tokens=LENGTHS,
             deadline_s=DEADLINE_S if team == STEADY else FLOOD_DEADLINE_S,
-            seed=number,
+            seed=2 * seed + number,
         )
         for number, (team, rate) in enumerate(rates.items())
     ]
@@ -75,6 +90,20 @@ def measure(server: Server, seconds: float, rates: dict[str, float]) -> Run:
     after, taken_s = server.served_tokens(), time.monotonic() - start
     served = {team: after[team] - before.get(team, 0.0) for team in rates if team in after}
     return Run(generating.calls(), served, taken_s)
+
+
+def measure_round(server: Server, seconds: float, half: float, number: int) -> tuple[Run, Run, Run]:
+    """Both flood with `half` requests a second each, the steady team alone, the steady team beside the flood."""
+    flooded = measure(server, seconds, {STEADY: half, FLOOD: half}, number)
+    rate = PART * flooded.tokens_per_s / MEAN_TOKENS
+    alone = measure(server, seconds, {STEADY: rate}, number)
+    beside = measure(server, seconds, {STEADY: rate, FLOOD: 10 * rate}, number)
+    sys.stdout.write(
+        f"round {number + 1}: {flooded.tokens_per_s:.0f} tokens/s, {beside.tokens_per_s:.0f} under the flood; "
+        f"steady team {beside.share(STEADY):.3f} of these\n"
+    )
+    sys.stdout.flush()
+    return flooded, alone, beside
 
 
 def plot(out: Path, runs: dict[str, Run]) -> None:
@@ -101,20 +130,18 @@ def plot(out: Path, runs: dict[str, Run]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and return 1 when a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120.0, help="of each run")
-    parser.add_argument("--quick", action="store_true", help="15 seconds a run: a look, not a measurement")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each run")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--quick", action="store_true", help="one round: a look, not a measurement")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-sharing"), help="folder of the JSON and the plot")
     options = parser.parse_args(arguments)
-    seconds = 15.0 if options.quick else options.seconds
+    rounds = 1 if options.quick else options.rounds
     with serving([STEADY, FLOOD], BATCHING) as server:
         # Refusals cost compute, too: the capacity is measured under as many requests as the flood will bring.
-        guess = measure(server, min(seconds, 20.0), {FLOOD: 20.0})
-        half = 5 * sum(guess.served.values()) / guess.seconds / MEAN_TOKENS
-        flooded = measure(server, seconds, {STEADY: half, FLOOD: half})
-        capacity = sum(flooded.served.values()) / flooded.seconds
-        rate = PART * capacity / MEAN_TOKENS
-        alone = measure(server, seconds, {STEADY: rate})
-        beside = measure(server, seconds, {STEADY: rate, FLOOD: 10 * rate})
+        guess = measure(server, options.seconds, {FLOOD: 20.0}).tokens_per_s
+        measured = [measure_round(server, options.seconds, 5 * guess / MEAN_TOKENS, number) for number in range(rounds)]
+    flooded, alone, beside = (together(runs) for runs in zip(*measured, strict=True))
+    capacity, rate = flooded.tokens_per_s, PART * flooded.tokens_per_s / MEAN_TOKENS
     p99 = {name: quantile(run.latencies(STEADY), 0.99) for name, run in (("alone", alone), ("beside", beside))}
     p50 = {name: quantile(run.latencies(STEADY), 0.50) for name, run in (("alone", alone), ("beside", beside))}
     lost = sum(1 for call in beside.calls if call.team == STEADY and call.code != "OK")
@@ -137,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "requests_per_s": rate,
         "p50_s": p50,
         "p99_s": p99,
-        "seconds": seconds,
+        "seconds": options.seconds,
+        "rounds": rounds,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     plot(options.out, {"both flood": flooded, "alone": alone, "beside the flood": beside})

@@ -5,7 +5,8 @@ The bound: two scores of one sequence, alone and in any company, differ by at mo
     float32   1e-5
     bfloat16  0.1
 
-in units of the scores' standard deviation over the sequences. Padding and the batch's shape change the order in which a
+in units of the scores' standard deviation over the sequences, packed as padded. The batch's shape changes the order in
+which a
 matrix product adds up, which moves each state by some units in the last place (2^-24 and 2^-9 of its size); the layers
 above amplify that about tenfold. A fault, such as a state that is read at a padded position, moves scores by about
 their standard deviation, and by as much in either type.
@@ -39,15 +40,15 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 0.1}
 LENGTHS = (1, 2, 3, 7, 16, 17, 31, 40, 64, 100)
 
 
-def load(directory: Path, head: Path, dtype: str) -> ServedModel:
-    model = ModelConfig(source=str(directory), device="cpu", dtype=dtype, threads=1)  # pyright: ignore
+def load(directory: Path, head: Path, dtype: str, attention: str) -> ServedModel:
+    model = ModelConfig(source=str(directory), device="cpu", dtype=dtype, attention=attention, threads=1)  # pyright: ignore
     [served] = load_all([HeadConfig(name="model", model=model, head=str(head))], 1024)
     return served
 
 
 def submission(model: ServedModel, tokens: TokenArray) -> Submission[RewardItem]:
     item = RewardItem(model.scorer, at_end(tokens, model.scorer.end_of(tokens)))
-    return Submission(item, len(tokens), "model")
+    return Submission(item, len(tokens), "model", model.info.packs)
 
 
 async def score(model: ServedModel, requests: Sequence[Sequence[TokenArray]], batching: BatchingConfig) -> FloatArray:
@@ -70,11 +71,13 @@ async def score(model: ServedModel, requests: Sequence[Sequence[TokenArray]], ba
     return np.concatenate([outcome.result for request in outcomes for outcome in request])
 
 
+@pytest.mark.parametrize(("attention", "packs"), [("sdpa", True), ("eager", False)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_scores_do_not_depend_on_the_company(
-    tiny_model_dir: Path, tiny_heads: dict[str, Path], dtype: str
+    tiny_model_dir: Path, tiny_heads: dict[str, Path], dtype: str, attention: str, packs: bool
 ) -> None:
-    model = load(tiny_model_dir, tiny_heads["first"], dtype)
+    model = load(tiny_model_dir, tiny_heads["first"], dtype, attention)
+    assert model.info.packs is packs
     rng = np.random.default_rng(7)
     sequences: list[TokenArray] = [rng.integers(0, 256, length, dtype=np.int32) for length in LENGTHS * 4]
     one_by_one = BatchingConfig(max_batch_size=1)
@@ -98,7 +101,7 @@ async def test_scores_do_not_depend_on_the_company(
 async def test_a_caller_who_is_alone_gets_the_same_bits_each_time(
     tiny_model_dir: Path, tiny_heads: dict[str, Path]
 ) -> None:
-    model = load(tiny_model_dir, tiny_heads["first"], "float32")
+    model = load(tiny_model_dir, tiny_heads["first"], "float32", "sdpa")
     rng = np.random.default_rng(8)
     request = [rng.integers(0, 256, length, dtype=np.int32) for length in LENGTHS * 3]
     batching = BatchingConfig(max_batch_tokens=300, max_batch_size=6)

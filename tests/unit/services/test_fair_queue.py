@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppod_services.core.batching import BatchBounds, padded_tokens
+from ppod_services.core.batching import BatchBounds, computed_tokens
 from ppod_services.core.callers import Caller, Priority, Team
 from ppod_services.core.fair_queue import FairQueue
 
@@ -23,6 +23,7 @@ class Entry:
     tokens: int
     group: Hashable = None
     owner: str = ""
+    packed: bool = False
 
 
 def queue_of(*requests: Sequence[int], catch_up_tokens: int = 0) -> FairQueue[Entry]:
@@ -80,7 +81,29 @@ def test_a_sequence_beyond_the_budget_runs_alone() -> None:
 def test_the_oldest_request_leads_and_longer_mates_join_only_within_the_budget() -> None:
     batch = queue_of([4], [30, 5], [6]).take(bounds(18, 8))
     assert lengths(batch) == [4, 5, 6]
-    assert padded_tokens(batch) == 18
+    assert computed_tokens(batch) == 18
+
+
+def packed_queue(*requests: Sequence[int]) -> FairQueue[Entry]:
+    queue: FairQueue[Entry] = FairQueue(0)
+    for number, lengths in enumerate(requests):
+        queue.add(number, Caller(A), [Entry(tokens, packed=True) for tokens in lengths], 0.0)
+    return queue
+
+
+def test_a_packed_batch_is_filled_to_the_token_by_requests_in_their_order() -> None:
+    # Padding would forbid 1 beside 30; packed, 30 + 1 + 12 + 7 = 50. The last place goes to the longest that fits.
+    queue = packed_queue([30], [1], [12], [9], [7], [3])
+    batch = queue.take(bounds(50, overhead_tokens=0))
+    assert lengths(batch) == [30, 1, 12, 7]
+    assert computed_tokens(batch) == 50
+    assert lengths(queue.take(bounds(50, overhead_tokens=0))) == [9, 3]
+
+
+def test_a_packed_batch_holds_its_bounds() -> None:
+    assert lengths(packed_queue([5, 5, 5, 5]).take(bounds(100, max_size=3))) == [5, 5, 5]
+    assert lengths(packed_queue([200], [1]).take(bounds(100))) == [200]
+    assert lengths(packed_queue([60], [50], [40]).take(bounds(100))) == [60, 40]
 
 
 def test_the_mate_that_needs_the_least_padding_comes_first() -> None:
@@ -236,9 +259,9 @@ def test_every_sequence_runs_once_within_the_bounds(
         assert batch
         assert len({entry.group for entry in batch}) == 1
         assert len(batch) <= size
-        assert len(batch) == 1 or padded_tokens(batch) <= budget
-        waste = padded_tokens(batch) - sum(entry.tokens for entry in batch)
-        assert waste <= overhead + padded_tokens(batch) // 16
+        assert len(batch) == 1 or computed_tokens(batch) <= budget
+        waste = computed_tokens(batch) - sum(entry.tokens for entry in batch)
+        assert waste <= overhead + computed_tokens(batch) // 16
         seen += batch
         assert len(queue) == count - len(seen)
         assert queue.tokens == tokens - sum(entry.tokens for entry in seen)

@@ -7,9 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from ppod import InvalidArgument, NonFiniteOutput, ResourceExhausted
+from ppod import InvalidArgument, NonFiniteOutput
 from ppod_services.core.callers import ANONYMOUS_CALLER
-from ppod_services.reward.backlog import Backlog
 from ppod_services.reward.codec import TokenizerCodec
 from ppod_services.reward.composites import score_ensemble, score_sum
 from ppod_services.reward.judge import question, read_verdict
@@ -122,17 +121,3 @@ def test_a_sum_that_overflows_names_its_sample() -> None:
     with pytest.raises(NonFiniteOutput) as caught:
         score_sum(config, [scored("a", [0, 1e30]), scored("b", [2, 3])], query(2))
     assert (caught.value.output, caught.value.sample) == ("score of 's'", 11)
-
-
-def test_a_backlog_is_bounded_and_tells_a_wait_that_it_measured() -> None:
-    backlog = Backlog("the judge", 10)
-    with pytest.raises(InvalidArgument), backlog.hold(11):
-        pass
-    with backlog.hold(10):
-        time.sleep(0.1)
-        with pytest.raises(ResourceExhausted), backlog.hold(1):
-            pass
-    with backlog.hold(5), pytest.raises(ResourceExhausted) as caught, backlog.hold(6):
-        pass
-    # Ten texts took a tenth of a second, so five take half of that.
-    assert 0.03 < caught.value.retry_after_s < 0.2

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ppod.errors import RewardFailed
+from ppod_services.core.callers import Caller
 from ppod_services.core.logs import log_event
-from ppod_services.reward.backlog import Backlog
+from ppod_services.reward.backlog import Backlog, Turns
 from ppod_services.reward.functions import FunctionSample
 from ppod_services.reward.kinds import FunctionConfig
 
@@ -41,23 +42,22 @@ class FunctionPool:
 
     def __init__(self, config: FunctionConfig) -> None:
         self._config = config
-        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         self._workers = [_Worker(config) for _ in range(config.workers)]
-        for worker in self._workers:
-            self._idle.put_nowait(worker)
+        self._idle = list(self._workers)
+        self._turns = Turns(len(self._workers))
         self._jobs: set[asyncio.Task[list[float]]] = set()
         self._backlog = Backlog(f"reward {config.name!r}", config.max_waiting)
 
-    async def score(self, samples: Sequence[NumberedSample]) -> list[float]:
+    async def score(self, samples: Sequence[NumberedSample], caller: Caller) -> list[float]:
         """Score samples in their order; values are as the function returned them, perhaps not finite.
 
         Raises:
             RewardFailed: the function raised, ended its process, or took longer than `timeout_s` for a sample.
             ResourceExhausted: too many texts wait.
         """
-        with self._backlog.hold(len(samples)):
+        with self._backlog.hold(caller, len(samples)):
             batches = [samples[start : start + _BATCH] for start in range(0, len(samples), _BATCH)]
-            tasks = [asyncio.ensure_future(self._run(batch)) for batch in batches]
+            tasks = [asyncio.ensure_future(self._run(batch, caller)) for batch in batches]
             try:
                 results = await asyncio.gather(*tasks)
             finally:
@@ -81,9 +81,9 @@ class FunctionPool:
         for worker in self._workers:
             await worker.stop()
 
-    async def _run(self, batch: Sequence[NumberedSample]) -> list[float]:
-        worker = await self._idle.get()
-        job = asyncio.ensure_future(self._exchange(worker, batch))
+    async def _run(self, batch: Sequence[NumberedSample], caller: Caller) -> list[float]:
+        await self._turns.take(caller, len(batch))
+        job = asyncio.ensure_future(self._exchange(self._idle.pop(), batch))
         self._jobs.add(job)
         job.add_done_callback(self._forget)
         # A caller that goes away leaves the process to finish its few texts: to start another one would cost more.
@@ -93,7 +93,8 @@ class FunctionPool:
         try:
             return await worker.score(batch)
         finally:
-            self._idle.put_nowait(worker)
+            self._idle.append(worker)
+            self._turns.give_back()
 
     def _forget(self, job: asyncio.Task[list[float]]) -> None:
         self._jobs.discard(job)
