@@ -6,7 +6,7 @@ import fcntl
 import signal
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,10 +134,9 @@ class Launcher:
             Interrupted: SIGINT, SIGTERM or SIGHUP came in. All children are gone in any case.
         """
         with self._everything_stopped_after():
-            self._start_services()
-            self._trainer = Child(
-                ChildCommand("trainer", "ppod_trainer", self._config_file("trainer"), None, TRAINER_DEATH_SIGNAL)
-            )
+            # The trainer imports and loads its model while the services do, and then waits for their health itself.
+            self._start_services(self._start_trainer)
+            assert self._trainer is not None
             while (code := self._trainer.exit_code()) is None:
                 self._interrupts.check()
                 self._check_services()
@@ -160,7 +159,11 @@ class Launcher:
                 self._check_services()
                 time.sleep(POLL_S)
 
-    def _start_services(self) -> None:
+    def _start_trainer(self) -> None:
+        command = ChildCommand("trainer", "ppod_trainer", self._config_file("trainer"), None, TRAINER_DEATH_SIGNAL)
+        self._trainer = Child(command)
+
+    def _start_services(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         problems = busy_ports(self._config)
         if problems:
             lines = "\n".join(f"  {problem}" for problem in problems)
@@ -179,6 +182,7 @@ class Launcher:
                 self._services.append(Child(command))
                 probes[name] = HealthProbe(target_of(service.listen, service.listen.port), HEALTH_NAMES[name])
                 stack.callback(probes[name].close)
+            meanwhile()
             self._wait_ready(probes, start)
 
     def _wait_ready(self, waiting: dict[str, HealthProbe], start: float) -> None:
@@ -187,6 +191,8 @@ class Launcher:
         while left:
             self._interrupts.check()
             self._check_services()
+            if self._trainer is not None and not self._trainer_runs():
+                return
             for name in [name for name, probe in left.items() if probe.ready()]:
                 del left[name]
                 _say(f"{name} ready after {time.monotonic() - start:.1f} s")

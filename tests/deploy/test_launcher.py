@@ -90,7 +90,7 @@ def test_a_signal_while_the_services_start_stops_them(
     start_ppod: StartPpod, run_file: Path, run_dir: Path, number: signal.Signals, code: int
 ) -> None:
     ppod = start_ppod("run", "--config", str(run_file))
-    ppod.wait_until(lambda: set(children_of_run(run_dir)) == CHILDREN - {"trainer"}, "three services")
+    ppod.wait_until(lambda: set(children_of_run(run_dir)) == CHILDREN, "services and trainer")
     ppod.signal(number)
     assert ppod.wait() == code
     assert not children_of_run(run_dir)

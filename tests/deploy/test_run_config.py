@@ -14,7 +14,13 @@ import pytest
 from deploy.conftest import Section
 from ppod_deploy.cli import execute
 from ppod_deploy.commands import Run
-from ppod_deploy.defaults import CPU_CONFIG, CUDA_CONFIG, with_run_dir
+from ppod_deploy.defaults import (
+    CPU_CONFIG,
+    CUDA_CONFIG,
+    FLOAT32_CPU_CONFIG,
+    cpu_computes_bfloat16,
+    with_run_dir,
+)
 from ppod_deploy.overrides import Override, apply_overrides, describe_keys, split_arguments
 from ppod_deploy.processes import Child, ChildCommand, describe_exit, shell_exit_code, stop_all
 from ppod_deploy.run_command import resolve_run
@@ -91,7 +97,7 @@ def test_disagreements_between_sections_are_faults(run_values: dict[str, Section
     ]
 
 
-@pytest.mark.parametrize("path", [CPU_CONFIG, CUDA_CONFIG])
+@pytest.mark.parametrize("path", [CPU_CONFIG, CUDA_CONFIG, FLOAT32_CPU_CONFIG])
 def test_packaged_run_files_are_valid(path: Path) -> None:
     config = parse_run(with_run_dir(read_run_values(path), path.stem), str(path))
     assert config.trainer.run_dir.parts[:1] == ("runs",)
@@ -184,3 +190,19 @@ def test_help_of_a_command_that_takes_a_file_lists_its_keys(
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert set(keys) <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n", True),
+        ("flags\t\t: fpu amx_tile amx_int8\n", True),
+        ("flags\t\t: fpu avx2 fma\n", False),
+        ("Features\t: fp asimd bf16\n", False),
+    ],
+)
+def test_bfloat16_is_read_off_the_flags_of_the_cpu(tmp_path: Path, cpuinfo: str, expected: bool) -> None:
+    file = tmp_path / "cpuinfo"
+    assert not cpu_computes_bfloat16(file)
+    file.write_text(cpuinfo)
+    assert cpu_computes_bfloat16(file) is expected

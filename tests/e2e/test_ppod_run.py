@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppod_deploy.defaults import default_config
+from ppod_models.loading import pick_device, pick_dtype
 from support.processes import ROOT, environment, free_ports
 
 
@@ -94,5 +96,7 @@ def test_the_default_run_end_to_end_twice(tmp_path: Path) -> None:
         assert (run_dir / relative).read_bytes() == (again / relative).read_bytes()
 
 
-def test_the_default_follows_the_device() -> None:
-    assert default_config().name in ("smollm2-cpu.yaml", "smollm2-cuda.yaml")
+def test_the_default_follows_the_machine() -> None:
+    bfloat16 = pick_dtype("auto", pick_device("auto")) is torch.bfloat16
+    expected = "smollm2-cuda" if torch.cuda.is_available() else "smollm2-cpu" if bfloat16 else "smollm2-cpu-float32"
+    assert default_config().stem == expected

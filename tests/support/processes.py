@@ -7,15 +7,17 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
+
+from support.forked import ForkedProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 90.0
@@ -47,7 +49,7 @@ class ServiceProcess:
     port: int
     admin_port: int
     metrics_port: int
-    process: subprocess.Popen[bytes]
+    process: ForkedProcess
     stderr_file: Path
 
     @property
@@ -60,7 +62,7 @@ class ServiceProcess:
 
     @property
     def stderr(self) -> str:
-        return self.stderr_file.read_text()
+        return self.stderr_file.read_text() if self.stderr_file.is_file() else ""
 
     def log(self) -> list[dict[str, object]]:
         """Every line of stderr; a line that is not JSON fails the test."""
@@ -97,9 +99,21 @@ def write_config(path: Path, values: Mapping[str, object]) -> Path:
 
 def run_to_exit(module: str, *arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
     """Run a service that is meant to end by itself."""
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+    with TemporaryDirectory() as directory:
+        process = start_module(module, *arguments, directory=Path(directory))
+        stdout, stderr = process.communicate(timeout_s)
+    return subprocess.CompletedProcess(process.args, process.wait(), stdout, stderr)
+
+
+def start_module(module: str, *arguments: str, directory: Path, name: str = "process") -> ForkedProcess:
+    """Start `python -m module arguments`; `directory` takes what it writes to stdout and stderr."""
+    return ForkedProcess(
+        module,
+        arguments,
+        environment=environment(),
+        cwd=ROOT,
+        stdout_file=directory / f"{name}.stdout",
+        stderr_file=directory / f"{name}.stderr",
     )
 
 
@@ -110,17 +124,10 @@ def running_service(
     """Start `python -m module` on free ports, wait until it logs an event, and end it afterwards."""
     port, admin_port, metrics_port = free_ports(3)
     listen = {"port": port, "metrics_port": metrics_port, **({"admin_port": admin_port} if admin else {})}
-    config = write_config(directory / f"{module}-{port}.yaml", {"listen": listen, **values})
-    stderr_file = directory / f"{module}-{port}.stderr"
-    with stderr_file.open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, "--config", str(config)],
-            env=environment(),
-            cwd=ROOT,
-            stderr=stderr,
-            stdout=subprocess.DEVNULL,
-        )
-    service = ServiceProcess(port, admin_port, metrics_port, process, stderr_file)
+    name = f"{module}-{port}"
+    config = write_config(directory / f"{name}.yaml", {"listen": listen, **values})
+    process = start_module(module, "--config", str(config), directory=directory, name=name)
+    service = ServiceProcess(port, admin_port, metrics_port, process, directory / f"{name}.stderr")
     try:
         service.wait_for_event(until)
         yield service

@@ -3,8 +3,8 @@
 usage: python bare.py --checkpoint DIR --texts FILE --threads N --dtype NAME --max-batch-tokens N
     --max-batch-size N --seconds S
 
-Prints one JSON object: sequences and tokens a second, scores in the order of the texts. With --lone it answers each
-line of its input with the seconds of one forward pass over the shortest text instead.
+Prints one JSON object: sequences and tokens a second, scores in the order of the texts. With --lone it prints the token
+ids of the shortest text instead, and answers each line of its input with the seconds of one forward pass over them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def ideal_batches(
 
 
 def answer_lone(forward: Forward, sequence: Sequence[int]) -> None:
-    """Time one forward pass for each line of the input."""
+    """Print the sequence, then time one forward pass for each line of the input."""
+    print(json.dumps(list(sequence)), flush=True)
     for _ in sys.stdin:
         begin = time.perf_counter()
         forward.scores([sequence])

@@ -28,6 +28,7 @@ import torch
 from checkpoint import make_checkpoint
 from contestants import HERE, Contestant, Setting, contestants, running
 
+from ppod_deploy.processes import CHILD_ENVIRONMENT
 from ppod_models.loading import pick_dtype
 from ppod_models.sources import default_cache_dir
 
@@ -105,7 +106,8 @@ def measure_round(setting: Setting, chosen: list[Contestant], results: dict[str,
 
 def run_json(command: tuple[str, ...]) -> Reply:
     """Run a command and parse what it prints; its errors go to our stderr."""
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    environment = {**os.environ, **CHILD_ENVIRONMENT}
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
 def report(measured: Measured) -> None:

@@ -15,6 +15,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 from lone import bare_forward, extra_seconds
 
 from ppod import AsyncRewardClient, RewardClient
@@ -45,10 +46,11 @@ async def saturate(options: argparse.Namespace, texts: list[str]) -> tuple[float
     return passes * len(texts) / seconds, scores
 
 
-def measure_lone(options: argparse.Namespace, text: str) -> dict[str, float]:
-    """Calls with one text and nobody else there, with the synchronous client."""
+def measure_lone(options: argparse.Namespace) -> dict[str, float]:
+    """Calls with one sequence and nobody else there, with the synchronous client."""
     with RewardClient(options.target) as client, bare_forward(tuple(json.loads(options.bare))) as bare:
-        return extra_seconds(lambda: void(client.score_texts([text])), bare, options.lone_calls)
+        tokens = np.asarray(bare.tokens, dtype=np.int32)
+        return extra_seconds(lambda: void(client.score([tokens])), bare, options.lone_calls)
 
 
 def void(_: object) -> None:
@@ -68,7 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     texts: list[str] = json.loads(options.texts.read_text())
     sequences_per_s, scores = asyncio.run(saturate(options, texts))
-    lone = measure_lone(options, min(texts, key=len))
+    lone = measure_lone(options)
     print(json.dumps({"sequences_per_s": sequences_per_s, "scores": scores, **lone}))
 
 

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 WARM_UP_CALLS = 5
 
 
+@dataclass(frozen=True)
+class Bare:
+    """A process that runs one forward pass whenever it is asked.
+
+    Attributes:
+        tokens: ids of the text that it runs.
+        run: runs it; gives the seconds.
+    """
+
+    tokens: list[int]
+    run: Callable[[], float]
+
+
 @contextmanager
-def bare_forward(command: tuple[str, ...]) -> Generator[Callable[[], float]]:
-    """A process that runs one forward pass of the shortest text whenever it is asked; gives its seconds."""
+def bare_forward(command: tuple[str, ...]) -> Generator[Bare]:
+    """Start the process, with the same environment as the servers."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -25,18 +40,18 @@ def bare_forward(command: tuple[str, ...]) -> Generator[Callable[[], float]]:
         return float(answer.readline())
 
     try:
-        yield run
+        yield Bare(json.loads(answer.readline()), run)
     finally:
         ask.close()
         process.wait(30)
 
 
-def extra_seconds(call: Callable[[], None], bare: Callable[[], float], calls: int) -> dict[str, float]:
+def extra_seconds(call: Callable[[], None], bare: Bare, calls: int) -> dict[str, float]:
     """p50 of calls and of forward passes, and the median of the differences of neighbours."""
     called: list[float] = []
     forwards: list[float] = []
     for number in range(calls + WARM_UP_CALLS):
-        seconds = bare()
+        seconds = bare.run()
         start = time.perf_counter()
         call()
         elapsed = time.perf_counter() - start

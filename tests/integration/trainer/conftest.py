@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from support.processes import ROOT, ServiceProcess, environment, running_service, write_config
+from support.forked import ForkedProcess
+from support.processes import ServiceProcess, running_service, start_module, write_config
 from support.services import tiny_model_config
 from support.tiny_head import save_tiny_head
 
@@ -53,23 +53,17 @@ class System:
             **changes,
         }
 
-    def start(self, config: Mapping[str, object]) -> subprocess.Popen[str]:
+    def start(self, config: Mapping[str, object]) -> ForkedProcess:
         """Start a trainer."""
-        path = write_config(self.directory / f"{Path(str(config['run_dir'])).name}.yaml", config)
-        return subprocess.Popen(
-            [sys.executable, "-m", "ppod_trainer", "--config", str(path)],
-            env=environment(),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        name = Path(str(config["run_dir"])).name
+        path = write_config(self.directory / f"{name}.yaml", config)
+        return start_module("ppod_trainer", "--config", str(path), directory=self.directory, name=name)
 
     def train(self, config: Mapping[str, object]) -> subprocess.CompletedProcess[str]:
         """Run a trainer to its end."""
         process = self.start(config)
         stdout, stderr = process.communicate(timeout=120)
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+        return subprocess.CompletedProcess(process.args, process.wait(), stdout, stderr)
 
 
 def records_of(run_dir: Path) -> list[dict[str, float]]:
@@ -79,7 +73,7 @@ def records_of(run_dir: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in one.items() if not key.startswith(varying)} for one in records]
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+def wait_for_step(process: ForkedProcess, run_dir: Path, step: int) -> None:
     """Wait until metrics.jsonl holds a step."""
     until = time.monotonic() + 60
     path = run_dir / "metrics.jsonl"
