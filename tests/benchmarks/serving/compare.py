@@ -51,6 +51,7 @@ class Reply(TypedDict):
     lone_p50_s: NotRequired[float]
     lone_forward_p50_s: NotRequired[float]
     lone_extra_p50_s: NotRequired[float]
+    lone_outside_p50_s: NotRequired[float]
 
 
 @dataclass(slots=True)
@@ -62,12 +63,13 @@ class Measured:
     lone_p50_s: list[float] = field(default_factory=list)
     lone_forward_p50_s: list[float] = field(default_factory=list)
     lone_extra_p50_s: list[float] = field(default_factory=list)
+    lone_outside_p50_s: list[float] = field(default_factory=list)
     largest_score_difference: float = 0.0
 
     def add(self, reply: Reply, scores: list[float]) -> None:
         """Take one round."""
         self.sequences_per_s.append(reply["sequences_per_s"])
-        for name in ("lone_p50_s", "lone_forward_p50_s", "lone_extra_p50_s"):
+        for name in ("lone_p50_s", "lone_forward_p50_s", "lone_extra_p50_s", "lone_outside_p50_s"):
             if name in reply:
                 getattr(self, name).append(reply[name])
         difference = float(np.max(np.abs(np.asarray(reply["scores"]) - np.asarray(scores))))
@@ -150,15 +152,19 @@ def table(results: dict[str, Measured], setting: Setting) -> str:
     """Markdown."""
     rows = [
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {setting.threads} thread(s) a forward, "
-        f"{setting.dtype}, batches of at most {setting.max_batch_size} sequences and {setting.max_batch_tokens} padded "
+        f"{setting.dtype}, batches of at most {setting.max_batch_size} sequences and {setting.max_batch_tokens} "
         "tokens",
         "",
-        "| | sequences/s | over the bare forward | lone call p50, ms | its bare forward, ms | difference p50, ms |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| | sequences/s | over the bare forward | lone call p50, ms | bare forward, ms | beyond that, p50, ms "
+        "| beyond the forward in the server, p50, ms |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for measured in results.values():
         if measured.sequences_per_s:
-            lone = (measured.lone_p50_s, measured.lone_forward_p50_s, measured.lone_extra_p50_s)
+            lone = (
+                *(measured.lone_p50_s, measured.lone_forward_p50_s),
+                *(measured.lone_extra_p50_s, measured.lone_outside_p50_s),
+            )
             shown = [f"{statistics.median(values) * 1e3:.2f}" if values else "" for values in lone]
             rows.append(
                 f"| {measured.name} | {statistics.median(measured.sequences_per_s):.1f} "

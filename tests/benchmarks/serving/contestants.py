@@ -86,6 +86,8 @@ def contestants(setting: Setting, peers: Path, vllm: Path, directory: Path) -> l
     def http(protocol: str) -> tuple[str, ...]:
         return (python, str(HERE / "http_load.py"), "--protocol", protocol, "--url", url)
 
+    bare_grpc = (sys.executable, str(HERE / "peers/bare_grpc.py"), *common)
+    bare_grpc_load = (sys.executable, str(HERE / "bare_grpc_load.py"), "--target", target)
     one_per_post = (python, str(HERE / "peers/one_per_post.py"), *common)
     litserve = (
         *(python, str(HERE / "peers/litserve_server.py"), *common),
@@ -102,6 +104,7 @@ def contestants(setting: Setting, peers: Path, vllm: Path, directory: Path) -> l
     return [
         Contestant("ppod, one text a call", ppod, grpc_load, target, 128, 1),
         Contestant("ppod, 64 texts a call", ppod, grpc_load, target, 4, 64),
+        Contestant("grpc.aio around the forward, no batches", bare_grpc, bare_grpc_load, target, 1, 1),
         Contestant("FastAPI, one text a POST (OpenRLHF's protocol)", one_per_post, http("openrlhf"), url, 128, 1),
         Contestant("LitServe, dynamic batching", litserve, http("litserve"), url, 128, 1),
         Contestant("vLLM classify, one text a POST", vllm_server, http("vllm"), url, 128, 1),

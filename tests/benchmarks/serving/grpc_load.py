@@ -50,16 +50,12 @@ def measure_lone(options: argparse.Namespace) -> dict[str, float]:
     """Calls with one sequence and nobody else there, with the synchronous client."""
     with RewardClient(options.target) as client, bare_forward(tuple(json.loads(options.bare))) as bare:
         tokens = np.asarray(bare.tokens, dtype=np.int32)
-        return extra_seconds(lambda: void(client.score([tokens])), bare, options.lone_calls)
+        return extra_seconds(lambda: client.score([tokens]).timing.compute_s, bare, options.lone_calls)
 
 
-def void(_: object) -> None:
-    """Drop a result."""
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a load generator for gRPC."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--target", required=True)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--in-flight", type=int, required=True)
@@ -67,7 +63,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--lone-calls", type=int, required=True)
     parser.add_argument("--bare", required=True, help="JSON list: command of bare.py --lone")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parser(__doc__).parse_args()
     texts: list[str] = json.loads(options.texts.read_text())
     sequences_per_s, scores = asyncio.run(saturate(options, texts))
     lone = measure_lone(options)

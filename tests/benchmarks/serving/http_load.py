@@ -107,7 +107,7 @@ def measure_lone(
 
 
 def void(_: object) -> None:
-    """Drop a result."""
+    """These servers do not tell what the model took."""
 
 
 def main() -> None:

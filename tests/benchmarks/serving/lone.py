@@ -46,21 +46,30 @@ def bare_forward(command: tuple[str, ...]) -> Generator[Bare]:
         process.wait(30)
 
 
-def extra_seconds(call: Callable[[], None], bare: Bare, calls: int) -> dict[str, float]:
-    """p50 of calls and of forward passes, and the median of the differences of neighbours."""
+def extra_seconds(call: Callable[[], float | None], bare: Bare, calls: int) -> dict[str, float]:
+    """p50 of calls and of forward passes, and the medians of what the calls cost beyond a forward pass.
+
+    Two processes that run the same forward differ by several percent, by where their memory happens to lie; so there
+    are two such medians: beyond the bare forward pass before it, and, where `call` returns the seconds that the
+    server's model took for it, beyond these.
+    """
     called: list[float] = []
     forwards: list[float] = []
+    outside: list[float] = []
     for number in range(calls + WARM_UP_CALLS):
         seconds = bare.run()
         start = time.perf_counter()
-        call()
+        computed = call()
         elapsed = time.perf_counter() - start
         if number >= WARM_UP_CALLS:
             called.append(elapsed)
             forwards.append(seconds)
+            if computed is not None:
+                outside.append(elapsed - computed)
     differences = [mine - theirs for mine, theirs in zip(called, forwards, strict=True)]
-    return {
+    medians = {
         "lone_p50_s": statistics.median(called),
         "lone_forward_p50_s": statistics.median(forwards),
         "lone_extra_p50_s": statistics.median(differences),
     }
+    return {**medians, "lone_outside_p50_s": statistics.median(outside)} if outside else medians
