@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -49,7 +50,7 @@ class ServiceProcess:
     port: int
     admin_port: int
     metrics_port: int
-    process: ForkedProcess
+    process: ForkedProcess | subprocess.Popen[bytes]
     stderr_file: Path
 
     @property
@@ -119,14 +120,28 @@ def start_module(module: str, *arguments: str, directory: Path, name: str = "pro
 
 @contextmanager
 def running_service(
-    module: str, directory: Path, values: Mapping[str, object], *, admin: bool = True, until: str = "ready"
+    module: str,
+    directory: Path,
+    values: Mapping[str, object],
+    *,
+    admin: bool = True,
+    until: str = "ready",
+    fresh: bool = False,
 ) -> Iterator[ServiceProcess]:
-    """Start `python -m module` on free ports, wait until it logs an event, and end it afterwards."""
+    """Start `python -m module` on free ports, wait until it logs an event, and end it afterwards.
+
+    With `fresh` it has an interpreter of its own, as users start it; else it is forked from one, which is faster.
+    """
     port, admin_port, metrics_port = free_ports(3)
     listen = {"port": port, "metrics_port": metrics_port, **({"admin_port": admin_port} if admin else {})}
     name = f"{module}-{port}"
     config = write_config(directory / f"{name}.yaml", {"listen": listen, **values})
-    process = start_module(module, "--config", str(config), directory=directory, name=name)
+    if fresh:
+        with (directory / f"{name}.stderr").open("wb") as stderr:
+            command = [sys.executable, "-m", module, "--config", str(config)]
+            process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=stderr, stdout=subprocess.DEVNULL)
+    else:
+        process = start_module(module, "--config", str(config), directory=directory, name=name)
     service = ServiceProcess(port, admin_port, metrics_port, process, directory / f"{name}.stderr")
     try:
         service.wait_for_event(until)

@@ -224,13 +224,13 @@ class _Call:
         level = logging.DEBUG if self._code is grpc.StatusCode.OK else logging.INFO
         if not _LOGGER.isEnabledFor(level):
             return
-        fields = {**self._fields(), "seconds": round(seconds, 6)}
+        suppressed: dict[str, LogValue] = {}
         if self._code in (ResourceExhausted.code, Unauthenticated.code):
-            suppressed = self._refusals.take(time.monotonic())
-            if suppressed is None:
+            count = self._refusals.take(time.monotonic())
+            if count is None:
                 return
-            fields["suppressed"] = suppressed
-        log_event(_LOGGER, "call", fields, level=level)
+            suppressed["suppressed"] = count
+        log_event(_LOGGER, "call", {**self._fields(), "seconds": round(seconds, 6), **suppressed}, level=level)
 
     def _fields(self) -> dict[str, LogValue]:
         self._request_id = self._request_id or uuid.uuid4().hex

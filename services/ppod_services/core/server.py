@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import grpc.aio
+import uvloop
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -97,7 +98,9 @@ def serve(config: ServiceConfig, build: Callable[[Host], HostedService]) -> int:
     # The model's thread needs the interpreter for microseconds between its operations. By default it would wait up to
     # 5 ms for an event loop that is busy refusing calls: at ten times the load that cost a tenth of the goodput.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    return asyncio.run(_Server(config, build).serve())
+    # uvloop carries a call with a fifth less of the interpreter's time than asyncio's own loop.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_Server(config, build).serve())
 
 
 class _Server:

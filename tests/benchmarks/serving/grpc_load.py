@@ -11,39 +11,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
-import time
 from pathlib import Path
 
 import numpy as np
 from lone import bare_forward, extra_seconds
+from saturation import saturate
 
 from ppod import AsyncRewardClient, RewardClient
 
 
-async def score_all(client: AsyncRewardClient, texts: list[str], per_request: int, in_flight: int) -> list[float]:
-    """Scores of all texts, so many requests at a time."""
-    scores = [math.nan] * len(texts)
-    starts = iter(range(0, len(texts), per_request))
-
-    async def worker() -> None:
-        for start in starts:
-            part = slice(start, start + per_request)
-            scores[part] = (await client.score_texts(texts[part], timeout_s=600)).values.tolist()
-
-    await asyncio.gather(*(worker() for _ in range(in_flight)))
-    return scores
-
-
-async def saturate(options: argparse.Namespace, texts: list[str]) -> tuple[float, list[float]]:
+async def measure_saturated(options: argparse.Namespace, texts: list[str]) -> tuple[float, list[float]]:
     """Sequences a second, and the scores."""
     async with AsyncRewardClient(options.target) as client:
-        scores = await score_all(client, texts, options.per_request, options.in_flight)
-        passes, start = 0, time.perf_counter()
-        while (seconds := time.perf_counter() - start) < options.seconds:
-            await score_all(client, texts, options.per_request, options.in_flight)
-            passes += 1
-    return passes * len(texts) / seconds, scores
+
+        async def call(part: list[str]) -> list[float]:
+            return (await client.score_texts(part, timeout_s=600)).values.tolist()
+
+        return await saturate(call, texts, options.per_request, options.in_flight, options.seconds)
 
 
 def measure_lone(options: argparse.Namespace) -> dict[str, float]:
@@ -70,7 +54,7 @@ def main() -> None:
     """Measure and print."""
     options = parser(__doc__).parse_args()
     texts: list[str] = json.loads(options.texts.read_text())
-    sequences_per_s, scores = asyncio.run(saturate(options, texts))
+    sequences_per_s, scores = asyncio.run(measure_saturated(options, texts))
     lone = measure_lone(options)
     print(json.dumps({"sequences_per_s": sequences_per_s, "scores": scores, **lone}))
 

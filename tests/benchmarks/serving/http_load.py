@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import aiohttp
 from lone import bare_forward, extra_seconds
+from saturation import saturate
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,6 @@ class Load:
                 raise RuntimeError(f"{self._url}: {reply.status} {await reply.text()}")
             return self._protocol.scores(await reply.json())
 
-    async def score_all(self, texts: list[str], per_request: int, in_flight: int) -> list[float]:
-        """Scores of all texts, so many requests at a time."""
-        scores = [math.nan] * len(texts)
-        starts = iter(range(0, len(texts), per_request))
-
-        async def worker() -> None:
-            for start in starts:
-                part = slice(start, start + per_request)
-                scores[part] = await self.call(texts[part])
-
-        await asyncio.gather(*(worker() for _ in range(in_flight)))
-        return scores
-
 
 async def measure(options: argparse.Namespace) -> dict[str, object]:
     """Warm up, saturate, then call alone."""
@@ -83,14 +70,12 @@ async def measure(options: argparse.Namespace) -> dict[str, object]:
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         load = Load(session, options.url, PROTOCOLS[options.protocol])
-        scores = await load.score_all(texts, options.per_request, options.in_flight)
-        passes, start = 0, time.perf_counter()
-        while (seconds := time.perf_counter() - start) < options.seconds:
-            await load.score_all(texts, options.per_request, options.in_flight)
-            passes += 1
+        sequences_per_s, scores = await saturate(
+            load.call, texts, options.per_request, options.in_flight, options.seconds
+        )
         lone = await asyncio.to_thread(measure_lone, options, min(texts, key=len), asyncio.get_running_loop(), load)
     return {
-        "sequences_per_s": passes * len(texts) / seconds,
+        "sequences_per_s": sequences_per_s,
         "scores": scores,
         **lone,
     }

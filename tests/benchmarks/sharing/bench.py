@@ -21,7 +21,7 @@ import yaml
 from benchmarks.sharing.load import Call, Load, Stream
 from support.processes import ServiceProcess, environment, metrics_of, running_service
 
-MODEL = {"source": "packaged:smollm2-135m-instruct", "attention": "eager", "threads": 1, "dtype": "float32"}
+MODEL = {"source": "packaged:smollm2-135m-instruct", "threads": 1, "dtype": "float32"}
 LOAD_SCRIPT = Path(__file__).with_name("load.py")
 GRACE_S = 120.0
 
@@ -80,7 +80,7 @@ def serving(teams: Sequence[str], batching: Mapping[str, object]) -> Iterator[Se
             "batching": dict(batching),
             "tenancy": {"teams_file": str(teams_file)},
         }
-        with running_service("ppod_services.reward", directory, values, admin=False) as process:
+        with running_service("ppod_services.reward", directory, values, admin=False, fresh=True) as process:
             yield Server(process, tokens)
 
 
