@@ -7,6 +7,7 @@ Shape legend: B sequences, T padded length.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 import torch
@@ -33,3 +34,13 @@ class Forward:
         ids = torch.tensor([[*sequence, *[pad] * (width - len(sequence))] for sequence in sequences])
         mask = torch.tensor([[1] * len(sequence) + [0] * (width - len(sequence)) for sequence in sequences])
         return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+
+
+def server_parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a server around the forward pass."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--dtype", required=True)
+    return parser

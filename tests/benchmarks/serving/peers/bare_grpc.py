@@ -23,6 +23,7 @@ from grpc_health.v1.health import aio
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bare import EngineForward
+from forward import server_parser
 
 
 def score(forward: EngineForward, request: bytes) -> bytes:
@@ -56,12 +57,7 @@ async def serve(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Parse and serve."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--dtype", required=True)
-    asyncio.run(serve(parser.parse_args()))
+    asyncio.run(serve(server_parser(__doc__).parse_args()))
 
 
 if __name__ == "__main__":

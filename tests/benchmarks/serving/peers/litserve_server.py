@@ -5,7 +5,6 @@ usage: python litserve_server.py --checkpoint DIR --port N --threads N --dtype N
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import litserve
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from forward import Forward
+from forward import Forward, server_parser
 
 BATCH_TIMEOUT_S = 0.01
 
@@ -52,11 +51,7 @@ class RewardApi(litserve.LitAPI):
 
 def main() -> None:
     """Serve until a signal."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--dtype", required=True)
+    parser = server_parser(__doc__)
     parser.add_argument("--max-batch-size", type=int, required=True)
     options = parser.parse_args()
     api = RewardApi(max_batch_size=options.max_batch_size, batch_timeout=BATCH_TIMEOUT_S)

@@ -7,7 +7,6 @@ Request {"query": [text], ...}, reply {"rewards": [score]}, after OpenRLHF's exa
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from pydantic import BaseModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from forward import Forward
+from forward import Forward, server_parser
 
 
 class Query(BaseModel):
@@ -28,12 +27,7 @@ class Query(BaseModel):
 
 def main() -> None:
     """Serve until a signal."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--dtype", required=True)
-    options = parser.parse_args()
+    options = server_parser(__doc__).parse_args()
     forward = Forward(options.checkpoint, options.threads, options.dtype)
     app = FastAPI()
 
