@@ -109,8 +109,8 @@ def hidden_states(body: PreTrainedModel, layout: Layout) -> torch.Tensor:
 def enable_packing(model: PreTrainedModel) -> bool:
     """Let a model take packed layouts, if it can; padded ones it takes as before.
 
-    It can where it runs on a CPU with sdpa attention, leaves attention to transformers' interface, and sees whole
-    sequences, forwards only: a probe compares what it makes of packed sequences with what it makes of each alone.
+    It can where it runs on a CPU with sdpa attention, and leaves attention to transformers' interface: a probe compares
+    what it makes of packed sequences with what it makes of each alone.
     """
     if model.config._attn_implementation == _PACKED_SDPA:  # pyright: ignore[reportPrivateUsage]
         return True
