@@ -58,6 +58,8 @@ def unpack_sequences(message: common_pb2.TokenSequences, field: str) -> list[Tok
 
 def check_token_ids(sequences: Sequence[TokenArray], vocab_size: int, field: str) -> None:
     """Raise InvalidArgument that names the first sample with an id outside 0 to vocab_size - 1."""
+    if not sequences:
+        return
     # Nearly always all is well, which one look at all ids tells.
     whole = sequences[0] if len(sequences) == 1 else np.concatenate(sequences)
     if whole.min() >= 0 and whole.max() < vocab_size:

@@ -28,8 +28,6 @@ from ppod_models.padding import pad_sequences
 
 _PACKED_SDPA = "ppod_packed_sdpa"
 _PROBE_LENGTHS = (5, 1, 3, 3)
-_PROBE_TOLERANCE = {torch.float32: 1e-4}
-_PROBE_TOLERANCE_HALF = 3e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +104,11 @@ def hidden_states(body: PreTrainedModel, layout: Layout) -> torch.Tensor:
     return cast(torch.Tensor, output.last_hidden_state).flatten(0, 1)
 
 
+def probe_tolerance(dtype: torch.dtype) -> float:
+    """How far rounding may move a value, relative to the largest, when the same is computed in another layout."""
+    return 1e-4 if dtype == torch.float32 else 3e-2
+
+
 def enable_packing(model: PreTrainedModel) -> bool:
     """Let a model take packed layouts, if it can; padded ones it takes as before.
 
@@ -126,18 +129,18 @@ def enable_packing(model: PreTrainedModel) -> bool:
 @torch.inference_mode()
 def _packs(body: PreTrainedModel) -> bool:
     sequences = [np.arange(length) + 1 for length in _PROBE_LENGTHS]
+    layout = lay_out(sequences, packed=True, device=body.device)
     try:
-        together = hidden_states(body, lay_out(sequences, packed=True, device=body.device))
+        together = hidden_states(body, layout)
         alone = [hidden_states(body, lay_out([one], packed=False, device=body.device)) for one in sequences]
     except (TypeError, ValueError, RuntimeError, AttributeError):
         # An architecture that does not hand the runs down to its attention, or wants more of it than there is here.
         return False
-    starts = lay_out(sequences, packed=True, device=body.device).starts.tolist()
-    tolerance = _PROBE_TOLERANCE.get(body.dtype, _PROBE_TOLERANCE_HALF)
+    tolerance = probe_tolerance(body.dtype)
     scale = float(together.abs().max().clamp(min=1.0))
     return all(
         bool(((together[start : start + len(states)] - states).abs() <= tolerance * scale).all())
-        for start, states in zip(starts, alone, strict=True)
+        for start, states in zip(layout.starts.tolist(), alone, strict=True)
     )
 
 

@@ -17,13 +17,11 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
-from ppod_models.packing import enable_packing, hidden_states, lay_out
+from ppod_models.packing import enable_packing, hidden_states, lay_out, probe_tolerance
 from ppod_models.padding import PaddedBatch, pad_sequences
 
 Tokens = npt.NDArray[np.integer]
 _PROBE = (1, 2, 3, 4, 5, 6)
-_PROBE_TOLERANCE = {torch.float32: 1e-4}
-_PROBE_TOLERANCE_HALF = 3e-2
 
 
 class RewardClassifierError(Exception):
@@ -76,9 +74,7 @@ class SequenceClassifier:
         self._pad = pad_token_id(model)
         self._decoder = _Decoder(model) if isinstance(model, GenericForSequenceClassification) else None
         self.packs = self._decoder is not None and self._decoder.packs
-        self.scores_prefixes = self._decoder is not None and _is_causal(
-            self._decoder, _PROBE_TOLERANCE.get(model.dtype, _PROBE_TOLERANCE_HALF)
-        )
+        self.scores_prefixes = self._decoder is not None and _is_causal(self._decoder, probe_tolerance(model.dtype))
 
     def end_of(self, tokens: Tokens) -> int:
         """Where the whole sequence is read: at its last token that is no padding token, as transformers does it."""

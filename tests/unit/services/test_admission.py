@@ -81,11 +81,14 @@ def test_a_quota_is_a_bucket_and_the_wait_is_exact() -> None:
 
 def test_a_refused_request_spends_no_quota() -> None:
     desk = Desk(queue_tokens=200)
-    team = Team("a", tokens_per_s=1.0, burst_s=200.0)
+    team = Team("a", tokens_per_s=1.0, burst_s=250.0)
     desk.ask(team, 150)
     for _ in range(3):
         wait_of(desk, team, 51)
+    # The queue refused them; had they spent of the 100 tokens that were left of the quota, 50 would be too many now.
+    assert desk.refused == [("a", Refusal.QUEUE)] * 3
     desk.ask(team, 50)
+    assert desk.queue.tokens == 200
 
 
 def test_a_reload_keeps_what_was_spent() -> None:
@@ -147,7 +150,9 @@ def test_a_lone_team_may_fill_the_whole_queue() -> None:
     desk = Desk(queue_tokens=100)
     desk.ask(ANONYMOUS, 60)
     desk.ask(ANONYMOUS, 40)
-    wait_of(desk, ANONYMOUS, 1)
+    assert desk.queue.tokens == 100
+    # One token of 100 a second must leave.
+    assert wait_of(desk, ANONYMOUS, 1) == pytest.approx(0.01)
 
 
 def test_what_would_end_too_late_is_refused_with_the_time_that_the_backlog_needs() -> None:
@@ -167,7 +172,10 @@ def test_the_wait_told_is_long_enough() -> None:
         desk.ask(A, 10)
     wait_s = wait_of(desk, A, 10, deadline_s=3.0)
     desk.serve(int(100 * wait_s) // 10 * 10 + 10)
+    waiting = desk.queue.tokens
     desk.ask(A, 10, deadline_s=3.0)
+    assert desk.queue.tokens == waiting + 10
+    assert desk.refused == [("a", Refusal.DEADLINE)]
 
 
 def test_a_team_is_judged_by_its_own_backlog_and_share() -> None:
@@ -183,19 +191,25 @@ def test_high_priority_is_not_refused_for_what_waits_below_it() -> None:
     desk = Desk()
     for _ in range(40):
         desk.ask(ANONYMOUS, 10, priority=Priority.LOW)
-    wait_of(desk, ANONYMOUS, 10, deadline_s=1.0, priority=Priority.LOW)
+    assert wait_of(desk, ANONYMOUS, 10, deadline_s=1.0, priority=Priority.LOW) > 1.0
     desk.ask(ANONYMOUS, 10, deadline_s=1.0, priority=Priority.HIGH)
+    assert desk.queue.tokens == 410
 
 
 def test_an_empty_queue_refuses_nobody_for_a_deadline() -> None:
     """No wait would help, and the estimate may be wrong: the deadline itself decides."""
-    Desk().ask(A, 500, deadline_s=0.01)
+    desk = Desk()
+    desk.ask(A, 500, deadline_s=0.01)
+    assert desk.queue.tokens == 500
+    assert not desk.refused
 
 
 def test_an_unknown_rate_refuses_nobody_for_a_deadline() -> None:
     desk = Desk(rate=0.0)
     desk.ask(A, 500)
     desk.ask(A, 100, deadline_s=0.01)
+    assert desk.queue.tokens == 600
+    assert not desk.refused
 
 
 def test_the_rate_is_that_of_saturated_batches() -> None:

@@ -83,11 +83,18 @@ async def test_whoever_goes_away_gives_its_place_to_the_next() -> None:
     waiting.cancel()  # before its turn
     turns.give_back()
     await asyncio.wait_for(next_one, 1)
+    assert waiting.cancelled()
     granted = asyncio.create_task(turns.take(A, 1))
     last = asyncio.create_task(turns.take(B, 1))
     await asyncio.sleep(0)
     turns.give_back()
     granted.cancel()  # after it was given the place, and before it could know
     await asyncio.wait_for(last, 1)
+    assert granted.cancelled()
+    # Exactly one place is left of the one: it is given to the next, and to nobody else.
     turns.give_back()
     await asyncio.wait_for(turns.take(A, 1), 1)
+    late = asyncio.create_task(turns.take(B, 1))
+    await asyncio.sleep(0)
+    assert not late.done()
+    late.cancel()

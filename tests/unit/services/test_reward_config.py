@@ -111,4 +111,5 @@ def test_compositions_that_make_no_sense_are_told_all_at_once() -> None:
 
 
 def test_a_diamond_is_no_cycle() -> None:
-    parse(HEAD, {**HEAD, "name": "b"}, ensemble("e", "a", "b"), weighted("s", "e", "a"))
+    config = parse(HEAD, {**HEAD, "name": "b"}, ensemble("e", "a", "b"), weighted("s", "e", "a"))
+    assert [reward.name for reward in config.rewards] == ["a", "b", "e", "s"]

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from ppod.errors import RewardFailed
@@ -124,27 +124,21 @@ class _Worker:
                 stdout=asyncio.subprocess.PIPE,
             )
             config = self._config
-            try:
+            async with self._stopped_unless_done():
                 await self._send({"function": config.function, "parameters": dict(config.parameters)})
                 await self._receive(_START_TIMEOUT_S, None)
-            except BaseException:
-                await self.stop()
-                raise
 
     async def score(self, batch: Sequence[NumberedSample]) -> list[float]:
         """Scores in the batch's order; after an error the process is gone, and the next batch starts another."""
         await self.start()
         limit_s = self._config.timeout_s
         scores: list[float] = []
-        try:
+        async with self._stopped_unless_done():
             texts = [[one.sample.prompt, one.sample.response, one.sample.reference] for one in batch]
             await self._send({"samples": texts, "limit_s": limit_s + _GRACE_S})
             for one in batch:
                 answer = await self._receive(limit_s, one.index)
                 scores.append(float(answer["score"]))
-        except BaseException:
-            await self.stop()
-            raise
         return scores
 
     async def stop(self) -> None:
@@ -156,6 +150,14 @@ class _Worker:
             process.kill()
         # Closes the pipes too; what is left in them is of no use.
         await process.communicate()
+
+    @contextlib.asynccontextmanager
+    async def _stopped_unless_done(self) -> AsyncGenerator[None]:
+        """Kill the process when the block ends early, in whatever way: what is left in its pipes would be read next."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self.stop)
+            yield
+            stack.pop_all()
 
     async def _send(self, message: dict[str, object]) -> None:
         assert self._process is not None
