@@ -105,9 +105,9 @@ class FairQueue(Generic[QueuedT]):
         The team with the lowest counter leads, with the longest sequence of its oldest request of the highest
         priority. Then, one by one, the team that has the lowest counter by now adds the sequence of the same group
         that needs the least padding, or that of its oldest request where there is none, as long as bounds allow; urgent
-        requests lead and add before all others. Without
-        those the choice depends on nothing but the queue, and ties keep their order; a lone request is never urgent. So
-        a caller who is alone gets the same batches, and the same bits, each time.
+        requests lead and add before all others. Without those the choice depends on nothing but the queue, and ties
+        keep their order; a lone request is never urgent. So a caller who is alone gets the same batches, and the same
+        bits, each time.
 
         Returns:
             At least one sequence, even where that alone exceeds the bounds; empty for an empty queue.
