@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from ppod_models.configuration import ConfigError, ConfigModel, ConfigT, describe_faults, read_yaml
 from ppod_services.core.config import ListenConfig, ServiceConfig
@@ -23,15 +23,16 @@ WILDCARD_HOSTS = {"0.0.0.0", "::", "[::]"}
 
 
 class ServicesSection(ConfigModel):
-    """The three services."""
+    """The services; without rewards from a model there is no reward service."""
 
-    reward: RewardServiceConfig
+    reward: RewardServiceConfig | None = None
     reference: ReferenceServiceConfig
     generation: GenerationServiceConfig
 
     def items(self) -> list[tuple[str, ServiceConfig]]:
-        """Names and configurations, in the order of SERVICE_NAMES."""
-        return [("reward", self.reward), ("reference", self.reference), ("generation", self.generation)]
+        """Names and configurations of those that there are, in the order of SERVICE_NAMES."""
+        others: list[tuple[str, ServiceConfig]] = [("reference", self.reference), ("generation", self.generation)]
+        return others if self.reward is None else [("reward", self.reward), *others]
 
 
 class RunConfig(ConfigModel):
@@ -39,6 +40,14 @@ class RunConfig(ConfigModel):
 
     services: ServicesSection
     trainer: TrainerConfig
+
+    @model_validator(mode="after")
+    def _scores_come_from_somewhere(self) -> Self:
+        if self.trainer.rewards.model and self.services.reward is None:
+            raise ValueError(
+                "services.reward is missing, but trainer.rewards.model is true: add it, or set that to false"
+            )
+        return self
 
 
 def parse_run(values: object, origin: str) -> RunConfig:
@@ -117,7 +126,8 @@ def _valid(model: type[ConfigT], values: object, *path: str) -> ConfigT | None:
 
 def _listens(values: object) -> dict[str, ListenConfig]:
     """The listen sections that are right, by service."""
-    found = {name: _valid(ListenConfig, values, "services", name, "listen") for name in SERVICE_NAMES}
+    there = [name for name in SERVICE_NAMES if _section(values, "services", name) is not None]
+    found = {name: _valid(ListenConfig, values, "services", name, "listen") for name in there}
     return {name: listen for name, listen in found.items() if listen is not None}
 
 

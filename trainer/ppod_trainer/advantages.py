@@ -34,7 +34,8 @@ def gae(
     Args:
         rewards: float32 [B, T].
         values: float32 [B, T].
-        mask: bool [B, T]; true on response tokens, which start at position 0 and have no holes.
+        mask: bool [B, T]; true on action tokens. What lies between two of them (an environment's observation) is passed
+            over: to the policy the next state is that of its own next token.
         gamma: discount a token.
         lam: lambda of GAE.
         bootstrap_values: float32 [B]; V of the state after the last token: 0 for a terminated response, the value
@@ -45,7 +46,8 @@ def gae(
     next_value = torch.zeros_like(values[:, 0]) if bootstrap_values is None else bootstrap_values
     next_advantage = torch.zeros_like(values[:, 0])
     for t in range(values.shape[1] - 1, -1, -1):
-        # Behind the end of a sequence both carry on unchanged, so its last token sees the bootstrap value.
+        # Over holes, and behind the end of a sequence, both carry on unchanged: the last token of a turn sees the value
+        # of the next turn's first, and the last of all the bootstrap value.
         here = real[:, t] > 0
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = torch.where(here, delta + gamma * lam * next_advantage, next_advantage)

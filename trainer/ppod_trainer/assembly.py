@@ -9,24 +9,30 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
+from ppod import GenerationClient
 from ppod.tensors import TokenArray
 from ppod_models import loading
 from ppod_models.configuration import dump_config
 from ppod_models.sources import resolve
+from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.checkpoint import TrainerState, load_checkpoint
-from ppod_trainer.config import KlConfig, TrainerConfig
+from ppod_trainer.collector import RolloutCollector
+from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig
 from ppod_trainer.connections import check_services, connect
+from ppod_trainer.environments.loading import LoadedEnvironment, load_environment
+from ppod_trainer.episodes import EpisodeRules, EpisodeSampler, TextCodec
 from ppod_trainer.evaluation import Evaluator
 from ppod_trainer.experience import ExperienceRules
 from ppod_trainer.kl import AdaptiveKl, FixedKl, KlController
 from ppod_trainer.learner import Learner, build_learner
 from ppod_trainer.metrics import MetricsLog
 from ppod_trainer.policy import PolicyWithValue
-from ppod_trainer.prompts import load_prompts
-from ppod_trainer.rollouts import RolloutCollector
+from ppod_trainer.prompts import Encode, PromptSet, load_prompts, split_prompts
+from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
 from ppod_trainer.stopping import StopSignal
-from ppod_trainer.training import DroppedSamples, Parts, TrainingRun
+from ppod_trainer.training import Parts, TrainingRun
 
 _FREE_SECTIONS = {"run_dir", "resume", "services", "metrics", "tracing", "checkpoint", "evaluation"}
 
@@ -59,10 +65,9 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
     source = resolve(config.policy.source)
     tokenizer = loading.load_tokenizer(source.path)
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    prompts = load_prompts(config.prompts, encode)
+    codec = _codec(tokenizer)
+    environment = _load_environment(config.environment)
+    prompts = _load_prompts(config, environment, codec.encode)
     learner = _load_learner(config, source.path)
     state = TrainerState(0, 0, 0, config.kl.coefficient, configuration_fingerprint(config))
     if config.resume:
@@ -72,29 +77,68 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
     collector = None
     try:
         with stop.interruptible():
-            connections = connect(config.services, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc)
-            check_services(connections, config.rollout, loading.vocab_size(learner.policy.model))
-        dropped = DroppedSamples()
+            fingerprint = loading.tokenizer_fingerprint(tokenizer)
+            connections = connect(config.services, fingerprint, metrics.observe_rpc, scores=config.rewards.model)
+            served = check_services(connections, config.rollout, loading.vocab_size(learner.policy.model))
+        bad_samples = BadSamples(config.rollout.on_bad_sample)
+        sampler = _build_sampler(config, connections.generation, served.limits.max_sequence_tokens, environment, codec)
         collector = RolloutCollector(
-            connections.generation, connections.reward, connections.reference, config.rollout, dropped
+            sampler, connections.reward, connections.reference, config.rollout.temperature, bad_samples
         )
-
-        def decode(token_ids: TokenArray) -> str:
-            return str(tokenizer.decode(token_ids, skip_special_tokens=True))
-
-        evaluator = Evaluator(collector, connections.judge, prompts.heldout, decode)
+        evaluator = Evaluator(collector, connections.judge, prompts.heldout, codec.decode)
         kl = build_kl_controller(config.kl)
         kl.coefficient = state.kl_coefficient
-        parts = Parts(connections, collector, dropped, evaluator, learner, kl, prompts, tokenizer, metrics, stop)
+        parts = Parts(connections, collector, evaluator, learner, kl, prompts, tokenizer, metrics, stop)
         run = TrainingRun(config, parts, state)
-        _synchronise(run)
-        yield run
+        try:
+            _synchronise(run)
+            yield run
+        finally:
+            run.close()
     finally:
         metrics.close()
         if connections is not None:
             connections.close()
         if collector is not None:
             collector.close()
+
+
+def _codec(tokenizer: PreTrainedTokenizerFast) -> TextCodec:
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(token_ids: TokenArray) -> str:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    return TextCodec(encode, decode)
+
+
+def _load_environment(config: EnvironmentConfig | None) -> LoadedEnvironment | None:
+    return None if config is None else load_environment(config.name, config.parameters)
+
+
+def _load_prompts(config: TrainerConfig, environment: LoadedEnvironment | None, encode: Encode) -> PromptSet:
+    """The prompts of a file, or the beginnings of an environment's episodes."""
+    if config.environment is None or environment is None:
+        return load_prompts(config.prompts, encode)
+    texts = [environment.make().reset(seed) for seed in range(config.environment.episodes)]
+    return split_prompts(texts, encode, config.prompts.heldout)
+
+
+def _build_sampler(
+    config: TrainerConfig,
+    generation: GenerationClient,
+    max_sequence_tokens: int,
+    environment: LoadedEnvironment | None,
+    codec: TextCodec,
+) -> Sampler:
+    bad_samples = BadSamples(config.rollout.on_bad_sample)
+    if config.environment is None or environment is None:
+        return ResponseSampler(TurnSampler(generation, config.rollout), bad_samples)
+    turns = TurnSampler(generation, config.rollout, environment.stop)
+    # A turn that has less room than it may ask for would be cut off for no fault of the policy's.
+    rules = EpisodeRules(config.environment.max_turns, max_sequence_tokens - config.rollout.max_tokens + 1)
+    return EpisodeSampler(turns, environment, codec, rules, bad_samples)
 
 
 def _load_learner(config: TrainerConfig, path: Path) -> Learner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from ppod_models.configuration import ConfigModel, ModelConfig, TracingConfig
 
@@ -84,6 +84,17 @@ class RolloutConfig(ConfigModel):
     on_bad_sample: Literal["stop", "skip"] = Field(
         default="stop", description="what a typed error that names a sample does: stop the run, or drop the sample"
     )
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        description="steps ahead that samples are begun, and most versions that their weights may be behind; "
+        "0: each step waits for samples of its own weights",
+    )
+    on_new_weights: Literal["wait", "keep", "abort"] = Field(
+        default="wait",
+        description="what becomes of samples under way when new weights come: the weights wait for them; they go on "
+        "with the new weights and the old keys and values; or with the new weights alone",
+    )
 
     @model_validator(mode="after")
     def _refuse_cut_support(self) -> Self:
@@ -94,10 +105,31 @@ class RolloutConfig(ConfigModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_under_way(self) -> Self:
+        if self.on_new_weights != "wait" and not self.max_staleness:
+            raise ValueError(
+                f"on_new_weights is {self.on_new_weights!r}, but with max_staleness 0 no sample is under way when new "
+                "weights come; raise max_staleness, or leave on_new_weights at 'wait'"
+            )
+        return self
+
+
+class EnvironmentConfig(ConfigModel):
+    """Conversations of several turns with an environment, whose questions take the place of `prompts.path`."""
+
+    name: str = Field(min_length=1, description="entry point of the group ppod.environments, such as calculator")
+    parameters: dict[str, JsonValue] = Field(default_factory=dict, description="of the environment")
+    episodes: int = Field(default=2048, ge=2, description="different episodes; prompts.heldout of them are held out")
+    max_turns: int = Field(default=4, ge=1, description="turns of the policy; each has rollout.max_tokens at most")
+
 
 class RewardsConfig(ConfigModel):
     """From the reward model's score to token rewards."""
 
+    model: bool = Field(
+        default=True, description="pay the reward model's score; false: the environment's rewards alone"
+    )
     clip: float | None = Field(default=None, gt=0, description="bounds the score to [-clip, clip]")
     missing_eos_penalty: float = Field(default=0.0, ge=0, description="taken off the score of a response cut off")
     mask_truncated: bool = Field(default=False, description="leave responses that were cut off out of the loss")
@@ -209,6 +241,7 @@ class TrainerConfig(ConfigModel):
     policy: ModelConfig = ModelConfig(source="packaged:smollm2-135m-instruct")
     services: ServicesConfig = ServicesConfig()
     prompts: PromptsConfig = PromptsConfig()
+    environment: EnvironmentConfig | None = Field(default=None, description="none: prompts are answered in one turn")
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     kl: KlConfig = KlConfig()
@@ -228,6 +261,23 @@ class TrainerConfig(ConfigModel):
         if self.reference_refresh_steps is not None and has_replicas(self.services.reference):
             raise ValueError(
                 f"services.reference is {self.services.reference!r}: a reference that is refreshed must be one server"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_pays(self) -> Self:
+        if self.environment is None and not self.rewards.model:
+            raise ValueError("rewards.model is false and there is no environment: nothing would pay a reward")
+        if not self.rewards.model and self.services.judge_model is not None:
+            raise ValueError("services.judge_model needs the reward service, which rewards.model false leaves out")
+        return self
+
+    @model_validator(mode="after")
+    def _correct_stale_samples(self) -> Self:
+        if self.rollout.max_staleness and self.ppo.importance_cap is None:
+            raise ValueError(
+                f"rollout.max_staleness is {self.rollout.max_staleness}: samples of older weights need importance "
+                "weights; set ppo.importance_cap, such as 2"
             )
         return self
 

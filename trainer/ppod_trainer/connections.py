@@ -12,10 +12,10 @@ from ppod_trainer.errors import ServiceMismatchError
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """One client for each service; `judge` is None where no judge is configured."""
+    """One client for each service; `reward` and `judge` are None where they are not asked."""
 
     generation: GenerationClient
-    reward: RewardClient
+    reward: RewardClient | None
     judge: RewardClient | None
     reference: ReferenceClient
     generation_weights: WeightClient
@@ -23,14 +23,19 @@ class Connections:
 
     def close(self) -> None:
         """Close all channels; calls under way are cancelled."""
-        for client in (self.generation, self.reward, self.reference, self.generation_weights, self.reference_weights):
+        for client in (self.generation, self.reference, self.generation_weights, self.reference_weights):
             client.close()
-        if self.judge is not None:
-            self.judge.close()
+        for client in (self.reward, self.judge):
+            if client is not None:
+                client.close()
 
 
-def connect(config: ServicesConfig, tokenizer_fingerprint: str, observer: RpcObserver) -> Connections:
+def connect(
+    config: ServicesConfig, tokenizer_fingerprint: str, observer: RpcObserver, *, scores: bool = True
+) -> Connections:
     """Open channels to all services, with the policy's tokenizer pinned, and wait until each is ready.
+
+    With `scores` false the reward service is left out.
 
     Raises:
         DeadlineExceeded: a service was not ready within `ready_timeout_s`.
@@ -50,14 +55,15 @@ def connect(config: ServicesConfig, tokenizer_fingerprint: str, observer: RpcObs
         generation=GenerationClient(
             config.generation, timeout_s=timeout_s, pin=pin, observer=observer, security=security
         ),
-        reward=reward(config.reward_model),
+        reward=reward(config.reward_model) if scores else None,
         judge=None if config.judge_model is None else reward(config.judge_model),
         reference=ReferenceClient(config.reference, timeout_s=timeout_s, pin=pin, observer=observer, security=security),
         generation_weights=weights(config.generation_admin),
         reference_weights=weights(config.reference_admin),
     )
     for client in (connections.generation, connections.reward, connections.reference):
-        client.wait_ready(config.ready_timeout_s)
+        if client is not None:
+            client.wait_ready(config.ready_timeout_s)
     return connections
 
 
@@ -82,7 +88,8 @@ def check_services(connections: Connections, rollout: RolloutConfig, vocab_size:
     """
     generation = connections.generation.describe()
     described = {"generation": generation, "reference": connections.reference.describe()}
-    described["reward"] = connections.reward.describe()
+    if connections.reward is not None:
+        described["reward"] = connections.reward.describe()
     if connections.judge is not None:
         described["judge"] = connections.judge.describe()
     for name, description in described.items():

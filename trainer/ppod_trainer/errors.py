@@ -11,6 +11,10 @@ class PromptError(TrainerError):
     """The prompts cannot be read or used."""
 
 
+class EnvironmentLoadError(TrainerError):
+    """An environment cannot be loaded, or its parameters are wrong."""
+
+
 class NonFiniteLossError(TrainerError):
     """A loss or gradient norm is NaN or infinite: the update is not applied."""
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from ppod import RewardClient
 from ppod.tensors import TokenArray
+from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt
-from ppod_trainer.rollouts import RolloutCollector, ScoredRollout, sample_seed
+from ppod_trainer.rollouts import ScoredRollout, sample_seed
 
 Decode = Callable[[TokenArray], str]
 
@@ -98,8 +99,8 @@ class Evaluator:
             self._sample(one, None if judged is None else float(judged[position]))
             for position, one in enumerate(scored)
         )
-        scores = np.array([one.score for one in scored])
-        kl = [float((one.rollout.sampler_logprobs - one.ref_logprobs).sum()) for one in scored]
+        scores = np.array([one.outcome for one in scored])
+        kl = [float((one.rollout.sampler_logprobs - one.ref_logprobs)[one.rollout.action_mask].sum()) for one in scored]
         return Evaluation(
             step=step,
             score=float(scores.mean()),
@@ -108,7 +109,7 @@ class Evaluator:
             judge=None if judged is None else float(judged.mean()),
             judge_standard_error=None if judged is None else standard_error(judged),
             kl=float(np.mean(kl)),
-            length=float(np.mean([len(one.rollout.response) for one in scored])),
+            length=float(np.mean([one.rollout.sampled for one in scored])),
             distinct_2=distinct_2([sample.continuation for sample in samples]),
             samples=samples,
         )
@@ -124,9 +125,9 @@ class Evaluator:
         return Sample(
             prompt=self._decode(rollout.prompt.token_ids),
             continuation=self._decode(rollout.response),
-            score=scored.score,
+            score=scored.outcome,
             judge=judge,
-            tokens=len(rollout.response),
+            tokens=rollout.sampled,
         )
 
 

@@ -36,7 +36,7 @@ class PpoBatch:
 
     Attributes:
         responses: the padded token batch.
-        loss_mask: bool [B, T]; response tokens that the loss is taken over.
+        loss_mask: bool [B, T]; action tokens that the loss is taken over.
         old_logprobs: the trainer's, before the update.
         sampler_logprobs: the sampler's.
         ref_logprobs: the reference's.
@@ -96,9 +96,14 @@ def build_ppo_batch(
 ) -> PpoBatch:
     """Turn scores into token rewards, and those into advantages and returns."""
     device = responses.input_ids.device
-    mask = responses.response_mask
-    ref_logprobs = _pad([scored.ref_logprobs for scored in rollouts], mask)
-    sampler_logprobs = _pad([scored.rollout.sampler_logprobs for scored in rollouts], mask)
+    mask = responses.action_mask
+
+    def pad(rows: Sequence[npt.NDArray[np.float32]]) -> torch.Tensor:
+        return torch.where(mask, _pad(rows, responses.response_mask), 0.0)
+
+    ref_logprobs = pad([scored.ref_logprobs for scored in rollouts])
+    sampler_logprobs = pad([scored.rollout.sampler_logprobs for scored in rollouts])
+    turn_rewards = pad([scored.rollout.rewards for scored in rollouts])
     truncated = torch.tensor([scored.rollout.truncated for scored in rollouts], device=device)
     scores = shape_scores(
         torch.tensor([scored.score for scored in rollouts], device=device),
@@ -107,7 +112,7 @@ def build_ppo_batch(
         missing_eos_penalty=rules.rewards.missing_eos_penalty,
     )
     penalty = estimate_kl(view.logprobs, ref_logprobs, rules.kl.estimator) if rules.kl.placement == "reward" else None
-    rewards = token_rewards(scores, penalty, mask, kl_coefficient)
+    rewards = token_rewards(scores, penalty, mask, kl_coefficient, turn_rewards)
     result = _advantages(rewards, view, mask, truncated, rules.advantages)
     loss_mask = mask & ~truncated.unsqueeze(1) if rules.rewards.mask_truncated else mask
     advantages = whiten(result.advantages, loss_mask) if rules.advantages.whiten else result.advantages

@@ -13,7 +13,7 @@ from ppod_trainer.config import OptimizerConfig, PpoConfig
 from ppod_trainer.errors import NonFiniteLossError
 from ppod_trainer.experience import ExperienceRules, PpoBatch, build_ppo_batch, view_policy
 from ppod_trainer.kl import estimate_kl
-from ppod_trainer.masking import loss_weights, masked_mean, weighted_sum
+from ppod_trainer.masking import loss_weights, weighted_sum
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.objective import (
     clipped_tokens,
@@ -41,7 +41,6 @@ class UpdateStats:
     Attributes:
         first_ratio_error: largest |ratio - 1| of the first minibatch; 0 unless something is wrong.
         approx_kl: KL(old, new) by k3, nats a token, of the last minibatch.
-        sampler_gap: mean |old - sampler| logprob over response tokens; sampler_gap_max is the largest.
         stopped_early: the update ended because KL(old, new) passed `stop_kl`.
     """
 
@@ -54,8 +53,6 @@ class UpdateStats:
     first_ratio_error: float = 0.0
     approx_kl: float = 0.0
     explained_variance: float = 0.0
-    sampler_gap: float = 0.0
-    sampler_gap_max: float = 0.0
     stopped_early: bool = False
     optimizer_steps: int = 0
 
@@ -101,7 +98,8 @@ class Learner:
         batch = build_ppo_batch(rollouts, responses, view, self.rules, kl_coefficient)
         with timer.phase("update"):
             stats = self._update(batch, step, kl_coefficient)
-        _measure_batch(batch, stats)
+        mask = batch.loss_mask
+        stats.explained_variance = explained_variance(batch.old_values[mask], batch.returns[mask])
         return batch, stats
 
     def _update(self, batch: PpoBatch, step: int, kl_coefficient: float) -> UpdateStats:
@@ -219,12 +217,3 @@ def _mean_of(stats: UpdateStats) -> UpdateStats:
     for name in ("policy_loss", "value_loss", "kl_loss", "entropy", "clip_fraction", "grad_norm"):
         setattr(stats, name, getattr(stats, name) / count)
     return stats
-
-
-def _measure_batch(batch: PpoBatch, stats: UpdateStats) -> None:
-    """Explained variance of the old values, and the gap between sampler and trainer."""
-    mask = batch.loss_mask
-    gap = (batch.old_logprobs - batch.sampler_logprobs).abs()
-    stats.explained_variance = explained_variance(batch.old_values[mask], batch.returns[mask])
-    stats.sampler_gap = float(masked_mean(gap, mask))
-    stats.sampler_gap_max = float(torch.where(mask, gap, 0.0).max())

@@ -41,9 +41,14 @@ GAUGES = {
     "response/truncated": ("ppod_response_truncated_ratio", "Share of responses cut off at the token limit"),
     "sampler/gap_mean": ("ppod_sampler_logprob_gap_nats", "Mean |trainer - sampler| logprob of the same weights"),
     "sampler/gap_max": ("ppod_sampler_logprob_gap_max_nats", "Largest |trainer - sampler| logprob"),
+    "sampler/divergence_mean": ("ppod_sampler_divergence_nats", "Mean |trainer - sampler| logprob of all tokens"),
+    "sampler/divergence_max": ("ppod_sampler_divergence_max_nats", "Largest |trainer - sampler| logprob of all tokens"),
+    "sampler/staleness_mean": ("ppod_sampler_staleness_mean_versions", "Mean age of the tokens' weights, in versions"),
+    "sampler/staleness_max": ("ppod_sampler_staleness_max_versions", "Age of the oldest tokens' weights, in versions"),
     "learning_rate": ("ppod_learning_rate", "Learning rate of the policy"),
     "tokens_per_second": ("ppod_tokens_per_second", "Response tokens trained on, per second of the step"),
     "samples/dropped": ("ppod_samples_dropped", "Samples dropped in the step for a typed error"),
+    "samples/stale": ("ppod_samples_stale", "Samples dropped in the step for the age of their weights"),
     "step": ("ppod_step", "Steps done"),
 }
 

@@ -1,6 +1,7 @@
 """The policy with a value head on its trunk, and the batches that it reads.
 
-Shape legend: B sequences, P prompt tokens (left-padded), T response tokens (right-padded), H hidden size.
+Shape legend: B sequences, P prompt tokens (left-padded), T response tokens (right-padded), H hidden size. Action tokens
+are the response tokens that the policy sampled; between them an environment may have written others.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class ResponseBatch:
         position_ids: int64 [B, P + T], cumsum(mask) - 1.
         responses: int64 [B, T].
         response_mask: bool [B, T]; true on response tokens, the stop token included.
+        action_mask: bool [B, T]; true on action tokens, each of which is a response token.
     """
 
     input_ids: torch.Tensor
@@ -37,6 +39,7 @@ class ResponseBatch:
     position_ids: torch.Tensor
     responses: torch.Tensor
     response_mask: torch.Tensor
+    action_mask: torch.Tensor
 
     @property
     def prompt_width(self) -> int:
@@ -56,6 +59,7 @@ class ResponseBatch:
             position_ids=self.position_ids[index, columns],
             responses=self.responses[index, :longest],
             response_mask=self.response_mask[index, :longest],
+            action_mask=self.action_mask[index, :longest],
         )
 
 
@@ -65,11 +69,13 @@ def build_response_batch(rollouts: Sequence[ScoredRollout], device: torch.device
     responses = max(len(scored.rollout.response) for scored in rollouts)
     ids = np.zeros((len(rollouts), prompts + responses), dtype=np.int64)
     mask = np.zeros_like(ids)
+    actions = np.zeros((len(rollouts), responses), dtype=np.bool_)
     for row, scored in enumerate(rollouts):
         tokens = scored.rollout.tokens
         start = prompts - len(scored.rollout.prompt.token_ids)
         ids[row, start : start + len(tokens)] = tokens
         mask[row, start : start + len(tokens)] = 1
+        actions[row, : len(scored.rollout.response)] = scored.rollout.action_mask
     attention_mask = torch.from_numpy(mask).to(device)
     input_ids = torch.from_numpy(ids).to(device)
     return ResponseBatch(
@@ -78,12 +84,13 @@ def build_response_batch(rollouts: Sequence[ScoredRollout], device: torch.device
         position_ids=position_ids(attention_mask),
         responses=input_ids[:, prompts:],
         response_mask=attention_mask[:, prompts:].bool(),
+        action_mask=torch.from_numpy(actions).to(device),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyOutput:
-    """What the policy says of a response batch; padded positions hold 0.
+    """What the policy says of the action tokens of a response batch; all other positions hold 0.
 
     Attributes:
         logprobs: float32 [B, T], natural log, at the sampling temperature.
@@ -120,7 +127,7 @@ class PolicyWithValue(nn.Module):
         self._compute_dtype = compute_dtype
 
     def forward(self, batch: ResponseBatch) -> PolicyOutput:
-        """Logprobs, entropy and values of the response tokens; the vocabulary is touched at those alone."""
+        """Logprobs, entropy and values of the action tokens; the vocabulary is touched at those alone."""
         width = batch.prompt_width
         with self._autocast(batch.input_ids.device):
             hidden = self.model.base_model(
@@ -130,14 +137,14 @@ class PolicyWithValue(nn.Module):
                 use_cache=False,
             ).last_hidden_state
             # The state before response token t is at column P - 1 + t: logits and values are shifted by one.
-            before = hidden[:, width - 1 : -1][batch.response_mask]
-        tokens = batch.responses[batch.response_mask]
+            before = hidden[:, width - 1 : -1][batch.action_mask]
+        tokens = batch.responses[batch.action_mask]
         head = cast(nn.Module, self.model.get_output_embeddings())
         logprobs, entropy = token_logprobs(before.to(self._compute_dtype), head, tokens, self._temperature)
         return PolicyOutput(
-            logprobs=_scatter(logprobs, batch.response_mask),
-            entropy=_scatter(entropy, batch.response_mask),
-            values=_scatter(self.value_head(before.float()).squeeze(-1), batch.response_mask),
+            logprobs=_scatter(logprobs, batch.action_mask),
+            entropy=_scatter(entropy, batch.action_mask),
+            values=_scatter(self.value_head(before.float()).squeeze(-1), batch.action_mask),
             next_values=self._next_values(hidden, batch),
         )
 

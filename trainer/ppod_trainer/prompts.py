@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -47,28 +47,35 @@ class PromptSet:
 
 
 def load_prompts(config: PromptsConfig, encode: Encode) -> PromptSet:
-    """Read, encode, cut and split the prompts; equal ones count once.
+    """Read, encode, cut and split the prompts of a file; equal ones count once.
 
     Raises:
         PromptError: the file is missing or malformed, a prompt is empty, or too few are left for training.
     """
+
+    def encode_first(text: str) -> list[int]:
+        return encode(text)[: config.first_tokens]
+
+    return split_prompts(_read_texts(config.path), encode_first, config.heldout)
+
+
+def split_prompts(texts: Iterable[str], encode: Encode, heldout: int) -> PromptSet:
+    """Encode texts, the first of which has index 0, and hold some out; equal ones count once. Errors as above."""
     seen: dict[tuple[int, ...], Prompt] = {}
-    for index, text in enumerate(_read_texts(config.path)):
+    for index, text in enumerate(texts):
         tokens = encode(text)
-        if config.first_tokens is not None:
-            tokens = tokens[: config.first_tokens]
         if not tokens:
             raise PromptError(f"prompt {index} ({text!r}): no tokens; expected at least one; remove it from the file")
         seen.setdefault(tuple(tokens), Prompt(index, np.asarray(tokens, dtype=np.int32)))
     prompts = list(seen.values())
-    if len(prompts) <= config.heldout:
+    if len(prompts) <= heldout:
         raise PromptError(
-            f"prompts.heldout is {config.heldout}, but there are only {len(prompts)} different prompts; "
+            f"prompts.heldout is {heldout}, but there are only {len(prompts)} different prompts; "
             "one at least must be left for training"
         )
     order = np.random.default_rng(_HELDOUT_SEED).permutation(len(prompts))
     shuffled = [prompts[position] for position in order]
-    return PromptSet(training=shuffled[config.heldout :], heldout=shuffled[: config.heldout])
+    return PromptSet(training=shuffled[heldout:], heldout=shuffled[:heldout])
 
 
 def _read_texts(path: Path | None) -> list[str]:

@@ -1,70 +1,117 @@
-"""Collecting experience: prompts -> generation -> reward and reference -> scored rollouts.
+"""What a rollout is. What travels with a sample says where it came from: its seed, and the versions that made it.
 
-What travels with a sample says where it came from: its seed, and the version of the weights that made it.
+Shape legend: T tokens behind the prompt.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from ppod import GenerationClient, PpodError, ReferenceClient, RewardClient, Sampling
-from ppod.client import FinishReason, Truncation
 from ppod.tensors import FloatArray, TokenArray
-from ppod_trainer.config import RolloutConfig
-from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt
 
-log = logging.getLogger(__name__)
-SampleT = TypeVar("SampleT")
-ResultT = TypeVar("ResultT")
+MaskArray = npt.NDArray[np.bool_]
+VersionArray = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """What the policy sampled in one go.
+
+    Attributes:
+        tokens: int32 [T], a stop token included.
+        logprobs: float32 [T], under the distribution that the sampler drew from.
+        versions: int64 [T], version of the weights that sampled each token.
+        truncated: it was cut off at a limit, the policy did not end it.
+        stop_token: its last token is a stop token, which no user sees.
+    """
+
+    tokens: TokenArray
+    logprobs: FloatArray
+    versions: VersionArray
+    truncated: bool
+    stop_token: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
-    """One sampled response.
+    """One response. In a conversation of several turns it holds what the environment said between them, too.
 
     Attributes:
         prompt: its prompt.
-        response: int32 [length], the stop token included.
-        sampler_logprobs: float32 [length], under the distribution that the sampler drew from.
-        truncated: it was cut off at the token limit, no stop token ended it.
-        policy_version: version of the weights that sampled it.
+        response: int32 [T], all that follows the prompt, stop tokens included.
+        action_mask: bool [T]; true where the policy sampled the token, false where the environment wrote it.
+        sampler_logprobs: float32 [T], under the distribution that the sampler drew from; 0 where it did not.
+        versions: int64 [T], version of the weights that sampled the token; 0 where none did.
+        rewards: float32 [T], the environment's, each on the last token of its turn; 0 elsewhere.
+        truncated: it was cut off at a limit, the policy did not end it.
+        stop_token: its last token is a stop token, which no user sees.
         seed: seed that it was sampled with.
     """
 
     prompt: Prompt
     response: TokenArray
+    action_mask: MaskArray
     sampler_logprobs: FloatArray
+    versions: VersionArray
+    rewards: FloatArray
     truncated: bool
-    policy_version: int
+    stop_token: bool
     seed: int
+
+    @staticmethod
+    def of_turn(prompt: Prompt, turn: Turn, seed: int) -> Rollout:
+        """A response of one turn."""
+        return Rollout(
+            prompt=prompt,
+            response=turn.tokens,
+            action_mask=np.ones(len(turn.tokens), dtype=np.bool_),
+            sampler_logprobs=turn.logprobs,
+            versions=turn.versions,
+            rewards=np.zeros(len(turn.tokens), dtype=np.float32),
+            truncated=turn.truncated,
+            stop_token=turn.stop_token,
+            seed=seed,
+        )
 
     @property
     def tokens(self) -> TokenArray:
-        """Prompt and response, int32 [prompt + response]."""
+        """Prompt and response, int32 [prompt + T]."""
         return np.concatenate([self.prompt.token_ids, self.response])
 
     @property
     def visible_tokens(self) -> TokenArray:
         """What the user would see, and so what the reward model reads: the stop token is not part of it."""
-        return self.tokens if self.truncated else self.tokens[:-1]
+        return self.tokens[:-1] if self.stop_token else self.tokens
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that the policy sampled."""
+        return int(self.action_mask.sum())
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the oldest weights that sampled a part of it."""
+        return int(self.versions[self.action_mask].min())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ScoredRollout:
-    """A rollout with the reward model's score and the reference's logprobs, float32 [length]."""
+    """A rollout with the reward model's score (0 where none is asked) and the reference's logprobs, float32 [T]."""
 
     rollout: Rollout
     score: float
     ref_logprobs: FloatArray
+
+    @property
+    def outcome(self) -> float:
+        """All that was paid for it before the KL penalty: the reward model's score and the environment's rewards."""
+        return self.score + float(self.rollout.rewards.sum())
 
 
 def sample_seed(run_seed: int, stream: str, step: int, index: int) -> int:
@@ -73,116 +120,9 @@ def sample_seed(run_seed: int, stream: str, step: int, index: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-class RolloutCollector:
-    """Calls the services and puts their answers together.
-
-    Args:
-        generation, reward, reference: clients, pinned to the policy's tokenizer.
-        config: how samples are drawn, and what becomes of a bad one.
-        on_dropped: called with the error for every sample dropped.
-    """
-
-    def __init__(
-        self,
-        generation: GenerationClient,
-        reward: RewardClient,
-        reference: ReferenceClient,
-        config: RolloutConfig,
-        on_dropped: Callable[[PpodError], None],
-    ) -> None:
-        self._generation = generation
-        self._reward = reward
-        self._reference = reference
-        self._config = config
-        self._on_dropped = on_dropped
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reference")
-
-    def close(self) -> None:
-        """End the helper thread."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def collect(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], policy_version: int, timer: StepTimer
-    ) -> list[ScoredRollout]:
-        """Sample one response for each prompt, score it and have the reference judge it.
-
-        Raises:
-            PpodError: a service failed; or it named a bad sample and the configuration says to stop.
-        """
-        with timer.phase("generate"):
-            rollouts = self.generate(prompts, seeds, policy_version)
-        with timer.phase("score_and_reference"):
-            return self.score(rollouts, timer)
-
-    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], policy_version: int) -> list[Rollout]:
-        """Sample one response for each prompt with the weights of exactly this version."""
-        sampling = Sampling(max_tokens=self._config.max_tokens, temperature=self._config.temperature)
-        requests = list(zip(prompts, seeds, strict=True))
-
-        def sample(kept: Sequence[tuple[Prompt, int]]) -> list[Rollout]:
-            completions = self._generation.generate(
-                [prompt.token_ids for prompt, _ in kept],
-                sampling,
-                seeds=[seed for _, seed in kept],
-                weight_version=policy_version,
-            )
-            return [
-                Rollout(
-                    prompt=prompt,
-                    response=completion.token_ids,
-                    sampler_logprobs=completion.logprobs,
-                    truncated=completion.finish_reason is FinishReason.LENGTH,
-                    policy_version=completion.state.weight_version,
-                    seed=completion.seed,
-                )
-                for (prompt, _), completion in zip(kept, completions, strict=True)
-            ]
-
-        return self._call(requests, sample)[1]
-
-    def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
-        """Ask reward and reference at the same time; a sample that either refuses is dropped from both."""
-
-        def reward(kept: Sequence[Rollout]) -> list[float]:
-            scores = self._reward.score([rollout.visible_tokens for rollout in kept], truncation=Truncation.NONE)
-            return scores.values.tolist()
-
-        def reference(kept: Sequence[Rollout]) -> list[FloatArray]:
-            return self._reference.logprobs(
-                [rollout.tokens for rollout in kept],
-                [len(rollout.prompt.token_ids) for rollout in kept],
-                temperature=self._config.temperature,
-            ).values
-
-        def timed_reference() -> tuple[list[Rollout], list[FloatArray]]:
-            with timer.phase("reference"):
-                return self._call(rollouts, reference)
-
-        # With this thread's context, so that the call belongs to the step's trace.
-        pending = self._pool.submit(copy_context().run, timed_reference)
-        with timer.phase("score"):
-            scored, scores = self._call(rollouts, reward)
-        judged, ref_logprobs = pending.result()
-        by_seed = dict(zip((rollout.seed for rollout in judged), ref_logprobs, strict=True))
-        return [
-            ScoredRollout(rollout, score, by_seed[rollout.seed])
-            for rollout, score in zip(scored, scores, strict=True)
-            if rollout.seed in by_seed
-        ]
-
-    def _call(
-        self, samples: Sequence[SampleT], call: Callable[[Sequence[SampleT]], list[ResultT]]
-    ) -> tuple[list[SampleT], list[ResultT]]:
-        """Call a service; where an error names one sample and the configuration says skip, go on without it."""
-        kept = list(samples)
-        while kept:
-            try:
-                return kept, call(kept)
-            except PpodError as error:
-                sample: int | None = getattr(error, "sample", None)
-                if self._config.on_bad_sample == "stop" or sample is None or not 0 <= sample < len(kept):
-                    raise
-                log.warning("dropped a sample: %s", error)
-                self._on_dropped(error)
-                del kept[sample]
-        return [], []
+def keep_fresh(
+    rollouts: Sequence[ScoredRollout], policy_version: int, max_staleness: int
+) -> tuple[list[ScoredRollout], int]:
+    """Drop the rollouts of which a part is older than `max_staleness` versions; tell how many."""
+    fresh = [one for one in rollouts if policy_version - one.rollout.oldest_version <= max_staleness]
+    return fresh, len(rollouts) - len(fresh)

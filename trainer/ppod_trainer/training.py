@@ -9,42 +9,31 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from opentelemetry import trace
 from transformers import PreTrainedTokenizerFast
 
-from ppod import PpodError
 from ppod_models.loading import DTYPES, load_causal_lm
 from ppod_trainer.checkpoint import TrainerState, save_checkpoint
+from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.connections import Connections
 from ppod_trainer.errors import TrainerError
 from ppod_trainer.evaluation import Evaluation, Evaluator, write_samples
-from ppod_trainer.experience import PpoBatch
 from ppod_trainer.kl import KlController
-from ppod_trainer.learner import Learner, UpdateStats, learning_rate_at
+from ppod_trainer.learner import Learner, learning_rate_at
 from ppod_trainer.metrics import MetricsLog, StepTimer, finite_record
+from ppod_trainer.off_policy import measure_off_policy
+from ppod_trainer.pipeline import Collected, RolloutPipeline
 from ppod_trainer.prompts import PromptSet
 from ppod_trainer.report import format_evaluation, format_step
-from ppod_trainer.rollouts import RolloutCollector, ScoredRollout, sample_seed
+from ppod_trainer.rollouts import Rollout, ScoredRollout, keep_fresh, sample_seed
+from ppod_trainer.step_figures import rollout_figures, update_figures
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.weight_sync import push_weights
-
-
-@dataclass(slots=True)
-class DroppedSamples:
-    """Counts samples that were dropped for a typed error."""
-
-    count: int = 0
-
-    def __call__(self, error: PpodError) -> None:
-        """Count one."""
-        del error
-        self.count += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +42,6 @@ class Parts:
 
     connections: Connections
     collector: RolloutCollector
-    dropped: DroppedSamples
     evaluator: Evaluator
     learner: Learner
     kl: KlController
@@ -82,6 +70,17 @@ class TrainingRun:
         self.state = state
         self.whole = True
         self._judged: float | None = None
+        rollout = config.rollout
+        self._pipeline = RolloutPipeline(
+            _StepCollector(config, parts),
+            ahead=rollout.max_staleness,
+            steps=config.steps,
+            mixes=rollout.on_new_weights != "wait",
+        )
+
+    def close(self) -> None:
+        """Begin no more rollouts."""
+        self._pipeline.close()
 
     def train(self) -> None:
         """Do all steps that are left. Raises StopRequestedError on a signal, with `state` at the last whole step."""
@@ -119,38 +118,66 @@ class TrainingRun:
     def push_policy(self, weight_version: int) -> None:
         """Put the policy's weights into generation under a new version."""
         generation = self.parts.connections.generation_weights
-        push_weights(generation, self.parts.learner.policy.model, self._wire_dtype(), weight_version)
+        with self._pipeline.new_weights(weight_version):
+            push_weights(generation, self.parts.learner.policy.model, self._wire_dtype(), weight_version)
         self.state = replace(self.state, policy_version=weight_version)
 
     def _step(self) -> dict[str, float]:
         step, config, parts = self.state.step, self.config, self.parts
         timer = StepTimer()
-        parts.dropped.count = 0
         with timer.phase("step"):
             trace.get_current_span().set_attribute("ppo.step", step + 1)
-            prompts = parts.prompts.for_step(step, config.rollout.batch_size, config.seed)
-            seeds = [sample_seed(config.seed, "rollout", step, index) for index in range(len(prompts))]
             with parts.stop.interruptible():
-                rollouts = parts.collector.collect(prompts, seeds, self.state.policy_version, timer)
+                with timer.phase("rollout_wait"):
+                    collected = self._pipeline.take(step)
+                rollouts, stale = keep_fresh(
+                    collected.rollouts, self.state.policy_version, config.rollout.max_staleness
+                )
                 self._judge(rollouts, timer)
             if len(rollouts) < config.ppo.minibatches:
                 raise TrainerError(
-                    f"step {step + 1}: {len(rollouts)} of {len(prompts)} samples are left after errors, fewer than "
-                    f"ppo.minibatches, {config.ppo.minibatches}; look at the warnings above"
+                    f"step {step + 1}: {len(rollouts)} of {config.rollout.batch_size} samples are left ({stale} were "
+                    f"too old, the others were refused), fewer than ppo.minibatches, {config.ppo.minibatches}; look "
+                    "at the warnings above"
                 )
             rate = learning_rate_at(step, config.steps, config.optimizer)
             coefficient = parts.kl.coefficient
+            trained_version = self.state.policy_version
             self.whole = False
             batch, stats = parts.learner.learn(rollouts, step, rate, coefficient, timer)
             parts.kl.update(batch.mean_kl, len(rollouts))
             with timer.phase("push"):
-                self.push_policy(self.state.policy_version + 1)
+                self.push_policy(trained_version + 1)
         self.state = replace(self.state, step=step + 1)
         self.whole = True
-        record = finite_record(self._record(rollouts, batch, stats, timer, (rate, coefficient)))
-        tokens = int(batch.responses.response_mask.sum())
+        record = finite_record(
+            rollout_figures(rollouts)
+            | measure_off_policy(batch, rollouts, trained_version)
+            | update_figures(batch, stats)
+            | self._run_figures(collected, stale, timer, (rate, coefficient))
+        )
+        tokens = int(batch.responses.action_mask.sum())
         parts.metrics.write(step + 1, record, samples=len(rollouts), tokens=tokens)
         return record
+
+    def _run_figures(
+        self, collected: Collected, stale: int, timer: StepTimer, controls: tuple[float, float]
+    ) -> dict[str, float]:
+        """What the run itself did. `controls` are the step's factor on the learning rate and its KL coefficient."""
+        rate, coefficient = controls
+        figures = {
+            "kl/coefficient": coefficient,
+            "policy/version": float(self.state.policy_version),
+            "reference/version": float(self.state.reference_version),
+            "learning_rate": self.config.optimizer.learning_rate * rate,
+            "samples/dropped": float(self.config.rollout.batch_size - len(collected.rollouts)),
+            "samples/stale": float(stale),
+            "tokens_per_second": sum(one.rollout.sampled for one in collected.rollouts) / timer.seconds["step"],
+        }
+        if self._judged is not None:
+            figures["judge/mean"] = self._judged
+        seconds = collected.seconds | timer.seconds
+        return figures | {f"seconds/{phase}": value for phase, value in seconds.items()}
 
     def _judge(self, rollouts: Sequence[ScoredRollout], timer: StepTimer) -> None:
         """Ask the held-out judge about the step's samples, every `judge_interval` steps. It never enters the reward."""
@@ -196,53 +223,30 @@ class TrainingRun:
         serving = weights.status().state.weight_version
         # A reference that outlived an earlier run may be further on; versions only ever grow.
         pushed = max(version, serving + 1)
-        push_weights(weights, model, dtype, pushed)
-        client.pin = replace(client.pin, weight_version=pushed)
+        with self._pipeline.new_reference():
+            push_weights(weights, model, dtype, pushed)
+            client.pin = replace(client.pin, weight_version=pushed)
         self.state = replace(self.state, reference_version=version)
 
     def _wire_dtype(self) -> torch.dtype:
         return DTYPES[self.parts.connections.generation.describe().limits.dtype]
 
-    def _record(
-        self,
-        rollouts: Sequence[ScoredRollout],
-        batch: PpoBatch,
-        stats: UpdateStats,
-        timer: StepTimer,
-        controls: tuple[float, float],
-    ) -> dict[str, float]:
-        """The step's metrics. `controls` are the factor on the learning rate and the KL coefficient that were used."""
-        rate, coefficient = controls
-        scores = np.array([scored.score for scored in rollouts])
-        lengths = [len(scored.rollout.response) for scored in rollouts]
-        figures = asdict(stats)
-        record = {
-            "score/mean": float(scores.mean()),
-            "score/std": float(scores.std()),
-            "return/mean": batch.mean_return,
-            "kl/reference": batch.mean_kl,
-            "kl/coefficient": coefficient,
-            "policy/entropy": figures["entropy"],
-            "policy/clip_fraction": figures["clip_fraction"],
-            "policy/approx_kl": figures["approx_kl"],
-            "policy/first_ratio_error": figures["first_ratio_error"],
-            "policy/grad_norm": figures["grad_norm"],
-            "policy/optimizer_steps": float(figures["optimizer_steps"]),
-            "policy/stopped_early": float(figures["stopped_early"]),
-            "policy/version": float(self.state.policy_version),
-            "reference/version": float(self.state.reference_version),
-            "loss/policy": figures["policy_loss"],
-            "loss/value": figures["value_loss"],
-            "loss/kl": figures["kl_loss"],
-            "value/explained_variance": figures["explained_variance"],
-            "response/length": float(np.mean(lengths)),
-            "response/truncated": float(np.mean([scored.rollout.truncated for scored in rollouts])),
-            "sampler/gap_mean": figures["sampler_gap"],
-            "sampler/gap_max": figures["sampler_gap_max"],
-            "learning_rate": self.config.optimizer.learning_rate * rate,
-            "samples/dropped": float(self.parts.dropped.count),
-            "tokens_per_second": sum(lengths) / timer.seconds["step"],
-        }
-        if self._judged is not None:
-            record["judge/mean"] = self._judged
-        return record | {f"seconds/{phase}": value for phase, value in timer.seconds.items()}
+
+class _StepCollector:
+    """The `Collects` of a run: which prompts and seeds a step has."""
+
+    def __init__(self, config: TrainerConfig, parts: Parts) -> None:
+        self._config = config
+        self._prompts = parts.prompts
+        self._collector = parts.collector
+
+    def generate(self, step: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
+        """Sample the step's prompts."""
+        config = self._config
+        prompts = self._prompts.for_step(step, config.rollout.batch_size, config.seed)
+        seeds = [sample_seed(config.seed, "rollout", step, index) for index in range(len(prompts))]
+        return self._collector.generate(prompts, seeds, policy_version, timer)
+
+    def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
+        """Ask reward and reference."""
+        return self._collector.score(rollouts, timer)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ppod_models.loading import load_causal_lm
 from ppod_trainer.policy import PolicyWithValue
 from ppod_trainer.prompts import Prompt
-from ppod_trainer.rollouts import Rollout, ScoredRollout
+from ppod_trainer.rollouts import Rollout, ScoredRollout, Turn
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.7
@@ -41,7 +41,9 @@ def make_rollouts() -> Callable[..., list[ScoredRollout]]:
             prompt = generator.integers(0, 250, size=generator.integers(1, 6)).astype(np.int32)
             response = generator.integers(0, 250, size=generator.integers(1, 8)).astype(np.int32)
             logprobs = generator.normal(-3, 0.5, size=len(response)).astype(np.float32)
-            rollout = Rollout(Prompt(index, prompt), response, logprobs, bool(index % 2), 1, 100 + index)
+            versions = np.ones(len(response), dtype=np.int64)
+            turn = Turn(response, logprobs, versions, truncated=bool(index % 2), stop_token=not index % 2)
+            rollout = Rollout.of_turn(Prompt(index, prompt), turn, 100 + index)
             reference = (logprobs + generator.normal(0, 0.1, size=len(response))).astype(np.float32)
             made.append(ScoredRollout(rollout, float(generator.normal()), reference))
         return made

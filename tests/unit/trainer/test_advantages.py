@@ -72,6 +72,37 @@ def test_gae_equals_the_plain_loop_whatever_the_padding(
         assert result.returns[row, length:].abs().sum() == 0
 
 
+@given(
+    holes=st.lists(st.lists(st.booleans(), min_size=6, max_size=6).filter(any), min_size=1, max_size=4),
+    gamma=st.floats(0, 1),
+    lam=st.floats(0, 1),
+    seed=st.integers(0, 10_000),
+)
+@settings(max_examples=60, deadline=None)
+def test_gae_passes_over_holes(holes: list[list[bool]], gamma: float, lam: float, seed: int) -> None:
+    """With observations between its turns a policy's advantages are those of its own tokens put together."""
+    generator = np.random.default_rng(seed)
+    mask = np.array(holes)
+    rewards, values = (np.where(mask, generator.normal(size=mask.shape), 1e9) for _ in range(2))
+    bootstrap = generator.normal(size=len(mask))
+    result = gae(
+        torch.tensor(rewards),
+        torch.tensor(values),
+        torch.tensor(mask),
+        gamma=gamma,
+        lam=lam,
+        bootstrap_values=torch.tensor(bootstrap),
+    )
+    for row, here in enumerate(mask):
+        advantages, returns = plain_gae(
+            rewards[row, here].tolist(), values[row, here].tolist(), gamma, lam, float(bootstrap[row])
+        )
+        assert result.advantages[row, here].tolist() == pytest.approx(advantages, abs=1e-9)
+        assert result.returns[row, here].tolist() == pytest.approx(returns, abs=1e-9)
+        assert result.advantages[row, ~here].abs().sum() == 0
+        assert result.returns[row, ~here].abs().sum() == 0
+
+
 def test_sequence_advantages_by_hand() -> None:
     rewards = torch.tensor([[-0.5, 2.0, 9.0], [1.0, 9.0, 9.0]])
     values = torch.tensor([[0.25, 7.0, 7.0], [3.0, 7.0, 7.0]])

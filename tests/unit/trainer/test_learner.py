@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from ppod_trainer.errors import NonFiniteLossError
 from ppod_trainer.experience import ExperienceRules
 from ppod_trainer.learner import Learner, build_learner, learning_rate_at
 from ppod_trainer.metrics import StepTimer
+from ppod_trainer.off_policy import measure_off_policy
 from ppod_trainer.policy import PolicyWithValue
 from ppod_trainer.rollouts import ScoredRollout
 
@@ -148,11 +150,80 @@ def test_kl_in_the_loss_pulls_to_the_reference(policy: PolicyWithValue, make_rol
     assert distance(after.old_logprobs) < distance(before.old_logprobs)
 
 
-def test_sampler_gap_is_measured(policy: PolicyWithValue, make_rollouts: Make) -> None:
-    batch, stats = learner_of(policy).learn(make_rollouts(), 0, 1.0, 0.05, StepTimer())
-    gap = (batch.old_logprobs - batch.sampler_logprobs)[batch.responses.response_mask].abs()
-    assert stats.sampler_gap == pytest.approx(float(gap.mean()), rel=1e-5)
-    assert stats.sampler_gap_max == pytest.approx(float(gap.max()), rel=1e-5)
+def test_the_gap_to_the_sampler_is_measured_on_tokens_of_the_same_weights(
+    policy: PolicyWithValue, make_rollouts: Make
+) -> None:
+    rollouts = make_rollouts()
+    batch, _ = learner_of(policy).learn(rollouts, 0, 1.0, 0.05, StepTimer())
+    difference = (batch.old_logprobs - batch.sampler_logprobs).abs()
+    of_all = difference[batch.responses.response_mask]
+    figures = measure_off_policy(batch, rollouts, 1)
+    assert figures["sampler/gap_mean"] == pytest.approx(float(of_all.mean()), rel=1e-5)
+    assert figures["sampler/gap_max"] == pytest.approx(float(of_all.max()), rel=1e-5)
+    # The first token of each is two versions old.
+    for one in rollouts:
+        one.rollout.versions[0] = -1
+    figures = measure_off_policy(batch, rollouts, 1)
+    later = difference[:, 1:][batch.responses.response_mask[:, 1:]]
+    assert figures["sampler/gap_mean"] == pytest.approx(float(later.mean()), rel=1e-5)
+    assert figures["sampler/divergence_mean"] == pytest.approx(float(of_all.mean()), rel=1e-5)
+    assert figures["sampler/staleness_max"] == 2
+    assert figures["sampler/staleness_mean"] == pytest.approx(2 * len(rollouts) / len(of_all))
+    # Without a token of the same weights there is no gap to tell, only a divergence.
+    assert not {"sampler/gap_mean", "sampler/gap_max"} & measure_off_policy(batch, rollouts, 3).keys()
+
+
+def observed(one: ScoredRollout, at: int, tokens: list[int]) -> ScoredRollout:
+    """The rollout with an environment's tokens put in before position `at`."""
+
+    def put(values: np.ndarray) -> np.ndarray:
+        return np.insert(values, [at] * len(tokens), 0).astype(values.dtype)
+
+    rollout = one.rollout
+    response = np.insert(rollout.response, [at] * len(tokens), tokens).astype(np.int32)
+    mask = np.insert(rollout.action_mask, [at] * len(tokens), values=False)
+    changed = replace(
+        rollout,
+        response=response,
+        action_mask=mask,
+        sampler_logprobs=put(rollout.sampler_logprobs),
+        versions=put(rollout.versions),
+        rewards=put(rollout.rewards),
+    )
+    return replace(one, rollout=changed, ref_logprobs=np.insert(one.ref_logprobs, [at] * len(tokens), -99.0))
+
+
+def test_observations_are_read_and_never_trained_on(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    """No loss, KL, advantage or gradient at an environment's tokens; but what follows is conditioned on them."""
+    plain = [one for one in make_rollouts(12) if len(one.rollout.response) >= 3]
+    rollouts = [observed(one, 2, [41, 42, 43]) for one in plain]
+    batch, _ = learner_of(policy).learn(rollouts, 0, 1e-9, 0.05, StepTimer())
+    holes = batch.responses.response_mask & ~batch.responses.action_mask
+    assert int(holes.sum()) == 3 * len(rollouts)
+    for values in (batch.old_logprobs, batch.ref_logprobs, batch.old_values, batch.advantages, batch.returns):
+        assert values[holes].abs().sum() == 0
+    assert not batch.loss_mask[holes].any()
+    assert abs(batch.mean_kl) < 30, "the reference's -99 at observations would show"
+    # Logprobs of later actions are those of the whole text.
+    for row, one in enumerate(rollouts):
+        tokens = torch.from_numpy(one.rollout.tokens).long()
+        with torch.no_grad():
+            logits = policy.model(tokens.unsqueeze(0)).logits[0].float() / 0.7
+        last = len(tokens) - 1
+        expected = torch.log_softmax(logits[last - 1], dim=-1)[tokens[last]]
+        column = len(one.rollout.response) - 1
+        torch.testing.assert_close(batch.old_logprobs[row, column], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_do_not_depend_on_what_is_observed_last(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    """An observation behind the last action is text that nothing depends on."""
+    saved, ends = parameters_of(policy), []
+    for tokens in ([41, 42], [7, 9]):
+        reset(policy, saved)
+        rollouts = [observed(one, len(one.rollout.response), tokens) for one in make_rollouts()]
+        learner_of(policy, PpoConfig(epochs=1, minibatches=1)).learn(rollouts, 0, 1.0, 0.05, StepTimer())
+        ends.append(parameters_of(policy))
+    assert all(torch.equal(first, second) for first, second in zip(*ends, strict=True))
 
 
 def test_importance_weights_scale_the_policy_loss(policy: PolicyWithValue, make_rollouts: Make) -> None:

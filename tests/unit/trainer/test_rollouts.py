@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from ppod import InvalidArgument, NonFiniteOutput, PpodError, Unavailable
-from ppod_trainer.config import RolloutConfig
+from ppod_trainer.bad_samples import BadSamples
+from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.evaluation import distinct_2, standard_error
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt
-from ppod_trainer.rollouts import Rollout, RolloutCollector, sample_seed
+from ppod_trainer.rollouts import Rollout, ScoredRollout, Turn, keep_fresh, sample_seed
 
 
-def rollout(index: int, *, truncated: bool = False) -> Rollout:
+def rollout(index: int, *, truncated: bool = False, version: int = 1) -> Rollout:
     prompt = Prompt(index, np.array([index, index], dtype=np.int32))
-    return Rollout(prompt, np.array([7, 8, 2], dtype=np.int32), np.zeros(3, dtype=np.float32), truncated, 1, 50 + index)
+    tokens, logprobs = np.array([7, 8, 2], dtype=np.int32), np.zeros(3, dtype=np.float32)
+    turn = Turn(tokens, logprobs, np.full(3, version), truncated=truncated, stop_token=not truncated)
+    return Rollout.of_turn(prompt, turn, 50 + index)
 
 
 def test_reward_model_sees_what_the_user_sees() -> None:
     assert rollout(4).visible_tokens.tolist() == [4, 4, 7, 8]
     assert rollout(4, truncated=True).visible_tokens.tolist() == [4, 4, 7, 8, 2]
     assert rollout(4).tokens.tolist() == [4, 4, 7, 8, 2]
+
+
+def test_samples_over_the_bound_are_dropped_and_counted() -> None:
+    scored = [ScoredRollout(rollout(i, version=version), 0.0, np.zeros(3)) for i, version in enumerate((7, 5, 6, 4, 7))]
+    fresh, stale = keep_fresh(scored, 7, 1)
+    assert [one.rollout.oldest_version for one in fresh] == [7, 6, 7]
+    assert stale == 2
+    assert keep_fresh(scored, 7, 3) == (scored, 0)
+    # One old token makes a sample old.
+    mixed = replace(scored[0].rollout, versions=np.array([7, 4, 7]))
+    assert keep_fresh([replace(scored[0], rollout=mixed)], 7, 2) == ([], 1)
 
 
 def test_seeds_depend_on_place_alone_and_differ() -> None:
@@ -69,26 +83,25 @@ class Scripted:
         return Values([np.full(len(s) - p, s[0], dtype=np.float32) for s, p in zip(sequences, prompts, strict=True)])
 
 
-def collector(reward: Scripted, reference: Scripted, mode: str, dropped: list[PpodError]) -> RolloutCollector:
-    config = RolloutConfig.model_validate({"on_bad_sample": mode})
-    return RolloutCollector(None, reward, reference, config, dropped.append)  # pyright: ignore[reportArgumentType]
+def collector(reward: Scripted, reference: Scripted, mode: Literal["stop", "skip"]) -> RolloutCollector:
+    return RolloutCollector(None, reward, reference, 1.0, BadSamples(mode))  # pyright: ignore[reportArgumentType]
 
 
-def test_a_bad_sample_is_dropped_from_both_answers() -> None:
-    dropped: list[PpodError] = []
+def test_a_bad_sample_is_dropped_from_both_answers(caplog: pytest.LogCaptureFixture) -> None:
     reward = Scripted({2: NonFiniteOutput("score", 0, "nan")})
     reference = Scripted({4: InvalidArgument("tokens", "x", "y", 0)})
-    scored = collector(reward, reference, "skip", dropped).score([rollout(i) for i in range(6)], StepTimer())
+    scored = collector(reward, reference, "skip").score([rollout(i) for i in range(6)], StepTimer())
     assert [one.rollout.prompt.index for one in scored] == [0, 1, 3, 5]
     assert all(one.score == one.ref_logprobs[0] == one.rollout.prompt.index for one in scored)
-    assert {type(error) for error in dropped} == {NonFiniteOutput, InvalidArgument}
+    assert len(caplog.records) == 2
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
     assert reward.calls == reference.calls == [6, 5]
 
 
 def test_a_bad_sample_stops_the_run_when_told_so() -> None:
     reward = Scripted({2: NonFiniteOutput("score", 0, "nan")})
     with pytest.raises(NonFiniteOutput, match="sample 2"):
-        collector(reward, Scripted(), "stop", []).score([rollout(i) for i in range(4)], StepTimer())
+        collector(reward, Scripted(), "stop").score([rollout(i) for i in range(4)], StepTimer())
 
 
 def test_an_error_without_a_sample_always_stops() -> None:
@@ -97,7 +110,7 @@ def test_an_error_without_a_sample_always_stops() -> None:
             raise Unavailable(f"gone, with {len(sequences)} sequences")
 
     with pytest.raises(Unavailable):
-        collector(Gone(), Scripted(), "skip", []).score([rollout(i) for i in range(4)], StepTimer())
+        collector(Gone(), Scripted(), "skip").score([rollout(i) for i in range(4)], StepTimer())
 
 
 def test_figures_by_hand() -> None:

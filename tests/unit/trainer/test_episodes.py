@@ -1,0 +1,146 @@
+"""Conversations of several turns: what the policy reads, what is masked, when they end; and the calculator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from ppod import InvalidArgument
+from ppod.tensors import TokenArray
+from ppod_trainer.bad_samples import BadSamples
+from ppod_trainer.environments import Reply, load_environment
+from ppod_trainer.environments.calculator import Calculator, CalculatorParameters, ExpressionError, evaluate
+from ppod_trainer.environments.loading import LoadedEnvironment
+from ppod_trainer.episodes import EpisodeRules, EpisodeSampler, TextCodec
+from ppod_trainer.errors import EnvironmentLoadError
+from ppod_trainer.prompts import Prompt
+from ppod_trainer.rollouts import Rollout, Turn
+from ppod_trainer.sampling import Context
+
+CODEC = TextCodec(lambda text: [ord(letter) for letter in text], lambda ids: "".join(chr(token) for token in ids))
+
+
+def ids(text: str) -> TokenArray:
+    return np.array(CODEC.encode(text), dtype=np.int32)
+
+
+class Talker:
+    """A policy that says what it was told to, turn by turn, by the first letter of the prompt."""
+
+    def __init__(self, lines: dict[str, list[str]]) -> None:
+        self.lines = lines
+        self.contexts: list[tuple[str, int]] = []
+        self.asked: list[int] = []
+
+    def sample(self, contexts: Sequence[Context], policy_version: int | None) -> list[Turn]:
+        self.asked.append(len(contexts))
+        turns: list[Turn] = []
+        for number, context in enumerate(contexts):
+            text = CODEC.decode(context.tokens)
+            self.contexts.append((text, context.seed))
+            line = self.lines[text[0]].pop(0)
+            if line == "refused":
+                raise InvalidArgument("prompts", "x", "y", number)
+            said = ids(line.rstrip("$"))
+            logprobs = -said.astype(np.float32) / 100
+            versions = np.full(len(said), policy_version or 0, dtype=np.int64)
+            turns.append(Turn(said, logprobs, versions, truncated=line.endswith("$"), stop_token=line.endswith("!")))
+        return turns
+
+
+class Echo:
+    """Repeats a turn in brackets and pays its length, until a turn ends in "!"."""
+
+    def reset(self, seed: int) -> str:
+        return chr(ord("a") + seed)
+
+    def step(self, action: str) -> Reply:
+        return Reply(f"({action})", float(len(action)), done=action.endswith("!"))
+
+
+def play(talker: Talker, prompts: str, *, max_turns: int = 4, max_context: int = 100, mode: str = "stop") -> list[Rollout]:
+    sampler = EpisodeSampler(
+        talker,  # pyright: ignore[reportArgumentType]
+        LoadedEnvironment(Echo, ()),
+        CODEC,
+        EpisodeRules(max_turns, max_context),
+        BadSamples(mode),  # pyright: ignore[reportArgumentType]
+    )
+    asked = [Prompt(ord(letter) - ord("a"), ids(letter)) for letter in prompts]
+    return sampler.sample(asked, [1000 + prompt.index for prompt in asked], 3)
+
+
+def test_a_conversation_by_hand() -> None:
+    talker = Talker({"a": ["hi", "ho", "yo!"], "b": ["ok!"]})
+    first, second = play(talker, "ab")
+    assert CODEC.decode(first.tokens) == "ahi(hi)ho(ho)yo!"
+    assert first.action_mask.tolist() == [*[True] * 2, *[False] * 4, *[True] * 2, *[False] * 4, *[True] * 3]
+    assert first.rewards.tolist() == [0, 2, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 3]
+    said = ids("hi(hi)ho(ho)yo!").astype(np.float32) / -100
+    np.testing.assert_array_equal(first.sampler_logprobs, np.where(first.action_mask, said, 0).astype(np.float32))
+    assert first.versions.tolist() == [3 * int(action) for action in first.action_mask]
+    assert (first.truncated, first.stop_token, first.sampled, first.oldest_version) == (False, True, 7, 3)
+    assert CODEC.decode(first.visible_tokens) == "ahi(hi)ho(ho)yo"
+    assert CODEC.decode(second.tokens) == "bok!"
+    # All take a turn together, and read all that was said before.
+    assert talker.asked == [2, 1, 1]
+    assert [text for text, _ in talker.contexts] == ["a", "b", "ahi(hi)", "ahi(hi)ho(ho)"]
+    seeds = [seed for _, seed in talker.contexts]
+    assert seeds[:2] == [1000, 1001]
+    assert len(set(seeds)) == 4
+
+
+def test_episodes_are_cut_off_at_their_limits() -> None:
+    by_turns, by_room, by_tokens = "c", "d", "e"
+    lines = {by_turns: ["x"] * 9, by_room: ["y" * 30] * 9, by_tokens: ["z", "zz$"]}
+    [turns] = play(Talker({by_turns: list(lines["c"])}), by_turns, max_turns=3)
+    assert CODEC.decode(turns.response) == "x(x)x(x)x"
+    [room] = play(Talker({by_room: list(lines["d"])}), by_room, max_context=60)
+    assert CODEC.decode(room.response) == "y" * 30, "no turn begins without room, and no observation ends a response"
+    [tokens] = play(Talker({by_tokens: list(lines["e"])}), by_tokens)
+    assert CODEC.decode(tokens.response) == "z(z)zz"
+    assert turns.truncated
+    assert room.truncated
+    assert tokens.truncated
+
+
+def test_an_episode_that_is_refused_is_dropped_whole() -> None:
+    talker = Talker({"a": ["hi", "refused"], "b": ["ok", "ok!"], "c": ["no!"]})
+    kept = play(talker, "abc", mode="skip")
+    assert [CODEC.decode(one.tokens) for one in kept] == ["bok(ok)ok!", "cno!"]
+
+
+def test_the_calculator_answers_calls_and_pays_right_answers() -> None:
+    calculator = Calculator(CalculatorParameters(operations="*", call_reward=0.1))
+    prompt = calculator.reset(5)
+    assert prompt.endswith("\nAnswer:")
+    assert prompt.count("Question:") == 3
+    question = prompt.rsplit("What is ", 1)[1].split("?")[0]
+    right = evaluate(question)
+    assert calculator.step(f" [calc: {question}]") == Reply(f" {right}.", 0.1, done=False)
+    assert calculator.step(" [calc: 1/0]") == Reply(" error: only integers, + - * and parentheses.", 0.0, done=False)
+    assert calculator.step(f" The answer is {right}.\n") == Reply("", 1.0, done=True)
+    assert calculator.step(f" The answer is {right + 1}.\n") == Reply("", 0.0, done=True)
+    assert calculator.step(" I do not know") == Reply("", 0.0, done=True)
+    assert calculator.reset(5) == prompt
+    assert calculator.reset(6) != prompt
+
+
+def test_the_calculator_computes_what_it_says_and_nothing_else() -> None:
+    assert evaluate(" 2 + 3*(4-10) ") == -16
+    assert evaluate("-7 * -8") == 56
+    for text in ("2 ** 9", "__import__('os')", "1 +", "True + 1", "1.5 + 1", "9" * 65, "(" * 60, ""):
+        with pytest.raises(ExpressionError):
+            evaluate(text)
+
+
+def test_environments_are_found_by_name_and_told_what_is_wrong() -> None:
+    loaded = load_environment("calculator", {"highest": 9})
+    assert loaded.stop == ("]", "\n")
+    assert "What is" in loaded.make().reset(0)
+    with pytest.raises(EnvironmentLoadError, match="'abacus': expected one of .*calculator"):
+        load_environment("abacus", {})
+    with pytest.raises(EnvironmentLoadError, match=r"environment\.parameters\.highest"):
+        load_environment("calculator", {"highest": 1})

@@ -1,0 +1,142 @@
+"""Rollouts of coming steps: how old they may get, and what may not happen at the same time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from ppod_trainer.metrics import StepTimer
+from ppod_trainer.pipeline import RolloutPipeline
+from ppod_trainer.prompts import Prompt
+from ppod_trainer.rollouts import Rollout, ScoredRollout, Turn
+
+
+class Services:
+    """Makes rollouts whose only token is the version that was asked for; remembers what happened when."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int | None]] = []
+        self.generating = False
+        self.scoring = False
+        self.slow_s = 0.0
+        self.broken = -1
+
+    def generate(self, step: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
+        self.asked.append((step, policy_version))
+        with timer.phase("generate"), self._flag("generating"):
+            time.sleep(self.slow_s)
+            if step == self.broken:
+                raise RuntimeError("generation broke")
+        version = np.array([policy_version or 0])
+        turn = Turn(version.astype(np.int32), np.zeros(1, dtype=np.float32), version, truncated=False, stop_token=False)
+        return [Rollout.of_turn(Prompt(step, version.astype(np.int32)), turn, step)]
+
+    def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
+        with timer.phase("score"), self._flag("scoring"):
+            time.sleep(self.slow_s)
+        return [ScoredRollout(rollout, 0.0, np.zeros(1)) for rollout in rollouts]
+
+    @contextmanager
+    def _flag(self, name: str) -> Iterator[None]:
+        setattr(self, name, True)
+        yield
+        setattr(self, name, False)
+
+
+@contextmanager
+def pipeline(services: Services, ahead: int, steps: int, *, mixes: bool = False) -> Iterator[RolloutPipeline]:
+    made = RolloutPipeline(services, ahead=ahead, steps=steps, mixes=mixes)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 4])
+def test_samples_are_never_older_than_the_bound_and_begun_as_early_as_it_allows(ahead: int) -> None:
+    services, steps, ages = Services(), 9, []
+    with pipeline(services, ahead, steps) as made:
+        for step in range(steps):
+            [one] = made.take(step).rollouts
+            assert one.rollout.prompt.index == step
+            ages.append(step - one.rollout.oldest_version)
+            # The update takes its time, in which all that may be made is made.
+            time.sleep(0.02)
+            with made.new_weights(step + 1):
+                assert not services.generating
+    assert max(ages) == ahead
+    assert ages[0] == 0
+    assert ages[ahead:] == [ahead] * (steps - ahead)
+    assert [step for step, _ in services.asked] == list(range(steps))
+
+
+def test_new_weights_wait_for_the_rollouts_under_way_and_for_no_more() -> None:
+    services = Services()
+    services.slow_s = 0.1
+    with pipeline(services, 1, 5) as made:
+        made.take(0)
+        begun = time.perf_counter()
+        while not services.generating:
+            assert time.perf_counter() - begun < 5
+        with made.new_weights(1):
+            assert not services.generating
+            # What is generated is scored while weights travel.
+            assert services.scoring
+        assert [version for _, version in services.asked] == [0, 0]
+        made.take(1)
+        made.take(2)
+    assert services.asked[2] == (2, 1)
+
+
+def test_a_new_reference_waits_for_what_is_scored() -> None:
+    services = Services()
+    services.slow_s = 0.1
+    with pipeline(services, 1, 5) as made:
+        made.take(0)
+        begun = time.perf_counter()
+        while not services.scoring:
+            assert time.perf_counter() - begun < 5
+        with made.new_reference():
+            assert not services.scoring
+
+
+def test_weights_may_come_at_once_where_versions_mix() -> None:
+    services = Services()
+    services.slow_s = 0.2
+    with pipeline(services, 1, 5, mixes=True) as made:
+        made.take(0)
+        while not services.generating:
+            time.sleep(0.001)
+        with made.new_weights(1):
+            assert services.generating
+        assert {version for _, version in services.asked} == {None}
+
+
+def test_an_error_in_the_background_is_raised_at_its_own_step() -> None:
+    services = Services()
+    services.broken = 1
+    with pipeline(services, 1, 5) as made:
+        assert made.take(0).rollouts
+        with pytest.raises(RuntimeError, match="generation broke"):
+            made.take(1)
+
+
+def test_rollouts_and_update_overlap() -> None:
+    services = Services()
+    services.slow_s = 0.05
+    with pipeline(services, 1, 6) as made:
+        made.take(0)
+        start = time.perf_counter()
+        for step in range(1, 5):
+            with made.new_weights(step):
+                pass
+            collected = made.take(step)
+            assert collected.seconds["generate"] >= 0.05
+            time.sleep(0.1)  # the update
+        elapsed = time.perf_counter() - start
+    # One after the other would be 4 * (0.1 + 0.1).
+    assert elapsed < 0.65

@@ -1,0 +1,48 @@
+"""What becomes of a sample that a service refuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from ppod import PpodError
+
+log = logging.getLogger(__name__)
+SampleT = TypeVar("SampleT")
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, slots=True)
+class BadSamples:
+    """Calls services; where an error names one sample, the run stops, or goes on without it.
+
+    Attributes:
+        mode: which of the two; a sample that is left out is logged.
+    """
+
+    mode: Literal["stop", "skip"]
+
+    def call(
+        self, samples: Sequence[SampleT], call: Callable[[Sequence[SampleT]], list[ResultT]]
+    ) -> tuple[list[SampleT], list[ResultT]]:
+        """Call a service with all samples, and again without each that it refuses.
+
+        Returns:
+            The samples that are left, and a result for each.
+
+        Raises:
+            PpodError: it names no sample, or the mode is "stop".
+        """
+        kept = list(samples)
+        while kept:
+            try:
+                return kept, call(kept)
+            except PpodError as error:
+                sample: int | None = getattr(error, "sample", None)
+                if self.mode == "stop" or sample is None or not 0 <= sample < len(kept):
+                    raise
+                log.warning("dropped a sample: %s", error)
+                del kept[sample]
+        return [], []

@@ -1,0 +1,41 @@
+"""How far what was sampled is from what is trained: other kernels, other precision, older weights.
+
+Shape legend: B sequences, T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ppod_trainer.experience import PpoBatch
+from ppod_trainer.masking import masked_mean
+from ppod_trainer.rollouts import ScoredRollout
+
+
+def measure_off_policy(batch: PpoBatch, rollouts: Sequence[ScoredRollout], policy_version: int) -> dict[str, float]:
+    """Differences |trainer's old logprob - sampler's| of the step's action tokens, in nats, and their age in versions.
+
+    `sampler/gap_*` are over tokens that weights of this very version sampled: what kernels and precision do. They are
+    left out where there is no such token. `sampler/divergence_*` are over all tokens, which importance weights correct.
+    """
+    mask = batch.responses.action_mask
+    ages = torch.zeros(mask.shape, dtype=torch.int64)
+    for row, one in enumerate(rollouts):
+        sampled = one.rollout.action_mask
+        ages[row, : len(sampled)] = torch.from_numpy(np.where(sampled, policy_version - one.rollout.versions, 0))
+    ages = ages.to(mask.device)
+    difference = (batch.old_logprobs - batch.sampler_logprobs).abs()
+    figures = {
+        "sampler/divergence_mean": float(masked_mean(difference, mask)),
+        "sampler/divergence_max": float(torch.where(mask, difference, 0.0).max()),
+        "sampler/staleness_mean": float(masked_mean(ages.float(), mask)),
+        "sampler/staleness_max": float(ages.max()),
+    }
+    fresh = mask & (ages == 0)
+    if bool(fresh.any()):
+        figures["sampler/gap_mean"] = float(masked_mean(difference, fresh))
+        figures["sampler/gap_max"] = float(torch.where(fresh, difference, 0.0).max())
+    return figures

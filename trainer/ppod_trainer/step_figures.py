@@ -1,0 +1,41 @@
+"""A step's metrics: of its rollouts, and of its update. What each name means: `metrics.GAUGES`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ppod_trainer.experience import PpoBatch
+from ppod_trainer.learner import UpdateStats
+from ppod_trainer.rollouts import ScoredRollout
+
+
+def rollout_figures(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
+    """Outcomes and lengths."""
+    outcomes = np.array([one.outcome for one in rollouts])
+    return {
+        "score/mean": float(outcomes.mean()),
+        "score/std": float(outcomes.std()),
+        "response/length": float(np.mean([one.rollout.sampled for one in rollouts])),
+        "response/truncated": float(np.mean([one.rollout.truncated for one in rollouts])),
+    }
+
+
+def update_figures(batch: PpoBatch, stats: UpdateStats) -> dict[str, float]:
+    """Returns, KL, losses and what the policy did."""
+    return {
+        "return/mean": batch.mean_return,
+        "kl/reference": batch.mean_kl,
+        "policy/entropy": stats.entropy,
+        "policy/clip_fraction": stats.clip_fraction,
+        "policy/approx_kl": stats.approx_kl,
+        "policy/first_ratio_error": stats.first_ratio_error,
+        "policy/grad_norm": stats.grad_norm,
+        "policy/optimizer_steps": float(stats.optimizer_steps),
+        "policy/stopped_early": float(stats.stopped_early),
+        "loss/policy": stats.policy_loss,
+        "loss/value": stats.value_loss,
+        "loss/kl": stats.kl_loss,
+        "value/explained_variance": stats.explained_variance,
+    }
