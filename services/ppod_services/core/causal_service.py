@@ -57,11 +57,12 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
         # Before the imports, which take seconds: a missing model is told at once.
         resolve(self._config.model.source)
         from ppod_services.core.model import load_causal_model  # noqa: PLC0415 - see the class
+        from ppod_services.core.model_weights import ModelWeights  # noqa: PLC0415
         from ppod_services.core.weights import ServedWeights  # noqa: PLC0415
 
         config = self._config
         model = load_causal_model(config.model, config.name, config.batching.max_batch_tokens, pack=self.packs)
-        weights = ServedWeights(model.model, self._metrics.weight_version)
+        weights = ServedWeights(ModelWeights(model.model), self._metrics.weight_version)
         engine = self.build_engine(model, weights)
         warm_up(engine, model.info, config.warm_up_tokens, self.warm_up_item)
         self._engine.set(engine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -15,10 +15,9 @@ from ppod.errors import InvalidArgument
 from ppod.v1 import weights_pb2, weights_pb2_grpc
 from ppod_services.core.described import Deferred, IncomingTensor, ModelInfo
 from ppod_services.core.logs import log_event
+from ppod_services.core.weight_store import Install
 
 if TYPE_CHECKING:
-    import torch
-
     # Importing torch would delay the binding of the ports by seconds.
     from ppod_services.core.weights import ServedWeights, WeightTransfer
 
@@ -67,13 +66,13 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         specs = [_read_spec(spec) for spec in manifest.tensors]
         # Not in a thread: a caller that went away in between would leave the transfer open for ever.
         transfer = weights.begin(manifest.weight_version, specs)
-        tensors: Mapping[str, torch.Tensor] | None = None
+        staged: Install | None = None
         try:
             await _receive(transfer, request_iterator)
-            tensors = transfer.finish()
+            staged = await asyncio.to_thread(weights.stage, transfer)
         finally:
             # Also reached when the caller goes away: then nothing is kept.
-            weights.end(transfer, tensors)
+            weights.end(transfer, staged)
         receive_s = time.monotonic() - transfer.started
         log_event(
             _LOGGER,

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import xxhash
-from torch import nn
 
 from ppod.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from ppod_models.loading import DTYPES
 from ppod_services.core.described import IncomingTensor
+from ppod_services.core.weight_store import Install, ReceivedWeights, WeightStore
 
 _BUSY_RETRY_S = 1.0
 
@@ -21,12 +21,14 @@ _BUSY_RETRY_S = 1.0
 class WeightTransfer:
     """Receives the bytes of one version into buffers of their final size. One thread at a time may write."""
 
-    def __init__(self, weight_version: int, manifest: Sequence[IncomingTensor]) -> None:
+    def __init__(
+        self, weight_version: int, manifest: Sequence[IncomingTensor], buffers: Sequence[torch.Tensor]
+    ) -> None:
         self.weight_version = weight_version
         self.received_bytes = 0
         self.started = time.monotonic()
         self._manifest = manifest
-        self._buffers = [torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]) for tensor in manifest]
+        self._buffers = buffers
         self._position = 0
         self._offset = 0
 
@@ -75,26 +77,24 @@ class WeightTransfer:
 
 
 class ServedWeights:
-    """The weights of a model in service.
-
-    Names are those of `model.named_parameters()`: a tied parameter has one name, that of its first owner.
+    """Which version serves, which one waits, and one transfer at a time, around the weights of an engine.
 
     Args:
-        model: its parameters are overwritten in place, so their storage and dtype stay.
+        store: the engine's weights.
         on_version: told of each version that begins to serve.
     """
 
-    def __init__(self, model: nn.Module, on_version: Callable[[int], None]) -> None:
-        self._parameters = dict(model.named_parameters())
+    def __init__(self, store: WeightStore, on_version: Callable[[int], None]) -> None:
+        self._store = store
         self._on_version = on_version
         self._version = 0
-        self._prepared: tuple[int, Mapping[str, torch.Tensor]] | None = None
+        self._prepared: tuple[int, Install] | None = None
         self._transferring = False
         self._lock = threading.Lock()
 
     @property
     def version(self) -> int:
-        """The version that serves; constant within a batch, because swaps run between two."""
+        """The version that serves; constant within a decoding step, because swaps run between two."""
         return self._version
 
     @property
@@ -111,25 +111,33 @@ class ServedWeights:
             double, missing or of another shape. ResourceExhausted: another transfer is under way.
         """
         with self._lock:
-            if weight_version <= self._version:
-                raise FailedPrecondition("weight_version", str(self._version), f"less than {weight_version}")
-            self._check_manifest(manifest)
+            self._check_newer(weight_version)
+            check_manifest(manifest, self._store.shapes(None))
             if self._transferring:
                 # Buffers for two transfers at once might not fit into memory.
                 raise ResourceExhausted("another transfer of weights is under way", _BUSY_RETRY_S)
-            transfer = WeightTransfer(weight_version, manifest)
+            transfer = WeightTransfer(weight_version, manifest, self._store.allocate(manifest))
             self._transferring = True
         return transfer
 
-    def end(self, transfer: WeightTransfer, tensors: Mapping[str, torch.Tensor] | None) -> None:
-        """Close a transfer: keep its tensors aside, or with None nothing of it."""
+    def stage(self, transfer: WeightTransfer) -> Install:
+        """Ready a finished transfer for its commit; slow, in a thread. Raises what `WeightTransfer.finish` raises."""
+        return self._store.stage(ReceivedWeights(transfer.weight_version, transfer.finish()))
+
+    def end(self, transfer: WeightTransfer, staged: Install | None) -> None:
+        """Close a transfer: keep it aside as the prepared one, or with None nothing of it.
+
+        Raises:
+            FailedPrecondition: a version came into service meanwhile that this one is not newer than.
+        """
         with self._lock:
             self._transferring = False
-            if tensors is not None:
-                self._prepared = (transfer.weight_version, tensors)
+            if staged is not None:
+                self._check_newer(transfer.weight_version)
+                self._prepared = (transfer.weight_version, staged)
 
     def commit(self, weight_version: int) -> float:
-        """Put prepared weights into service; must run in the model's thread. Repeating it changes nothing.
+        """Put prepared weights into service; must run between two decoding steps. Repeating it changes nothing.
 
         Returns:
             Seconds that it took.
@@ -144,35 +152,35 @@ class ServedWeights:
             if self._prepared is None or self._prepared[0] != weight_version:
                 found = "none prepared" if self._prepared is None else f"{self._prepared[0]} prepared"
                 raise FailedPrecondition("weight_version", f"{self._version} serving, {found}", str(weight_version))
-            tensors = self._prepared[1]
+            install = self._prepared[1]
             self._prepared = None
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(tensors[name])
+        install()
         self._version = weight_version
         self._on_version(weight_version)
         return time.monotonic() - start
 
-    def _check_manifest(self, manifest: Sequence[IncomingTensor]) -> None:
-        seen: set[str] = set()
-        for tensor in manifest:
-            parameter = self._parameters.get(tensor.name)
-            if parameter is None:
-                raise InvalidArgument("manifest.tensors.name", tensor.name, "a name of the model's parameters")
-            if tensor.name in seen:
-                raise InvalidArgument("manifest.tensors.name", f"{tensor.name} twice", "each name once")
-            seen.add(tensor.name)
-            if tensor.dtype not in DTYPES:
-                raise InvalidArgument(f"manifest.tensors.{tensor.name}.dtype", tensor.dtype, " or ".join(DTYPES))
-            if tensor.shape != tuple(parameter.shape):
-                raise InvalidArgument(
-                    f"manifest.tensors.{tensor.name}.shape", str(list(tensor.shape)), str(list(parameter.shape))
-                )
-        missing = [name for name in self._parameters if name not in seen]
-        if missing:
-            raise InvalidArgument(
-                "manifest.tensors", f"{len(missing)} missing, first {missing[0]}", f"all {len(self._parameters)}"
-            )
+    def _check_newer(self, weight_version: int) -> None:
+        if weight_version <= self._version:
+            raise FailedPrecondition("weight_version", str(self._version), f"less than {weight_version}")
+
+
+def check_manifest(manifest: Sequence[IncomingTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise InvalidArgument unless a manifest names exactly these tensors, in these shapes."""
+    seen: set[str] = set()
+    for tensor in manifest:
+        shape = shapes.get(tensor.name)
+        if shape is None:
+            raise InvalidArgument("manifest.tensors.name", tensor.name, "a name of the model's parameters")
+        if tensor.name in seen:
+            raise InvalidArgument("manifest.tensors.name", f"{tensor.name} twice", "each name once")
+        seen.add(tensor.name)
+        if tensor.dtype not in DTYPES:
+            raise InvalidArgument(f"manifest.tensors.{tensor.name}.dtype", tensor.dtype, " or ".join(DTYPES))
+        if tensor.shape != shape:
+            raise InvalidArgument(f"manifest.tensors.{tensor.name}.shape", str(list(tensor.shape)), str(list(shape)))
+    missing = [name for name in shapes if name not in seen]
+    if missing:
+        raise InvalidArgument("manifest.tensors", f"{len(missing)} missing, first {missing[0]}", f"all {len(shapes)}")
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -1,0 +1,82 @@
+"""The weights of a torch module, replaced as one. Knows neither versions nor gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ppod.errors import InvalidArgument
+from ppod_models.loading import DTYPES
+from ppod_services.core.described import IncomingTensor, LoraAdapter
+from ppod_services.core.weight_store import Install, ReceivedWeights
+
+
+class ModelWeights:
+    """A `WeightStore` for a model in this process.
+
+    Names are those of `model.named_parameters()`: a tied parameter has one name, that of its first owner.
+
+    On the CPU new tensors take the parameters' places, without a copy while nobody can decode, and the tensors that
+    they replace are received into next time: memory that was never touched costs a page fault every 4 KiB. On another
+    device they are copied into the parameters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._spare: dict[str, torch.Tensor] = {}
+        self._borrowed = False
+
+    def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
+        """See `WeightStore`."""
+        if adapter is not None:
+            raise InvalidArgument("manifest.adapter", "an adapter", "none: this service takes whole weights")
+        return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+
+    def allocate(self, tensors: Sequence[IncomingTensor]) -> Sequence[torch.Tensor]:
+        """See `WeightStore`."""
+        return [self._buffer(tensor.name, tensor.shape, DTYPES[tensor.dtype]) for tensor in tensors]
+
+    def image(self, name: str, dtype: str) -> torch.Tensor | None:
+        """See `WeightStore`: what a wider type holds is narrowed to the bits that came."""
+        parameter = self._parameters[name].detach()
+        wire = DTYPES[dtype]
+        if parameter.dtype not in (wire, torch.float32):
+            return None
+        return parameter.to("cpu", wire)
+
+    @torch.no_grad()
+    def stage(self, received: ReceivedWeights) -> Install:
+        """See `WeightStore`."""
+        ready = {name: self._ready(name, tensor) for name, tensor in received.tensors.items()}
+
+        @torch.no_grad()
+        def install() -> None:
+            for name, tensor in ready.items():
+                self._replace(self._parameters[name], name, tensor)
+            self._borrowed = received.borrowed
+
+        return install
+
+    def _ready(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as its parameter will hold it, where that is in this machine's own memory."""
+        parameter = self._parameters[name]
+        if parameter.device.type != "cpu" or parameter.dtype == tensor.dtype:
+            return tensor
+        return self._buffer(name, tuple(tensor.shape), parameter.dtype).copy_(tensor)
+
+    def _replace(self, parameter: nn.Parameter, name: str, tensor: torch.Tensor) -> None:
+        if parameter.device.type != "cpu":
+            parameter.copy_(tensor)
+            self._spare[name] = tensor
+            return
+        if not self._borrowed and parameter.data.is_contiguous():
+            self._spare[name] = parameter.data
+        parameter.data = tensor
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        spare = self._spare.get(name)
+        if spare is not None and spare.dtype == dtype:
+            return self._spare.pop(name)
+        return torch.empty(shape, dtype=dtype)
