@@ -25,25 +25,33 @@ _sym_db = _symbol_database.Default()
 from ppod.v1 import common_pb2 as ppod_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18ppod/v1/generation.proto\x12\x07ppod.v1\x1a\x14ppod/v1/common.proto\"\xa7\x01\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_p\"\xd8\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x08selector\x18\x02 \x01(\x0b\x32\x16.ppod.v1.ModelSelector\x12(\n\x07prompts\x18\x03 \x01(\x0b\x32\x17.ppod.v1.TokenSequences\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.ppod.v1.SamplingParams\x12\r\n\x05seeds\x18\x05 \x03(\x04\x12#\n\x08priority\x18\x06 \x01(\x0e\x32\x11.ppod.v1.Priority\"\xc7\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.ppod.v1.FinishReason\x12\"\n\x05model\x18\x05 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x1f\n\x06timing\x18\x06 \x01(\x0b\x32\x0f.ppod.v1.Timing\x12\x0c\n\x04seed\x18\x07 \x01(\x04\"\x1b\n\x19GetGenerationModelRequest\"}\n\x1aGetGenerationModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12$\n\x06limits\x18\x02 \x01(\x0b\x32\x14.ppod.v1.ModelLimits\x12\x15\n\reos_token_ids\x18\x03 \x03(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb5\x01\n\x11GenerationService\x12\x41\n\x08Generate\x12\x18.ppod.v1.GenerateRequest\x1a\x19.ppod.v1.GenerateResponse0\x01\x12]\n\x12GetGenerationModel\x12\".ppod.v1.GetGenerationModelRequest\x1a#.ppod.v1.GetGenerationModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18ppod/v1/generation.proto\x12\x07ppod.v1\x1a\x14ppod/v1/common.proto\"\x9f\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x12\n\x05min_p\x18\x07 \x01(\x02H\x02\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x03\x88\x01\x01\x12:\n\nlogit_bias\x18\t \x03(\x0b\x32&.ppod.v1.SamplingParams.LogitBiasEntry\x12\x0c\n\x04stop\x18\n \x03(\t\x12\t\n\x01n\x18\x0b \x01(\r\x12\x19\n\x11unscaled_logprobs\x18\x0c \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penalty\"4\n\nWeightSpan\x12\x16\n\x0eweight_version\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\xf0\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x08selector\x18\x02 \x01(\x0b\x32\x16.ppod.v1.ModelSelector\x12(\n\x07prompts\x18\x03 \x01(\x0b\x32\x17.ppod.v1.TokenSequences\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.ppod.v1.SamplingParams\x12\r\n\x05seeds\x18\x05 \x03(\x04\x12#\n\x08priority\x18\x06 \x01(\x0e\x32\x11.ppod.v1.Priority\x12\x16\n\x0eresumed_tokens\x18\x07 \x03(\r\"\xb4\x02\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.ppod.v1.FinishReason\x12\"\n\x05model\x18\x05 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x1f\n\x06timing\x18\x06 \x01(\x0b\x32\x0f.ppod.v1.Timing\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x0e\n\x06sample\x18\x08 \x01(\r\x12\x19\n\x11unscaled_logprobs\x18\t \x01(\x0c\x12)\n\x0cweight_spans\x18\n \x03(\x0b\x32\x13.ppod.v1.WeightSpan\x12\x15\n\rfilter_reason\x18\x0b \x01(\t\"\x1b\n\x19GetGenerationModelRequest\"\xa9\x01\n\x1aGetGenerationModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12$\n\x06limits\x18\x02 \x01(\x0b\x32\x14.ppod.v1.ModelLimits\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12*\n\x0cseed_promise\x18\x04 \x01(\x0e\x32\x14.ppod.v1.SeedPromise*\xb5\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x04\x12\x1a\n\x16\x46INISH_REASON_FILTERED\x10\x05*k\n\x0bSeedPromise\x12\x1c\n\x18SEED_PROMISE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aSEED_PROMISE_EVERY_REPLICA\x10\x01\x12\x1e\n\x1aSEED_PROMISE_UNINTERRUPTED\x10\x02\x32\xb5\x01\n\x11GenerationService\x12\x41\n\x08Generate\x12\x18.ppod.v1.GenerateRequest\x1a\x19.ppod.v1.GenerateResponse0\x01\x12]\n\x12GetGenerationModel\x12\".ppod.v1.GetGenerationModelRequest\x1a#.ppod.v1.GetGenerationModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ppod.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=806
-  _globals['_FINISHREASON']._serialized_end=901
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=1287
+  _globals['_FINISHREASON']._serialized_end=1468
+  _globals['_SEEDPROMISE']._serialized_start=1470
+  _globals['_SEEDPROMISE']._serialized_end=1577
   _globals['_SAMPLINGPARAMS']._serialized_start=60
-  _globals['_SAMPLINGPARAMS']._serialized_end=227
-  _globals['_GENERATEREQUEST']._serialized_start=230
-  _globals['_GENERATEREQUEST']._serialized_end=446
-  _globals['_GENERATERESPONSE']._serialized_start=449
-  _globals['_GENERATERESPONSE']._serialized_end=648
-  _globals['_GETGENERATIONMODELREQUEST']._serialized_start=650
-  _globals['_GETGENERATIONMODELREQUEST']._serialized_end=677
-  _globals['_GETGENERATIONMODELRESPONSE']._serialized_start=679
-  _globals['_GETGENERATIONMODELRESPONSE']._serialized_end=804
-  _globals['_GENERATIONSERVICE']._serialized_start=904
-  _globals['_GENERATIONSERVICE']._serialized_end=1085
+  _globals['_SAMPLINGPARAMS']._serialized_end=475
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=368
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=416
+  _globals['_WEIGHTSPAN']._serialized_start=477
+  _globals['_WEIGHTSPAN']._serialized_end=529
+  _globals['_GENERATEREQUEST']._serialized_start=532
+  _globals['_GENERATEREQUEST']._serialized_end=772
+  _globals['_GENERATERESPONSE']._serialized_start=775
+  _globals['_GENERATERESPONSE']._serialized_end=1083
+  _globals['_GETGENERATIONMODELREQUEST']._serialized_start=1085
+  _globals['_GETGENERATIONMODELREQUEST']._serialized_end=1112
+  _globals['_GETGENERATIONMODELRESPONSE']._serialized_start=1115
+  _globals['_GETGENERATIONMODELRESPONSE']._serialized_end=1284
+  _globals['_GENERATIONSERVICE']._serialized_start=1580
+  _globals['_GENERATIONSERVICE']._serialized_end=1761
 # @@protoc_insertion_point(module_scope)

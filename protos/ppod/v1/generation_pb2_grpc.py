@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Samples completions. With seeds a repeated call to the same weights gives the same samples.
+    """Samples completions. With seeds a repeated call to the same weights gives the same samples, as far as the model's
+    seed_promise goes.
     """
 
     def __init__(self, channel):
@@ -48,11 +49,12 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Samples completions. With seeds a repeated call to the same weights gives the same samples.
+    """Samples completions. With seeds a repeated call to the same weights gives the same samples, as far as the model's
+    seed_promise goes.
     """
 
     def Generate(self, request, context):
-        """Samples one completion for each prompt and streams each as soon as it is finished, in any order.
+        """Samples n completions of each prompt and streams each as soon as it is finished, in any order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +89,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Samples completions. With seeds a repeated call to the same weights gives the same samples.
+    """Samples completions. With seeds a repeated call to the same weights gives the same samples, as far as the model's
+    seed_promise goes.
     """
 
     @staticmethod

@@ -27,29 +27,35 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GenerationServiceStub:
-    """Samples completions. With seeds a repeated call to the same weights gives the same samples."""
+    """Samples completions. With seeds a repeated call to the same weights gives the same samples, as far as the model's
+    seed_promise goes.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
-    """Samples one completion for each prompt and streams each as soon as it is finished, in any order."""
+    """Samples n completions of each prompt and streams each as soon as it is finished, in any order."""
     GetGenerationModel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetGenerationModelRequest, _generation_pb2.GetGenerationModelResponse]
     """Describes the generation model."""
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
-    """Samples completions. With seeds a repeated call to the same weights gives the same samples."""
+    """Samples completions. With seeds a repeated call to the same weights gives the same samples, as far as the model's
+    seed_promise goes.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Samples one completion for each prompt and streams each as soon as it is finished, in any order."""
+    """Samples n completions of each prompt and streams each as soon as it is finished, in any order."""
     GetGenerationModel: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetGenerationModelRequest, _generation_pb2.GetGenerationModelResponse]  # type: ignore[assignment]
     """Describes the generation model."""
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Samples completions. With seeds a repeated call to the same weights gives the same samples."""
+    """Samples completions. With seeds a repeated call to the same weights gives the same samples, as far as the model's
+    seed_promise goes.
+    """
 
     @_abc_1.abstractmethod
     def Generate(
@@ -57,7 +63,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateResponse], _abc.AsyncIterator[_generation_pb2.GenerateResponse]]:
-        """Samples one completion for each prompt and streams each as soon as it is finished, in any order."""
+        """Samples n completions of each prompt and streams each as soon as it is finished, in any order."""
 
     @_abc_1.abstractmethod
     def GetGenerationModel(

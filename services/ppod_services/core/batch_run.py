@@ -1,8 +1,13 @@
-"""One batch on its way through the model's thread, and its results on their way to the event loop."""
+"""One batch on its way through the model's thread, and its results on their way to the event loop.
+
+An engine that works in steps, as generation does, may let others join a batch that runs (`JoinableSink.more`), and
+lets those who wait for the model have it between two steps (`JoinableSink.between_steps`).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -13,8 +18,21 @@ from ppod.errors import PpodError
 from ppod_services.core.tickets import Outcome, Ticket
 
 ItemT = TypeVar("ItemT")
+ItemT_co = TypeVar("ItemT_co", covariant=True)
 ResultT = TypeVar("ResultT")
 ResultT_contra = TypeVar("ResultT_contra", contravariant=True)
+
+
+class Pause(enum.Enum):
+    """What becomes of sequences under way when somebody asks for the model to themselves.
+
+    WAIT: they are finished first. KEEP: they stand still, and go on afterwards. ABORT: they are handed back unfinished.
+    Where an engine does not work in steps, all three wait for the end of the batch.
+    """
+
+    WAIT = "wait"
+    KEEP = "keep"
+    ABORT = "abort"
 
 
 class Sink(Protocol[ResultT_contra]):
@@ -33,7 +51,26 @@ class Sink(Protocol[ResultT_contra]):
         ...
 
 
-RunBatch = Callable[[Sequence[ItemT], Sink[ResultT]], None]
+class JoinableSink(Sink[ResultT_contra], Protocol[ItemT_co, ResultT_contra]):
+    """What an engine that works in steps is given besides."""
+
+    def more(self) -> Sequence[ItemT_co]:
+        """Items that join the batch now; their positions follow those of all before.
+
+        Empty where nothing fits that waits, or where somebody waits for the model. Cheap enough to call at each step.
+        """
+        ...
+
+    def between_steps(self) -> bool:
+        """Let those have the model who may while sequences stand still. Call it between any two steps.
+
+        Returns:
+            True when the engine must emit all that it has, finished or not, and return.
+        """
+        ...
+
+
+RunBatch = Callable[[Sequence[ItemT], JoinableSink[ItemT, ResultT]], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,64 +116,141 @@ class Mailbox:
                 self._loop.call_soon(self._open)
 
 
-class BatchRun(Generic[ItemT, ResultT]):
-    """Runs one batch and carries its results; the engine's `Sink`.
+@dataclass(frozen=True, slots=True, eq=False)
+class Ran(Generic[ItemT, ResultT]):
+    """An entry that was run, and when it joined its batch, on the monotonic clock."""
 
-    Attributes:
-        batch: its entries.
-        mailbox: the way to the event loop.
-        started_s: when it began, on the monotonic clock.
-        seconds: how long the engine took; zero before its end.
+    entry: Entry[ItemT, ResultT]
+    joined_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stretch(Generic[ItemT, ResultT]):
+    """A part of a run, for the books: those that were answered in it, and its seconds.
+
+    A run that others join may go on for as long as there is work; it is booked in stretches.
     """
 
-    def __init__(self, batch: Sequence[Entry[ItemT, ResultT]], number: int, mailbox: Mailbox) -> None:
-        self.batch = batch
-        self.mailbox = mailbox
-        self.started_s = time.monotonic()
-        self.seconds = 0.0
-        self._number = number
-        self._answered: set[int] = set()
+    answered: Sequence[Ran[ItemT, ResultT]]
+    seconds: float
 
     @property
     def tokens(self) -> int:
-        """Tokens of the batch, padding left out."""
-        return sum(entry.tokens for entry in self.batch)
+        """Tokens of those that were answered, padding left out."""
+        return sum(ran.entry.tokens for ran in self.answered)
+
+
+class RunHost(Protocol[ItemT, ResultT]):
+    """What a run asks of the scheduler; in the model's thread."""
+
+    def joining(self, run: BatchRun[ItemT, ResultT]) -> Sequence[Entry[ItemT, ResultT]]:
+        """Take out of the queue who joins the run now."""
+        ...
+
+    def between_steps(self) -> bool:
+        """See `JoinableSink`."""
+        ...
+
+
+class BatchRun(Generic[ItemT, ResultT]):
+    """Runs one batch and carries its results; the engine's `JoinableSink`.
+
+    Attributes:
+        mailbox: the way to the event loop.
+    """
+
+    def __init__(
+        self,
+        batch: Sequence[Entry[ItemT, ResultT]],
+        number: int,
+        mailbox: Mailbox,
+        host: RunHost[ItemT, ResultT],
+    ) -> None:
+        self.mailbox = mailbox
+        self._first = batch
+        self._number = number
+        self._host = host
+        self._stretch_s = time.monotonic()
+        self._count = 0
+        self._active: dict[int, Ran[ItemT, ResultT]] = {}
+        self._answered: list[Ran[ItemT, ResultT]] = []
+        self._join(batch)
+
+    @property
+    def active(self) -> list[Entry[ItemT, ResultT]]:
+        """The entries that have no result yet, the oldest first."""
+        return [ran.entry for ran in self._active.values()]
+
+    @property
+    def stretch_s(self) -> float:
+        """Seconds since the last stretch ended."""
+        return time.monotonic() - self._stretch_s
+
+    @property
+    def answered(self) -> bool:
+        """Whether the present stretch has a result."""
+        return bool(self._answered)
 
     def run(self, run_batch: RunBatch[ItemT, ResultT]) -> None:
         """Run the batch in this thread; what the engine raises comes out."""
-        try:
-            run_batch([entry.item for entry in self.batch], self)
-        finally:
-            self.seconds = time.monotonic() - self.started_s
+        run_batch([entry.item for entry in self._first], self)
+
+    def end_stretch(self) -> Stretch[ItemT, ResultT]:
+        """What happened since the last stretch ended."""
+        now_s = time.monotonic()
+        stretch = Stretch(self._answered, now_s - self._stretch_s)
+        self._answered, self._stretch_s = [], now_s
+        return stretch
 
     def emit(self, position: int, result: ResultT) -> None:
         """See `Sink`."""
-        entry = self.batch[position]
+        ran = self._answer(position)
         outcome = Outcome(
-            index=entry.index,
+            index=ran.entry.index,
             result=result,
             batch=self._number,
-            queue_s=self.started_s - entry.ticket.arrived_s,
-            compute_s=time.monotonic() - self.started_s,
+            queue_s=ran.joined_s - ran.entry.ticket.arrived_s,
+            compute_s=time.monotonic() - ran.joined_s,
         )
-        self._answered.add(position)
-        self.mailbox.post(lambda: entry.ticket.deliver(outcome))
+        self.mailbox.post(lambda: ran.entry.ticket.deliver(outcome))
 
     def fail(self, position: int, error: PpodError) -> None:
         """See `Sink`."""
-        ticket = self.batch[position].ticket
-        self._answered.add(position)
+        ticket = self._answer(position).entry.ticket
         self.mailbox.post(lambda: ticket.fail(error))
 
     def abandoned(self, position: int) -> bool:
-        """See `Sink`."""
-        return self.batch[position].ticket.closed
+        """See `Sink`. An entry that is dropped counts as answered: its tokens were computed."""
+        gone = self._active[position].entry.ticket.closed
+        if gone:
+            self._answer(position)
+        return gone
+
+    def more(self) -> Sequence[ItemT]:
+        """See `JoinableSink`."""
+        joined = self._host.joining(self)
+        self._join(joined)
+        return [entry.item for entry in joined]
+
+    def between_steps(self) -> bool:
+        """See `JoinableSink`."""
+        return self._host.between_steps()
 
     def fail_unanswered(self, cause: BaseException | None) -> None:
         """The engine is done: whoever has no result now will never have one."""
-        for position in range(len(self.batch)):
-            if position not in self._answered:
-                self.fail(position, _EngineError.of(cause))
+        for position in list(self._active):
+            self.fail(position, _EngineError.of(cause))
+
+    def _join(self, entries: Sequence[Entry[ItemT, ResultT]]) -> None:
+        now_s = time.monotonic()
+        for entry in entries:
+            self._active[self._count] = Ran(entry, now_s)
+            self._count += 1
+
+    def _answer(self, position: int) -> Ran[ItemT, ResultT]:
+        ran = self._active.pop(position)
+        self._answered.append(ran)
+        return ran
 
 
 class _EngineError(PpodError):

@@ -47,6 +47,14 @@ class BatchShape:
         self._tokens = leader.tokens
         self._bounds = bounds
 
+    @staticmethod
+    def of(running: Sequence[Sized], bounds: BatchBounds) -> BatchShape:
+        """The shape of a batch that runs; at least one sequence."""
+        shape = BatchShape(running[0], bounds)
+        for sized in running[1:]:
+            shape.join(sized.tokens)
+        return shape
+
     @property
     def full(self) -> bool:
         """Whether not even a sequence that needs no further padding fits."""

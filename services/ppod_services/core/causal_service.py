@@ -13,7 +13,7 @@ from ppod.v1 import weights_pb2_grpc
 from ppod_models.sources import resolve
 from ppod_services.core.config import CausalServiceConfig
 from ppod_services.core.described import Deferred
-from ppod_services.core.scheduler import RunBatch, Scheduler, Sink
+from ppod_services.core.scheduler import JoinableSink, RunBatch, Scheduler
 from ppod_services.core.server import Host
 from ppod_services.core.warm_up import warm_up
 from ppod_services.core.weight_servicer import WEIGHT_SERVICE, WeightServicer, WeightTarget
@@ -72,5 +72,5 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
         """Run batches until cancelled."""
         await self.scheduler.run()
 
-    def _run_batch(self, items: Sequence[ItemT], sink: Sink[ResultT]) -> None:
+    def _run_batch(self, items: Sequence[ItemT], sink: JoinableSink[ItemT, ResultT]) -> None:
         self._engine.get()(items, sink)

@@ -120,7 +120,29 @@ class FairQueue(Generic[QueuedT]):
         request, node = leading.leader(urgent_s)
         shape = BatchShape(node.sequence, bounds)
         batch = [self._serve(request, node)]
-        group = node.sequence.group
+        self._fill(batch, shape, node.sequence.group, urgent_s)
+        return batch
+
+    def join(self, running: Sequence[QueuedT], bounds: BatchBounds, now_s: float) -> list[QueuedT]:
+        """Choose who joins a batch that runs, and take them out; by the rules of `take`, but nobody leads.
+
+        Nobody joins past an urgent sequence that does not fit: in a batch that never ends it would wait for ever.
+        """
+        leading = min((team for team in self._teams.values() if team.tokens), key=_rank, default=None)
+        if leading is None:
+            return []
+        shape, group = BatchShape.of(running, bounds), running[0].group
+        request, node = leading.leader(now_s)
+        fits = node.sequence.group == group and shape.takes(node.tokens)
+        if request.urgent_s <= now_s and not fits:
+            return []
+        self._served_up_to = leading.counter
+        batch: list[QueuedT] = []
+        self._fill(batch, shape, group, now_s)
+        return batch
+
+    def _fill(self, batch: list[QueuedT], shape: BatchShape, group: Hashable, urgent_s: float) -> None:
+        """Add one sequence after the other, each of the team that has the lowest counter by then."""
         ranked = [(team.counter, team.number, team) for team in self._teams.values() if team.tokens]
         heapq.heapify(ranked)
         while ranked and not shape.full:
@@ -132,7 +154,6 @@ class FairQueue(Generic[QueuedT]):
             shape.join(found[1].tokens)
             batch.append(self._serve(*found))
             heapq.heapreplace(ranked, (team.counter, team.number, team))
-        return batch
 
     def teams_since(self, start_s: float) -> int:
         """Teams that sent a request at this time or later."""

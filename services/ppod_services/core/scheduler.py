@@ -6,7 +6,8 @@ at once. Who is next is the queue's choice (`fair_queue`), who may enter the adm
 
 The model's thread takes each batch out of the queue itself, the moment that the one before has ended: it never waits
 for the event loop, which may be busy with callers, and yet nothing is chosen before its time. An idle service starts
-at once for a caller who is alone, and waits up to `max_wait_ms` where callers overlap (`company`).
+at once for a caller who is alone, and waits up to `max_wait_ms` where callers overlap (`company`). An engine that works
+in steps takes those who come later into the batch that runs (`batch_run`).
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Generic, TypeVar
 
 from ppod.errors import DeadlineExceeded, Unavailable
 from ppod_services.core.admission import Admission, Request
-from ppod_services.core.batch_run import BatchRun, Entry, Mailbox, RunBatch, Sink
+from ppod_services.core.batch_run import BatchRun, Entry, JoinableSink, Mailbox, Pause, RunBatch, Sink, Stretch
 from ppod_services.core.batching import BatchBounds, computed_tokens
 from ppod_services.core.callers import ANONYMOUS_CALLER, Caller, current_request_id
+from ppod_services.core.claims import Claims
 from ppod_services.core.company import Company
 from ppod_services.core.config import BatchingConfig
 from ppod_services.core.fair_queue import STEADY_S, FairQueue
@@ -32,13 +34,16 @@ from ppod_services.core.quotas import Quotas
 from ppod_services.core.rate import ComputeRate
 from ppod_services.core.tickets import Outcome, Submission, Ticket
 
-__all__ = ["Outcome", "RunBatch", "Scheduler", "Sink", "Submission", "Ticket"]
+__all__ = ["JoinableSink", "Outcome", "Pause", "RunBatch", "Scheduler", "Sink", "Submission", "Ticket"]
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 JobT = TypeVar("JobT")
 
 _RECORD_DELAY_S = 0.005
+_STRETCH_S = 0.5
+"""A batch that others join is booked this often: its rate is news, and metrics show what was done."""
+_STANDING = frozenset((Pause.KEEP,))
 _ANSWER_S = 0.05
 """A request ends this much before its deadline, so that its caller hears why, and does not just give up."""
 
@@ -71,6 +76,7 @@ class Scheduler(Generic[ItemT, ResultT]):
         self._admission = Admission(config, self._queue, self._rate, quotas or Quotas(), metrics.refused)
         self._company = Company()
         self._open: set[Ticket[ResultT]] = set()
+        self._claims = Claims()
         self._batches = itertools.count(1)
         # Guards the queue, admission, the rate and the flags below: the model's thread takes batches itself.
         self._lock = threading.Lock()
@@ -116,14 +122,37 @@ class Scheduler(Generic[ItemT, ResultT]):
         self._start_soon(now_s)
         return ticket
 
-    async def exclusive(self, job: Callable[[], JobT]) -> JobT:
-        """Run a job in the model's thread between two batches, and return its result.
+    async def exclusive(self, job: Callable[[], JobT], pause: Pause = Pause.WAIT) -> JobT:
+        """Run a job in the model's thread while no batch runs, or none moves, and return its result.
 
         The thread is single, and the next batch queues up for it only when the one before has ended, so a job waits
-        for one batch at most. A caller that goes away leaves a job that has begun to end by itself: nothing is torn
-        in two.
+        for one batch at most; `pause` says what becomes of that. A caller that goes away leaves a job that has begun
+        to end by itself: nothing is torn in two.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._executor, job)
+        future = self._claims.add(job, pause)
+        self._executor.submit(self._claims.run)
+        return await asyncio.wrap_future(future)
+
+    def joining(self, run: BatchRun[ItemT, ResultT]) -> Sequence[Entry[ItemT, ResultT]]:
+        """Take out of the queue who joins a batch that runs; in the model's thread."""
+        if run.answered and run.stretch_s >= _STRETCH_S:
+            self._book(run, None)
+        running = run.active
+        if self._claims or not running or not len(self._queue):
+            return []
+        now_s = time.monotonic()
+        with self._lock:
+            joined = [] if self._stopped else self._queue.join(running, self._bounds(now_s), now_s)
+            if joined:
+                self._rate.started(sum(entry.tokens for entry in (*running, *joined)), now_s)
+        return joined
+
+    def between_steps(self) -> bool:
+        """Give the model to those who let sequences stand still; tell whether somebody wants them handed back."""
+        if not self._claims:
+            return False
+        self._claims.run(_STANDING)
+        return self._claims.abort
 
     async def run(self) -> None:
         """Run batches until cancelled."""
@@ -214,7 +243,7 @@ class Scheduler(Generic[ItemT, ResultT]):
         if late:
             self._metrics.dropped(len(late), "expired")
             self._mailbox.post(lambda: _expire(late))
-        return BatchRun(batch, next(self._batches), self._mailbox) if batch else None
+        return BatchRun(batch, next(self._batches), self._mailbox, self) if batch else None
 
     def _bounds(self, now_s: float) -> BatchBounds:
         config = self._config
@@ -239,29 +268,39 @@ class Scheduler(Generic[ItemT, ResultT]):
 
     def _settle(self, run: BatchRun[ItemT, ResultT], error: BaseException | None) -> None:
         run.fail_unanswered(error)
+        self._book(run, error)
+
+    def _book(self, run: BatchRun[ItemT, ResultT], error: BaseException | None) -> None:
+        """End a stretch of a run; in the model's thread."""
+        stretch = run.end_stretch()
+        left = sum(entry.tokens for entry in run.active)
         with self._lock:
             if error is None:
                 self._admission.kept()
-                self._rate.finished(run.tokens, run.seconds, saturated=bool(len(self._queue)))
+                self._rate.finished(stretch.tokens, stretch.seconds, saturated=bool(left or len(self._queue)))
             else:
                 self._rate.failed()
+            if left:
+                self._rate.started(left, time.monotonic())
         # The loop counts, and later: this thread has a batch to run, and the loop has answers to send.
-        run.mailbox.post(lambda: self._record_soon(run, error))
+        run.mailbox.post(lambda: self._record_soon(stretch, error))
 
-    def _record_soon(self, run: BatchRun[ItemT, ResultT], error: BaseException | None) -> None:
-        asyncio.get_running_loop().call_later(_RECORD_DELAY_S, self._record, run, error)
+    def _record_soon(self, stretch: Stretch[ItemT, ResultT], error: BaseException | None) -> None:
+        asyncio.get_running_loop().call_later(_RECORD_DELAY_S, self._record, stretch, error)
 
-    def _record(self, run: BatchRun[ItemT, ResultT], error: BaseException | None) -> None:
-        metrics, entries = self._metrics, run.batch
+    def _record(self, stretch: Stretch[ItemT, ResultT], error: BaseException | None) -> None:
+        metrics = self._metrics
         served: dict[str, int] = {}
-        for entry in entries:
+        for ran in stretch.answered:
+            entry = ran.entry
             served[entry.team] = served.get(entry.team, 0) + entry.tokens
             if not entry.ticket.begun:
                 entry.ticket.begun = True
-                metrics.waited(entry.team, run.started_s - entry.ticket.arrived_s)
+                metrics.waited(entry.team, ran.joined_s - entry.ticket.arrived_s)
         if error is None:
-            padded = computed_tokens(entries)
-            metrics.batch(BatchFigures(len(entries), run.tokens, padded, self._config.max_batch_tokens, run.seconds))
+            entries = [ran.entry for ran in stretch.answered]
+            padded, most = computed_tokens(entries), self._config.max_batch_tokens
+            metrics.batch(BatchFigures(len(entries), stretch.tokens, padded, most, stretch.seconds))
             for team, tokens in served.items():
                 metrics.served(team, tokens)
         self._count_queue(served)

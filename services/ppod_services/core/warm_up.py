@@ -6,7 +6,7 @@ The first batch of a process allocates its memory and picks its kernels, which t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,7 @@ ResultT = TypeVar("ResultT")
 _SEQUENCE_TOKENS = 32
 
 
-class _DiscardingSink:
+class _DiscardingSink(Generic[ItemT]):
     """Takes results that nobody asked for; an error is one all the same."""
 
     def emit(self, position: int, result: object) -> None:
@@ -34,6 +34,14 @@ class _DiscardingSink:
 
     def abandoned(self, position: int) -> bool:  # noqa: ARG002 - a sink's signature
         """Nobody goes away."""
+        return False
+
+    def more(self) -> Sequence[ItemT]:
+        """Nobody comes."""
+        return ()
+
+    def between_steps(self) -> bool:
+        """Nobody else wants the model."""
         return False
 
 
@@ -57,4 +65,4 @@ def warm_up(
     ids = np.arange(length, dtype=np.int32) % info.vocab_size
     for count in (1, max(1, tokens // length)):
         batch: Sequence[ItemT] = [item(position, ids) for position in range(count)]
-        run_batch(batch, _DiscardingSink())
+        run_batch(batch, _DiscardingSink[ItemT]())

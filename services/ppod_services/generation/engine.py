@@ -19,7 +19,7 @@ from ppod_services.core.described import check_version
 from ppod_services.core.model import CausalModel
 from ppod_services.core.scheduler import Sink
 from ppod_services.core.weights import ServedWeights
-from ppod_services.generation.requests import GeneratedSample, GenerationItem
+from ppod_services.generation.requests import Ending, GeneratedSample, GenerationItem, VersionSpan
 from ppod_services.generation.sampling import draw
 
 
@@ -141,7 +141,7 @@ class GenerationEngine:
     def _settle(self, row: _Row, sink: Sink[GeneratedSample]) -> bool:
         """Emit or fail a row that is done; True when it leaves the batch."""
         if not np.isfinite(row.logprobs[-1]):
-            sink.fail(row.position, NonFiniteOutput("logits", row.item.sample, str(row.logprobs[-1])))
+            sink.fail(row.position, NonFiniteOutput("logits", row.item.prompt_index, str(row.logprobs[-1])))
             return True
         if row.finished:
             sink.emit(row.position, self._sample(row))
@@ -153,6 +153,8 @@ class GenerationEngine:
         return GeneratedSample(
             tokens=np.asarray(row.tokens, dtype=np.int32),
             logprobs=logprobs,
-            stopped=row.stopped,
+            unscaled_logprobs=None,
+            ending=Ending.STOP if row.stopped else Ending.LENGTH,
             weight_version=self._weights.version,
+            spans=(VersionSpan(self._weights.version, len(row.tokens)),),
         )

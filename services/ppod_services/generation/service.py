@@ -41,5 +41,12 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
 
     def warm_up_item(self, position: int, tokens: TokenArray) -> GenerationItem:
         """Two tokens: one from the prompt, one from the cache."""
-        greedy = TokenFilter(temperature=0.0, top_p=1.0, top_k=0)
-        return GenerationItem(position, tokens[:-2] if len(tokens) > 2 else tokens, 0, 2, greedy, frozenset(), None)
+        return GenerationItem(
+            prompt_index=position,
+            sample=0,
+            prompt=tokens[:-2] if len(tokens) > 2 else tokens,
+            seed=0,
+            max_tokens=2,
+            token_filter=TokenFilter(temperature=0.0),
+            stop_ids=frozenset(),
+        )

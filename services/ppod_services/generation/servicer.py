@@ -24,9 +24,15 @@ from ppod_services.core.described import (
 )
 from ppod_services.core.scheduler import Outcome, Scheduler, Submission
 from ppod_services.core.weight_servicer import WeightTarget
-from ppod_services.generation.requests import GeneratedSample, GenerationItem, TokenFilter
+from ppod_services.generation.requests import Ending, GeneratedSample, GenerationItem, TokenFilter
 
 GENERATION_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+_REASONS = {
+    Ending.STOP: generation_pb2.FINISH_REASON_STOP,
+    Ending.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    Ending.STOP_STRING: generation_pb2.FINISH_REASON_STOP_STRING,
+    Ending.ABORTED: generation_pb2.FINISH_REASON_ABORTED,
+}
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -90,7 +96,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         stop_ids = _read_stop_ids(sampling, info)
         return [
             GenerationItem(
-                sample=sample,
+                prompt_index=index,
+                sample=0,
                 prompt=prompt,
                 seed=seed,
                 max_tokens=min(sampling.max_tokens, info.max_sequence_tokens - len(prompt)),
@@ -98,7 +105,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 stop_ids=stop_ids,
                 weight_version=version,
             )
-            for sample, (prompt, seed) in enumerate(zip(prompts, _read_seeds(request), strict=True))
+            for index, (prompt, seed) in enumerate(zip(prompts, _read_seeds(request), strict=True))
         ]
 
 
@@ -136,12 +143,11 @@ def _read_seeds(request: generation_pb2.GenerateRequest) -> list[int]:
 
 def _reply(item: GenerationItem, outcome: Outcome[GeneratedSample], info: ModelInfo) -> generation_pb2.GenerateResponse:
     sample = outcome.result
-    stopped = generation_pb2.FINISH_REASON_STOP if sample.stopped else generation_pb2.FINISH_REASON_LENGTH
     return generation_pb2.GenerateResponse(
         index=outcome.index,
         token_ids=pack_tokens(sample.tokens),
         logprobs=pack_floats(sample.logprobs),
-        finish_reason=stopped,
+        finish_reason=_REASONS[sample.ending],
         model=info.state(sample.weight_version),
         timing=common_pb2.Timing(
             queue_s=outcome.queue_s, compute_s=outcome.compute_s, tokens=len(item.prompt) + len(sample.tokens)
