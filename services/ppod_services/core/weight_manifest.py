@@ -25,7 +25,7 @@ class IncomingTensor:
 
     Attributes:
         name: as the model, or the adapter, names it.
-        dtype: a key of `ITEM_BYTES`; "unspecified" where the message has none of them.
+        dtype: a key of `ITEM_BYTES`.
         shape: its shape; empty is a scalar.
         xxh3: XXH3-64 of the bytes of the whole tensor.
         encoding: how its bytes travel.
@@ -93,7 +93,7 @@ def read_manifest(message: weights_pb2.WeightManifest) -> IncomingManifest:
     """The manifest that a message holds.
 
     Raises:
-        InvalidArgument: an encoding is unknown, or a base version is missing or too much.
+        InvalidArgument: a data type or an encoding is unknown, or a base version is missing or too much.
     """
     adapter = _read_adapter(message.adapter) if message.HasField("adapter") else None
     manifest = IncomingManifest(
@@ -122,8 +122,6 @@ def check_tensors(tensors: Sequence[IncomingTensor], shapes: Mapping[str, tuple[
         if tensor.name in seen:
             raise InvalidArgument("manifest.tensors.name", f"{tensor.name} twice", "each name once")
         seen.add(tensor.name)
-        if tensor.dtype not in ITEM_BYTES:
-            raise InvalidArgument(f"manifest.tensors.{tensor.name}.dtype", tensor.dtype, " or ".join(ITEM_BYTES))
         if tensor.shape != shape:
             raise InvalidArgument(f"manifest.tensors.{tensor.name}.shape", str(list(tensor.shape)), str(list(shape)))
         if tensor.wire_bytes > tensor.dense_bytes:
@@ -136,6 +134,9 @@ def check_tensors(tensors: Sequence[IncomingTensor], shapes: Mapping[str, tuple[
 
 
 def _read_tensor(spec: weights_pb2.TensorSpec) -> IncomingTensor:
+    dtype = _DTYPES.get(spec.dtype)
+    if dtype is None:
+        raise InvalidArgument(f"manifest.tensors.{spec.name}.dtype", str(spec.dtype), " or ".join(ITEM_BYTES))
     try:
         encoding = TensorEncoding(spec.encoding or TensorEncoding.DENSE.value)
     except ValueError as error:
@@ -143,7 +144,7 @@ def _read_tensor(spec: weights_pb2.TensorSpec) -> IncomingTensor:
         raise InvalidArgument(field, str(spec.encoding), known) from error
     return IncomingTensor(
         name=spec.name,
-        dtype=_DTYPES.get(spec.dtype, "unspecified"),
+        dtype=dtype,
         shape=tuple(spec.shape),
         xxh3=spec.xxh3,
         encoding=encoding,
