@@ -21,7 +21,8 @@ class ServicesConfig(ConfigModel):
     """Where the services listen, as gRPC targets `host:port`.
 
     Replicas share each step's work: `a:1,b:2`, or for reward and reference `dns:///host:port`, every address of a
-    headless service. Every replica of generation needs its address in generation_admin. The team's token comes from PPOD_TOKEN, or from the file that PPOD_TOKEN_FILE names.
+    headless service. Every replica of generation needs its address in generation_admin. The team's token comes from
+    PPOD_TOKEN, or from the file that PPOD_TOKEN_FILE names.
     """
 
     reward: Target = "127.0.0.1:50051"

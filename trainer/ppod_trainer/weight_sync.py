@@ -7,18 +7,20 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 from ppod import DeadlineExceeded, FailedPrecondition, PermissionDenied, PpodError, Unavailable, WeightClient
 from ppod.client import ReplicaOutcome, WeightPause, WeightPush, WeightStatus, WireImage, relay_tree
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import ServiceMismatchError, WeightPushError
-from ppod_trainer.policy_weights import PolicyTensors, adapter_tensors
+from ppod_trainer.policy_weights import PolicyTensors
 from ppod_trainer.weight_planes import GrpcPlane, Outgoing, SharedPlane, WeightPlane
 
 _LOGGER = logging.getLogger(__name__)
@@ -134,6 +136,9 @@ class WeightSync:
         Raises:
             WeightPushError: as for `push`. TrainerError: it is not plain LoRA.
         """
+        # It imports PEFT, which takes seconds that no other run should spend.
+        from ppod_trainer.adapter_weights import adapter_tensors  # noqa: PLC0415
+
         adapter, tensors = adapter_tensors(model, adapter_name)
         started = time.monotonic()
         bases = {status.base_version for status in self._statuses().values()}
