@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 from ppod import DeadlineExceeded, FailedPrecondition, PermissionDenied, PpodError, Unavailable, WeightClient
 from ppod.client import ReplicaOutcome, WeightPause, WeightPush, WeightStatus, WireImage, relay_tree
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import ServiceMismatchError, WeightPushError
 from ppod_trainer.policy_weights import PolicyTensors
 from ppod_trainer.weight_planes import GrpcPlane, Outgoing, SharedPlane, WeightPlane
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _LOGGER = logging.getLogger(__name__)
 _PAUSES = {"wait": WeightPause.WAIT, "keep": WeightPause.KEEP, "abort": WeightPause.ABORT}
