@@ -22,7 +22,7 @@ from ppod.client.reward import AsyncRewardClient, RewardClient
 from ppod.client.reward_admin import AsyncRewardAdminClient, ReplacedModel, Replacement, RewardAdminClient
 from ppod.client.reward_calls import ChatTurn, Granularity, ProcessScores, Scores, Truncation
 from ppod.client.security import ClientSecurity
-from ppod.client.shared_weights import SharedDirectory
+from ppod.client.shared_weights import Segment, SharedDirectory
 from ppod.client.weight_image import TensorLayout, WireImage
 from ppod.client.weights import (
     AsyncWeightClient,
@@ -78,6 +78,7 @@ __all__ = [
     "Sampling",
     "ScoreAdjustment",
     "Scores",
+    "Segment",
     "ServiceClient",
     "SharedDirectory",
     "SplitPolicy",
