@@ -21,12 +21,12 @@ from ppod import (
     Unavailable,
     WeightClient,
 )
-from ppod.client import NO_RETRY, Delivery, RelayHop, WeightPause, WeightPush
+from ppod.client import NO_RETRY, Delivery, RelayHop, WeightPush
 from support.forked import ForkedProcess
 from support.processes import ServiceProcess, running_service, start_module
 from support.services import tiny_model_config
 from support.tiny_model import build_model
-from support.weight_checks import assert_serves, assert_takes_next, retry_busy
+from support.weight_checks import assert_serves, assert_takes_next
 from support.weight_tensors import weight_tensors
 
 IDLE_TIMEOUT_S = 0.6
@@ -176,9 +176,9 @@ def test_a_hop_that_hangs_is_named_and_the_others_go_on(
         stopped.signal(signal.SIGSTOP)
         hops = (RelayHop(stopped.admin_target), RelayHop(other.admin_target))
         push = WeightPush(2, weight_tensors(build_model(seed=93)), relay=hops)
-        with WeightClient(service.admin_target, timeout_s=3) as weights:
+        with WeightClient(service.admin_target, timeout_s=20) as weights:
             found = {one.target: one.error for one in weights.push(push).replicas}
-        assert isinstance(found[stopped.admin_target], DeadlineExceeded | Unavailable)
+        assert isinstance(found[stopped.admin_target], DeadlineExceeded)
         assert (found[service.admin_target], found[other.admin_target]) == (None, None)
         for replica in (service, other):
             with WeightClient(replica.admin_target) as weights:
@@ -206,29 +206,3 @@ def test_a_failed_push_keeps_what_was_prepared_before(service: ServiceProcess) -
         assert weights.status().prepared_version == 2
         weights.commit(2)
     assert_serves(service, 2, build_model(seed=96))
-
-
-@pytest.mark.parametrize("pause", [WeightPause.KEEP, WeightPause.ABORT])
-def test_a_commit_does_not_wait_for_running_sequences_when_told_so(service: ServiceProcess, pause: WeightPause) -> None:
-    """A sequence that goes on under new weights has tokens of both versions; an aborted one ends."""
-    long = Sampling(max_tokens=120, temperature=1.0, ignore_eos=True)
-    with (
-        WeightClient(service.admin_target, timeout_s=20) as weights,
-        GenerationClient(service.target, timeout_s=60) as generation,
-    ):
-        weights.prepare(2, weight_tensors(build_model(seed=97)))
-        found: list[int] = []
-        running = threading.Thread(
-            target=lambda: found.extend(len(one.token_ids) for one in generation.generate([[5, 6, 7]] * 128, long))
-        )
-        running.start()
-        time.sleep(0.3)
-        weights.commit(2, pause=pause)
-        early = running.is_alive()
-        running.join(30)
-    assert len(found) == 128
-    if pause is WeightPause.KEEP:
-        assert early, "the commit was let in before the sequences had ended"
-        assert set(found) == {120}
-    assert_serves(service, 2, build_model(seed=97))
-    retry_busy(lambda: assert_takes_next(service, 3, seed=98))
