@@ -34,7 +34,7 @@ from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import Parts, TrainingRun
 
-_FREE_SECTIONS = {"run_dir", "resume", "services", "metrics", "tracing", "checkpoint", "evaluation"}
+_FREE_SECTIONS = {"run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation"}
 
 
 def configuration_fingerprint(config: TrainerConfig) -> str:
@@ -77,8 +77,7 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
     collector = None
     try:
         with stop.interruptible():
-            fingerprint = loading.tokenizer_fingerprint(tokenizer)
-            connections = connect(config.services, fingerprint, metrics.observe_rpc, scores=config.rewards.model)
+            connections = connect(config, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc)
             served = check_services(connections, config.rollout, loading.vocab_size(learner.policy.model))
         bad_samples = BadSamples(config.rollout.on_bad_sample)
         sampler = _build_sampler(config, connections.generation, served.limits.max_sequence_tokens, environment, codec)
@@ -155,7 +154,7 @@ def _load_learner(config: TrainerConfig, path: Path) -> Learner:
 
 def _synchronise(run: TrainingRun) -> None:
     """Make generation and reference serve exactly what this run has, whatever they served before."""
-    serving = run.parts.connections.generation_weights.status().state.weight_version
+    serving = max(run.parts.connections.generation_weights.serving_versions())
     run.push_policy(max(serving + 1, run.state.policy_version))
     if run.state.reference_version:
         run.set_reference(run.state.reference_version)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from ppod import ClientSecurity, GenerationClient, Pin, ReferenceClient, RewardClient, WeightClient
 from ppod.client import ModelDescription, RpcObserver
-from ppod_trainer.config import RolloutConfig, ServicesConfig
+from ppod_trainer.config import RolloutConfig, ServicesConfig, TrainerConfig
 from ppod_trainer.errors import ServiceMismatchError
+from ppod_trainer.weight_sync import WeightSync
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +19,14 @@ class Connections:
     reward: RewardClient | None
     judge: RewardClient | None
     reference: ReferenceClient
-    generation_weights: WeightClient
+    generation_weights: WeightSync
     reference_weights: WeightClient
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until each service is ready; raises DeadlineExceeded that names the first that is not in time."""
+        for client in (self.generation, self.reward, self.reference):
+            if client is not None:
+                client.wait_ready(timeout_s)
 
     def close(self) -> None:
         """Close all channels; calls under way are cancelled."""
@@ -30,18 +37,15 @@ class Connections:
                 client.close()
 
 
-def connect(
-    config: ServicesConfig, tokenizer_fingerprint: str, observer: RpcObserver, *, scores: bool = True
-) -> Connections:
+def connect(trainer: TrainerConfig, tokenizer_fingerprint: str, observer: RpcObserver) -> Connections:
     """Open channels to all services, with the policy's tokenizer pinned, and wait until each is ready.
-
-    With `scores` false the reward service is left out.
 
     Raises:
         DeadlineExceeded: a service was not ready within `ready_timeout_s`.
         InvalidArgument: the token or a certificate cannot be read, or the token would travel in plain text.
     """
     pin = Pin(tokenizer_fingerprint=tokenizer_fingerprint)
+    config = trainer.services
     timeout_s, security = config.timeout_s, client_security(config)
 
     def reward(model: str) -> RewardClient:
@@ -55,15 +59,13 @@ def connect(
         generation=GenerationClient(
             config.generation, timeout_s=timeout_s, pin=pin, observer=observer, security=security
         ),
-        reward=reward(config.reward_model) if scores else None,
+        reward=reward(config.reward_model) if trainer.rewards.model else None,
         judge=None if config.judge_model is None else reward(config.judge_model),
         reference=ReferenceClient(config.reference, timeout_s=timeout_s, pin=pin, observer=observer, security=security),
-        generation_weights=weights(config.generation_admin),
+        generation_weights=WeightSync([weights(admin) for admin in config.generation_admins], trainer.weight_transfer),
         reference_weights=weights(config.reference_admin),
     )
-    for client in (connections.generation, connections.reward, connections.reference):
-        if client is not None:
-            client.wait_ready(config.ready_timeout_s)
+    connections.wait_ready(config.ready_timeout_s)
     return connections
 
 

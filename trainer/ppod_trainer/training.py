@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from opentelemetry import trace
 from transformers import PreTrainedTokenizerFast
 
+from ppod import FailedPrecondition, Unavailable
 from ppod_models.loading import DTYPES, load_causal_lm
 from ppod_trainer.checkpoint import TrainerState, save_checkpoint
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.connections import Connections
-from ppod_trainer.errors import TrainerError
+from ppod_trainer.errors import TrainerError, WeightPushError
 from ppod_trainer.evaluation import Evaluation, Evaluator, write_samples
 from ppod_trainer.kl import KlController
 from ppod_trainer.learner import Learner, learning_rate_at
@@ -29,11 +31,17 @@ from ppod_trainer.metrics import MetricsLog, StepTimer, finite_record
 from ppod_trainer.off_policy import measure_off_policy
 from ppod_trainer.pipeline import Collected, RolloutPipeline
 from ppod_trainer.prompts import PromptSet
+from ppod_trainer.recovery import Recovery
 from ppod_trainer.report import format_evaluation, format_step
 from ppod_trainer.rollouts import Rollout, ScoredRollout, keep_fresh, sample_seed
 from ppod_trainer.step_figures import rollout_figures, update_figures
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.weight_sync import push_weights
+
+ResultT = TypeVar("ResultT")
+
+_RECOVERIES = 3
+"""How often something is asked of the services again before its error stops the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +83,9 @@ class TrainingRun:
             _StepCollector(config, parts),
             ahead=rollout.max_staleness,
             steps=config.steps,
-            mixes=rollout.on_new_weights != "wait",
+            mixes=config.weight_transfer.pause != "wait",
         )
+        self._recovery = Recovery(parts.connections, config.services.recovery_timeout_s)
 
     def close(self) -> None:
         """Begin no more rollouts."""
@@ -95,7 +104,7 @@ class TrainingRun:
     def evaluate(self) -> Evaluation:
         """Evaluate the present weights on the held-out prompts and record it."""
         with self.parts.stop.interruptible():
-            evaluation = self.parts.evaluator.evaluate(self.state.step, self.state.policy_version)
+            evaluation = self._insist(lambda: self.parts.evaluator.evaluate(self.state.step, self.state.policy_version))
         write_samples(self.config.run_dir / "samples" / f"step_{self.state.step:06d}.jsonl", evaluation)
         self.parts.metrics.write(self.state.step, evaluation.record())
         print(format_evaluation(evaluation), flush=True)
@@ -116,11 +125,40 @@ class TrainingRun:
         return target
 
     def push_policy(self, weight_version: int) -> None:
-        """Put the policy's weights into generation under a new version."""
+        """Put the policy's weights into generation under a new version, or a later one where the push had to be repeated.
+
+        Raises:
+            WeightPushError: a replica did not get them, and did not come back in time.
+        """
+        try:
+            self._push(weight_version)
+        except WeightPushError as error:
+            self._recovery.come_back(error, self._restore)
+
+    def _push(self, weight_version: int) -> None:
         generation = self.parts.connections.generation_weights
         with self._pipeline.new_weights(weight_version):
-            push_weights(generation, self.parts.learner.policy.model, self._wire_dtype(), weight_version)
+            generation.push(self.parts.learner.policy.model, self._wire_dtype(), weight_version)
         self.state = replace(self.state, policy_version=weight_version)
+
+    def _restore(self) -> None:
+        """Give services that came back without this run's weights what they lack."""
+        generation = self.parts.connections.generation_weights
+        versions = generation.serving_versions()
+        if versions != {self.state.policy_version}:
+            self._push(max(*versions, self.state.policy_version) + 1)
+        pinned = self.parts.connections.reference.pin.weight_version
+        if pinned is not None and self.parts.connections.reference_weights.status().state.weight_version != pinned:
+            self.set_reference(self.state.reference_version)
+
+    def _insist(self, attempt: Callable[[], ResultT]) -> ResultT:
+        """Do what only asks the services; where one went away for a while, do it again."""
+        for _ in range(_RECOVERIES):
+            try:
+                return attempt()
+            except (Unavailable, FailedPrecondition) as error:
+                self._recovery.come_back(error, self._restore)
+        return attempt()
 
     def _step(self) -> dict[str, float]:
         step, config, parts = self.state.step, self.config, self.parts
@@ -129,7 +167,7 @@ class TrainingRun:
             trace.get_current_span().set_attribute("ppo.step", step + 1)
             with parts.stop.interruptible():
                 with timer.phase("rollout_wait"):
-                    collected = self._pipeline.take(step)
+                    collected = self._insist(lambda: self._pipeline.take(step))
                 rollouts, stale = keep_fresh(
                     collected.rollouts, self.state.policy_version, config.rollout.max_staleness
                 )

@@ -176,7 +176,10 @@ def measure_real(directory: Path, steps: int) -> list[Measured]:
 
 def table(measured: Sequence[Measured]) -> str:
     """Markdown."""
-    rows = ["| | max_staleness | step, s | rollout, s | update and push, s | step over the longer |", "|---|---:|---:|---:|---:|---:|"]
+    rows = [
+        "| | max_staleness | step, s | rollout, s | update and push, s | step over the longer |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     rows += [
         f"| {one.name} | {one.staleness} | {one.step:.2f} | {one.rollout:.2f} | {one.update:.2f} | {one.ratio:.3f} |"
         for one in measured
@@ -210,13 +213,17 @@ def main() -> int:
             measured += measure_real(directory, options.real_steps)
     shown = table(measured)
     (options.out / "result.md").write_text(shown)
-    figures = [{"name": one.name, "staleness": one.staleness, "ratio": one.ratio, "steps": list(one.steps)} for one in measured]
+    figures = [
+        {"name": one.name, "staleness": one.staleness, "ratio": one.ratio, "steps": list(one.steps)} for one in measured
+    ]
     (options.out / "result.json").write_text(json.dumps(figures, indent=2))
     plot(measured, options.out / "result.png")
     print(shown)
     overlapped = [one.ratio for one in measured if one.name == "simulated" and one.staleness]
     ratio = statistics.median(overlapped)
-    print(f"{'ok' if ratio <= BAR else 'MISSED'}: a step takes {ratio:.3f} times the longer of rollout and update (bar {BAR})")
+    print(
+        f"{'ok' if ratio <= BAR else 'MISSED'}: a step takes {ratio:.3f} times the longer of rollout and update (bar {BAR})"
+    )
     return 0 if ratio <= BAR else 1
 
 

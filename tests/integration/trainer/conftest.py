@@ -45,6 +45,7 @@ class System:
                 "judge_model": "judge",
                 "ready_timeout_s": 5,
                 "timeout_s": 10,
+                "recovery_timeout_s": 0,
             },
             "prompts": {"path": str(self.directory / "prompts.txt"), "heldout": 6},
             "rollout": {"batch_size": 8, "max_tokens": 8},

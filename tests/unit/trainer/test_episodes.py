@@ -60,7 +60,9 @@ class Echo:
         return Reply(f"({action})", float(len(action)), done=action.endswith("!"))
 
 
-def play(talker: Talker, prompts: str, *, max_turns: int = 4, max_context: int = 100, mode: str = "stop") -> list[Rollout]:
+def play(
+    talker: Talker, prompts: str, *, max_turns: int = 4, max_context: int = 100, mode: str = "stop"
+) -> list[Rollout]:
     sampler = EpisodeSampler(
         talker,  # pyright: ignore[reportArgumentType]
         LoadedEnvironment(Echo, ()),

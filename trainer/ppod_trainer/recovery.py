@@ -1,0 +1,58 @@
+"""Going on after a service went away for a while, as when its pod is moved."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from ppod import DeadlineExceeded, FailedPrecondition, PpodError, Unavailable
+from ppod_trainer.connections import Connections
+from ppod_trainer.errors import WeightPushError
+
+log = logging.getLogger(__name__)
+
+_PAUSE_S = 0.5
+
+
+class Recovery:
+    """Waits for services, and gives them back what they lost.
+
+    Args:
+        connections: the run's services.
+        timeout_s: longest wait; 0: none.
+    """
+
+    def __init__(self, connections: Connections, timeout_s: float) -> None:
+        self._connections = connections
+        self._timeout_s = timeout_s
+
+    def come_back(self, error: PpodError | WeightPushError, restore: Callable[[], None]) -> None:
+        """Return when all services are ready and `restore` worked.
+
+        Raises:
+            The error that was given: it is none that time heals, or time ran out.
+        """
+        until = time.monotonic() + self._timeout_s
+        if not _heals(error) or not self._timeout_s:
+            raise error
+        log.warning("waiting up to %g s for the services: %s", self._timeout_s, error)
+        while True:
+            try:
+                self._connections.wait_ready(max(until - time.monotonic(), _PAUSE_S))
+                restore()
+            except (PpodError, WeightPushError) as latest:
+                if not _heals(latest) or time.monotonic() >= until:
+                    raise error from latest
+                time.sleep(_PAUSE_S)
+            else:
+                return
+
+
+def _heals(error: BaseException) -> bool:
+    """Whether it may be gone when a service is back: it was away, or is there without the run's weights."""
+    if isinstance(error, WeightPushError):
+        return error.__cause__ is not None and _heals(error.__cause__)
+    if isinstance(error, FailedPrecondition):
+        return error.what == "weight_version"
+    return isinstance(error, Unavailable | DeadlineExceeded)
