@@ -125,7 +125,7 @@ class TrainingRun:
         return target
 
     def push_policy(self, weight_version: int) -> None:
-        """Put the policy's weights into generation under a new version, or a later one where the push had to be repeated.
+        """Put the policy's weights into generation under a new version; a later one if it has to be done again.
 
         Raises:
             WeightPushError: a replica did not get them, and did not come back in time.

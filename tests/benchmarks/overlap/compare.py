@@ -2,10 +2,10 @@
 
 Run as `python -m benchmarks.overlap.compare` with tests/ on the path. Two settings:
 
-1. simulated: the engine of generation sleeps for a fixed time a token (`simulated_generation`), as one on a device of its
-   own would leave this machine's cores alone; a tiny model, so that all else is small beside rollout and update. The
-   engine's speed is set so that a rollout takes about as long as an update. Bar: a step takes at most 1.15 times the
-   longer of the two.
+1. simulated: the engine of generation sleeps for a fixed time a token (`simulated_generation`), as one on a device of
+   its own would leave this machine's cores alone; a tiny model, so that all else is small beside rollout and update.
+   The engine's speed is set so that a rollout takes about as long as an update. Bar: a step takes at most 1.15 times
+   the longer of the two.
 2. real: SmolLM2, everything on these cores. Rollout and update then share them; there is no bar.
 
 Each is run with max_staleness 0 and 1, in turns. Writes result.json, result.md and result.png.
@@ -114,8 +114,8 @@ def train(name: str, config: Values, directory: Path, staleness: int) -> Measure
         steps=[one["seconds/step"] for one in records],
     )
     print(
-        f"{name}, max_staleness {staleness}: a step {measured.step:.2f} s, rollout {measured.rollout:.2f} s, update and "
-        f"push {measured.update:.2f} s; step over the longer of these {measured.ratio:.3f}",
+        f"{name}, max_staleness {staleness}: a step {measured.step:.2f} s, rollout {measured.rollout:.2f} s, "
+        f"update and push {measured.update:.2f} s; step over the longer of these {measured.ratio:.3f}",
         flush=True,
     )
     return measured
@@ -221,9 +221,8 @@ def main() -> int:
     print(shown)
     overlapped = [one.ratio for one in measured if one.name == "simulated" and one.staleness]
     ratio = statistics.median(overlapped)
-    print(
-        f"{'ok' if ratio <= BAR else 'MISSED'}: a step takes {ratio:.3f} times the longer of rollout and update (bar {BAR})"
-    )
+    met = "ok" if ratio <= BAR else "MISSED"
+    print(f"{met}: a step takes {ratio:.3f} times the longer of rollout and update (bar {BAR})")
     return 0 if ratio <= BAR else 1
 
 

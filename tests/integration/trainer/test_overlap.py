@@ -1,0 +1,99 @@
+"""Runs whose rollouts are made ahead, runs with an environment, and runs whose generation service goes away and returns."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.processes import running_service
+from support.services import tiny_model_config
+from support.tiny_head import save_tiny_head
+
+from .conftest import Config, System, records_of, running_system, wait_for_step
+
+OVERLAPPED = {"rollout": {"batch_size": 8, "max_tokens": 8, "max_staleness": 1}, "ppo": {"importance_cap": 2.0}}
+
+
+def steps_of(config: Config) -> list[dict[str, float]]:
+    return [record for record in records_of(Path(str(config["run_dir"]))) if "score/mean" in record]
+
+
+def test_rollouts_one_step_ahead_are_one_version_old_and_reproducible(system: System) -> None:
+    configs = [system.config(name, steps=6, **OVERLAPPED) for name in ("ahead", "again")]
+    for config in configs:
+        result = system.train(config)
+        assert result.returncode == 0, result.stderr
+    first, second = (steps_of(config) for config in configs)
+    assert first == second
+    assert [record["sampler/staleness_max"] for record in first] == [0, 1, 1, 1, 1, 1]
+    assert [record["sampler/staleness_mean"] for record in first] == [0, 1, 1, 1, 1, 1]
+    assert all(record["samples/stale"] == 0 for record in first)
+    # Of weights that moved on there is a divergence to tell, but no gap between two computations of the same.
+    assert first[0]["sampler/gap_max"] < 1e-3
+    assert all("sampler/gap_max" not in record for record in first[1:])
+    assert all(record["sampler/divergence_max"] > 1e-3 for record in first[1:])
+    assert all(record["policy/first_ratio_error"] == 0 for record in first)
+
+
+def test_an_environment_pays_without_a_reward_service(system: System) -> None:
+    services = {key: value for key, value in system.config("x")["services"].items() if key != "reward"}  # type: ignore[attr-defined]
+    config = system.config(
+        "environment",
+        steps=2,
+        services={**services, "judge_model": None},
+        environment={"name": "calculator", "parameters": {"examples": 0}, "episodes": 40, "max_turns": 3},
+        rewards={"model": False},
+    )
+    result = system.train(config)
+    assert result.returncode == 0, result.stderr
+    records = steps_of(config)
+    assert [record["response/length"] > 0 for record in records] == [True, True]
+    assert all(record["sampler/gap_max"] < 1e-3 for record in records)
+    samples = (Path(str(config["run_dir"])) / "samples" / "step_000002.jsonl").read_text().splitlines()
+    assert all("Question: What is" in json.loads(line)["prompt"] for line in samples)
+
+
+def test_contradictions_are_named_before_anything_starts(system: System) -> None:
+    stale = system.train(system.config("stale", rollout={"max_staleness": 1}))
+    assert stale.returncode == 2
+    assert "ppo.importance_cap" in stale.stderr
+    unpaid = system.train(system.config("unpaid", rewards={"model": False}))
+    assert unpaid.returncode == 2
+    assert "nothing would pay a reward" in unpaid.stderr
+
+
+@pytest.fixture
+def fragile(tiny_model_dir: Path, tmp_path: Path) -> Iterator[System]:
+    """Services that a test may kill."""
+    head = str(save_tiny_head(tiny_model_dir, tmp_path / "reward", name="reward", seed=0))
+    with running_system(tiny_model_dir, tmp_path / "fragile", {"reward": head}) as made:
+        yield made
+
+
+@pytest.mark.parametrize("changes", [{}, OVERLAPPED], ids=["in step", "overlapped"])
+def test_a_generation_service_that_comes_back_gets_its_weights(
+    fragile: System, changes: Config, tmp_path: Path
+) -> None:
+    """It comes back with the weights that it was deployed with; the run goes on, and trains on no sample of those."""
+    services = {**fragile.config("x")["services"], "judge_model": None, "recovery_timeout_s": 30}  # type: ignore[dict-item]
+    config = fragile.config("recovers", steps=40, services=services, **changes)
+    process = fragile.start(config)
+    run_dir = Path(str(config["run_dir"]))
+    wait_for_step(process, run_dir, 3)
+    gone = fragile.generation
+    gone.signal(signal.SIGKILL)
+    gone.wait()
+    listen = {"port": gone.port, "admin_port": gone.admin_port, "metrics_port": gone.metrics_port}
+    values = {"model": tiny_model_config(fragile.model_dir), "listen": listen}
+    with running_service("ppod_services.generation", tmp_path, values):
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    records = steps_of(config)
+    assert [record["step"] for record in records] == list(range(1, 41))
+    assert all(record.get("sampler/gap_max", 0) < 1e-3 for record in records), "no sample of other weights"
+    bound = 1 if changes else 0
+    assert max(record["sampler/staleness_max"] for record in records) <= bound
