@@ -18,11 +18,26 @@ from ppod.client.identity import (
 )
 from ppod.client.reference import AsyncReferenceClient, ReferenceClient
 from ppod.client.reference_calls import ReferenceLogprobs, TopTokens
+from ppod.client.relays import relay_tree
 from ppod.client.reward import AsyncRewardClient, RewardClient
 from ppod.client.reward_admin import AsyncRewardAdminClient, ReplacedModel, Replacement, RewardAdminClient
 from ppod.client.reward_calls import ChatTurn, Granularity, ProcessScores, Scores, Truncation
 from ppod.client.security import ClientSecurity
-from ppod.client.weights import AsyncWeightClient, TensorDtype, WeightClient, WeightStatus, WeightTensor
+from ppod.client.shared_weights import Segment, SharedDirectory
+from ppod.client.weight_image import TensorLayout, WireImage
+from ppod.client.weights import (
+    AsyncWeightClient,
+    LoraAdapter,
+    PreparedWeights,
+    RelayHop,
+    ReplicaOutcome,
+    TensorDtype,
+    WeightClient,
+    WeightPause,
+    WeightPush,
+    WeightStatus,
+    WeightTensor,
+)
 
 __all__ = [
     "NO_RETRY",
@@ -40,16 +55,20 @@ __all__ = [
     "GenerationClient",
     "Granularity",
     "HedgePolicy",
+    "LoraAdapter",
     "ModelDescription",
     "ModelLimits",
     "ModelState",
     "Pin",
+    "PreparedWeights",
     "Priority",
     "ProcessScores",
     "ReferenceClient",
     "ReferenceLogprobs",
+    "RelayHop",
     "ReplacedModel",
     "Replacement",
+    "ReplicaOutcome",
     "RetryPolicy",
     "RewardAdminClient",
     "RewardClient",
@@ -61,15 +80,22 @@ __all__ = [
     "ScoreAdjustment",
     "Scores",
     "SeedPromise",
+    "Segment",
     "ServiceClient",
+    "SharedDirectory",
     "SplitPolicy",
     "TensorDtype",
+    "TensorLayout",
     "Timing",
     "TopTokens",
     "Truncation",
     "WeightClient",
+    "WeightPause",
+    "WeightPush",
     "WeightSpan",
     "WeightStatus",
     "WeightTensor",
+    "WireImage",
     "new_request_id",
+    "relay_tree",
 ]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import grpc.aio
 
 from ppod.tensors import TokenArray
-from ppod.v1 import weights_pb2_grpc
 from ppod_models.sources import resolve
 from ppod_services.core.config import CausalServiceConfig
 from ppod_services.core.described import Deferred
@@ -50,18 +49,19 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
 
     def register_admin(self, server: grpc.aio.Server) -> None:
         """Add WeightService."""
-        weights_pb2_grpc.add_WeightServiceServicer_to_server(WeightServicer(self.target, self.scheduler), server)
+        WeightServicer(self.target, self.scheduler, self._config.weights).add_to_server(server)
 
     def load(self) -> None:
         """Load the model in the calling thread, and run it once."""
         # Before the imports, which take seconds: a missing model is told at once.
         resolve(self._config.model.source)
         from ppod_services.core.model import load_causal_model  # noqa: PLC0415 - see the class
+        from ppod_services.core.model_weights import ModelWeights  # noqa: PLC0415
         from ppod_services.core.weights import ServedWeights  # noqa: PLC0415
 
         config = self._config
         model = load_causal_model(config.model, config.name, config.batching.max_batch_tokens, pack=self.packs)
-        weights = ServedWeights(model.model, self._metrics.weight_version)
+        weights = ServedWeights(ModelWeights(model.model), self._metrics.weight_version)
         engine = self.build_engine(model, weights)
         warm_up(engine, model.info, config.warm_up_tokens, self.warm_up_item)
         self._engine.set(engine)

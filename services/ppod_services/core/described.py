@@ -59,16 +59,6 @@ class ModelInfo:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class IncomingTensor:
-    """What one tensor of a transfer must turn out to be; `xxh3` is the XXH3-64 of its bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    xxh3: int
-
-
 class Deferred(Generic[LoadedT]):
     """Something that a server has only once its model is loaded."""
 

@@ -73,7 +73,9 @@ def test_a_stop_text_ends_a_completion_with_the_token_that_completes_it(client: 
     for done in free:
         tokens = done.token_ids.tolist()
         # Two neighbouring letters of the completion, in the middle.
-        at = next(at for at in range(10, 59) if text_of(tokens[at : at + 2]).isascii() and max(tokens[at : at + 2]) < 256)
+        at = next(
+            at for at in range(10, 59) if text_of(tokens[at : at + 2]).isascii() and max(tokens[at : at + 2]) < 256
+        )
         stops.append(text_of(tokens[at : at + 2]))
     sampling = Sampling(max_tokens=60, ignore_eos=True, stop=tuple(stops))
     for before, after in zip(free, client.generate(PROMPTS, sampling, seeds=SEEDS), strict=True):

@@ -1,0 +1,67 @@
+"""What an engine must offer for new weights to reach it. Free of torch: a servicer may import it before the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ppod_services.core.weight_manifest import IncomingTensor, LoraAdapter
+
+if TYPE_CHECKING:
+    import torch
+
+Install = Callable[[], None]
+"""Puts staged weights into service. Called once at most, while no decoding step runs; when it raises, what served
+before must serve on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedWeights:
+    """One version, whole: every tensor has the bytes that its manifest's checksum was made of.
+
+    Attributes:
+        weight_version: what these weights will be.
+        tensors: contiguous CPU tensors in the data types that travelled, by the names of `WeightStore.shapes`.
+        adapter: with it the tensors are that adapter's alone, and the base's stay as they are.
+        borrowed: the memory is a mapped file of the sender: it may serve for as long as this version does, but it is
+            never written to.
+    """
+
+    weight_version: int
+    tensors: Mapping[str, torch.Tensor]
+    adapter: LoraAdapter | None = None
+    borrowed: bool = False
+
+
+class WeightStore(Protocol):
+    """The weights of one engine. `ServedWeights` puts versions, checks and transfers around it."""
+
+    def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of all tensors that a transfer must bring, no more and no less.
+
+        Args:
+            adapter: the adapter whose tensors come; None: all weights of the model.
+
+        Raises:
+            InvalidArgument: this engine takes no such adapter.
+        """
+        ...
+
+    def allocate(self, tensors: Sequence[IncomingTensor]) -> Sequence[torch.Tensor]:
+        """Contiguous CPU buffers of these shapes and data types, to receive into; what they hold does not matter.
+
+        Must be quick: it runs in the event loop. Buffers of a transfer that fails are dropped.
+        """
+        ...
+
+    def image(self, name: str, dtype: str) -> torch.Tensor | None:
+        """The serving base's tensor as it once arrived in `dtype`, exact to the bit; None where that is not kept.
+
+        Changes against a base version are applied to a copy of it. Without it such transfers are refused.
+        """
+        ...
+
+    def stage(self, received: ReceivedWeights) -> Install:
+        """Do all that can be done while the old weights serve (conversion, merging); may be slow; in a thread."""
+        ...
