@@ -9,10 +9,12 @@ import grpc.aio
 from ppod.tensors import TokenArray
 from ppod.v1 import generation_pb2_grpc
 from ppod_services.core.causal_service import CausalService
-from ppod_services.core.config import CausalServiceConfig
+from ppod_services.core.described import Deferred
 from ppod_services.core.scheduler import RunBatch
 from ppod_services.core.server import Host
-from ppod_services.generation.requests import GeneratedSample, GenerationItem, TokenFilter
+from ppod_services.generation.config import GenerationServiceConfig
+from ppod_services.generation.output_filtering import Decode, OutputFilters
+from ppod_services.generation.requests import GeneratedSample, GenerationItem, SeedPromise, TokenFilter
 from ppod_services.generation.servicer import GENERATION_SERVICE, GenerationServicer
 
 if TYPE_CHECKING:
@@ -25,9 +27,14 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
 
     service_name = GENERATION_SERVICE
 
-    def __init__(self, config: CausalServiceConfig, host: Host) -> None:
+    def __init__(self, config: GenerationServiceConfig, host: Host) -> None:
         super().__init__(config, host)
-        self._servicer = GenerationServicer(self.target, self.scheduler, config.limits)
+        self._prefill_tokens = config.prefill_tokens
+        self._decode: Deferred[Decode] = Deferred()
+        filters = OutputFilters(config.output_filters, host.metrics.registry)
+        self._servicer = GenerationServicer(
+            self.target, self._decode, self.scheduler, config.limits, filters, SeedPromise.EVERY_REPLICA
+        )
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add GenerationService."""
@@ -37,7 +44,9 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
         """Make the engine, which needs torch."""
         from ppod_services.generation.engine import GenerationEngine  # noqa: PLC0415
 
-        return GenerationEngine(model, weights).run
+        tokenizer = model.tokenizer
+        self._decode.set(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
+        return GenerationEngine(model, weights, tokenizer, self._prefill_tokens).run
 
     def warm_up_item(self, position: int, tokens: TokenArray) -> GenerationItem:
         """Two tokens: one from the prompt, one from the cache."""
