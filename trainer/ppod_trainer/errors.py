@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import grpc
+
+from ppod import PpodError
+
 
 class TrainerError(Exception):
     """Root of the trainer's errors: training cannot go on, and the message says why and what to do."""
@@ -9,6 +15,20 @@ class TrainerError(Exception):
 
 class PromptError(TrainerError):
     """The prompts cannot be read or used."""
+
+
+class WithheldError(PpodError):
+    """Generation's output filter withholds a completion; `sample` is its position in the request."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.FAILED_PRECONDITION
+
+    def __init__(self, reason: str, sample: int) -> None:
+        super().__init__(reason, sample)
+        self.reason = reason
+        self.sample = sample
+
+    def __str__(self) -> str:
+        return f"sample {self.sample}: generation's output filter withholds the completion: {self.reason}"
 
 
 class EnvironmentLoadError(TrainerError):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from ppod import GenerationClient, Sampling
 from ppod.client import Completion, FinishReason
-from ppod.tensors import TokenArray
+from ppod.tensors import FloatArray, TokenArray
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.config import RolloutConfig
+from ppod_trainer.errors import WithheldError
 from ppod_trainer.prompts import Prompt
-from ppod_trainer.rollouts import Rollout, Turn
+from ppod_trainer.rollouts import Rollout, Turn, VersionArray
 
 
 class Sampler(Protocol):
@@ -34,21 +35,66 @@ class Context:
 
 
 class TurnSampler:
-    """Samples one continuation of each context."""
+    """Samples one continuation of each context.
+
+    What is handed back unfinished, because new weights came, is asked for again until it is finished: it goes on with the
+    new weights, and its versions tell which token is whose.
+    """
 
     def __init__(self, client: GenerationClient, config: RolloutConfig, stop: tuple[str, ...] = ()) -> None:
         self._client = client
         self._sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature, stop=stop)
 
     def sample(self, contexts: Sequence[Context], policy_version: int | None) -> list[Turn]:
-        """Raises PpodError: generation failed, or serves another version."""
-        completions = self._client.generate(
-            [context.tokens for context in contexts],
-            self._sampling,
-            seeds=[context.seed for context in contexts],
-            weight_version=policy_version,
+        """Raises PpodError: generation failed, serves another version, or withholds a completion."""
+        begun = [_Begun() for _ in contexts]
+        left = list(range(len(contexts)))
+        while left:
+            completions = self._client.generate(
+                [np.concatenate([contexts[index].tokens, *begun[index].tokens]) for index in left],
+                self._sampling,
+                seeds=[contexts[index].seed for index in left],
+                weight_version=policy_version,
+                resumed_tokens=[begun[index].length for index in left],
+            )
+            for index, completion in zip(left, completions, strict=True):
+                if completion.finish_reason is FinishReason.FILTERED:
+                    raise WithheldError(completion.filter_reason, index)
+                begun[index].add(completion)
+            left = [index for index in left if begun[index].ending is FinishReason.ABORTED]
+        return [one.turn() for one in begun]
+
+
+@dataclass(slots=True, eq=False)
+class _Begun:
+    """The parts of a turn so far."""
+
+    tokens: list[TokenArray] = field(default_factory=list[TokenArray])
+    logprobs: list[FloatArray] = field(default_factory=list[FloatArray])
+    versions: list[VersionArray] = field(default_factory=list[VersionArray])
+    ending: FinishReason = FinishReason.ABORTED
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return sum(len(part) for part in self.tokens)
+
+    def add(self, completion: Completion) -> None:
+        """Take the next part."""
+        self.tokens.append(completion.token_ids)
+        self.logprobs.append(completion.logprobs)
+        self.versions += [np.full(span.tokens, span.weight_version) for span in completion.weight_spans]
+        self.ending = completion.finish_reason
+
+    def turn(self) -> Turn:
+        """All parts together."""
+        return Turn(
+            tokens=np.concatenate(self.tokens),
+            logprobs=np.concatenate(self.logprobs),
+            versions=np.concatenate(self.versions),
+            truncated=self.ending is FinishReason.LENGTH,
+            stop_token=self.ending is FinishReason.STOP,
         )
-        return [_read_turn(completion) for completion in completions]
 
 
 class ResponseSampler:
@@ -66,13 +112,3 @@ class ResponseSampler:
 
         kept, found = self._bad_samples.call(list(zip(prompts, seeds, strict=True)), turns)
         return [Rollout.of_turn(prompt, turn, seed) for (prompt, seed), turn in zip(kept, found, strict=True)]
-
-
-def _read_turn(completion: Completion) -> Turn:
-    return Turn(
-        tokens=completion.token_ids,
-        logprobs=completion.logprobs,
-        versions=np.full(len(completion.token_ids), completion.state.weight_version, dtype=np.int64),
-        truncated=completion.finish_reason is FinishReason.LENGTH,
-        stop_token=completion.finish_reason is FinishReason.STOP,
-    )

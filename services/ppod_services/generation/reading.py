@@ -58,7 +58,7 @@ def read_items(
             sample=sample,
             prompt=prompt,
             seed=seeds[index * count + sample],
-            max_tokens=min(request.sampling.max_tokens, info.max_sequence_tokens - len(prompt)),
+            max_tokens=min(request.sampling.max_tokens - resumed[index], info.max_sequence_tokens - len(prompt)),
             token_filter=wanted.token_filter,
             stop_ids=wanted.stop_ids,
             stop_strings=wanted.stop_strings,
@@ -148,6 +148,9 @@ def _read_resumed(request: generation_pb2.GenerateRequest, prompts: list[TokenAr
     for sample, (tokens, prompt) in enumerate(zip(resumed, prompts, strict=True)):
         if tokens > len(prompt):
             raise InvalidArgument("resumed_tokens", str(tokens), f"at most the prompt's {len(prompt)} tokens", sample)
+        if tokens >= request.sampling.max_tokens:
+            expected = f"less than sampling.max_tokens, {request.sampling.max_tokens}"
+            raise InvalidArgument("resumed_tokens", str(tokens), expected, sample)
     return resumed
 
 
