@@ -37,8 +37,8 @@ class Context:
 class TurnSampler:
     """Samples one continuation of each context.
 
-    What is handed back unfinished, because new weights came, is asked for again until it is finished: it goes on with the
-    new weights, and its versions tell which token is whose.
+    What is handed back unfinished, because new weights came, is asked for again until it is finished: it goes on with
+    the new weights, and its versions tell which token is whose.
     """
 
     def __init__(self, client: GenerationClient, config: RolloutConfig, stop: tuple[str, ...] = ()) -> None:

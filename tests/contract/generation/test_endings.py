@@ -39,7 +39,7 @@ def spelled(client: GenerationClient, text: str, sampling: Sampling, resumed: in
     written = tokens[:resumed]
     reason = FinishReason.LENGTH
     for token in tokens[resumed:]:
-        step = Sampling(1, logit_bias={token: 1e4}, stop=sampling.stop, ignore_eos=True)
+        step = Sampling(len(written) + 1, logit_bias={token: 1e4}, stop=sampling.stop, ignore_eos=True)
         [done] = client.generate([[9, *written]], step, resumed_tokens=[len(written)])
         assert done.token_ids.tolist() == [token]
         written.append(token)

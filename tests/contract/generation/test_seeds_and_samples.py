@@ -70,8 +70,7 @@ def test_a_resumed_completion_goes_on_as_promised(served: Served, client: Genera
     sampling = Sampling(max_tokens=20, repetition_penalty=1.2, ignore_eos=True)
     whole = client.generate(PROMPTS, sampling, seeds=SEEDS)
     begun = [[*prompt, *done.token_ids.tolist()[:cut]] for prompt, done in zip(PROMPTS, whole, strict=True)]
-    rest = Sampling(max_tokens=20 - cut, repetition_penalty=1.2, ignore_eos=True)
-    resumed = client.generate(begun, rest, seeds=SEEDS, resumed_tokens=[cut] * len(begun))
+    resumed = client.generate(begun, sampling, seeds=SEEDS, resumed_tokens=[cut] * len(begun))
     for done, after in zip(whole, resumed, strict=True):
         assert len(after.token_ids) == 20 - cut
         if served.backend.seed_promise is SeedPromise.EVERY_REPLICA:

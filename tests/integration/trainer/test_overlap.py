@@ -1,4 +1,4 @@
-"""Runs whose rollouts are made ahead, runs with an environment, and runs whose generation service goes away and returns."""
+"""Runs whose rollouts are made ahead, with an environment, and whose generation service goes away and returns."""
 
 from __future__ import annotations
 
