@@ -128,11 +128,11 @@ class TrainingRun:
         """Put the policy's weights into generation under a new version; a later one if it has to be done again.
 
         Raises:
-            WeightPushError: a replica did not get them, and did not come back in time.
+            WeightPushError, Unavailable: a replica did not get them, and did not come back in time.
         """
         try:
             self._push(weight_version)
-        except WeightPushError as error:
+        except (WeightPushError, Unavailable) as error:
             self._recovery.come_back(error, self._restore)
 
     def _push(self, weight_version: int) -> None:

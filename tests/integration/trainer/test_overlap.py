@@ -80,7 +80,7 @@ def test_a_generation_service_that_comes_back_gets_its_weights(
 ) -> None:
     """It comes back with the weights that it was deployed with; the run goes on, and trains on no sample of those."""
     services = {**fragile.config("x")["services"], "judge_model": None, "recovery_timeout_s": 30}  # type: ignore[dict-item]
-    config = fragile.config("recovers", steps=40, services=services, **changes)
+    config = fragile.config("recovers", steps=20, services=services, **changes)
     process = fragile.start(config)
     run_dir = Path(str(config["run_dir"]))
     wait_for_step(process, run_dir, 3)
@@ -93,7 +93,7 @@ def test_a_generation_service_that_comes_back_gets_its_weights(
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     records = steps_of(config)
-    assert [record["step"] for record in records] == list(range(1, 41))
+    assert [record["step"] for record in records] == list(range(1, 21))
     assert all(record.get("sampler/gap_max", 0) < 1e-3 for record in records), "no sample of other weights"
     bound = 1 if changes else 0
     assert max(record["sampler/staleness_max"] for record in records) <= bound
