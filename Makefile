@@ -27,7 +27,7 @@ DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 	format protos bench-trl bench-serving bench-generation bench-fairness bench-overload bench-fuzz clean
 
 help: ## list the tasks
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-14s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
 
 setup: $(DEV_STAMP) ## install ppod with everything for development into $(VENV)
 	@$(point_at_this_checkout)

@@ -46,10 +46,10 @@ class Feed:
         self.tokens[self.base + position] = result.tokens.tolist()
         self._active -= 1
 
-    def fail(self, position: int, error: PpodError) -> None:
+    def fail(self, position: int, error: PpodError) -> None:  # noqa: ARG002 - a sink's signature
         raise error
 
-    def abandoned(self, position: int) -> bool:
+    def abandoned(self, position: int) -> bool:  # noqa: ARG002 - a sink's signature
         return False
 
     def more(self) -> list[GenerationItem]:
