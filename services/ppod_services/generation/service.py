@@ -11,7 +11,7 @@ from ppod.v1 import generation_pb2_grpc
 from ppod_services.core.causal_service import CausalService
 from ppod_services.core.described import Deferred
 from ppod_services.core.scheduler import RunBatch
-from ppod_services.core.server import Host
+from ppod_services.core.server import Host, StartError
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.output_filtering import Decode, OutputFilters
 from ppod_services.generation.requests import GeneratedSample, GenerationItem, SeedPromise, TokenFilter
@@ -31,7 +31,10 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
         super().__init__(config, host)
         self._prefill_tokens = config.prefill_tokens
         self._decode: Deferred[Decode] = Deferred()
-        filters = OutputFilters(config.output_filters, host.metrics.registry)
+        try:
+            filters = OutputFilters(config.output_filters, host.metrics.registry)
+        except ValueError as error:
+            raise StartError(str(error)) from error
         self._servicer = GenerationServicer(
             self.target, self._decode, self.scheduler, config.limits, filters, SeedPromise.EVERY_REPLICA
         )

@@ -43,7 +43,9 @@ def test_a_crowd_gets_what_each_gets_alone(tiny_model_dir: Path, attention: str)
     rng = np.random.default_rng(0)
     items = [
         item(rng.integers(0, 250, size=length), seed, most)
-        for seed, (length, most) in enumerate(zip(rng.integers(1, 70, size=24), rng.integers(1, 50, size=24), strict=True))
+        for seed, (length, most) in enumerate(
+            zip(rng.integers(1, 70, size=24), rng.integers(1, 50, size=24), strict=True)
+        )
     ]
     sink = bench.run(items[:6], StepSink(joining={1: items[6:9], 4: items[9:20], 30: items[20:24]}))
     assert not sink.errors
@@ -170,7 +172,7 @@ def swapped(bench: Bench, model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def greedy_across_swap(prompt: list[int], before: int, total: int, models: Sequence[torch.nn.Module]) -> list[int]:
-    """Greedy tokens where the weights change after `before` of them: keys that are cached stay those of the old ones."""
+    """Greedy tokens where the weights change after `before` of them, and cached keys stay those of the old ones."""
     tokens: list[int] = []
     cache = None
     feed = list(prompt)
