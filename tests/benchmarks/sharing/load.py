@@ -133,7 +133,7 @@ class Generator:
         tasks: set[asyncio.Task[None]] = set()
         for due_s in stream.times or self._arrivals(stream, random.Random(stream.seed + 1)):
             await asyncio.sleep(max(0.0, self._start_s + due_s - time.monotonic()))
-            request, tokens = _request(stream, next(lengths), draw)
+            request, tokens = _request(next(lengths), draw)
             if self._open < MAX_OPEN:
                 self._open += 1
                 task = asyncio.create_task(self._send(stream, stub, request, tokens, due_s, draw.random()))
@@ -218,7 +218,7 @@ def _lengths(stream: Stream, draw: random.Random) -> Iterator[list[int]]:
         yield [shortest + longest - length for length in lengths]
 
 
-def _request(stream: Stream, lengths: list[int], draw: random.Random) -> tuple[reward_pb2.ScoreRequest, int]:
+def _request(lengths: list[int], draw: random.Random) -> tuple[reward_pb2.ScoreRequest, int]:
     ids = np.random.default_rng(draw.getrandbits(32))
     sequences: Sequence[np.ndarray] = [ids.integers(100, VOCAB, length, dtype=np.int32) for length in lengths]
     request = reward_pb2.ScoreRequest(request_id=f"{draw.getrandbits(64):016x}", tokens=pack_sequences(sequences))
