@@ -37,7 +37,9 @@ async def saturate(
     async def go_round() -> None:
         nonlocal done
         while time.perf_counter() - start < seconds:
-            done += len(await call(texts[next(endless)]))
+            # Not in one line: `done` would be read before the wait, and what others add meanwhile be lost.
+            scored = len(await call(texts[next(endless)]))
+            done += scored
 
     await asyncio.gather(*(go_round() for _ in range(in_flight)))
     return done / (time.perf_counter() - start), scores

@@ -5,14 +5,13 @@ guess of its capacity, rounds of three runs each:
 
 1. Both teams at five times the guess: the capacity C in tokens a second. Both have work at all times, so equal weights
    mean equal tokens.
-2. The steady team alone, a Poisson process at 0.46 C: its latencies without anybody beside it.
-3. The same arrivals of the steady team, and the other team at ten times that rate.
+2. The steady team at random times with a mean of 0.48 C, and the other team at ten times that rate. A machine that
+   others use grows slower and faster by the minute, so every five seconds the steady team asks for 48% of what the
+   server did last.
+3. The same arrivals of the steady team alone: its latencies without anybody beside it.
 
-A machine that others use grows slower and faster by the minute. The rounds are short, so that what the steady team asks
-for follows the capacity; the figures are those of all rounds together.
-
-The steady team asks for 46% of the capacity because more than half of it can be nobody's right, and because at exactly
-half the queue of a Poisson process would grow without bound under any scheduler.
+The steady team asks for 48% of the capacity because more than half of it can be nobody's right, and because at exactly
+half the queue of random arrivals would grow without bound under any scheduler.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -31,10 +30,10 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.sharing.bench import Bar, Generating, Server, quantile, report, serving
-from benchmarks.sharing.load import Call, Load
+from benchmarks.sharing.load import Call, Load, Stream
 
 STEADY, FLOOD = "steady", "flood"
-PART = 0.46
+PART = 0.48
 MEAN_TOKENS = 32
 LENGTHS = (16, 48)
 DEADLINE_S = 60.0
@@ -69,35 +68,43 @@ def together(runs: Sequence[Run]) -> Run:
     return Run([call for run in runs for call in run.calls], dict(served), sum(run.seconds for run in runs))
 
 
-def measure(server: Server, seconds: float, rates: dict[str, float], seed: int = 0) -> Run:
-    """Send each team's requests a second, and count what is served while they are sent."""
-    streams = [
+def streams_of(server: Server, rates: dict[str, float], seed: int) -> list[Stream]:
+    """A stream of requests a second for each team."""
+    return [
         server.stream(
             team,
             requests_per_s=rate,
             sequences=1,
             tokens=LENGTHS,
             deadline_s=DEADLINE_S if team == STEADY else FLOOD_DEADLINE_S,
-            seed=2 * seed + number,
+            seed=10 * (2 * seed + number),
         )
         for number, (team, rate) in enumerate(rates.items())
     ]
-    generating = Generating(Load(server.process.target, seconds, tuple(streams)))
+
+
+def measure(server: Server, seconds: float, streams: Sequence[Stream]) -> Run:
+    """Send the requests, and count what is served while they are sent."""
+    metrics_url = f"http://127.0.0.1:{server.process.metrics_port}/metrics"
+    generating = Generating(Load(server.process.target, seconds, tuple(streams), metrics_url))
     # The queue must fill before shares mean something, and empty again unseen.
     time.sleep(min(5.0, seconds / 4) + 1.0)
     before, start = server.served_tokens(), time.monotonic()
     time.sleep(seconds * 0.7)
     after, taken_s = server.served_tokens(), time.monotonic() - start
-    served = {team: after[team] - before.get(team, 0.0) for team in rates if team in after}
+    teams = [stream.team for stream in streams]
+    served = {team: after[team] - before.get(team, 0.0) for team in teams if team in after}
     return Run(generating.calls(), served, taken_s)
 
 
 def measure_round(server: Server, seconds: float, half: float, number: int) -> tuple[Run, Run, Run]:
-    """Both flood with `half` requests a second each, the steady team alone, the steady team beside the flood."""
-    flooded = measure(server, seconds, {STEADY: half, FLOOD: half}, number)
+    """Both flood with `half` requests a second each, the steady team alone, and beside the flood."""
+    flooded = measure(server, seconds, streams_of(server, {STEADY: half, FLOOD: half}, number))
     rate = PART * flooded.tokens_per_s / MEAN_TOKENS
-    alone = measure(server, seconds, {STEADY: rate}, number)
-    beside = measure(server, seconds, {STEADY: rate, FLOOD: 10 * rate}, number)
+    steady, flood = streams_of(server, {STEADY: rate, FLOOD: 10 * rate}, number)
+    beside = measure(server, seconds, [replace(steady, share=PART), flood])
+    times = sorted(call.due_s for call in beside.calls if call.team == STEADY)
+    alone = measure(server, seconds, [replace(steady, times=tuple(times))])
     sys.stdout.write(
         f"round {number + 1}: {flooded.tokens_per_s:.0f} tokens/s, {beside.tokens_per_s:.0f} under the flood; "
         f"steady team {beside.share(STEADY):.3f} of these\n"
@@ -130,15 +137,15 @@ def plot(out: Path, runs: dict[str, Run]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, and return 1 when a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each run")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each run")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round: a look, not a measurement")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-sharing"), help="folder of the JSON and the plot")
     options = parser.parse_args(arguments)
     rounds = 1 if options.quick else options.rounds
     with serving([STEADY, FLOOD], BATCHING) as server:
         # Refusals cost compute, too: the capacity is measured under as many requests as the flood will bring.
-        guess = measure(server, options.seconds, {FLOOD: 20.0}).tokens_per_s
+        guess = measure(server, options.seconds, streams_of(server, {FLOOD: 20.0}, 0)).tokens_per_s
         measured = [measure_round(server, options.seconds, 5 * guess / MEAN_TOKENS, number) for number in range(rounds)]
     flooded, alone, beside = (together(runs) for runs in zip(*measured, strict=True))
     capacity, rate = flooded.tokens_per_s, PART * flooded.tokens_per_s / MEAN_TOKENS
