@@ -24,7 +24,7 @@ RUN_STAMP := $(VENV)/.installed-run-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 
 .PHONY: help setup setup-run run test lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos \
-	format protos bench-trl bench-serving bench-generation bench-fairness bench-overload bench-fuzz clean
+	format protos bench-trl bench-serving bench-generation bench-overlap bench-fairness bench-overload bench-fuzz clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -79,6 +79,9 @@ bench-serving: setup-run ## measure the reward service against its bare forward 
 
 bench-generation: setup-run ## measure generation through gRPC against its engine driven in process (~10 minutes)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.generation.compare $(ARGS)
+
+bench-overlap: setup ## measure steps whose rollouts are made ahead against steps that wait for theirs (~10 minutes)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.overlap.compare $(ARGS)
 
 bench-fairness: setup-run ## measure two teams on one reward service, one of them flooding it
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.sharing.fairness $(ARGS)
