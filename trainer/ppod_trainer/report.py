@@ -9,8 +9,9 @@ from pathlib import Path
 import matplotlib as mpl
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ppod_trainer.evaluation import Evaluation
+from ppod_trainer.evaluation import Evaluation, Sample
 from ppod_trainer.metrics import Record
 
 mpl.use("Agg")
@@ -65,13 +66,14 @@ def print_report(console: Console, before: Evaluation, after: Evaluation, shown:
     earlier = {sample.prompt: sample for sample in before.samples}
     pairs = [(earlier[sample.prompt], sample) for sample in after.samples if sample.prompt in earlier][:shown]
     for old_sample, new_sample in pairs:
-        samples.add_row(
-            old_sample.prompt,
-            f"{old_sample.continuation.strip()}\n[dim]score {old_sample.score:+.2f}[/dim]",
-            f"{new_sample.continuation.strip()}\n[dim]score {new_sample.score:+.2f}[/dim]",
-        )
+        # As text, not markup: what a model writes in brackets is no style of ours.
+        samples.add_row(Text(old_sample.prompt), _continuation(old_sample), _continuation(new_sample))
     if pairs:
         console.print(samples)
+
+
+def _continuation(sample: Sample) -> Text:
+    return Text.assemble(sample.continuation.strip(), (f"\nscore {sample.score:+.2f}", "dim"))
 
 
 def plot_curves(path: Path, records: Sequence[Record], title: str) -> None:
