@@ -39,6 +39,28 @@ def test_rollouts_one_step_ahead_are_one_version_old_and_reproducible(system: Sy
     assert all(record["policy/first_ratio_error"] == 0 for record in first)
 
 
+@pytest.mark.parametrize("pause", ["keep", "abort"])
+def test_new_weights_may_come_amid_sequences(system: System, pause: str) -> None:
+    """Every token is tagged with the version that made it, so the trainer knows which it must correct."""
+    config = system.config(
+        pause,
+        steps=10,
+        rollout={"batch_size": 8, "max_tokens": 100, "max_staleness": 1},
+        ppo={"importance_cap": 2.0, "epochs": 1},
+        weight_transfer={"pause": pause},
+    )
+    result = system.train(config)
+    assert result.returncode == 0, result.stderr
+    records = steps_of(config)
+    assert len(records) == 10
+    assert all(record["sampler/staleness_max"] <= 1 for record in records)
+    mixed = [record for record in records if 0 < record["sampler/staleness_mean"] < 1]
+    assert mixed, "no commit came while sequences ran"
+    if pause == "abort":
+        # What goes on does so on keys and values of the new weights: tokens that carry their version agree with them.
+        assert all(record["sampler/gap_max"] < 1e-3 for record in mixed)
+
+
 def test_an_environment_pays_without_a_reward_service(system: System) -> None:
     services = {key: value for key, value in system.config("x")["services"].items() if key != "reward"}  # type: ignore[attr-defined]
     config = system.config(
