@@ -87,7 +87,7 @@ def services(directory: Path, model: Values, head: str, generation_module: str) 
         yield Services(
             reward=start("ppod_services.reward", {"rewards": [{"name": "reward", "model": one_thread, "head": head}]}),
             reference=start("ppod_services.reference", {"model": one_thread}),
-            generation=start(generation_module, {"model": model}),
+            generation=start(generation_module, {"model": model, "batching": {"max_batch_size": 128}}),
         )
 
 
@@ -139,7 +139,7 @@ def measure_simulated(directory: Path, steps: int, rounds: int) -> list[Measured
         "policy": {**model, "threads": 1},
         "prompts": {"path": str(directory / "prompts.txt"), "heldout": 4},
         "rollout": {"batch_size": 128, "max_tokens": tokens},
-        "ppo": {"epochs": 8, "minibatches": 8},
+        "ppo": {"epochs": 3, "minibatches": 8},
         "metrics": {"port": None, "tensorboard": False},
     }
     measured: list[Measured] = []
