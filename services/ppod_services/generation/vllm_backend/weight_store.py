@@ -1,0 +1,164 @@
+"""The weights of a vLLM engine: received into memory that its workers map, loaded by them between two steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ppod.errors import Internal, InvalidArgument
+from ppod_models.loading import DTYPES
+from ppod_services.core.described import IncomingTensor, LoraAdapter
+from ppod_services.core.logs import log_event
+from ppod_services.core.weight_store import Install, ReceivedWeights
+from ppod_services.generation.vllm_backend.api import Engine
+from ppod_services.generation.vllm_backend.host import EngineHost
+from ppod_services.generation.vllm_backend.segments import Segment
+
+_LOGGER = logging.getLogger(__name__)
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Image:
+    """One version as it arrived."""
+
+    weight_version: int
+    segment: Segment
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def layout(self) -> list[tuple[str, str, tuple[int, ...], int]]:
+        """What a worker needs to find the tensors in the segment."""
+        return [
+            (name, _NAMES[tensor.dtype], tuple(tensor.shape), offset)
+            for (name, tensor), offset in zip(self.tensors.items(), self.segment.offsets, strict=True)
+        ]
+
+    async def load(self, engine: Engine) -> None:
+        """Have all workers load it, and label the tokens that come.
+
+        Raises:
+            Exception: as vLLM tells that a worker's call failed.
+        """
+        await engine.collective_rpc("ppod_load_weights", args=(self.segment.path, self.layout))
+        if not await engine.reset_prefix_cache():
+            raise Internal("vLLM kept cached prefixes of the old weights")
+        await engine.update_weight_version(str(self.weight_version))
+
+
+class VllmWeights:
+    """A `WeightStore` for the engine's processes.
+
+    The version that serves is kept as it arrived, to load it again where loading its successor fails.
+
+    Args:
+        host: the engine.
+        shapes: names and shapes of all weights, as a checkpoint has them.
+    """
+
+    def __init__(self, host: EngineHost, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._host = host
+        self._shapes = shapes
+        self._serving: _Image | None = None
+        self._receiving: Segment | None = None
+        self._spare: Segment | None = None
+
+    def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
+        """See `WeightStore`."""
+        if adapter is not None:
+            raise InvalidArgument("manifest.adapter", "an adapter", "none: the vLLM backend takes whole weights")
+        return self._shapes
+
+    def allocate(self, tensors: Sequence[IncomingTensor]) -> Sequence[torch.Tensor]:
+        """See `WeightStore`: shared memory, that of the version before the serving one where it fits.
+
+        Pages that were never written cost a fault each, which makes receiving slower than it needs to be.
+        """
+        shapes, dtypes = [tensor.shape for tensor in tensors], [DTYPES[tensor.dtype] for tensor in tensors]
+        spare, self._spare = self._spare, None
+        fits = spare is not None and spare.holds(shapes, dtypes)
+        self._receiving = spare if fits else Segment(shapes, dtypes)
+        assert self._receiving is not None
+        return self._receiving.tensors
+
+    def image(self, name: str, dtype: str) -> torch.Tensor | None:
+        """See `WeightStore`; what the engine started with is not kept."""
+        if self._serving is None:
+            return None
+        tensor = self._serving.tensors[name]
+        wire = DTYPES[dtype]
+        return tensor.to(wire) if tensor.dtype in (wire, torch.float32) else None
+
+    def stage(self, received: ReceivedWeights) -> Install:
+        """See `WeightStore`: what lies elsewhere than in shared memory is copied there."""
+        image = _shared(received, self._receiving)
+        self._receiving = None
+
+        def install() -> None:
+            self._install(image)
+
+        return install
+
+    def _install(self, image: _Image) -> None:
+        """Have the workers load new weights; where that fails, those that served.
+
+        Raises:
+            Internal: the new weights could not be loaded, and the old ones serve on. Unavailable: nothing serves.
+        """
+        error = self._host.wait(_pause).exception() or self._host.wait(image.load).exception()
+        if error is not None:
+            self._restore(error)
+            self._resume()
+            raise Internal(f"vLLM could not load version {image.weight_version}; the old one serves on") from error
+        if self._serving is not None:
+            self._spare = self._serving.segment
+        self._serving = image
+        self._resume()
+
+    def _restore(self, error: BaseException) -> None:
+        """Load the serving version again; whatever a failed load left behind must never sample."""
+        load = _load_checkpoint if self._serving is None else self._serving.load
+        again = self._host.wait(load).exception()
+        if again is None:
+            log_event(_LOGGER, "weights_restored", {"cause": str(error)}, level=logging.ERROR)
+            return
+        self._host.fail(f"new weights could not be loaded ({error}), nor the old ones restored ({again})")
+        self._host.check()
+
+    def _resume(self) -> None:
+        if (error := self._host.wait(_resume).exception()) is not None:
+            self._host.fail(f"vLLM did not go on after new weights: {error}")
+            self._host.check()
+
+
+def _shared(received: ReceivedWeights, segment: Segment | None) -> _Image:
+    """Received weights in shared memory: where they are, if they were received there, or copied."""
+    tensors = received.tensors
+    there = segment is not None and [_address(tensor) for tensor in tensors.values()] == [
+        _address(tensor) for tensor in segment.tensors
+    ]
+    if segment is None or not there:
+        segment = Segment([tensor.shape for tensor in tensors.values()], [tensor.dtype for tensor in tensors.values()])
+        for target, tensor in zip(segment.tensors, tensors.values(), strict=True):
+            target.copy_(tensor)
+    return _Image(received.weight_version, segment, dict(zip(tensors, segment.tensors, strict=True)))
+
+
+def _address(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr() if tensor.numel() else 0, tensor.numel() * tensor.element_size()
+
+
+async def _pause(engine: Engine) -> None:
+    # Sequences that go on are computed anew: what they and the prefix cache hold was made by the old weights.
+    await engine.pause_generation(mode="keep", clear_cache=True)
+
+
+async def _resume(engine: Engine) -> None:
+    await engine.resume_generation()
+
+
+async def _load_checkpoint(engine: Engine) -> None:
+    await engine.collective_rpc("ppod_load_checkpoint")
