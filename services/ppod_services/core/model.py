@@ -11,6 +11,7 @@ from typing import cast
 import torch
 import transformers
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -42,6 +43,7 @@ class CausalModel:
         backbone: everything below the head; its output has `last_hidden_state` [B, T, H].
         head: hidden states [..., H] to logits [..., V].
         device: where it runs.
+        tokenizer: turns its tokens into text.
     """
 
     info: ModelInfo
@@ -49,6 +51,7 @@ class CausalModel:
     backbone: PreTrainedModel
     head: nn.Module
     device: torch.device
+    tokenizer: Tokenizer
 
 
 def quieten_transformers() -> None:
@@ -110,6 +113,7 @@ def load_causal_model(config: ModelConfig, name: str, max_batch_tokens: int, *, 
         backbone=backbone,
         head=head,
         device=model.device,
+        tokenizer=tokenizer.backend_tokenizer,
     )
 
 

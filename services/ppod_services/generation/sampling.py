@@ -24,7 +24,7 @@ class Drawn:
     Attributes:
         tokens: int64 [B].
         logprobs: float64 [B], natural log, under the distribution that the token was drawn from; greedy rows: under
-            the untempered one. NaN or infinite in rows whose logits are not finite.
+            the untempered, uncut one. NaN or infinite in rows whose logits are not finite.
     """
 
     tokens: torch.Tensor
@@ -102,8 +102,14 @@ def _first_beyond(weights: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _draw_cut(
     weights: torch.Tensor, totals: torch.Tensor, filters: Sequence[TokenFilter], uniforms: torch.Tensor
 ) -> Drawn:
-    """Draw where top-k, and then top-p over what top-k left, cut the distribution [B, V] and it is renormalised."""
+    """Draw where min-p, then top-k, then top-p over what they left, cut [B, V] and it is renormalised."""
     vocabulary = weights.shape[1]
+    if any(row.min_p > 0 for row in filters):
+        # The likeliest token weighs exp(0), so weights are already relative to it.
+        least = torch.tensor([row.min_p for row in filters], dtype=weights.dtype, device=weights.device).unsqueeze(-1)
+        weights = torch.where(weights >= least, weights, 0.0)
+        # What was not finite must show further on: a comparison would have hidden it.
+        totals = torch.where(totals.isfinite(), weights.sum(dim=-1, dtype=torch.float64), totals)
     top_k = torch.tensor([row.top_k or vocabulary for row in filters], device=weights.device).unsqueeze(-1)
     top_p = torch.tensor([row.top_p for row in filters], dtype=torch.float64, device=weights.device).unsqueeze(-1)
     count = min(vocabulary, max(_FIRST_CANDIDATES, *(row.top_k for row in filters)))

@@ -37,7 +37,7 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
         """Make the engine, which needs torch."""
         from ppod_services.generation.engine import GenerationEngine  # noqa: PLC0415
 
-        return GenerationEngine(model, weights).run
+        return GenerationEngine(model, weights, model.tokenizer).run
 
     def warm_up_item(self, position: int, tokens: TokenArray) -> GenerationItem:
         """Two tokens: one from the prompt, one from the cache."""
