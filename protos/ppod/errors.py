@@ -231,7 +231,27 @@ def from_rpc_error(error: grpc.RpcError) -> PpodError:
     if rebuilt is not None:
         return rebuilt
     code = error.code()
-    detail = error.details() or code.name
+    return _nearest(code, error.details() or code.name, status)
+
+
+def from_status(code: int, message: str, data: bytes) -> PpodError | None:
+    """Rebuild an exception that a message carries: a google.rpc.Code, a text, and a google.rpc.Status or nothing.
+
+    Returns:
+        The exception; None for code zero, which is no error.
+    """
+    if not code:
+        return None
+    status = _read_status([(STATUS_DETAILS_KEY, data)]) if data else None
+    rebuilt = None if status is None else _rebuild(status)
+    if rebuilt is not None:
+        return rebuilt
+    known = {one.value[0]: one for one in grpc.StatusCode}
+    return _nearest(known.get(code, grpc.StatusCode.UNKNOWN), message, status)
+
+
+def _nearest(code: grpc.StatusCode, detail: str, status: status_pb2.Status | None) -> PpodError:
+    """The exception that a status alone allows."""
     for plain in (Unavailable, Unauthenticated, PermissionDenied, DeadlineExceeded, Cancelled):
         if plain.code == code:
             return plain(detail)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class ConfigModel(BaseModel):
@@ -53,6 +53,23 @@ class ModelConfig(ConfigModel):
         description="eager is faster on CPUs up to some hundred tokens; its memory grows with the square of the length",
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of this process; none: all cores")
+
+
+class ClientTlsConfig(ConfigModel):
+    """TLS of a client, as PEM files."""
+
+    ca_file: Path = Field(description="authority that the servers' certificates come from")
+    certificate_file: Path | None = Field(
+        default=None, description="mutual TLS: the client's own certificate; none: TLS only"
+    )
+    key_file: Path | None = Field(default=None, description="the key of the certificate")
+    server_name: str = Field(default="", description="name in the servers' certificates; empty: the target's host")
+
+    @model_validator(mode="after")
+    def _whole_pair(self) -> Self:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("certificate_file and key_file go together: give both or none")
+        return self
 
 
 class TracingConfig(ConfigModel):

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ppod_models.configuration import ConfigModel, ModelConfig, TracingConfig
+from ppod_models.configuration import ClientTlsConfig, ConfigModel, ModelConfig, TracingConfig
 
 Target = str
 
@@ -15,21 +15,6 @@ Target = str
 def has_replicas(target: Target) -> bool:
     """Whether a target may be more than one server."""
     return "," in target or target.startswith("dns:")
-
-
-class ClientTlsConfig(ConfigModel):
-    """TLS to the services, as PEM files."""
-
-    ca_file: Path = Field(description="authority that the services' certificates come from")
-    certificate_file: Path | None = Field(default=None, description="mutual TLS: the trainer's certificate; none: TLS")
-    key_file: Path | None = Field(default=None, description="the key of the certificate")
-    server_name: str = Field(default="", description="name in the services' certificates; empty: the target's host")
-
-    @model_validator(mode="after")
-    def _whole_pair(self) -> Self:
-        if (self.certificate_file is None) != (self.key_file is None):
-            raise ValueError("certificate_file and key_file go together: give both or none")
-        return self
 
 
 class ServicesConfig(ConfigModel):

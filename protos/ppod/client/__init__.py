@@ -21,7 +21,19 @@ from ppod.client.reward import AsyncRewardClient, RewardClient
 from ppod.client.reward_admin import AsyncRewardAdminClient, ReplacedModel, Replacement, RewardAdminClient
 from ppod.client.reward_calls import ChatTurn, Granularity, ProcessScores, Scores, Truncation
 from ppod.client.security import ClientSecurity
-from ppod.client.weights import AsyncWeightClient, TensorDtype, WeightClient, WeightStatus, WeightTensor
+from ppod.client.weights import (
+    AsyncWeightClient,
+    LoraAdapter,
+    PreparedWeights,
+    RelayHop,
+    ReplicaOutcome,
+    TensorDtype,
+    WeightClient,
+    WeightPause,
+    WeightPush,
+    WeightStatus,
+    WeightTensor,
+)
 
 __all__ = [
     "NO_RETRY",
@@ -39,16 +51,20 @@ __all__ = [
     "GenerationClient",
     "Granularity",
     "HedgePolicy",
+    "LoraAdapter",
     "ModelDescription",
     "ModelLimits",
     "ModelState",
     "Pin",
+    "PreparedWeights",
     "Priority",
     "ProcessScores",
     "ReferenceClient",
     "ReferenceLogprobs",
+    "RelayHop",
     "ReplacedModel",
     "Replacement",
+    "ReplicaOutcome",
     "RetryPolicy",
     "RewardAdminClient",
     "RewardClient",
@@ -66,6 +82,8 @@ __all__ = [
     "TopTokens",
     "Truncation",
     "WeightClient",
+    "WeightPause",
+    "WeightPush",
     "WeightStatus",
     "WeightTensor",
     "new_request_id",

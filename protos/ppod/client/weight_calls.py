@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import xxhash
@@ -11,11 +13,15 @@ import xxhash
 from ppod.channel import WEIGHT_CHUNK_BYTES
 from ppod.client.core import ClientCore, Program, SingleJob, parse
 from ppod.client.identity import ModelState, check_state
-from ppod.errors import InvalidReply
+from ppod.errors import InvalidReply, PpodError, from_status
 from ppod.v1 import weights_pb2
+from ppod.weight_changes import TensorEncoding
 
 WEIGHT_SERVICE = "ppod.v1.WeightService"
 PREPARE_METHOD = f"/{WEIGHT_SERVICE}/PrepareWeights"
+
+_CHUNK_TAG = bytes([weights_pb2.PrepareWeightsRequest.CHUNK_FIELD_NUMBER << 3 | 2])
+_HASHERS = min(4, os.cpu_count() or 1)
 
 
 class TensorDtype(Enum):
@@ -31,38 +37,143 @@ class TensorDtype(Enum):
         return 4 if self is TensorDtype.FLOAT32 else 2
 
 
+class WeightPause(Enum):
+    """What a commit does about sequences that are being generated.
+
+    WAIT: they finish under the old version first. KEEP: they go on under the new one. ABORT: they are returned
+    unfinished.
+    """
+
+    WAIT = weights_pb2.WEIGHT_PAUSE_WAIT
+    KEEP = weights_pb2.WEIGHT_PAUSE_KEEP
+    ABORT = weights_pb2.WEIGHT_PAUSE_ABORT
+
+
 @dataclass(frozen=True, slots=True)
 class WeightTensor:
-    """One tensor to send: `data` is a flat view of its bytes, row-major, little-endian."""
+    """One tensor to send.
+
+    Attributes:
+        name: as the model, or the adapter, names it.
+        dtype: data type of the whole tensor.
+        shape: its shape.
+        data: a flat view of the bytes that travel: row-major, little-endian, or encoded.
+        encoding: how they travel.
+        xxh3: XXH3-64 of the whole tensor's bytes; None: that of `data`, found when it is sent.
+    """
 
     name: str
     dtype: TensorDtype
     shape: tuple[int, ...]
     data: memoryview
+    encoding: TensorEncoding = TensorEncoding.DENSE
+    xxh3: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraAdapter:
+    """What adapter the tensors of a push are; see LoraAdapter in weights.proto."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    rank_stabilized: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RelayHop:
+    """A further server that the weights are relayed to, and those that it relays them to."""
+
+    target: str
+    hops: tuple[RelayHop, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPush:
+    """One version on its way.
+
+    Attributes:
+        weight_version: what the weights will be; greater than the serving version.
+        tensors: all of them.
+        base_version: what encoded tensors or an adapter refer to; None where there are neither.
+        adapter: what the tensors belong to; None: the model itself.
+        uri: a shared file that holds the bytes already; empty: they are sent.
+        relay: servers that get the same from this one.
+    """
+
+    weight_version: int
+    tensors: Sequence[WeightTensor]
+    base_version: int | None = None
+    adapter: LoraAdapter | None = None
+    uri: str = ""
+    relay: tuple[RelayHop, ...] = ()
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of tensors that travel."""
+        return sum(len(tensor.data) for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaOutcome:
+    """What became of one server; `error` None: the version is prepared there."""
+
+    target: str
+    error: PpodError | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedWeights:
+    """The reply to a push.
+
+    Attributes:
+        received_bytes: bytes of tensors that the server received; of a relay's first server.
+        receive_s: seconds that it took there.
+        replicas: every server of the relay, the first one first; without a relay that one alone.
+    """
+
+    received_bytes: int
+    receive_s: float
+    replicas: tuple[ReplicaOutcome, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class WeightStatus:
-    """Which version serves, and which one waits for its commit."""
+    """Which version serves, and which one waits for its commit.
+
+    Attributes:
+        state: what serves now.
+        prepared_version: what waits for its commit.
+        base_version: version of the whole weights in service, below an adapter where one serves.
+        held_uris: shared files that serve or wait; whoever writes to one damages them.
+    """
 
     state: ModelState
     prepared_version: int | None
+    base_version: int = 0
+    held_uris: tuple[str, ...] = ()
 
 
-def read_prepared(data: bytes, weight_version: int, tensors: Sequence[WeightTensor]) -> int:
-    """Bytes that the server received; raise InvalidReply when they are not those that were sent."""
+def read_prepared(data: bytes, target: str, push: WeightPush) -> PreparedWeights:
+    """What became of a push; raise InvalidReply when it is another one that the server received."""
     reply = parse(weights_pb2.PrepareWeightsResponse, data)
-    sent = sum(len(tensor.data) for tensor in tensors)
-    if reply.weight_version != weight_version:
-        raise InvalidReply("weight_version", str(reply.weight_version), f"{weight_version}, as sent")
-    if reply.received_bytes != sent:
-        raise InvalidReply("received_bytes", str(reply.received_bytes), f"{sent}, as sent")
-    return reply.received_bytes
+    if reply.weight_version != push.weight_version:
+        raise InvalidReply("weight_version", str(reply.weight_version), f"{push.weight_version}, as sent")
+    outcomes = tuple(
+        ReplicaOutcome(one.target or target, from_status(one.code, one.message, one.status)) for one in reply.replicas
+    )
+    if bool(push.relay) != bool(outcomes):
+        expected = "what became of every server" if push.relay else "none: nothing was to be relayed"
+        raise InvalidReply("replicas", f"{len(outcomes)} results", expected)
+    outcomes = outcomes or (ReplicaOutcome(target, None),)
+    if outcomes[0].error is None and reply.received_bytes != push.wire_bytes:
+        raise InvalidReply("received_bytes", str(reply.received_bytes), f"{push.wire_bytes}, as sent")
+    return PreparedWeights(reply.received_bytes, reply.receive_s, outcomes)
 
 
-def commit(core: ClientCore, weight_version: int, timeout_s: float | None) -> Program[float]:
+def commit(core: ClientCore, weight_version: int, pause: WeightPause, timeout_s: float | None) -> Program[float]:
     """Put a prepared version into service; a repeat of a commit that worked works, too."""
-    request = weights_pb2.CommitWeightsRequest(weight_version=weight_version)
+    request = weights_pb2.CommitWeightsRequest(weight_version=weight_version, pause=pause.value)
     job = SingleJob(f"/{WEIGHT_SERVICE}/CommitWeights", request)
     yield from core.ask(job, timeout_s)
     return parse(weights_pb2.CommitWeightsResponse, job.reply).paused_s
@@ -74,34 +185,74 @@ def status(core: ClientCore, timeout_s: float | None) -> Program[WeightStatus]:
     yield from core.ask(job, timeout_s)
     reply = parse(weights_pb2.GetWeightsResponse, job.reply)
     prepared = reply.prepared_version if reply.HasField("prepared_version") else None
-    return WeightStatus(check_state(reply.model, core.pin), prepared)
+    return WeightStatus(check_state(reply.model, core.pin), prepared, reply.base_version, tuple(reply.held_uris))
 
 
-def parts(weight_version: int, tensors: Sequence[WeightTensor]) -> Iterator[weights_pb2.PrepareWeightsRequest]:
-    """The manifest, then the bytes of all tensors, cut into chunks that span small tensors."""
-    manifest = weights_pb2.WeightManifest(weight_version=weight_version)
-    for tensor in tensors:
+def with_checksums(tensors: Sequence[WeightTensor]) -> list[WeightTensor]:
+    """The tensors, each with its checksum; several are hashed at once."""
+    with ThreadPoolExecutor(_HASHERS, thread_name_prefix="checksums") as pool:
+        return list(pool.map(_with_checksum, tensors))
+
+
+def messages(push: WeightPush) -> Iterator[bytes]:
+    """The messages of a push: the manifest, then the bytes of all tensors, cut into chunks that span small tensors."""
+    yield weights_pb2.PrepareWeightsRequest(manifest=_manifest(push)).SerializeToString()
+    if push.uri:
+        return
+    pieces: list[memoryview] = []
+    size = 0
+    for tensor in push.tensors:
+        offset = 0
+        while offset < len(tensor.data):
+            taken = tensor.data[offset : offset + WEIGHT_CHUNK_BYTES - size]
+            offset += len(taken)
+            size += len(taken)
+            pieces.append(taken)
+            if size == WEIGHT_CHUNK_BYTES:
+                yield _chunk(pieces, size)
+                pieces, size = [], 0
+    if pieces:
+        yield _chunk(pieces, size)
+
+
+def _chunk(pieces: Sequence[memoryview], size: int) -> bytes:
+    """A PrepareWeightsRequest with these bytes as its chunk, in one copy where protobuf would make three."""
+    length = bytearray()
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    length.append(size)
+    return b"".join((_CHUNK_TAG, length, *pieces))
+
+
+def _with_checksum(tensor: WeightTensor) -> WeightTensor:
+    return tensor if tensor.xxh3 is not None else replace(tensor, xxh3=xxhash.xxh3_64_intdigest(tensor.data))
+
+
+def _manifest(push: WeightPush) -> weights_pb2.WeightManifest:
+    manifest = weights_pb2.WeightManifest(
+        weight_version=push.weight_version,
+        base_version=push.base_version,
+        uri=push.uri,
+        relay=[_hop(hop) for hop in push.relay],
+    )
+    if push.adapter is not None:
+        manifest.adapter.rank = push.adapter.rank
+        manifest.adapter.alpha = push.adapter.alpha
+        manifest.adapter.rank_stabilized = push.adapter.rank_stabilized
+        manifest.adapter.target_modules.extend(push.adapter.target_modules)
+    for tensor in with_checksums(push.tensors):
+        dense = tensor.encoding is TensorEncoding.DENSE
         manifest.tensors.add(
             name=tensor.name,
             dtype=tensor.dtype.value,
             shape=tensor.shape,
-            xxh3=xxhash.xxh3_64_intdigest(tensor.data),
+            xxh3=tensor.xxh3 or 0,
+            encoding=tensor.encoding.value,
+            encoded_bytes=0 if dense else len(tensor.data),
         )
-    yield weights_pb2.PrepareWeightsRequest(manifest=manifest)
-    buffer = bytearray()
-    for tensor in tensors:
-        offset = 0
-        while offset < len(tensor.data):
-            taken = tensor.data[offset : offset + WEIGHT_CHUNK_BYTES - len(buffer)]
-            offset += len(taken)
-            buffer += taken
-            if len(buffer) == WEIGHT_CHUNK_BYTES:
-                yield weights_pb2.PrepareWeightsRequest(chunk=bytes(buffer))
-                buffer.clear()
-    if buffer:
-        yield weights_pb2.PrepareWeightsRequest(chunk=bytes(buffer))
+    return manifest
 
 
-def encoded_parts(weight_version: int, tensors: Sequence[WeightTensor]) -> Iterator[bytes]:
-    """`parts` as bytes."""
-    return (part.SerializeToString() for part in parts(weight_version, tensors))
+def _hop(hop: RelayHop) -> weights_pb2.RelayHop:
+    return weights_pb2.RelayHop(target=hop.target, hops=[_hop(inner) for inner in hop.hops])

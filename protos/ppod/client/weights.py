@@ -7,10 +7,32 @@ from collections.abc import Sequence
 from ppod.client import weight_calls as calls
 from ppod.client.base import AsyncServiceClient, ServiceClient
 from ppod.client.core import ClientCore
-from ppod.client.weight_calls import TensorDtype, WeightStatus, WeightTensor
+from ppod.client.weight_calls import (
+    LoraAdapter,
+    PreparedWeights,
+    RelayHop,
+    ReplicaOutcome,
+    TensorDtype,
+    WeightPause,
+    WeightPush,
+    WeightStatus,
+    WeightTensor,
+)
 from ppod.errors import InvalidArgument
 
-__all__ = ["AsyncWeightClient", "TensorDtype", "WeightClient", "WeightStatus", "WeightTensor"]
+__all__ = [
+    "AsyncWeightClient",
+    "LoraAdapter",
+    "PreparedWeights",
+    "RelayHop",
+    "ReplicaOutcome",
+    "TensorDtype",
+    "WeightClient",
+    "WeightPause",
+    "WeightPush",
+    "WeightStatus",
+    "WeightTensor",
+]
 
 
 class WeightClient(ServiceClient):
@@ -28,13 +50,24 @@ class WeightClient(ServiceClient):
         Raises:
             InvalidArgument: a name, shape, dtype or checksum does not fit. FailedPrecondition: an old version.
         """
-        messages = calls.encoded_parts(weight_version, tensors)
-        reply = self._driver.upload(calls.PREPARE_METHOD, messages, timeout_s)
-        return calls.read_prepared(reply, weight_version, tensors)
+        return self.push(WeightPush(weight_version, tensors), timeout_s=timeout_s).received_bytes
 
-    def commit(self, weight_version: int, *, timeout_s: float | None = None) -> float:
+    def push(self, push: WeightPush, *, timeout_s: float | None = None) -> PreparedWeights:
+        """Send weights of any kind, and wait until the server, and all that it relays them to, have verified them.
+
+        Raises:
+            InvalidArgument: a name, shape, dtype or checksum does not fit. FailedPrecondition: an old version, or
+            another base. PermissionDenied, NotFound: the shared file is out of bounds, or not there. With a relay the
+            replies of all servers are results, not errors, those of the first one too.
+        """
+        reply = self._driver.upload(calls.PREPARE_METHOD, calls.messages(push), timeout_s)
+        return calls.read_prepared(reply, self.target, push)
+
+    def commit(
+        self, weight_version: int, *, pause: WeightPause = WeightPause.WAIT, timeout_s: float | None = None
+    ) -> float:
         """Put the prepared version into service. Returns the seconds for which no batch could start."""
-        return self._driver.run(calls.commit(self._core, weight_version, timeout_s))
+        return self._driver.run(calls.commit(self._core, weight_version, pause, timeout_s))
 
     def status(self, *, timeout_s: float | None = None) -> WeightStatus:
         """Ask which versions serve and wait."""
@@ -54,13 +87,18 @@ class AsyncWeightClient(AsyncServiceClient):
         self, weight_version: int, tensors: Sequence[WeightTensor], *, timeout_s: float | None = None
     ) -> int:
         """Send all tensors and wait until the server verified them. Errors as for `WeightClient.prepare`."""
-        messages = calls.encoded_parts(weight_version, tensors)
-        reply = await self._driver.upload(calls.PREPARE_METHOD, messages, timeout_s)
-        return calls.read_prepared(reply, weight_version, tensors)
+        return (await self.push(WeightPush(weight_version, tensors), timeout_s=timeout_s)).received_bytes
 
-    async def commit(self, weight_version: int, *, timeout_s: float | None = None) -> float:
+    async def push(self, push: WeightPush, *, timeout_s: float | None = None) -> PreparedWeights:
+        """Send weights of any kind. Errors as for `WeightClient.push`."""
+        reply = await self._driver.upload(calls.PREPARE_METHOD, calls.messages(push), timeout_s)
+        return calls.read_prepared(reply, self.target, push)
+
+    async def commit(
+        self, weight_version: int, *, pause: WeightPause = WeightPause.WAIT, timeout_s: float | None = None
+    ) -> float:
         """Put the prepared version into service. Returns the seconds for which no batch could start."""
-        return await self._driver.run(calls.commit(self._core, weight_version, timeout_s))
+        return await self._driver.run(calls.commit(self._core, weight_version, pause, timeout_s))
 
     async def status(self, *, timeout_s: float | None = None) -> WeightStatus:
         """Ask which versions serve and wait."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import grpc.aio
 
 from ppod.tensors import TokenArray
-from ppod.v1 import weights_pb2_grpc
 from ppod_models.sources import resolve
 from ppod_services.core.config import CausalServiceConfig
 from ppod_services.core.described import Deferred
@@ -50,7 +49,7 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
 
     def register_admin(self, server: grpc.aio.Server) -> None:
         """Add WeightService."""
-        weights_pb2_grpc.add_WeightServiceServicer_to_server(WeightServicer(self.target, self.scheduler), server)
+        WeightServicer(self.target, self.scheduler, self._config.weights).add_to_server(server)
 
     def load(self) -> None:
         """Load the model in the calling thread, and run it once."""

@@ -6,10 +6,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ppod.channel import MAX_MESSAGE_BYTES, WEIGHT_CHUNK_BYTES
-from ppod_models.configuration import ConfigModel, ModelConfig, TracingConfig
+from ppod_models.configuration import ClientTlsConfig, ConfigModel, ModelConfig, TracingConfig
 
 
 class ListenConfig(ConfigModel):
@@ -176,6 +176,43 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+class WeightsConfig(ConfigModel):
+    """How new weights may come in, on the administration port."""
+
+    idle_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        le=3_600,
+        description="longest silence of a sender in the middle of a transfer, or of a server that it is relayed to",
+    )
+    shared_directories: tuple[Path, ...] = Field(
+        default=(),
+        description="directories below which weights may be read from files, as /dev/shm/ppod; none: nowhere",
+    )
+    map_shared_files: bool = Field(
+        default=False,
+        description="serve from the memory of a shared file itself where data types agree: no copy, but whoever "
+        "shortens the file kills the service; for /dev/shm, not for network volumes",
+    )
+    relay_targets: tuple[str, ...] = Field(
+        default=(),
+        description="administration ports that weights may be relayed to, as patterns: `policy-*.policy:50063`; none: "
+        "to nobody",
+    )
+    relay_tls: ClientTlsConfig | None = Field(default=None, description="TLS to them; none: plain text")
+    relay_plain_text_token: bool = Field(
+        default=False, description="send them the token of PPOD_TOKEN or PPOD_TOKEN_FILE without TLS"
+    )
+
+    @field_validator("shared_directories")
+    @classmethod
+    def _directories_are_absolute(cls, directories: tuple[Path, ...]) -> tuple[Path, ...]:
+        for directory in directories:
+            if not directory.is_absolute() or ".." in directory.parts or directory == Path("/"):
+                raise ValueError(f"{directory} must be an absolute path below /, without ..")
+        return directories
+
+
 class AdapterConfig(ConfigModel):
     """A LoRA adapter on the service's model."""
 
@@ -188,3 +225,4 @@ class CausalServiceConfig(ServiceConfig):
 
     model: ModelConfig
     name: str = Field(min_length=1, description="what requests call the model")
+    weights: WeightsConfig = WeightsConfig()

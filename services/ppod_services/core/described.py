@@ -59,31 +59,6 @@ class ModelInfo:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class IncomingTensor:
-    """What one tensor of a transfer must turn out to be; `xxh3` is the XXH3-64 of its bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    xxh3: int
-
-
-@dataclass(frozen=True, slots=True)
-class LoraAdapter:
-    """A low-rank change of some linear layers (Hu et al., 2021): W + scaling * B @ A.
-
-    Attributes:
-        rank: rows of each A [rank, in], columns of each B [out, rank].
-        scaling: factor of the product; alpha / rank, unless the adapter was trained otherwise.
-        target_modules: full names of the layers in the base model.
-    """
-
-    rank: int
-    scaling: float
-    target_modules: tuple[str, ...]
-
-
 class Deferred(Generic[LoadedT]):
     """Something that a server has only once its model is loaded."""
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ppod.errors import InvalidArgument
 from ppod_models.loading import DTYPES
-from ppod_services.core.described import IncomingTensor, LoraAdapter
+from ppod_services.core.weight_manifest import IncomingTensor, LoraAdapter
 from ppod_services.core.weight_store import Install, ReceivedWeights
 
 
@@ -21,18 +21,35 @@ class ModelWeights:
     On the CPU new tensors take the parameters' places, without a copy while nobody can decode, and the tensors that
     they replace are received into next time: memory that was never touched costs a page fault every 4 KiB. On another
     device they are copied into the parameters.
+
+    An adapter is merged into copies of the layers that it changes. The base's own tensors stay as they came, so that
+    the next adapter, or changes against the base, find no trace of the one before.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters())
+        self._linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} & {
+            name.removesuffix(".weight") for name in self._parameters if name.endswith(".weight")
+        }
+        self._covered: dict[str, torch.Tensor] = {}  # the base's tensors, where merged ones serve
         self._spare: dict[str, torch.Tensor] = {}
         self._borrowed = False
 
     def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
         """See `WeightStore`."""
-        if adapter is not None:
-            raise InvalidArgument("manifest.adapter", "an adapter", "none: this service takes whole weights")
-        return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        if adapter is None:
+            return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in adapter.target_modules:
+            if layer not in self._linear:
+                raise InvalidArgument(
+                    "manifest.adapter.target_modules", layer, "a linear layer of the model with weights of its own"
+                )
+            out_size, in_size = self._parameters[f"{layer}.weight"].shape
+            name_a, name_b = _adapter_names(layer)
+            shapes[name_a] = (adapter.rank, in_size)
+            shapes[name_b] = (out_size, adapter.rank)
+        return shapes
 
     def allocate(self, tensors: Sequence[IncomingTensor]) -> Sequence[torch.Tensor]:
         """See `WeightStore`."""
@@ -40,24 +57,53 @@ class ModelWeights:
 
     def image(self, name: str, dtype: str) -> torch.Tensor | None:
         """See `WeightStore`: what a wider type holds is narrowed to the bits that came."""
-        parameter = self._parameters[name].detach()
+        base = self._base(name)
         wire = DTYPES[dtype]
-        if parameter.dtype not in (wire, torch.float32):
-            return None
-        return parameter.to("cpu", wire)
+        return base.to("cpu", wire) if base.dtype in (wire, torch.float32) else None
 
     @torch.no_grad()
     def stage(self, received: ReceivedWeights) -> Install:
         """See `WeightStore`."""
+        if received.adapter is not None:
+            return self._stage_adapter(received.adapter, received.tensors)
         ready = {name: self._ready(name, tensor) for name, tensor in received.tensors.items()}
 
         @torch.no_grad()
         def install() -> None:
+            self._uncover()
             for name, tensor in ready.items():
                 self._replace(self._parameters[name], name, tensor)
             self._borrowed = received.borrowed
 
         return install
+
+    def _stage_adapter(self, adapter: LoraAdapter, tensors: Mapping[str, torch.Tensor]) -> Install:
+        merged: dict[str, torch.Tensor] = {}
+        for layer in adapter.target_modules:
+            name = f"{layer}.weight"
+            base = self._base(name)
+            matrix_a, matrix_b = (tensors[part].to(base.device, torch.float32) for part in _adapter_names(layer))
+            change = torch.addmm(base.float(), matrix_b, matrix_a, alpha=adapter.scaling)
+            merged[name] = change.to(base.dtype)
+
+        @torch.no_grad()
+        def install() -> None:
+            self._uncover()
+            for name, tensor in merged.items():
+                self._covered[name] = self._parameters[name].data
+                self._parameters[name].data = tensor
+
+        return install
+
+    def _base(self, name: str) -> torch.Tensor:
+        """The base's tensor, whether or not a merged one serves in its place."""
+        return self._covered.get(name, self._parameters[name].data)
+
+    def _uncover(self) -> None:
+        """Put the base's own tensors back."""
+        for name, tensor in self._covered.items():
+            self._parameters[name].data = tensor
+        self._covered.clear()
 
     def _ready(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as its parameter will hold it, where that is in this machine's own memory."""
@@ -80,3 +126,8 @@ class ModelWeights:
         if spare is not None and spare.dtype == dtype:
             return self._spare.pop(name)
         return torch.empty(shape, dtype=dtype)
+
+
+def _adapter_names(layer: str) -> tuple[str, str]:
+    """Names of A and B of a layer, as PEFT has them in a state dict."""
+    return f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"

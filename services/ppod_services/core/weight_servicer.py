@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -11,31 +12,38 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc.aio
 
-from ppod.errors import InvalidArgument
+from ppod.errors import InvalidArgument, PpodError
 from ppod.v1 import weights_pb2, weights_pb2_grpc
-from ppod_services.core.described import Deferred, IncomingTensor, ModelInfo
-from ppod_services.core.logs import log_event
+from ppod_services.core.batch_run import Pause
+from ppod_services.core.config import WeightsConfig
+from ppod_services.core.described import Deferred, ModelInfo
+from ppod_services.core.logs import LogValue, log_event
+from ppod_services.core.weight_manifest import IncomingManifest, read_manifest
+from ppod_services.core.weight_relay import RelayedTransfer, WeightRelay
 from ppod_services.core.weight_store import Install
+from ppod_services.core.weight_stream import WeightStream, read_chunk
 
 if TYPE_CHECKING:
     # Importing torch would delay the binding of the ports by seconds.
-    from ppod_services.core.weights import ServedWeights, WeightTransfer
+    from ppod_services.core.weight_transfer import WeightTransfer
+    from ppod_services.core.weights import ServedWeights
 
 _LOGGER = logging.getLogger(__name__)
 JobT = TypeVar("JobT")
 
 WEIGHT_SERVICE = weights_pb2.DESCRIPTOR.services_by_name["WeightService"].full_name
-_DTYPES = {
-    weights_pb2.TENSOR_DTYPE_FLOAT32: "float32",
-    weights_pb2.TENSOR_DTYPE_BFLOAT16: "bfloat16",
-    weights_pb2.TENSOR_DTYPE_FLOAT16: "float16",
+_PAUSES = {
+    weights_pb2.WEIGHT_PAUSE_UNSPECIFIED: Pause.WAIT,
+    weights_pb2.WEIGHT_PAUSE_WAIT: Pause.WAIT,
+    weights_pb2.WEIGHT_PAUSE_KEEP: Pause.KEEP,
+    weights_pb2.WEIGHT_PAUSE_ABORT: Pause.ABORT,
 }
 
 
 class Exclusive(Protocol):
-    """Runs a job in the model's thread between two batches."""
+    """Runs a job in the model's thread between two batches, or between two decoding steps."""
 
-    async def exclusive(self, job: Callable[[], JobT]) -> JobT:
+    async def exclusive(self, job: Callable[[], JobT], pause: Pause = Pause.WAIT) -> JobT:
         """Run it and return its result."""
         ...
 
@@ -49,38 +57,71 @@ class WeightTarget:
 
 
 class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
-    """Replaces weights in two phases; see weights.proto."""
+    """Replaces weights in two phases; see weights.proto.
 
-    def __init__(self, target: Deferred[WeightTarget], scheduler: Exclusive) -> None:
+    Register it by `add_to_server`: chunks come in as raw bytes, because parsing them would copy them twice.
+    """
+
+    def __init__(self, target: Deferred[WeightTarget], scheduler: Exclusive, config: WeightsConfig) -> None:
         self._target = target
         self._scheduler = scheduler
+        self._config = config
+        self._relay = WeightRelay(config)
 
-    async def PrepareWeights(
+    def add_to_server(self, server: grpc.aio.Server) -> None:
+        """Register all methods."""
+        handlers = {
+            "PrepareWeights": grpc.stream_unary_rpc_method_handler(
+                self.PrepareWeights, None, weights_pb2.PrepareWeightsResponse.SerializeToString
+            ),
+            "CommitWeights": grpc.unary_unary_rpc_method_handler(
+                self.CommitWeights,
+                weights_pb2.CommitWeightsRequest.FromString,
+                weights_pb2.CommitWeightsResponse.SerializeToString,
+            ),
+            "GetWeights": grpc.unary_unary_rpc_method_handler(
+                self.GetWeights,
+                weights_pb2.GetWeightsRequest.FromString,
+                weights_pb2.GetWeightsResponse.SerializeToString,
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(WEIGHT_SERVICE, handlers),))
+
+    async def PrepareWeights(  # pyright: ignore[reportIncompatibleMethodOverride] - the messages' bytes
         self,
-        request_iterator: AsyncIterator[weights_pb2.PrepareWeightsRequest],
-        context: grpc.aio.ServicerContext[weights_pb2.PrepareWeightsRequest, weights_pb2.PrepareWeightsResponse],
+        request_iterator: AsyncIterator[bytes],
+        context: grpc.aio.ServicerContext[bytes, weights_pb2.PrepareWeightsResponse],
     ) -> weights_pb2.PrepareWeightsResponse:
-        """Receive, verify and keep aside."""
+        """Receive, verify, keep aside, and send on."""
+        started = time.monotonic()
         weights = self._target.get().weights
-        manifest = await _read_manifest(request_iterator)
-        specs = [_read_spec(spec) for spec in manifest.tensors]
-        # Not in a thread: a caller that went away in between would leave the transfer open for ever.
-        transfer = weights.begin(manifest.weight_version, specs)
-        staged: Install | None = None
-        try:
-            await _receive(transfer, request_iterator)
-            staged = await asyncio.to_thread(weights.stage, transfer)
-        finally:
-            # Also reached when the caller goes away: then nothing is kept.
-            weights.end(transfer, staged)
-        receive_s = time.monotonic() - transfer.started
-        log_event(
-            _LOGGER,
-            "weights_prepared",
-            {"version": transfer.weight_version, "bytes": transfer.received_bytes, "seconds": round(receive_s, 3)},
-        )
+        stream = WeightStream(request_iterator, self._config.idle_timeout_s)
+        message = await stream.manifest()
+        error: PpodError | None = None
+        received = 0
+        async with self._relay.open(message, context.time_remaining()) as relay:
+            try:
+                received = await self._prepare(weights, read_manifest(message), stream, relay)
+            except PpodError as own:
+                if not relay:
+                    raise
+                # The servers behind may have their weights all the same.
+                error = own
+                async for part in stream.messages():
+                    await relay.forward(part)
+            replicas = await relay.results(error)
+        seconds = time.monotonic() - started
+        fields: dict[str, LogValue] = {
+            "version": message.weight_version,
+            "bytes": received,
+            "seconds": round(seconds, 3),
+        }
+        failed = [one for one in replicas if one.code]
+        if replicas:
+            fields |= {"replicas": len(replicas), "failed": ", ".join(f"{one.target}: {one.message}" for one in failed)}
+        log_event(_LOGGER, "weights_prepared" if error is None else "weights_relayed_only", fields)
         return weights_pb2.PrepareWeightsResponse(
-            weight_version=transfer.weight_version, received_bytes=transfer.received_bytes, receive_s=receive_s
+            weight_version=message.weight_version, received_bytes=received, receive_s=seconds, replicas=replicas
         )
 
     async def CommitWeights(
@@ -88,9 +129,12 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         request: weights_pb2.CommitWeightsRequest,
         context: grpc.aio.ServicerContext[weights_pb2.CommitWeightsRequest, weights_pb2.CommitWeightsResponse],
     ) -> weights_pb2.CommitWeightsResponse:
-        """Swap between two batches."""
+        """Swap between two batches, or between two decoding steps."""
         target = self._target.get()
-        paused_s = await self._scheduler.exclusive(lambda: target.weights.commit(request.weight_version))
+        pause = _PAUSES.get(request.pause)
+        if pause is None:
+            raise InvalidArgument("pause", str(request.pause), "a value of WeightPause")
+        paused_s = await self._scheduler.exclusive(lambda: target.weights.commit(request.weight_version), pause)
         log_event(_LOGGER, "weights_committed", {"version": request.weight_version, "seconds": round(paused_s, 6)})
         return weights_pb2.CommitWeightsResponse(model=target.info.state(request.weight_version), paused_s=paused_s)
 
@@ -101,27 +145,57 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
     ) -> weights_pb2.GetWeightsResponse:
         """Tell which versions serve and wait."""
         target = self._target.get()
+        weights = target.weights
         return weights_pb2.GetWeightsResponse(
-            model=target.info.state(target.weights.version), prepared_version=target.weights.prepared_version
+            model=target.info.state(weights.version),
+            prepared_version=weights.prepared_version,
+            base_version=weights.base_version,
+            held_uris=weights.held_uris,
         )
 
+    async def _prepare(
+        self, weights: ServedWeights, manifest: IncomingManifest, stream: WeightStream, relay: RelayedTransfer
+    ) -> int:
+        """Returns the bytes received."""
+        if manifest.uri:
+            return await self._prepare_shared(weights, manifest)
+        # Not in a thread: a caller that went away in between would leave the transfer open for ever.
+        transfer = weights.begin(manifest)
+        staged: Install | None = None
+        try:
+            await _receive(transfer, stream, relay)
+            staged = await asyncio.to_thread(weights.stage, transfer)
+        finally:
+            # Also reached when the caller goes away: then nothing is kept.
+            weights.end(transfer, staged)
+        return transfer.received_bytes
 
-async def _read_manifest(parts: AsyncIterator[weights_pb2.PrepareWeightsRequest]) -> weights_pb2.WeightManifest:
-    async for part in parts:
-        if part.WhichOneof("part") == "manifest":
-            return part.manifest
-        raise InvalidArgument("part", part.WhichOneof("part") or "nothing", "the manifest in the first message")
-    raise InvalidArgument("part", "an empty stream", "the manifest in the first message")
+    async def _prepare_shared(self, weights: ServedWeights, manifest: IncomingManifest) -> int:
+        from ppod_services.core.shared_weights import prepare_from_file  # noqa: PLC0415 - it needs torch
+
+        config, gone = self._config, threading.Event()
+        try:
+            return await asyncio.to_thread(
+                prepare_from_file, weights, manifest, config.shared_directories, gone, map_file=config.map_shared_files
+            )
+        finally:
+            # The thread goes on when the caller goes away: it must not keep what nobody waits for.
+            gone.set()
 
 
-async def _receive(transfer: WeightTransfer, parts: AsyncIterator[weights_pb2.PrepareWeightsRequest]) -> None:
-    """Write each chunk in a thread: copying and hashing megabytes would hold up every other call."""
-    async for part in parts:
-        if part.WhichOneof("part") != "chunk":
-            raise InvalidArgument("part", part.WhichOneof("part") or "nothing", "a chunk in every later message")
-        await asyncio.to_thread(transfer.write, part.chunk)
-
-
-def _read_spec(spec: weights_pb2.TensorSpec) -> IncomingTensor:
-    dtype = _DTYPES.get(spec.dtype, "unspecified")
-    return IncomingTensor(name=spec.name, dtype=dtype, shape=tuple(spec.shape), xxh3=spec.xxh3)
+async def _receive(transfer: WeightTransfer, stream: WeightStream, relay: RelayedTransfer) -> None:
+    """Write each chunk in a thread while the next one comes: copying and hashing would hold up every other call."""
+    writing: asyncio.Future[None] | None = None
+    try:
+        async for message in stream.messages():
+            # Before anything can fail here: whoever is behind needs every message.
+            await relay.forward(message)
+            if writing is not None:
+                await writing
+            writing = asyncio.ensure_future(asyncio.to_thread(transfer.write, read_chunk(message)))
+        if writing is not None:
+            await writing
+    finally:
+        if writing is not None and not writing.done():
+            # It still writes into buffers that the next transfer may get.
+            await asyncio.wait({writing})

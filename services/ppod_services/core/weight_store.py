@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from ppod_services.core.described import IncomingTensor, LoraAdapter
+from ppod_services.core.weight_manifest import IncomingTensor, LoraAdapter
 
 if TYPE_CHECKING:
     import torch

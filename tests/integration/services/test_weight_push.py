@@ -24,7 +24,7 @@ from ppod import (
     Sampling,
     WeightClient,
 )
-from ppod.client import WeightTensor, weight_calls
+from ppod.client import WeightPush, WeightTensor, weight_calls
 from ppod.v1 import weights_pb2, weights_pb2_grpc
 from support.processes import ServiceProcess, metrics_of, running_service
 from support.services import tiny_model_config
@@ -98,7 +98,9 @@ def test_a_commit_changes_outputs_and_version(
 
 def corrupt(tensors: list[WeightTensor], name: str) -> list[weights_pb2.PrepareWeightsRequest]:
     """The messages of a good transfer, with one byte of one tensor turned over."""
-    manifest, *chunks = weight_calls.parts(10_000, tensors)
+    manifest, *chunks = map(
+        weights_pb2.PrepareWeightsRequest.FromString, weight_calls.messages(WeightPush(10_000, tensors))
+    )
     data = bytearray(b"".join(part.chunk for part in chunks))
     start = sum(len(tensor.data) for tensor in tensors[: [tensor.name for tensor in tensors].index(name)])
     data[start] ^= 1

@@ -1,0 +1,236 @@
+"""Weights in a file that sender and service share: opened only below allowed directories, then verified or mapped."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import stat
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import torch
+
+from ppod.errors import InvalidArgument, NotFound, PermissionDenied
+from ppod.weight_changes import TensorEncoding
+from ppod_models.loading import DTYPES
+from ppod_services.core.weight_manifest import IncomingManifest, IncomingTensor
+from ppod_services.core.weight_store import Install
+from ppod_services.core.weight_transfer import TensorReceiver, WeightTransfer
+from ppod_services.core.weights import ServedWeights
+
+_BLOCK_BYTES = 1024 * 1024
+"""Read and hashed at once: small enough to be hashed while it is in the processor's cache."""
+
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+"""As safetensors itself bounds it."""
+
+_READERS = min(4, os.cpu_count() or 1)
+_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where the header says that a tensor is, counted from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SharedFile:
+    """An open safetensors file. The context closes it; mappings of it live on.
+
+    Args:
+        uri: `file://` and an absolute path.
+        directories: the file must be below one of them, on a path without symbolic links.
+
+    Raises:
+        InvalidArgument: no such URI. PermissionDenied: it is outside. NotFound: there is no such file.
+    """
+
+    def __init__(self, uri: str, directories: Sequence[Path]) -> None:
+        self.uri = uri
+        self._fd = _open_below(_path_of(uri), directories)
+        self._size = os.fstat(self._fd).st_size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)
+
+    def offsets(self, manifest: IncomingManifest) -> list[int]:
+        """Where in the file each tensor begins; raise InvalidArgument unless it holds exactly those of the manifest."""
+        entries, start = self._read_header()
+        names = [tensor.name for tensor in manifest.tensors]
+        if list(entries) != names:
+            found = f"{len(entries)} tensors, the first other one {_first_other(list(entries), names)}"
+            raise InvalidArgument("uri", found, f"the {len(names)} tensors of the manifest, in its order")
+        position = 0
+        for tensor, entry in zip(manifest.tensors, entries.values(), strict=True):
+            expected = _expected(tensor, position)
+            if entry != expected:
+                raise InvalidArgument(f"uri.{tensor.name}", str(entry), str(expected))
+            position = entry.end
+        if start + position != self._size:
+            raise InvalidArgument(
+                "uri", f"a file of {self._size} bytes", f"{start + position} bytes, as its header says"
+            )
+        return [start + entry.begin for entry in entries.values()]
+
+    def mapped(self, manifest: IncomingManifest, offsets: Sequence[int]) -> list[torch.Tensor]:
+        """The tensors in the file's own memory. Writing to one changes a private copy."""
+        memory = mmap.mmap(self._fd, self._size, access=mmap.ACCESS_COPY)
+        tensors: list[torch.Tensor] = []
+        for tensor, offset in zip(manifest.tensors, offsets, strict=True):
+            dtype, count = DTYPES[tensor.dtype], tensor.dense_bytes
+            flat = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=offset) if count else torch.empty(0)
+            tensors.append((flat.view(dtype) if count else flat.to(dtype)).view(tensor.shape))
+        return tensors
+
+    def receive(self, transfer: WeightTransfer, offsets: Sequence[int]) -> None:
+        """Read, or only verify, all tensors of a transfer, several at once.
+
+        Raises:
+            InvalidArgument: a checksum differs, or the file became shorter.
+        """
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as pool:
+            # Longest first, so that the threads end together.
+            order = sorted(range(len(offsets)), key=lambda index: -len(transfer.receivers[index].room))
+            work = [
+                pool.submit(self._receive, transfer.receivers[index], offsets[index], transfer.borrowed)
+                for index in order
+            ]
+            for done in work:
+                done.result()
+        transfer.received_bytes = sum(tensor.wire_bytes for tensor in transfer.manifest.tensors)
+
+    def _receive(self, receiver: TensorReceiver, offset: int, borrowed: bool) -> None:
+        while len(room := receiver.room):
+            block = room[:_BLOCK_BYTES]
+            count = len(block) if borrowed else os.preadv(self._fd, [memoryview(block)], offset)
+            if not count:
+                raise InvalidArgument(f"uri.{receiver.tensor.name}", "the end of the file", f"{len(room)} bytes more")
+            offset += count
+            receiver.advance(count)
+        if not receiver.done:
+            receiver.advance(0)
+
+    def _read_header(self) -> tuple[dict[str, _Entry], int]:
+        """The entries in their order, and where the tensors begin."""
+        length = int(np.frombuffer(os.pread(self._fd, _LENGTH_BYTES, 0).ljust(_LENGTH_BYTES, b"\0"), "<u8")[0])
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, self._size - _LENGTH_BYTES):
+            raise InvalidArgument("uri", f"a file of {self._size} bytes with a header of {length}", "safetensors")
+        try:
+            header: object = json.loads(os.pread(self._fd, length, _LENGTH_BYTES))
+            if not isinstance(header, dict):
+                raise TypeError("the header is no object")
+            entries = {
+                name: _read_entry(value)
+                for name, value in cast("dict[str, dict[str, object]]", header).items()
+                if name != "__metadata__"
+            }
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidArgument("uri", f"a header that cannot be read: {error}", "safetensors") from error
+        return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))), _LENGTH_BYTES + length
+
+
+def prepare_from_file(
+    weights: ServedWeights,
+    manifest: IncomingManifest,
+    directories: Sequence[Path],
+    gone: threading.Event,
+    *,
+    map_file: bool,
+) -> int:
+    """Prepare the version that the file of a manifest holds. Returns the bytes received.
+
+    Args:
+        weights: where it goes.
+        manifest: what the file must hold.
+        directories: the file must be below one of them.
+        gone: set when the caller went away: then nothing is kept.
+        map_file: serve from the file's own memory, where the data types agree.
+
+    Raises:
+        PpodError: see `SharedFile` and `ServedWeights.begin`.
+    """
+    with SharedFile(manifest.uri, directories) as file:
+        offsets = file.offsets(manifest)
+        # Changes and adapters are read once, to make other tensors of them.
+        map_file = map_file and manifest.adapter is None and not manifest.encoded
+        transfer = weights.begin(manifest, file.mapped(manifest, offsets) if map_file else None)
+        staged: Install | None = None
+        try:
+            file.receive(transfer, offsets)
+            staged = None if gone.is_set() else weights.stage(transfer)
+        finally:
+            weights.end(transfer, None if gone.is_set() else staged)
+    return transfer.received_bytes
+
+
+def _read_entry(value: dict[str, object]) -> _Entry:
+    begin, end = cast("tuple[int, int]", value["data_offsets"])
+    return _Entry(str(value["dtype"]), tuple(cast("list[int]", value["shape"])), int(begin), int(end))
+
+
+def _expected(tensor: IncomingTensor, position: int) -> _Entry:
+    if tensor.encoding is TensorEncoding.DENSE:
+        return _Entry(_NAMES[tensor.dtype], tensor.shape, position, position + tensor.dense_bytes)
+    return _Entry("U8", (tensor.encoded_bytes,), position, position + tensor.encoded_bytes)
+
+
+def _first_other(found: Sequence[str], expected: Sequence[str]) -> str:
+    for one, other in zip(found, expected, strict=False):
+        if one != other:
+            return f"{one} for {other}"
+    return "behind the last common one"
+
+
+def _path_of(uri: str) -> Path:
+    parts = urlsplit(uri)
+    path = unquote(parts.path)
+    plain = parts.scheme == "file" and parts.netloc in ("", "localhost") and not parts.query and not parts.fragment
+    if not plain or not path.startswith("/") or "\0" in path:
+        raise InvalidArgument("manifest.uri", uri, "file:// and an absolute path")
+    return Path(path)
+
+
+def _open_below(path: Path, directories: Sequence[Path]) -> int:
+    """Open a regular file, folder by folder from an allowed directory, and follow no link on the way."""
+    root = next((one for one in directories if path.is_relative_to(one) and path != one), None)
+    if root is None or ".." in path.parts:
+        allowed = ", ".join(map(str, directories)) or "none is configured in weights.shared_directories"
+        raise PermissionDenied(f"{path} is outside of the shared directories: {allowed}")
+    *folders, name = path.relative_to(root).parts
+    try:
+        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for part in folders:
+                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            # Without O_NONBLOCK a named pipe would hold the thread for ever.
+            opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        finally:
+            os.close(folder)
+    except FileNotFoundError as error:
+        raise NotFound("shared file", str(path), "it must be there until the transfer is prepared") from error
+    except OSError as error:
+        raise PermissionDenied(f"{path}: {error.strerror}; links are not followed") from error
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise PermissionDenied(f"{path} is no regular file")
+    return opened

@@ -1,0 +1,163 @@
+"""What a transfer of weights says that it will bring. Free of torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ppod.errors import InvalidArgument
+from ppod.v1 import weights_pb2
+from ppod.weight_changes import TensorEncoding
+
+_DTYPES = {
+    weights_pb2.TENSOR_DTYPE_FLOAT32: "float32",
+    weights_pb2.TENSOR_DTYPE_BFLOAT16: "bfloat16",
+    weights_pb2.TENSOR_DTYPE_FLOAT16: "float16",
+}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one element of the data types that travel."""
+
+
+@dataclass(frozen=True, slots=True)
+class IncomingTensor:
+    """What one tensor of a transfer must turn out to be.
+
+    Attributes:
+        name: as the model, or the adapter, names it.
+        dtype: a key of `ITEM_BYTES`.
+        shape: its shape; empty is a scalar.
+        xxh3: XXH3-64 of the bytes of the whole tensor.
+        encoding: how its bytes travel.
+        encoded_bytes: how many travel, where it is not dense.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    xxh3: int
+    encoding: TensorEncoding = TensorEncoding.DENSE
+    encoded_bytes: int = 0
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that travel."""
+        return self.dense_bytes if self.encoding is TensorEncoding.DENSE else self.encoded_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LoraAdapter:
+    """A low-rank change of some linear layers (Hu et al., 2021): W + scaling * B @ A.
+
+    Attributes:
+        rank: rows of each A [rank, in], columns of each B [out, rank].
+        scaling: factor of the product.
+        target_modules: full names of the layers in the base model.
+    """
+
+    rank: int
+    scaling: float
+    target_modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class IncomingManifest:
+    """All that one transfer brings.
+
+    Attributes:
+        weight_version: what the weights will be.
+        tensors: in the order of their bytes.
+        base_version: version that changes or an adapter refer to; None where neither comes.
+        adapter: what the tensors belong to; None: the model itself.
+        uri: file that holds the bytes; empty where they come in chunks.
+    """
+
+    weight_version: int
+    tensors: tuple[IncomingTensor, ...]
+    base_version: int | None = None
+    adapter: LoraAdapter | None = None
+    uri: str = ""
+
+    @property
+    def encoded(self) -> bool:
+        """Whether some tensor comes as its changes."""
+        return any(tensor.encoding is not TensorEncoding.DENSE for tensor in self.tensors)
+
+
+def read_manifest(message: weights_pb2.WeightManifest) -> IncomingManifest:
+    """The manifest that a message holds.
+
+    Raises:
+        InvalidArgument: a data type or an encoding is unknown, or a base version is missing or too much.
+    """
+    adapter = _read_adapter(message.adapter) if message.HasField("adapter") else None
+    manifest = IncomingManifest(
+        weight_version=message.weight_version,
+        tensors=tuple(_read_tensor(spec) for spec in message.tensors),
+        base_version=message.base_version if message.HasField("base_version") else None,
+        adapter=adapter,
+        uri=message.uri,
+    )
+    if adapter is not None and manifest.encoded:
+        raise InvalidArgument("manifest.tensors.encoding", "changes of an adapter's tensors", "dense tensors")
+    if manifest.base_version is None and (adapter is not None or manifest.encoded):
+        raise InvalidArgument("manifest.base_version", "none", "the version that changes or the adapter are against")
+    if manifest.base_version is not None and adapter is None and not manifest.encoded:
+        raise InvalidArgument("manifest.base_version", str(manifest.base_version), "none for whole tensors")
+    return manifest
+
+
+def check_tensors(tensors: Sequence[IncomingTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise InvalidArgument unless a manifest names exactly these tensors, in these shapes."""
+    seen: set[str] = set()
+    for tensor in tensors:
+        shape = shapes.get(tensor.name)
+        if shape is None:
+            raise InvalidArgument("manifest.tensors.name", tensor.name, "a name of the model's parameters")
+        if tensor.name in seen:
+            raise InvalidArgument("manifest.tensors.name", f"{tensor.name} twice", "each name once")
+        seen.add(tensor.name)
+        if tensor.shape != shape:
+            raise InvalidArgument(f"manifest.tensors.{tensor.name}.shape", str(list(tensor.shape)), str(list(shape)))
+        if tensor.wire_bytes > tensor.dense_bytes:
+            # Nobody gains by it, and it bounds what has to be kept until it is decoded.
+            found, most = f"{tensor.encoded_bytes}", f"at most {tensor.dense_bytes}, those of the whole tensor"
+            raise InvalidArgument(f"manifest.tensors.{tensor.name}.encoded_bytes", found, most)
+    missing = [name for name in shapes if name not in seen]
+    if missing:
+        raise InvalidArgument("manifest.tensors", f"{len(missing)} missing, first {missing[0]}", f"all {len(shapes)}")
+
+
+def _read_tensor(spec: weights_pb2.TensorSpec) -> IncomingTensor:
+    dtype = _DTYPES.get(spec.dtype)
+    if dtype is None:
+        raise InvalidArgument(f"manifest.tensors.{spec.name}.dtype", str(spec.dtype), " or ".join(ITEM_BYTES))
+    try:
+        encoding = TensorEncoding(spec.encoding or TensorEncoding.DENSE.value)
+    except ValueError as error:
+        field, known = f"manifest.tensors.{spec.name}.encoding", " or ".join(one.name for one in TensorEncoding)
+        raise InvalidArgument(field, str(spec.encoding), known) from error
+    return IncomingTensor(
+        name=spec.name,
+        dtype=dtype,
+        shape=tuple(spec.shape),
+        xxh3=spec.xxh3,
+        encoding=encoding,
+        encoded_bytes=spec.encoded_bytes,
+    )
+
+
+def _read_adapter(message: weights_pb2.LoraAdapter) -> LoraAdapter:
+    if message.rank < 1:
+        raise InvalidArgument("manifest.adapter.rank", str(message.rank), "1 or more")
+    if not message.target_modules:
+        raise InvalidArgument("manifest.adapter.target_modules", "none", "the layers that it changes")
+    if not math.isfinite(message.alpha):
+        raise InvalidArgument("manifest.adapter.alpha", str(message.alpha), "a finite number")
+    divisor = math.sqrt(message.rank) if message.rank_stabilized else message.rank
+    return LoraAdapter(message.rank, message.alpha / divisor, tuple(message.target_modules))

@@ -1,0 +1,217 @@
+"""Sending weights on to further servers while they come in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from ppod.channel import ChannelSpec, open_aio_channel
+from ppod.client import ClientSecurity
+from ppod.errors import (
+    DeadlineExceeded,
+    InvalidReply,
+    PermissionDenied,
+    PpodError,
+    Unavailable,
+    from_rpc_error,
+    from_status,
+    to_status,
+)
+from ppod.v1 import weights_pb2
+from ppod_services.core.config import WeightsConfig
+
+_PREPARE = f"/{weights_pb2.DESCRIPTOR.services_by_name['WeightService'].full_name}/PrepareWeights"
+_WAITING_CHUNKS = 4
+"""Chunks that a hop may lag behind before the sender has to wait for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of one server; `error` None: prepared."""
+
+    target: str
+    error: PpodError | None
+
+
+class WeightRelay:
+    """Opens relays to the servers that the configuration allows.
+
+    Raises:
+        InvalidArgument: the token or a certificate cannot be read.
+    """
+
+    def __init__(self, config: WeightsConfig) -> None:
+        self._config = config
+        tls = config.relay_tls
+        self._security = (
+            ClientSecurity.from_environment(
+                ca_file=None if tls is None else tls.ca_file,
+                certificate_file=None if tls is None else tls.certificate_file,
+                key_file=None if tls is None else tls.key_file,
+                server_name="" if tls is None else tls.server_name,
+                plain_text_token=config.relay_plain_text_token,
+            )
+            if config.relay_targets
+            else ClientSecurity()
+        )
+
+    @contextlib.asynccontextmanager
+    async def open(
+        self, manifest: weights_pb2.WeightManifest, timeout_s: float | None
+    ) -> AsyncIterator[RelayedTransfer]:
+        """Begin to send to all hops of a manifest; whoever leaves early calls off what is under way."""
+        hops = [_Hop(hop, self._config.idle_timeout_s) for hop in manifest.relay]
+        transfer = RelayedTransfer(hops)
+        for hop in hops:
+            hop.start(self._send(hop, manifest, timeout_s))
+        try:
+            yield transfer
+        finally:
+            await transfer.close()
+
+    async def _send(self, hop: _Hop, manifest: weights_pb2.WeightManifest, timeout_s: float | None) -> list[_Outcome]:
+        """Stream to one hop. Returns what became of it and of those behind it; raises what it ended with."""
+        target = hop.message.target
+        if not any(fnmatchcase(target, pattern) for pattern in self._config.relay_targets):
+            raise PermissionDenied(f"{target} is none of this server's weights.relay_targets")
+        self._security.check_target(target)
+        onward = weights_pb2.WeightManifest()
+        onward.CopyFrom(manifest)
+        del onward.relay[:]
+        onward.relay.extend(hop.message.hops)
+        first = weights_pb2.PrepareWeightsRequest(manifest=onward).SerializeToString()
+        spec = ChannelSpec(target, self._security.server_name)
+        async with open_aio_channel(spec, self._security.credentials()) as channel:
+            stub = channel.stream_unary(_PREPARE, None, None)
+            try:
+                data = await stub(hop.messages(first), timeout=timeout_s, metadata=self._security.metadata())
+            except grpc.RpcError as error:
+                typed = from_rpc_error(error)
+                raise Unavailable(f"{target}: {typed.detail}") if isinstance(typed, Unavailable) else typed from error
+        return _read_reply(target, data)
+
+
+class RelayedTransfer:
+    """The hops of one transfer. A hop that fails is left behind; the others go on."""
+
+    def __init__(self, hops: Sequence[_Hop]) -> None:
+        self._hops = hops
+
+    def __bool__(self) -> bool:
+        return bool(self._hops)
+
+    async def forward(self, part: bytes) -> None:
+        """Send one message on to every hop that still takes it."""
+        if self._hops:
+            await asyncio.gather(*(hop.put(part) for hop in self._hops))
+
+    async def results(self, own: PpodError | None) -> list[weights_pb2.ReplicaResult]:
+        """End all streams, wait for their replies, and tell what became of every server; empty without any hop."""
+        if not self._hops:
+            return []
+        await asyncio.gather(*(hop.put(None) for hop in self._hops))
+        outcomes = [_Outcome("", own)]
+        for hop in self._hops:
+            outcomes += await hop.outcomes()
+        return [_result(outcome) for outcome in outcomes]
+
+    async def close(self) -> None:
+        """Call off what is still under way."""
+        await asyncio.gather(*(hop.close() for hop in self._hops))
+
+
+class _Hop:
+    """One server that gets what this one gets."""
+
+    def __init__(self, message: weights_pb2.RelayHop, idle_timeout_s: float) -> None:
+        self.message = message
+        self._idle_timeout_s = idle_timeout_s
+        self._parts: asyncio.Queue[bytes | None] = asyncio.Queue(_WAITING_CHUNKS)
+        self._task: asyncio.Task[list[_Outcome] | PpodError] | None = None
+        self._stuck = False
+
+    def start(self, sending: Coroutine[None, None, list[_Outcome]]) -> None:
+        """Begin to send."""
+        self._task = asyncio.create_task(_settled(sending))
+
+    async def put(self, part: bytes | None) -> None:
+        """Hand over the next message, None for the end, as soon as there is room; a hop that has failed takes none."""
+        task = self._task
+        if task is None or task.done():
+            return
+        if self._parts.full():
+            room = asyncio.ensure_future(self._parts.put(part))
+            await asyncio.wait({room, task}, timeout=self._idle_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not room.done():
+                room.cancel()
+                self._stuck = not task.done()
+                task.cancel()
+            return
+        self._parts.put_nowait(part)
+
+    async def messages(self, first: bytes) -> AsyncIterator[bytes]:
+        """What is sent."""
+        yield first
+        while (part := await self._parts.get()) is not None:
+            yield part
+
+    async def outcomes(self) -> list[_Outcome]:
+        """Wait for the end: what became of this server and of those behind it."""
+        found: list[_Outcome] | PpodError
+        target = self.message.target
+        if self._task is None or self._stuck:
+            found = DeadlineExceeded(f"{target} took nothing for {self._idle_timeout_s:g} s")
+        else:
+            found = await self._task
+        if isinstance(found, list):
+            return found
+        behind = [_Outcome(name, Unavailable(f"not reached: {target} failed")) for name in _behind(self.message)]
+        return [_Outcome(target, found), *behind]
+
+    async def close(self) -> None:
+        """Call off what is under way."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+
+async def _settled(sending: Coroutine[None, None, list[_Outcome]]) -> list[_Outcome] | PpodError:
+    """An error as a result: a hop that fails early is asked for it late."""
+    try:
+        return await sending
+    except PpodError as error:
+        return error
+
+
+def _read_reply(target: str, data: bytes) -> list[_Outcome]:
+    """What a hop says of itself and of those behind it."""
+    try:
+        reply = weights_pb2.PrepareWeightsResponse.FromString(data)
+    except DecodeError as error:
+        expected = weights_pb2.PrepareWeightsResponse.DESCRIPTOR.full_name
+        raise InvalidReply("message", f"{len(data)} bytes that do not decode", expected) from error
+    if not reply.replicas:
+        return [_Outcome(target, None)]
+    return [_Outcome(one.target or target, from_status(one.code, one.message, one.status)) for one in reply.replicas]
+
+
+def _behind(hop: weights_pb2.RelayHop) -> Iterator[str]:
+    for inner in hop.hops:
+        yield inner.target
+        yield from _behind(inner)
+
+
+def _result(outcome: _Outcome) -> weights_pb2.ReplicaResult:
+    if outcome.error is None:
+        return weights_pb2.ReplicaResult(target=outcome.target)
+    status = to_status(outcome.error)
+    return weights_pb2.ReplicaResult(
+        target=outcome.target, code=status.code, message=status.message, status=status.SerializeToString()
+    )

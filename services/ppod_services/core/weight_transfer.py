@@ -1,0 +1,148 @@
+"""One version of the weights on its way in: bytes become tensors, each verified once it is whole. Free of gRPC."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from ppod.errors import FailedPrecondition, InvalidArgument
+from ppod.weight_changes import TensorEncoding, apply_changes, bit_patterns
+from ppod_services.core.weight_manifest import ITEM_BYTES, IncomingManifest, IncomingTensor
+
+Bytes = npt.NDArray[np.uint8]
+ReadImage = Callable[[str, str], "torch.Tensor | None"]
+"""See `WeightStore.image`."""
+
+
+class TensorReceiver:
+    """Receives one tensor into a buffer of its final size. One thread at a time may use it.
+
+    Hashing and copying of large blocks let go of the interpreter, so several receivers can work side by side.
+    """
+
+    def __init__(self, tensor: IncomingTensor, buffer: torch.Tensor, image: ReadImage) -> None:
+        self.tensor = tensor
+        self.buffer = buffer
+        self._image = image
+        self._dense = tensor.encoding is TensorEncoding.DENSE
+        self._into = bytes_of(buffer) if self._dense else np.empty(tensor.encoded_bytes, np.uint8)
+        self._hash = xxhash.xxh3_64()
+        self._filled = 0
+        self.done = False
+
+    @property
+    def room(self) -> Bytes:
+        """Where the next bytes go."""
+        return self._into[self._filled :]
+
+    def advance(self, count: int) -> None:
+        """The next `count` bytes are there; the last ones complete the tensor.
+
+        Raises:
+            InvalidArgument: the checksum differs, or the changes are damaged.
+            FailedPrecondition: there is nothing to apply changes to.
+        """
+        if self._dense:
+            # While the block is still in the cache.
+            self._hash.update(self._into[self._filled : self._filled + count])
+        self._filled += count
+        if self._filled == len(self._into):
+            self._complete()
+
+    def _complete(self) -> None:
+        tensor = self.tensor
+        if not self._dense:
+            self._apply()
+            self._hash.update(bytes_of(self.buffer))
+        found = self._hash.intdigest()
+        if found != tensor.xxh3:
+            raise InvalidArgument(f"tensors.{tensor.name}.xxh3", f"{found:016x}", f"{tensor.xxh3:016x}")
+        self.done = True
+
+    def _apply(self) -> None:
+        tensor = self.tensor
+        base = self._image(tensor.name, tensor.dtype)
+        if base is None:
+            raise FailedPrecondition("base_version", f"no exact {tensor.dtype} image of its weights", "whole tensors")
+        self.buffer.copy_(base)
+        target = bit_patterns(bytes_of(self.buffer), ITEM_BYTES[tensor.dtype])
+        apply_changes(tensor.encoding, self._into, target, f"tensors.{tensor.name}")
+
+
+class WeightTransfer:
+    """Receives all tensors of one manifest.
+
+    Args:
+        manifest: what must come.
+        buffers: contiguous CPU tensors of the manifest's shapes and data types, in its order.
+        image: the base's tensors, which changes are applied to.
+        borrowed: the buffers are a mapped file that already holds the bytes.
+    """
+
+    def __init__(
+        self, manifest: IncomingManifest, buffers: Sequence[torch.Tensor], image: ReadImage, *, borrowed: bool = False
+    ) -> None:
+        self.manifest = manifest
+        self.borrowed = borrowed
+        self.received_bytes = 0
+        self.started = time.monotonic()
+        self.receivers = [
+            TensorReceiver(tensor, buffer, image) for tensor, buffer in zip(manifest.tensors, buffers, strict=True)
+        ]
+        self._position = 0
+
+    @property
+    def weight_version(self) -> int:
+        """What these weights will be."""
+        return self.manifest.weight_version
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Take the next bytes of a stream, and verify each tensor that they complete.
+
+        Raises:
+            InvalidArgument: a checksum differs, or there are more bytes than the manifest announced.
+        """
+        left = np.frombuffer(chunk, np.uint8)
+        while len(left):
+            receiver = self._next()
+            if receiver is None:
+                expected = f"{self.received_bytes} bytes, as the manifest announced"
+                raise InvalidArgument("chunk", f"{len(left)} bytes more", expected)
+            room = receiver.room
+            taken = min(len(left), len(room))
+            np.copyto(room[:taken], left[:taken])
+            left = left[taken:]
+            self.received_bytes += taken
+            receiver.advance(taken)
+
+    def finish(self) -> Mapping[str, torch.Tensor]:
+        """All tensors by name; raise InvalidArgument when bytes are missing."""
+        receiver = self._next()
+        if receiver is not None:
+            found = f"end of stream after {self.received_bytes} bytes, within {receiver.tensor.name}"
+            raise InvalidArgument("chunk", found, "the bytes of all tensors")
+        return {receiver.tensor.name: receiver.buffer for receiver in self.receivers}
+
+    def _next(self) -> TensorReceiver | None:
+        """The receiver of the next byte; those that need none are completed."""
+        while self._position < len(self.receivers):
+            receiver = self.receivers[self._position]
+            if not receiver.done and not len(receiver.room):
+                receiver.advance(0)
+            if not receiver.done:
+                return receiver
+            self._position += 1
+        return None
+
+
+def bytes_of(tensor: torch.Tensor) -> Bytes:
+    """A writable view of a contiguous CPU tensor's bytes."""
+    if math.prod(tensor.shape) == 0:
+        return np.empty(0, np.uint8)
+    return tensor.view(-1).view(torch.uint8).numpy()
