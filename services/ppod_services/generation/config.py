@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from ppod_services.core.config import BatchingConfig, CausalServiceConfig
+from ppod_services.generation.vllm_backend.settings import VllmConfig
 
 
 class GenerationBatchingConfig(BatchingConfig):
@@ -19,3 +22,7 @@ class GenerationServiceConfig(CausalServiceConfig):
     batching: GenerationBatchingConfig = GenerationBatchingConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     name: str = Field(default="policy", min_length=1, description="what requests call the model")
+    backend: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="what samples; vllm needs an environment that has it (make setup-vllm)"
+    )
+    vllm: VllmConfig = VllmConfig()

@@ -22,6 +22,7 @@ from ppod_services.generation.requests import GenerationItem
 from ppod_services.generation.rows import NewToken, Row
 from ppod_services.generation.sampling import draw
 
+
 class GenerationEngine:
     """Samples from a causal language model.
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import grpc.aio
 
 from ppod.tensors import TokenArray
 from ppod.v1 import generation_pb2_grpc
-from ppod_services.core.causal_service import CausalService
-from ppod_services.core.config import CausalServiceConfig
+from ppod_services.core.causal_service import CausalService, LoadedModel
 from ppod_services.core.scheduler import RunBatch
-from ppod_services.core.server import Host
+from ppod_services.core.server import Host, ServiceBroken
+from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.requests import GeneratedSample, GenerationItem, TokenFilter
 from ppod_services.generation.servicer import GENERATION_SERVICE, GenerationServicer
 
@@ -19,19 +21,47 @@ if TYPE_CHECKING:
     from ppod_services.core.model import CausalModel
     from ppod_services.core.weights import ServedWeights
 
+_LOOK_S = 0.5
+
 
 class GenerationService(CausalService[GenerationItem, GeneratedSample]):
     """Hosts GenerationService and, on the admin port, WeightService."""
 
     service_name = GENERATION_SERVICE
 
-    def __init__(self, config: CausalServiceConfig, host: Host) -> None:
+    def __init__(self, config: GenerationServiceConfig, host: Host) -> None:
         super().__init__(config, host)
+        self._own_config = config
+        self._failure: Callable[[], str | None] = _never
+        self._close: Callable[[], None] = _nothing
         self._servicer = GenerationServicer(self.target, self.scheduler, config.limits)
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add GenerationService."""
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._servicer, server)
+
+    def load_model(self) -> LoadedModel[GenerationItem, GeneratedSample]:
+        """Load the model with the backend that is configured."""
+        if self._own_config.backend == "transformers":
+            return super().load_model()
+        from ppod_services.generation.vllm_backend.loading import load_vllm  # noqa: PLC0415 - it imports torch
+
+        loaded = load_vllm(self._own_config, self._metrics.weight_version)
+        self._failure, self._close = loaded.failure, loaded.close
+        return loaded.model
+
+    async def run(self) -> None:
+        """Run batches until cancelled, or until the engine can run none any more."""
+        scheduling = asyncio.create_task(super().run())
+        try:
+            while not scheduling.done():
+                await asyncio.wait([scheduling], timeout=_LOOK_S)
+                if (failure := self._failure()) is not None:
+                    raise ServiceBroken(failure)
+            await scheduling
+        finally:
+            scheduling.cancel()
+            await asyncio.to_thread(self._close)
 
     def build_engine(self, model: CausalModel, weights: ServedWeights) -> RunBatch[GenerationItem, GeneratedSample]:
         """Make the engine, which needs torch."""
@@ -50,3 +80,11 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
             token_filter=TokenFilter(temperature=0.0),
             stop_ids=frozenset(),
         )
+
+
+def _never() -> str | None:
+    """An engine in this process ends with it."""
+
+
+def _nothing() -> None:
+    """There is nothing to close."""

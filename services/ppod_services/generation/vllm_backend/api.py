@@ -69,7 +69,6 @@ class Engine(Protocol):
         ...
 
 
-
 def platform() -> str:
     """The kind of device that this build of vLLM runs on: "cpu", "cuda", ..."""
     return cast(str, current_platform.device_type)
@@ -90,9 +89,10 @@ def start_engine(arguments: Mapping[str, JsonValue]) -> Engine:
     return cast(Engine, AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.ENGINE_CONTEXT))
 
 
-def make_sampling(values: Mapping[str, object]) -> Sampling:
-    """SamplingParams of one completion, of which only the end is reported."""
-    return cast(Sampling, _SamplingParams(**values, output_kind=RequestOutputKind.FINAL_ONLY))
+def make_sampling(values: Mapping[str, object], *, stepwise: bool) -> Sampling:
+    """SamplingParams of one completion; it is told of at its end only, or with all its tokens so far at each step."""
+    kind = RequestOutputKind.CUMULATIVE if stepwise else RequestOutputKind.FINAL_ONLY
+    return cast(Sampling, _SamplingParams(**values, output_kind=kind))
 
 
 def make_prompt(token_ids: list[int]) -> object:

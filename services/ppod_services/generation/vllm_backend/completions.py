@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from ppod.errors import Internal, InvalidArgument, NonFiniteOutput
 from ppod.tensors import FloatArray
 from ppod_services.generation.requests import Ending, GeneratedSample, GenerationItem, VersionSpan
-from ppod_services.generation.vllm_backend.outputs import CompletionOutput
+from ppod_services.generation.stop_texts import StopTexts
+from ppod_services.generation.vllm_backend.outputs import CompletionOutput, Ended
 
 _LEAST_TEMPERATURE = 0.01
 _MOST_TEMPERATURE = 2.0
@@ -43,8 +45,10 @@ def sampling_values(item: GenerationItem, *, both_logprobs: bool) -> Mapping[str
         raise InvalidArgument(
             "sampling.unscaled_logprobs",
             "asked for, with a distribution that is not the model's own",
-            "temperature 0 or 1 without cuts, penalty and bias: this vLLM tells the sampled distribution's logprobs only",
+            "temperature 0 or 1 without cuts, penalty and bias: this vLLM tells no other distribution's logprobs",
         )
+    # vLLM does not see that a stop text began in tokens that were sampled before: `ResumedStops` does.
+    stops = () if item.resumed else item.stop_strings
     return {
         "temperature": token_filter.temperature,
         "top_p": token_filter.top_p,
@@ -57,9 +61,9 @@ def sampling_values(item: GenerationItem, *, both_logprobs: bool) -> Mapping[str
         "stop_token_ids": sorted(item.stop_ids),
         # The model's own end-of-sequence ids are among `stop_ids` where they end the completion.
         "ignore_eos": True,
-        "stop": list(item.stop_strings),
-        "detokenize": bool(item.stop_strings),
-        "skip_special_tokens": False,
+        "stop": list(stops),
+        "detokenize": bool(stops),
+        "skip_special_tokens": True,
         "logprobs": int(item.unscaled and both_logprobs),
         "flat_logprobs": True,
     }
@@ -72,37 +76,63 @@ def signed_seed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def read_sample(
-    item: GenerationItem, output: CompletionOutput, *, both_logprobs: bool, serving: int
-) -> GeneratedSample:
+class ResumedStops:
+    """Finds stop texts of a completion that was begun before, as its tokens come.
+
+    Args:
+        item: the completion, with stop texts.
+        tokenizer: of the model.
+
+    Attributes:
+        tokens: how many tokens complete a stop text; None until one is complete.
+    """
+
+    def __init__(self, item: GenerationItem, tokenizer: Tokenizer) -> None:
+        prompt: list[int] = item.prompt.tolist()
+        begin = len(prompt) - item.resumed
+        self._stops = StopTexts(tokenizer, item.stop_strings, prompt[:begin], prompt[begin:])
+        self._seen = 0
+        self.tokens: int | None = None
+
+    def look(self, tokens: Sequence[int]) -> bool:
+        """Take all tokens so far; whether a stop text is complete."""
+        while self.tokens is None and self._seen < len(tokens):
+            self._seen += 1
+            if self._stops.completes(tokens[self._seen - 1]):
+                self.tokens = self._seen
+        return self.tokens is not None
+
+
+def read_sample(item: GenerationItem, ended: Ended, *, both_logprobs: bool, serving: int) -> GeneratedSample:
     """What came of an item.
 
     Args:
         item: the completion.
-        output: its end.
+        ended: its end.
         both_logprobs: as for `sampling_values`.
         serving: the version that would have made the first token, where there is none.
 
     Raises:
         NonFiniteOutput: the model's logits are not finite. Internal: the output contradicts itself.
     """
-    tokens = np.asarray(output.token_ids, dtype=np.int32)
+    output = ended.output
     rows = 2 if item.unscaled and both_logprobs else 1
     flat = np.asarray(output.logprobs.logprobs if output.logprobs is not None else (), dtype=np.float32)
-    if flat.size != rows * len(tokens):
-        raise Internal(f"vLLM gave {len(tokens)} tokens and {flat.size} logprobs, expected {rows * len(tokens)}")
-    table: FloatArray = flat.reshape(-1, rows)
+    if flat.size != rows * len(output.token_ids):
+        found = f"{len(output.token_ids)} tokens and {flat.size} logprobs"
+        raise Internal(f"vLLM gave {found}, expected {rows * len(output.token_ids)} logprobs")
+    table: FloatArray = flat.reshape(-1, rows)[: ended.tokens]
     bad = ~np.isfinite(table).all(axis=1)
     if bad.any():
         raise NonFiniteOutput("logits", item.prompt_index, str(table[int(bad.argmax())].tolist()))
+    tokens = np.asarray(output.token_ids, dtype=np.int32)[: ended.tokens]
     spans = _spans(output, len(tokens))
-    logprobs = np.ascontiguousarray(table[:, 0])
     return GeneratedSample(
         tokens=tokens,
-        logprobs=logprobs,
+        logprobs=np.ascontiguousarray(table[:, 0]),
         # Asked for alone, it is the same number where nothing shapes the distribution.
         unscaled_logprobs=np.ascontiguousarray(table[:, -1]) if item.unscaled else None,
-        ending=_ending(output),
+        ending=_ending(item, ended),
         weight_version=spans[-1].weight_version if spans else serving,
         spans=spans,
     )
@@ -116,7 +146,10 @@ def _shaped(item: GenerationItem) -> bool:
     return tempered or penalised or token_filter.cuts
 
 
-def _ending(output: CompletionOutput) -> Ending:
+def _ending(item: GenerationItem, ended: Ended) -> Ending:
+    output = ended.output
+    if ended.tokens is not None:
+        return Ending.STOP if output.token_ids[ended.tokens - 1] in item.stop_ids else Ending.STOP_STRING
     if output.finish_reason == "stop" and isinstance(output.stop_reason, str):
         return Ending.STOP_STRING
     ending = _ENDINGS.get(output.finish_reason or "")
@@ -126,12 +159,10 @@ def _ending(output: CompletionOutput) -> Ending:
 
 
 def _spans(output: CompletionOutput, count: int) -> tuple[VersionSpan, ...]:
-    """Which version made which tokens, by the labels that the engine put on its steps."""
-    found = tuple(
-        VersionSpan(int(span.version), span.end - span.start)
-        for span in output.weight_versions or ()
-        if span.end > span.start
-    )
-    if sum(span.tokens for span in found) != count:
-        raise Internal(f"vLLM told the weight versions of {sum(span.tokens for span in found)} tokens of {count}")
+    """Which version made which of the first `count` tokens, by the labels that the engine put on its steps."""
+    cut = [(int(span.version), min(span.end, count) - span.start) for span in output.weight_versions or ()]
+    found = tuple(VersionSpan(version, tokens) for version, tokens in cut if tokens > 0)
+    told = sum(span.tokens for span in found)
+    if told != count:
+        raise Internal(f"vLLM told the weight versions of {told} tokens, expected {count}")
     return found

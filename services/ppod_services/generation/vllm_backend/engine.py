@@ -6,13 +6,15 @@ import queue
 import time
 from collections.abc import Sequence
 
-from ppod.errors import Internal, PpodError, Unavailable
+from tokenizers import Tokenizer
+
+from ppod.errors import PpodError, Unavailable
 from ppod_services.core.described import check_version
 from ppod_services.core.scheduler import JoinableSink
 from ppod_services.core.weights import ServedWeights
 from ppod_services.generation.requests import GeneratedSample, GenerationItem
 from ppod_services.generation.vllm_backend.api import ENGINE_ERRORS, make_sampling
-from ppod_services.generation.vllm_backend.completions import read_sample, sampling_values
+from ppod_services.generation.vllm_backend.completions import ResumedStops, read_sample, sampling_values
 from ppod_services.generation.vllm_backend.host import Answer, EngineHost, Prompt
 
 _POLL_S = 0.005
@@ -29,17 +31,19 @@ class VllmEngine:
     Args:
         host: the engine.
         weights: tells the version that serves.
+        tokenizer: the model's.
         both_logprobs: whether the engine tells unscaled logprobs besides those of the sampled distribution.
     """
 
-    def __init__(self, host: EngineHost, weights: ServedWeights, *, both_logprobs: bool) -> None:
+    def __init__(self, host: EngineHost, weights: ServedWeights, tokenizer: Tokenizer, *, both_logprobs: bool) -> None:
         self._host = host
         self._weights = weights
+        self._tokenizer = tokenizer
         self._both_logprobs = both_logprobs
 
     def run(self, items: Sequence[GenerationItem], sink: Sink) -> None:
         """Complete each prompt, and emit each completion as soon as it is finished."""
-        run = _Run(self._host, self._weights, sink, both_logprobs=self._both_logprobs)
+        run = _Run(self._host, self._weights, self._tokenizer, sink, both_logprobs=self._both_logprobs)
         try:
             run.add(items)
             while run.active:
@@ -56,9 +60,12 @@ class VllmEngine:
 class _Run:
     """The completions of one run that are under way, by their positions."""
 
-    def __init__(self, host: EngineHost, weights: ServedWeights, sink: Sink, *, both_logprobs: bool) -> None:
+    def __init__(
+        self, host: EngineHost, weights: ServedWeights, tokenizer: Tokenizer, sink: Sink, *, both_logprobs: bool
+    ) -> None:
         self._host = host
         self._weights = weights
+        self._tokenizer = tokenizer
         self._sink = sink
         self._both_logprobs = both_logprobs
         self._count = 0
@@ -77,14 +84,12 @@ class _Run:
         for item in items:
             position, self._count = self._count, self._count + 1
             try:
-                check_version(item.weight_version, self._weights.version)
-                values = sampling_values(item, both_logprobs=self._both_logprobs)
+                prompt = self._prompt(position, item)
             except PpodError as error:
                 self._sink.fail(position, error)
                 continue
-            request_id = self._host.new_id()
-            self._active[position] = (item, request_id)
-            prompts.append(Prompt(request_id, item.prompt.tolist(), make_sampling(values), self._taker(position)))
+            self._active[position] = (item, prompt.request_id)
+            prompts.append(prompt)
         if prompts:
             self._host.check()
             self._host.begin(prompts)
@@ -125,8 +130,19 @@ class _Run:
         if self._active and self._host.failure is None:
             self._host.abort([request_id for _, request_id in self._active.values()])
 
-    def _taker(self, position: int) -> _Taker:
-        return _Taker(position, self._answers)
+    def _prompt(self, position: int, item: GenerationItem) -> Prompt:
+        """A completion as vLLM is to make it; raise PpodError when it cannot be."""
+        check_version(item.weight_version, self._weights.version)
+        values = sampling_values(item, both_logprobs=self._both_logprobs)
+        resumed = bool(item.resumed and item.stop_strings)
+        return Prompt(
+            request_id=self._host.new_id(),
+            token_ids=item.prompt.tolist(),
+            sampling=make_sampling(values, stepwise=resumed),
+            pinned=item.weight_version is not None,
+            stops=ResumedStops(item, self._tokenizer) if resumed else None,
+            done=_Taker(position, self._answers),
+        )
 
     def _settle(self, position: int, answer: Answer) -> None:
         taken = self._active.pop(position, None)
@@ -137,19 +153,13 @@ class _Run:
         if error is not None:
             self._active[position] = taken
             raise _translated(self._host, error) from error
+        item, serving = taken[0], self._weights.version
         try:
-            sample = self._read(taken[0], answer)
+            sample = read_sample(item, answer.result(), both_logprobs=self._both_logprobs, serving=serving)
         except PpodError as fault:
             self._sink.fail(position, fault)
         else:
             self._sink.emit(position, sample)
-
-    def _read(self, item: GenerationItem, answer: Answer) -> GeneratedSample:
-        output = answer.result()
-        if output is None:
-            raise Internal("vLLM ended a completion without any output")
-        serving = self._weights.version
-        return read_sample(item, output.outputs[0], both_logprobs=self._both_logprobs, serving=serving)
 
 
 class _Taker:

@@ -1,4 +1,4 @@
-"""The engine in an event loop and a thread of its own, so that neither the service's loop nor its model thread is held."""
+"""The engine in an event loop and a thread of its own: neither the service's loop nor its model's thread is held."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import TypeVar
 
 import uvloop
 
-from ppod.errors import Unavailable
+from ppod.errors import Internal, Unavailable
 from ppod_services.generation.vllm_backend.api import Engine, Sampling, make_prompt
-from ppod_services.generation.vllm_backend.outputs import RequestOutput
+from ppod_services.generation.vllm_backend.completions import ResumedStops
+from ppod_services.generation.vllm_backend.outputs import Ended
 
 ResultT = TypeVar("ResultT")
 
@@ -24,16 +25,27 @@ _LOOK_S = 0.2
 _CALL_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 20.0
 
-Answer = concurrent.futures.Future[RequestOutput | None]
+Answer = asyncio.Task[Ended]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """One completion to start: its id is given by `EngineHost.new_id`, `done` is told of its end."""
+    """One completion to start.
+
+    Attributes:
+        request_id: given by `EngineHost.new_id`.
+        token_ids: what to complete.
+        sampling: how; stepwise with `stops`.
+        pinned: whether new weights end it: it insists on those that serve when it begins.
+        stops: looks for stop texts that vLLM cannot find; None: there are none.
+        done: told of its end, in the engine's thread.
+    """
 
     request_id: str
     token_ids: list[int]
     sampling: Sampling
+    pinned: bool
+    stops: ResumedStops | None
     done: Callable[[Answer], None]
 
 
@@ -49,6 +61,8 @@ class EngineHost:
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._ids = itertools.count()
         self._failure: str | None = None
+        self._pinned: set[str] = set()
+        self._tasks: set[Answer] = set()
         self._thread.start()
         self._engine = self._submit(_start(start)).result()
 
@@ -80,9 +94,15 @@ class EngineHost:
         """End completions; what they have comes as their answers. Unknown ids do nothing."""
         self._submit(self._engine.abort(list(request_ids)))
 
-    def wait(
-        self, make: Callable[[Engine], Coroutine[object, object, ResultT]]
-    ) -> concurrent.futures.Future[ResultT]:
+    async def pause(self, engine: Engine) -> None:
+        """Let all sequences stand still, and end those that insist on the weights that are about to go.
+
+        Those that go on are computed anew: what they and the prefix cache hold was made by the old weights.
+        """
+        await engine.abort(list(self._pinned))
+        await engine.pause_generation(mode="keep", clear_cache=True)
+
+    def wait(self, make: Callable[[Engine], Coroutine[object, object, ResultT]]) -> concurrent.futures.Future[ResultT]:
         """Run a coroutine of the engine, and wait until it has its result or its error.
 
         Raises:
@@ -112,15 +132,31 @@ class EngineHost:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def _begin(self, prompts: Sequence[Prompt]) -> None:
+        # At once, and not by way of another callback: an abort that comes next must find them.
         for prompt in prompts:
-            self._submit(self._complete(prompt)).add_done_callback(prompt.done)
+            task = self._loop.create_task(self._complete(prompt))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(prompt.done)
 
-    async def _complete(self, prompt: Prompt) -> RequestOutput | None:
-        """The last output of a request; None where it has none."""
-        last: RequestOutput | None = None
-        async for output in self._engine.generate(make_prompt(prompt.token_ids), prompt.sampling, prompt.request_id):
-            last = output
-        return last
+    async def _complete(self, prompt: Prompt) -> Ended:
+        if prompt.pinned:
+            self._pinned.add(prompt.request_id)
+        ended: Ended | None = None
+        try:
+            async for output in self._engine.generate(
+                make_prompt(prompt.token_ids), prompt.sampling, prompt.request_id
+            ):
+                ended = Ended(output.outputs[0])
+                if prompt.stops is not None and prompt.stops.look(output.outputs[0].token_ids):
+                    ended = Ended(output.outputs[0], prompt.stops.tokens)
+                    # Its last word comes next.
+                    await self._engine.abort([prompt.request_id])
+        finally:
+            self._pinned.discard(prompt.request_id)
+        if ended is None:
+            raise Internal("vLLM ended a completion without any output")
+        return ended
 
 
 async def _start(start: Callable[[], Engine]) -> Engine:

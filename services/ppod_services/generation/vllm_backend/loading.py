@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from pydantic import JsonValue
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ppod_models.configuration import ConfigError, ModelConfig
@@ -32,6 +33,7 @@ from ppod_services.core.weights import ServedWeights
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.requests import GeneratedSample, GenerationItem
 from ppod_services.generation.vllm_backend.settings import VllmConfig
+from ppod_services.generation.vllm_backend.watch import SERVICE_VARIABLE
 
 _GIB = 2**30
 _CPU_KV_CACHE_GIB = 1.0
@@ -45,10 +47,12 @@ class _Described:
     Attributes:
         info: identity and bounds.
         shapes: of all weights, by their names in a checkpoint; a tied one goes by its first name.
+        tokenizer: turns tokens into text.
     """
 
     info: ModelInfo
     shapes: Mapping[str, tuple[int, ...]]
+    tokenizer: Tokenizer
 
 
 def load_vllm(config: GenerationServiceConfig, on_version: Callable[[int], None]) -> LoadedVllm:
@@ -58,7 +62,9 @@ def load_vllm(config: GenerationServiceConfig, on_version: Callable[[int], None]
         ModelSourceError: vLLM is not installed, or cannot load the model. ConfigError: an engine argument is unknown.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise ModelSourceError("backend vllm: vLLM is not installed; `make setup-vllm` makes an environment that has it")
+        raise ModelSourceError(
+            "backend vllm: vLLM is not installed; `make setup-vllm` makes an environment that has it"
+        )
     with _environment(config):
         from ppod_services.generation.vllm_backend import api  # noqa: PLC0415 - it imports vLLM
         from ppod_services.generation.vllm_backend.engine import VllmEngine  # noqa: PLC0415
@@ -75,8 +81,9 @@ def load_vllm(config: GenerationServiceConfig, on_version: Callable[[int], None]
     host.call(lambda engine: engine.update_weight_version("0"))
     both = all(host.call(lambda engine: engine.collective_rpc("ppod_tell_both_logprobs")))
     weights = ServedWeights(VllmWeights(host, described.shapes), on_version)
-    engine = VllmEngine(host, weights, both_logprobs=both)
-    return LoadedVllm(LoadedModel(described.info, engine.run, weights), lambda: host.failure, host.close)
+    engine = VllmEngine(host, weights, described.tokenizer, both_logprobs=both)
+    model = LoadedModel(described.info, engine.run, weights)
+    return LoadedVllm(model, described.tokenizer, lambda: host.failure, host.close)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +92,13 @@ class LoadedVllm:
 
     Attributes:
         model: what the service needs of it.
+        tokenizer: turns tokens into text.
         failure: why it can serve no more; None while it can.
         close: ends its processes; slow.
     """
 
     model: LoadedModel[GenerationItem, GeneratedSample]
+    tokenizer: Tokenizer
     failure: Callable[[], str | None]
     close: Callable[[], None]
 
@@ -169,7 +178,8 @@ def _describe(config: GenerationServiceConfig, path: Path, platform: str, dtype:
         device=platform,
         eos_token_ids=eos_token_ids(model, tokenizer),
     )
-    return _Described(info, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return _Described(info, shapes, tokenizer.backend_tokenizer)
 
 
 @contextmanager
@@ -184,7 +194,7 @@ def _environment(config: GenerationServiceConfig) -> Generator[None]:
             "VLLM_LOGGING_CONFIG_PATH": str(logging_file),
             "VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.vllm.start_timeout_s)),
             "VLLM_NO_USAGE_STATS": "1",
-            PARENT_VARIABLE: str(os.getpid()),
+            SERVICE_VARIABLE: str(os.getpid()),
             **_threads(config.model.threads),
         }
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -34,3 +35,16 @@ class RequestOutput(Protocol):
     """What a request has come to."""
 
     outputs: Sequence[CompletionOutput]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ended:
+    """How a completion ended.
+
+    Attributes:
+        output: vLLM's last word on it.
+        tokens: how many of its tokens count, where a stop text was found outside of vLLM; else None: all.
+    """
+
+    output: CompletionOutput
+    tokens: int | None = None

@@ -14,8 +14,8 @@ _ALIGNMENT = 64
 class Segment:
     """Anonymous shared memory for tensors, one after the other.
 
-    It is a memfd and no file under /dev/shm, which containers limit to 64 MiB by default; it is gone when nobody maps it
-    any more, also after a crash. Worker processes open it by `path`, as long as this object lives.
+    It is a memfd and no file under /dev/shm, which containers limit to 64 MiB by default; it is gone when nobody maps
+    it any more, also after a crash. Worker processes open it by `path`, as long as this object lives.
 
     Args:
         shapes, dtypes: of the tensors that it is to hold.
@@ -52,9 +52,7 @@ class Segment:
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
 
-def read_tensor(
-    memory: mmap.mmap, offset: int, shape: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:
+def read_tensor(memory: mmap.mmap, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor that looks into mapped memory, and keeps it mapped."""
     count = torch.Size(shape).numel()
     if not count:

@@ -108,7 +108,7 @@ class VllmWeights:
         Raises:
             Internal: the new weights could not be loaded, and the old ones serve on. Unavailable: nothing serves.
         """
-        error = self._host.wait(_pause).exception() or self._host.wait(image.load).exception()
+        error = self._host.wait(self._host.pause).exception() or self._host.wait(image.load).exception()
         if error is not None:
             self._restore(error)
             self._resume()
@@ -149,11 +149,6 @@ def _shared(received: ReceivedWeights, segment: Segment | None) -> _Image:
 
 def _address(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr() if tensor.numel() else 0, tensor.numel() * tensor.element_size()
-
-
-async def _pause(engine: Engine) -> None:
-    # Sequences that go on are computed anew: what they and the prefix cache hold was made by the old weights.
-    await engine.pause_generation(mode="keep", clear_cache=True)
 
 
 async def _resume(engine: Engine) -> None:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import logging
 import mmap
-import os
-import select
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol, cast
 
@@ -15,9 +11,8 @@ import torch
 from torch import nn
 
 from ppod_services.generation.vllm_backend.segments import read_tensor
+from ppod_services.generation.vllm_backend.watch import end_with_service
 
-PARENT_VARIABLE = "PPOD_VLLM_SERVICE_PID"
-"""Environment variable with the process id of the service, which workers must not outlive."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 TensorAt = tuple[str, str, tuple[int, ...], int]
@@ -142,7 +137,7 @@ def _reload(worker: object, weights: object) -> None:
 def _repack_tied_head(model: nn.Module) -> None:
     """A CPU computes with a packed copy of a weight, and a head that shares the embedding's weight has its own copy.
 
-    vLLM's reload makes the embedding's copy anew and leaves the head's as it was: logits would stay those of old weights.
+    vLLM's reload makes the embedding's copy anew and leaves the head's as it was, which would go on with old weights.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore  # noqa: PLC0415
         ParallelLMHead,
@@ -156,24 +151,5 @@ def _repack_tied_head(model: nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def _end_with(service: int) -> None:
-    """End this process, and the engine's that started it, when the service's ends: vLLM's own would live on."""
-    parent = os.getppid()
-    try:
-        descriptor = os.pidfd_open(service)
-    except ProcessLookupError:
-        descriptor = None
-
-    def watch() -> None:
-        if descriptor is not None:
-            select.select([descriptor], [], [])
-        # A worker may live in the engine's process; and whoever took this one over since is none of ours.
-        if os.getppid() == parent != service:
-            os.kill(parent, signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="ppod-service-watch", daemon=True).start()
-
-
-if PARENT_VARIABLE in os.environ:
-    _end_with(int(os.environ[PARENT_VARIABLE]))
+# vLLM imports this module in its workers, before they load anything, and nobody else does.
+end_with_service()
