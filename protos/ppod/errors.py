@@ -132,6 +132,27 @@ class RewardFailed(PpodError):
 
 
 @dataclass(eq=False)
+class FilterFailed(PpodError):
+    """An output filter gave no verdict on a completion, so the completion is not sent.
+
+    Attributes:
+        filter: its name.
+        found: what happened instead.
+        expected: what it should have given.
+        sample: position of the prompt in the request.
+    """
+
+    filter: str
+    found: str
+    expected: str
+    sample: int
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+    def __str__(self) -> str:
+        return f"output filter {self.filter!r}, sample {self.sample}: found {self.found}, expected {self.expected}"
+
+
+@dataclass(eq=False)
 class InvalidReply(PpodError):
     """A reply breaks the contract: wrong shape, a value that is not finite, a missing sample."""
 
@@ -188,6 +209,9 @@ class Internal(_PlainError):
     """A bug of ours, or a status that nothing else here stands for."""
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+
+_PLAIN = {kind.__name__: kind for kind in (Unavailable, Unauthenticated, PermissionDenied, DeadlineExceeded, Cancelled)}
 
 
 def to_status(error: PpodError) -> status_pb2.Status:
@@ -318,15 +342,9 @@ def _rebuild_from(info: error_details_pb2.ErrorInfo, message: str) -> PpodError:
         case "RewardFailed":
             sample = int(values["sample"]) if "sample" in values else None
             return RewardFailed(values["reward"], values["found"], values["expected"], sample)
-        case "Unavailable":
-            return Unavailable(values["detail"])
-        case "Unauthenticated":
-            return Unauthenticated(values["detail"])
-        case "PermissionDenied":
-            return PermissionDenied(values["detail"])
-        case "DeadlineExceeded":
-            return DeadlineExceeded(values["detail"])
-        case "Cancelled":
-            return Cancelled(values["detail"])
+        case "FilterFailed":
+            return FilterFailed(values["filter"], values["found"], values["expected"], int(values["sample"]))
+        case reason if reason in _PLAIN:
+            return _PLAIN[reason](values["detail"])
         case _:
             return Internal(message)

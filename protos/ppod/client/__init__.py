@@ -2,16 +2,17 @@
 
 from ppod.client.base import AsyncServiceClient, ServiceClient
 from ppod.client.breakdown import RewardComponent, RewardDescription, RewardKind, ScoreAdjustment
+from ppod.client.completions import Completion, FinishReason, Sampling, WeightSpan
 from ppod.client.core import RpcObserver
 from ppod.client.delivery import NO_RETRY, Delivery, HedgePolicy, RetryPolicy, SplitPolicy
 from ppod.client.generation import AsyncGenerationClient, GenerationClient
-from ppod.client.generation_calls import Completion, FinishReason, Sampling
 from ppod.client.identity import (
     ModelDescription,
     ModelLimits,
     ModelState,
     Pin,
     Priority,
+    SeedPromise,
     Timing,
     new_request_id,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "Sampling",
     "ScoreAdjustment",
     "Scores",
+    "SeedPromise",
     "ServiceClient",
     "SplitPolicy",
     "TensorDtype",
@@ -84,6 +86,7 @@ __all__ = [
     "WeightClient",
     "WeightPause",
     "WeightPush",
+    "WeightSpan",
     "WeightStatus",
     "WeightTensor",
     "new_request_id",

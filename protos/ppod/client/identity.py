@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ppod.errors import FailedPrecondition, InvalidReply
-from ppod.v1 import common_pb2
+from ppod.v1 import common_pb2, generation_pb2
 
 
 class Priority(Enum):
@@ -39,13 +39,25 @@ class ModelLimits:
     device: str
 
 
+class SeedPromise(Enum):
+    """What a generation service promises of seeds; see generation.proto. UNKNOWN: it does not tell, or is no such."""
+
+    UNKNOWN = generation_pb2.SEED_PROMISE_UNSPECIFIED
+    EVERY_REPLICA = generation_pb2.SEED_PROMISE_EVERY_REPLICA
+    UNINTERRUPTED = generation_pb2.SEED_PROMISE_UNINTERRUPTED
+
+
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """Identity and limits of a served model; `eos_token_ids` is empty where it has no meaning."""
+    """Identity and limits of a served model.
+
+    `eos_token_ids` is empty, and `seed_promise` UNKNOWN, where they have no meaning.
+    """
 
     state: ModelState
     limits: ModelLimits
     eos_token_ids: tuple[int, ...] = ()
+    seed_promise: SeedPromise = SeedPromise.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)

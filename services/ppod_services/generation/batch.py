@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ppod.errors import NonFiniteOutput, PpodError
-from ppod_services.core.described import check_version
+from ppod.errors import NonFiniteOutput
 from ppod_services.core.scheduler import JoinableSink
 from ppod_services.core.weights import ServedWeights
 from ppod_services.generation.arrivals import Arrival, Arrivals
@@ -24,9 +23,7 @@ GenerationSink = JoinableSink[GenerationItem, GeneratedSample]
 class Batch:
     """Those who decode, in the order of their slots, and those who are to."""
 
-    def __init__(
-        self, decoder: SlotDecoder, weights: ServedWeights, sink: GenerationSink, prefill_tokens: int
-    ) -> None:
+    def __init__(self, decoder: SlotDecoder, weights: ServedWeights, sink: GenerationSink, prefill_tokens: int) -> None:
         self.rows: list[Row] = []
         self._arrivals = Arrivals()
         self._decoder = decoder
@@ -41,11 +38,9 @@ class Batch:
         return bool(self.rows or len(self._arrivals))
 
     def join(self, row: Row) -> None:
-        """Take in a completion; refuse one whose version went out of service while it waited."""
-        try:
-            check_version(row.item.weight_version, self._weights.version)
-        except PpodError as error:
-            self._sink.fail(row.position, error)
+        """Take in a completion; hand back one whose version went out of service while it waited."""
+        if row.item.weight_version not in (None, self._weights.version):
+            self._abort(row)
             return
         source = self._sibling(row)
         if source is None:
@@ -139,7 +134,8 @@ class Batch:
         return self._sink.abandoned(row.position)
 
     def _abort(self, row: Row) -> None:
-        self._sink.emit(row.position, row.sample(Ending.ABORTED, self._version))
+        pinned = row.item.weight_version
+        self._sink.emit(row.position, row.sample(Ending.ABORTED, self._version if pinned is None else pinned))
 
     def _remove(self, slot: int) -> None:
         self._decoder.leave(slot, tainted=not self.rows[slot].finite)

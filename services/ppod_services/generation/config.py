@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from ppod_models.configuration import ConfigModel
 from ppod_services.core.config import BatchingConfig, CausalServiceConfig
+from ppod_services.generation.filters.registry import check_parameters
 from ppod_services.generation.vllm_backend.settings import VllmConfig
 
 
@@ -16,12 +19,34 @@ class GenerationBatchingConfig(BatchingConfig):
     batch_overhead_tokens: int = Field(default=2**24, ge=0, le=2**24, description="as for the other services")
 
 
+class OutputFilterConfig(ConfigModel):
+    """A filter of the entry point group `ppod.output_filters`."""
+
+    filter: str = Field(min_length=1, description="name of the entry point")
+    parameters: Mapping[str, object] = Field(default={}, description="what the filter takes; it checks them itself")
+
+    @model_validator(mode="after")
+    def _takes_the_parameters(self) -> Self:
+        check_parameters(self.filter, self.parameters)
+        return self
+
+
 class GenerationServiceConfig(CausalServiceConfig):
     """Which policy to sample from."""
 
     batching: GenerationBatchingConfig = GenerationBatchingConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     name: str = Field(default="policy", min_length=1, description="what requests call the model")
+    prefill_tokens: int = Field(
+        default=1_024,
+        ge=1,
+        le=2**24,
+        description="most prompt tokens that are run between two tokens of the sequences that decode: bounds how long "
+        "newcomers hold those up",
+    )
+    output_filters: tuple[OutputFilterConfig, ...] = Field(
+        default=(), description="what may withhold completions, in this order; none: all are sent"
+    )
     backend: Literal["transformers", "vllm"] = Field(
         default="transformers", description="what samples; vllm needs an environment that has it (make setup-vllm)"
     )

@@ -209,9 +209,10 @@ def _agrees(decoder: SlotDecoder, model: CausalModel, expected: Sequence[torch.T
     try:
         prefill = decoder.prefill(prompts)
         decoder.seat(prefill, [1] * len(prompts), max(map(len, _PROBES)))
-        found = [prefill.hidden]
-        for back in range(_PROBE_STEPS, 0, -1):
-            found.append(decoder.step([int(probe[-back]) % model.info.vocab_size for probe in _PROBES], 0))
+        steps = [
+            [int(probe[-back]) % model.info.vocab_size for probe in _PROBES] for back in range(_PROBE_STEPS, 0, -1)
+        ]
+        found = [prefill.hidden, *(decoder.step(tokens, 0) for tokens in steps)]
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
         # An architecture that wants more of its attention or its cache than there is here.
         return False

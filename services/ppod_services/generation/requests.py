@@ -17,6 +17,13 @@ class Ending(enum.Enum):
     ABORTED = "aborted"
 
 
+class SeedPromise(enum.Enum):
+    """What an engine promises of seeds; see generation.proto."""
+
+    EVERY_REPLICA = "every_replica"
+    UNINTERRUPTED = "uninterrupted"
+
+
 @dataclass(frozen=True, slots=True)
 class TokenFilter:
     """How one row's tokens are drawn, in this order: penalty, bias, temperature, min-p, top-k, top-p.

@@ -11,10 +11,12 @@ import grpc.aio
 from ppod.tensors import TokenArray
 from ppod.v1 import generation_pb2_grpc
 from ppod_services.core.causal_service import CausalService, LoadedModel
+from ppod_services.core.described import Deferred
 from ppod_services.core.scheduler import RunBatch
 from ppod_services.core.server import Host, ServiceBroken
 from ppod_services.generation.config import GenerationServiceConfig
-from ppod_services.generation.requests import GeneratedSample, GenerationItem, TokenFilter
+from ppod_services.generation.output_filtering import Decode, OutputFilters
+from ppod_services.generation.requests import GeneratedSample, GenerationItem, SeedPromise, TokenFilter
 from ppod_services.generation.servicer import GENERATION_SERVICE, GenerationServicer
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from ppod_services.core.weights import ServedWeights
 
 _LOOK_S = 0.5
+_SEED_PROMISES = {"transformers": SeedPromise.EVERY_REPLICA, "vllm": SeedPromise.UNINTERRUPTED}
 
 
 class GenerationService(CausalService[GenerationItem, GeneratedSample]):
@@ -34,7 +37,11 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
         self._own_config = config
         self._failure: Callable[[], str | None] = _never
         self._close: Callable[[], None] = _nothing
-        self._servicer = GenerationServicer(self.target, self.scheduler, config.limits)
+        self._decode: Deferred[Decode] = Deferred()
+        filters = OutputFilters(config.output_filters, host.metrics.registry)
+        self._servicer = GenerationServicer(
+            self.target, self._decode, self.scheduler, config.limits, filters, _SEED_PROMISES[config.backend]
+        )
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add GenerationService."""
@@ -48,6 +55,7 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
 
         loaded = load_vllm(self._own_config, self._metrics.weight_version)
         self._failure, self._close = loaded.failure, loaded.close
+        self._decode.set(lambda tokens: loaded.tokenizer.decode(tokens, skip_special_tokens=True))
         return loaded.model
 
     async def run(self) -> None:
@@ -67,7 +75,9 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
         """Make the engine, which needs torch."""
         from ppod_services.generation.engine import GenerationEngine  # noqa: PLC0415
 
-        return GenerationEngine(model, weights, model.tokenizer).run
+        tokenizer = model.tokenizer
+        self._decode.set(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
+        return GenerationEngine(model, weights, tokenizer, self._own_config.prefill_tokens).run
 
     def warm_up_item(self, position: int, tokens: TokenArray) -> GenerationItem:
         """Two tokens: one from the prompt, one from the cache."""

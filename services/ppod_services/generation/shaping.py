@@ -32,9 +32,7 @@ class LogitShape:
         self._bias = torch.tensor([value for _, value in bias], dtype=torch.float32, device=device)
 
     @staticmethod
-    def of(
-        token_filter: TokenFilter, prompt: TokenArray, max_tokens: int, device: torch.device
-    ) -> LogitShape | None:
+    def of(token_filter: TokenFilter, prompt: TokenArray, max_tokens: int, device: torch.device) -> LogitShape | None:
         """The shape that a filter asks for; None where it leaves logits as they are."""
         plain = token_filter.repetition_penalty == 1.0 and not token_filter.logit_bias
         return None if plain else LogitShape(token_filter, prompt, max_tokens, device)
