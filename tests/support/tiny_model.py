@@ -25,7 +25,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    *, seed: int = 0, tied: bool = True, eos_token_id: int | None = 256, max_tokens: int = MAX_TOKENS
+    *,
+    seed: int = 0,
+    tied: bool = True,
+    eos_token_id: int | None = 256,
+    max_tokens: int = MAX_TOKENS,
+    head_dim: int | None = None,
 ) -> LlamaForCausalLM:
     """A two-layer Llama with random weights large enough that its distributions are far from uniform."""
     torch.manual_seed(seed)
@@ -36,6 +41,7 @@ def build_model(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=max_tokens,
         tie_word_embeddings=tied,
         initializer_range=0.2,
@@ -46,9 +52,11 @@ def build_model(
     return LlamaForCausalLM(config).eval()
 
 
-def save_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True, max_tokens: int = MAX_TOKENS) -> Path:
+def save_tiny_model(
+    directory: Path, *, seed: int = 0, tied: bool = True, max_tokens: int = MAX_TOKENS, head_dim: int | None = None
+) -> Path:
     """Save model and tokenizer as safetensors; returns the directory."""
-    build_model(seed=seed, tied=tied, max_tokens=max_tokens).save_pretrained(directory)
+    build_model(seed=seed, tied=tied, max_tokens=max_tokens, head_dim=head_dim).save_pretrained(directory)
     build_tokenizer().save_pretrained(directory)
     return directory
 

@@ -32,7 +32,9 @@ def sampling_values(item: GenerationItem, *, both_logprobs: bool) -> Mapping[str
         InvalidArgument: vLLM does not sample so, or would silently sample otherwise.
     """
     token_filter = item.token_filter
-    if not token_filter.greedy and not _LEAST_TEMPERATURE <= token_filter.temperature <= _MOST_TEMPERATURE:
+    # The least one travels as the float32 just below it.
+    least = _LEAST_TEMPERATURE - 1e-6
+    if not token_filter.greedy and not least <= token_filter.temperature <= _MOST_TEMPERATURE:
         raise InvalidArgument(
             "sampling.temperature",
             f"{token_filter.temperature:g}",
@@ -50,7 +52,7 @@ def sampling_values(item: GenerationItem, *, both_logprobs: bool) -> Mapping[str
     # vLLM does not see that a stop text began in tokens that were sampled before: `ResumedStops` does.
     stops = () if item.resumed else item.stop_strings
     return {
-        "temperature": token_filter.temperature,
+        "temperature": 0.0 if token_filter.greedy else max(token_filter.temperature, _LEAST_TEMPERATURE),
         "top_p": token_filter.top_p,
         "top_k": token_filter.top_k,
         "min_p": token_filter.min_p,
