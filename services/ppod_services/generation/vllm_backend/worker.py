@@ -126,8 +126,11 @@ def _reload(worker: object, weights: object) -> None:
     logging.getLogger("vllm.model_executor.models.utils").setLevel(logging.ERROR)
     with torch.no_grad(), set_current_vllm_config(config):
         initialize_layerwise_reload(model)
-        loaded = cast(_Loads, model).load_weights(iter(cast("Sequence[tuple[str, torch.Tensor]]", weights)))
-        finalize_layerwise_reload(model, config.model_config)
+        try:
+            loaded = cast(_Loads, model).load_weights(iter(cast("Sequence[tuple[str, torch.Tensor]]", weights)))
+        finally:
+            # Also after a failure: the next load must not find what this one left half done.
+            finalize_layerwise_reload(model, config.model_config)
         _repack_tied_head(model)
     missing = sorted(expected - loaded) if loaded is not None else []
     if missing:
