@@ -24,13 +24,13 @@ class _Results:
     def __init__(self) -> None:
         self.found: list[GeneratedSample] = []
 
-    def emit(self, position: int, result: GeneratedSample) -> None:
+    def emit(self, position: int, result: GeneratedSample) -> None:  # noqa: ARG002
         self.found.append(result)
 
-    def fail(self, position: int, error: Exception) -> None:
+    def fail(self, position: int, error: Exception) -> None:  # noqa: ARG002
         raise error
 
-    def abandoned(self, position: int) -> bool:
+    def abandoned(self, position: int) -> bool:  # noqa: ARG002
         return False
 
     def more(self) -> list[GenerationItem]:
@@ -44,7 +44,7 @@ def main(model_dir: str) -> None:
     """Run both attempts."""
     values = {**vllm_values(model_dir), "listen": {"port": 1}}
     config = parse_config(GenerationServiceConfig, values, "test")
-    loaded = load_vllm(config, lambda version: None)
+    loaded = load_vllm(config, [].append)
     store = loaded.model.weights._store
     model = build_vllm_model(seed=9)
     good = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
