@@ -67,7 +67,12 @@ def in_process(source: str, passes: int) -> list[float]:
     """Tokens a second of each pass of a bare AsyncLLM, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.generation.vllm_throughput", "--model", source]
     done = subprocess.run(
-        [*command, "--bare", str(passes)], env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+        [*command, "--bare", str(passes)],
+        env={**environment(), "VLLM_LOGGING_STREAM": "ext://sys.stderr"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
