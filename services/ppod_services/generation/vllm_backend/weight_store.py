@@ -10,8 +10,8 @@ import torch
 
 from ppod.errors import Internal, InvalidArgument
 from ppod_models.loading import DTYPES
-from ppod_services.core.described import IncomingTensor, LoraAdapter
 from ppod_services.core.logs import log_event
+from ppod_services.core.weight_manifest import IncomingTensor, LoraAdapter
 from ppod_services.core.weight_store import Install, ReceivedWeights
 from ppod_services.generation.vllm_backend.api import Engine
 from ppod_services.generation.vllm_backend.host import EngineHost
