@@ -29,11 +29,11 @@ RUN_STAMP := $(VENV)/.installed-run-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraints.txt services/install-vllm.sh | cksum | tr ' ' -)
 
-.PHONY: help setup setup-run setup-vllm run test test-vllm lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos \
-	format protos bench-trl bench-serving bench-fairness bench-overload bench-fuzz clean
+.PHONY: help setup setup-run setup-vllm run test test-vllm lint lint-ruff lint-format lint-types lint-imports lint-buf \
+	lint-protos format protos bench-trl bench-serving bench-generation bench-fairness bench-overload bench-fuzz clean
 
 help: ## list the tasks
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-14s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
 
 setup: $(DEV_STAMP) ## install ppod with everything for development into $(VENV)
 	@$(point_at_this_checkout)
@@ -90,6 +90,9 @@ bench-trl: setup-run ## measure ppod and TRL side by side (TRL in an environment
 bench-serving: setup-run ## measure the reward service against its bare forward pass and its peers (~25 minutes)
 	tests/benchmarks/serving/setup.sh $(CACHE) $(PYTHON)
 	$(BIN)/python tests/benchmarks/serving/compare.py --peers $(CACHE)/venv-serving-peers --vllm $(CACHE)/venv-vllm $(ARGS)
+
+bench-generation: setup-run ## measure generation through gRPC against its engine driven in process (~10 minutes)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.generation.compare $(ARGS)
 
 bench-fairness: setup-run ## measure two teams on one reward service, one of them flooding it
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.sharing.fairness $(ARGS)

@@ -121,7 +121,15 @@ def _ask(query: Score | Generate) -> int:
         if isinstance(query, Score):
             clients.score(clients.ScoreQuery(query.target, texts, query.model, query.json, query.timeout_s, security))
         else:
-            sampling = Sampling(query.max_tokens, temperature=query.temperature, top_p=query.top_p)
+            sampling = Sampling(
+                query.max_tokens,
+                temperature=query.temperature,
+                top_p=query.top_p,
+                min_p=query.min_p,
+                repetition_penalty=query.repetition_penalty,
+                stop=query.stop,
+                n=query.n,
+            )
             clients.generate(
                 clients.GenerateQuery(
                     query.target, texts, query.tokenizer, sampling, query.seed, query.json, query.timeout_s, security

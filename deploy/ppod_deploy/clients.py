@@ -45,7 +45,7 @@ class GenerateQuery:
         prompts: at least one.
         tokenizer: model source whose tokenizer.json the service's model uses.
         sampling: how tokens are drawn.
-        seed: of the first prompt, the next has the next; None: the service picks.
+        seed: of the first completion, the next has the next; None: the service picks.
         as_json: print one JSON object a line.
         timeout_s: deadline in seconds.
         security: TLS and token.
@@ -94,15 +94,19 @@ def generate(query: GenerateQuery) -> None:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     ids = [tokenizer.encode(prompt).ids for prompt in query.prompts]
-    seeds = [] if query.seed is None else [query.seed + index for index in range(len(ids))]
+    count = len(ids) * max(query.sampling.n, 1)
+    seeds = [] if query.seed is None else [query.seed + index for index in range(count)]
     with GenerationClient(query.target, timeout_s=query.timeout_s, security=query.security) as client:
         completions = client.generate(ids, query.sampling, seeds=seeds)
-    for prompt, completion in zip(query.prompts, completions, strict=True):
+    for completion in completions:
+        prompt = query.prompts[completion.index]
         text = tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
         if query.as_json:
             print_json(_record(prompt, text, completion))
         else:
-            Console(stderr=False, highlight=False).print(f"[dim]{_escaped(prompt)}[/dim]{_escaped(text)}")
+            withheld = completion.filter_reason
+            shown = f" [dim](withheld: {_escaped(withheld)})[/dim]" if withheld else _escaped(text)
+            Console(stderr=False, highlight=False).print(f"[dim]{_escaped(prompt)}[/dim]{shown}")
 
 
 def read_lines(texts: Sequence[str]) -> list[str]:

@@ -167,8 +167,20 @@ class Generate:
     top_p: float = 1.0
     """Draws from the smallest set of tokens with this probability; 1 keeps all."""
 
+    min_p: float = 0.0
+    """Draws from tokens at least this likely, relative to the likeliest; 0 keeps all."""
+
+    repetition_penalty: float = 1.0
+    """Makes tokens that are there already less likely; 1 does not."""
+
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion."""
+
+    n: int = 1
+    """Completions of each prompt."""
+
     seed: int | None = None
-    """Seed of the first prompt; the next prompts have the next ones. Default: the service picks."""
+    """Seed of the first completion; the next ones have the next ones. Default: the service picks."""
 
     json: bool = False
     """Print one JSON object a line, with logprobs."""

@@ -32,6 +32,7 @@ from ppod import (
 )
 from ppod.channel import MAX_MESSAGE_BYTES
 from ppod.client import NO_RETRY
+from ppod.tensors import unpack_sequences
 from ppod.v1 import common_pb2, generation_pb2
 from support.processes import free_ports
 from support.scripted_services import STATE, Script, scripted_server, token_score
@@ -311,6 +312,33 @@ def test_a_broken_stream_with_seeds_is_resumed(
         generate(server.target, [], patient)
     with scripted_server(Script(break_after(0))) as server:
         assert generate(server.target, [], patient) == [[7, 1], [7, 2], [7, 3]]
+
+
+def test_of_several_completions_only_those_that_are_missing_are_asked_for_again() -> None:
+    """The first stream breaks after two of the third prompt and one of the second: no whole number of n is left."""
+    patient = Delivery(retry=RetryPolicy(initial_backoff_s=0.01))
+    script = Script(break_after(3))
+    seeds = [11, 12, 21, 22, 31, 32]
+    sampling = Sampling(max_tokens=2, n=2)
+    with scripted_server(script) as server, GenerationClient(server.target, delivery=patient) as client:
+        done = client.generate([[1], [2, 2], [3, 3, 3]], sampling, seeds=seeds)
+    assert [(each.index, each.sample, each.seed) for each in done] == [
+        (0, 0, 11), (0, 1, 12), (1, 0, 21), (1, 1, 22), (2, 0, 31), (2, 1, 32)
+    ]  # fmt: skip
+    assert [each.token_ids.tolist() for each in done] == [[11, 1], [12, 1], [21, 2], [22, 2], [31, 3], [32, 3]]
+    last = script.requests[-1]
+    assert isinstance(last, generation_pb2.GenerateRequest)
+    assert (last.sampling.n, list(last.seeds)) == (1, [11, 12, 21])
+    assert [each.tolist() for each in unpack_sequences(last.prompts, "prompts")] == [[1], [1], [2, 2]]
+
+
+def test_resumed_tokens_travel_with_their_prompts_when_asked_for_again() -> None:
+    patient = Delivery(retry=RetryPolicy(initial_backoff_s=0.01))
+    script = Script(break_after(1))
+    with scripted_server(script) as server, GenerationClient(server.target, delivery=patient) as client:
+        client.generate([[1], [2, 2], [3, 3, 3]], Sampling(max_tokens=2), seeds=[11, 22, 33], resumed_tokens=[1, 0, 3])
+    requests = [request for request in script.requests if isinstance(request, generation_pb2.GenerateRequest)]
+    assert [list(requests[0].resumed_tokens), list(requests[-1].resumed_tokens)] == [[1, 0, 3], [1, 0]]
 
 
 def test_threads_share_a_client() -> None:

@@ -51,6 +51,20 @@ OK = Sampling(max_tokens=4)
         ([[1]], Sampling(max_tokens=4, top_p=float("nan")), [], "sampling.top_p", None),
         ([[1]], Sampling(max_tokens=4, stop_token_ids=(320,)), [], "sampling.stop_token_ids", None),
         ([[1], [2]], OK, [7], "seeds", None),
+        ([[1], [2]], Sampling(4, n=2), [7, 8], "seeds", None),
+        ([[1], [2]], Sampling(4, n=9), [], "sampling.n", None),
+        ([[1]], Sampling(4, min_p=-0.1), [], "sampling.min_p", None),
+        ([[1]], Sampling(4, min_p=1.1), [], "sampling.min_p", None),
+        ([[1]], Sampling(4, min_p=float("nan")), [], "sampling.min_p", None),
+        ([[1]], Sampling(4, repetition_penalty=0.0), [], "sampling.repetition_penalty", None),
+        ([[1]], Sampling(4, repetition_penalty=-1.0), [], "sampling.repetition_penalty", None),
+        ([[1]], Sampling(4, repetition_penalty=float("inf")), [], "sampling.repetition_penalty", None),
+        ([[1]], Sampling(4, logit_bias={320: 1.0}), [], "sampling.logit_bias", None),
+        ([[1]], Sampling(4, logit_bias={3: float("nan")}), [], "sampling.logit_bias", None),
+        ([[1]], Sampling(4, logit_bias={3: float("inf")}), [], "sampling.logit_bias", None),
+        ([[1]], Sampling(4, logit_bias=dict.fromkeys(range(320), -float("inf"))), [], "sampling.logit_bias", None),
+        ([[1]], Sampling(4, stop=("a", "")), [], "sampling.stop", None),
+        ([[1]], Sampling(4, stop=("a",) * 17), [], "sampling.stop", None),
     ],
 )
 def test_generation_names_the_field_and_the_sample(
@@ -64,6 +78,18 @@ def test_generation_names_the_field_and_the_sample(
     with GenerationClient(generation_service.target) as client, pytest.raises(InvalidArgument) as caught:
         client.generate(prompts, sampling, seeds=seeds)
     assert (caught.value.field, caught.value.sample) == (field, sample)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "resumed_tokens", "sample"),
+    [(OK, [1], None), (OK, [0, 3], 1), (Sampling(4, n=2), [1, 0], None)],
+)
+def test_what_cannot_be_resumed(
+    generation_service: ServiceProcess, sampling: Sampling, resumed_tokens: list[int], sample: int | None
+) -> None:
+    with GenerationClient(generation_service.target) as client, pytest.raises(InvalidArgument) as caught:
+        client.generate([[1], [2, 2]], sampling, resumed_tokens=resumed_tokens)
+    assert (caught.value.field, caught.value.sample) == ("resumed_tokens", sample)
 
 
 @pytest.mark.parametrize(

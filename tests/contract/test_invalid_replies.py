@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 from ppod import (
     FailedPrecondition,
+    FinishReason,
     GenerationClient,
     Granularity,
     InvalidReply,
@@ -19,7 +20,7 @@ from ppod import (
     RewardClient,
     Sampling,
 )
-from ppod.client import Replacement
+from ppod.client import Replacement, WeightSpan
 from ppod.tensors import pack_floats, pack_tokens
 from ppod.v1 import generation_pb2, reference_pb2, reward_admin_pb2, reward_pb2
 from support.scripted_services import Script, scripted_server
@@ -140,6 +141,23 @@ def test_entropies_and_top_tokens_that_nobody_asked_for() -> None:
             client.logprobs([[1, 2, 3], [4, 5]], [1, 1])
 
 
+def spans(*versions: tuple[int, int]) -> Callable[[Message], None]:
+    """Say which version made how many tokens."""
+
+    def change(reply: Message) -> None:
+        made = [generation_pb2.WeightSpan(weight_version=version, tokens=tokens) for version, tokens in versions]
+        cast("generation_pb2.GenerateResponse", reply).weight_spans.extend(made)
+
+    return change
+
+
+def filtered_with_tokens(reply: Message) -> None:
+    """Send what is withheld."""
+    completion = cast("generation_pb2.GenerateResponse", reply)
+    completion.finish_reason = generation_pb2.FINISH_REASON_FILTERED
+    completion.filter_reason = "rude"
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -150,7 +168,18 @@ def test_entropies_and_top_tokens_that_nobody_asked_for() -> None:
         (set_field("token_ids", b"\0" * 12), "token_ids"),
         (set_field("logprobs", pack_floats([-1])), "logprobs"),
         (set_field("finish_reason", 0), "finish_reason"),
+        (set_field("finish_reason", 77), "finish_reason"),
+        (set_field("finish_reason", generation_pb2.FINISH_REASON_STOP_STRING), "finish_reason"),
+        (set_field("finish_reason", generation_pb2.FINISH_REASON_FILTERED), "filter_reason"),
+        (set_field("filter_reason", "rude"), "filter_reason"),
+        (filtered_with_tokens, "token_ids"),
         (set_field("seed", 99), "seed"),
+        (set_field("sample", 1), "sample"),
+        (set_field("unscaled_logprobs", pack_floats([-1, -1])), "unscaled_logprobs"),
+        (spans((3, 1)), "weight_spans"),
+        (spans((2, 1), (3, 2)), "weight_spans"),
+        (spans((2, 2), (3, 0)), "weight_spans"),
+        (spans((3, 1), (4, 1)), "weight_spans"),
     ],
 )
 def test_completions(change: Callable[[Message], None], field: str) -> None:
@@ -159,6 +188,46 @@ def test_completions(change: Callable[[Message], None], field: str) -> None:
         with pytest.raises(InvalidReply) as caught:
             client.generate([[1], [2, 2]], Sampling(max_tokens=2), seeds=[5, 6])
         assert caught.value.field == field
+
+
+def test_unscaled_logprobs_that_are_missing() -> None:
+    with (
+        scripted_server() as server,
+        GenerationClient(server.target) as client,
+        pytest.raises(InvalidReply, match="unscaled_logprobs"),
+    ):
+        client.generate([[1]], Sampling(max_tokens=2, unscaled_logprobs=True))
+
+
+def test_completions_without_tokens_only_where_there_may_be_none() -> None:
+    """Handed back before its first token, and withheld: both have none, and say why."""
+
+    def change(reply: Message, _: int) -> None:
+        completion = cast("generation_pb2.GenerateResponse", reply)
+        completion.token_ids = completion.logprobs = b""
+        if completion.index:
+            completion.finish_reason = generation_pb2.FINISH_REASON_ABORTED
+        else:
+            completion.finish_reason = generation_pb2.FINISH_REASON_FILTERED
+            completion.filter_reason = "rude"
+
+    with scripted_server(Script(change)) as server, GenerationClient(server.target) as client:
+        withheld, aborted = client.generate([[1], [2]], Sampling(max_tokens=2), weight_version=3)
+    assert (withheld.finish_reason, withheld.filter_reason) == (FinishReason.FILTERED, "rude")
+    assert (aborted.finish_reason, aborted.filter_reason) == (FinishReason.ABORTED, "")
+    for done in (withheld, aborted):
+        assert (len(done.token_ids), len(done.logprobs), done.weight_spans) == (0, 0, ())
+
+
+def test_spans_tell_who_made_the_tokens() -> None:
+    script = Script(change=lambda reply, _: spans((2, 1), (3, 1))(reply))
+    with scripted_server(script) as server, GenerationClient(server.target) as client:
+        [done] = client.generate([[1]], Sampling(max_tokens=2))
+        assert done.weight_spans == (WeightSpan(2, 1), WeightSpan(3, 1))
+        with pytest.raises(FailedPrecondition, match="the server has 2, the request needs 3"):
+            client.generate([[1]], Sampling(max_tokens=2), weight_version=3)
+    with scripted_server() as server, GenerationClient(server.target) as client:
+        assert client.generate([[1]], Sampling(max_tokens=2))[0].weight_spans == (WeightSpan(3, 2),)
 
 
 @pytest.mark.parametrize(

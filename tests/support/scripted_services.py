@@ -194,7 +194,7 @@ class ScriptedReference(reference_pb2_grpc.ReferenceServiceServicer):
 
 
 class ScriptedGeneration(generation_pb2_grpc.GenerationServiceServicer):
-    """Completes a prompt with [its seed % 100, its length], last prompt first."""
+    """Completes a prompt with [its seed % 100, its length], the last completion first."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -202,16 +202,19 @@ class ScriptedGeneration(generation_pb2_grpc.GenerationServiceServicer):
     def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[generation_pb2.GenerateResponse]:
-        seeds = list(request.seeds) or [7] * len(request.prompts.lengths)
-        for index in reversed(range(len(seeds))):
+        n = request.sampling.n or 1
+        seeds = list(request.seeds) or [7] * n * len(request.prompts.lengths)
+        for place in reversed(range(len(seeds))):
+            index, sample = divmod(place, n)
             reply = generation_pb2.GenerateResponse(
                 index=index,
-                token_ids=pack_tokens([seeds[index] % 100, request.prompts.lengths[index]]),
+                sample=sample,
+                token_ids=pack_tokens([seeds[place] % 100, request.prompts.lengths[index]]),
                 logprobs=pack_floats([-1.0, -2.0]),
                 finish_reason=generation_pb2.FINISH_REASON_LENGTH,
                 model=self.script.state,
                 timing=TIMING,
-                seed=seeds[index],
+                seed=seeds[place],
             )
             self.script.answer(request, reply, context)
             yield reply

@@ -28,7 +28,7 @@ from ppod_trainer.rollouts import RolloutCollector
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import DroppedSamples, Parts, TrainingRun
 
-_FREE_SECTIONS = {"run_dir", "resume", "services", "metrics", "tracing", "checkpoint", "evaluation"}
+_FREE_SECTIONS = {"run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation"}
 
 
 def configuration_fingerprint(config: TrainerConfig) -> str:
@@ -72,7 +72,9 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
     collector = None
     try:
         with stop.interruptible():
-            connections = connect(config.services, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc)
+            connections = connect(
+                config.services, config.weight_transfer, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc
+            )
             check_services(connections, config.rollout, loading.vocab_size(learner.policy.model))
         dropped = DroppedSamples()
         collector = RolloutCollector(
@@ -111,7 +113,7 @@ def _load_learner(config: TrainerConfig, path: Path) -> Learner:
 
 def _synchronise(run: TrainingRun) -> None:
     """Make generation and reference serve exactly what this run has, whatever they served before."""
-    serving = run.parts.connections.generation_weights.status().state.weight_version
+    serving = run.parts.connections.generation_weights.serving_version()
     run.push_policy(max(serving + 1, run.state.policy_version))
     if run.state.reference_version:
         run.set_reference(run.state.reference_version)

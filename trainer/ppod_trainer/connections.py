@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from ppod import ClientSecurity, GenerationClient, Pin, ReferenceClient, RewardClient, WeightClient
 from ppod.client import ModelDescription, RpcObserver
-from ppod_trainer.config import RolloutConfig, ServicesConfig
+from ppod_trainer.config import RolloutConfig, ServicesConfig, WeightTransferConfig
 from ppod_trainer.errors import ServiceMismatchError
+from ppod_trainer.weight_sync import WeightSync
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class Connections:
     reward: RewardClient
     judge: RewardClient | None
     reference: ReferenceClient
-    generation_weights: WeightClient
+    generation_weights: WeightSync
     reference_weights: WeightClient
 
     def close(self) -> None:
@@ -29,7 +30,9 @@ class Connections:
             self.judge.close()
 
 
-def connect(config: ServicesConfig, tokenizer_fingerprint: str, observer: RpcObserver) -> Connections:
+def connect(
+    config: ServicesConfig, transfer: WeightTransferConfig, tokenizer_fingerprint: str, observer: RpcObserver
+) -> Connections:
     """Open channels to all services, with the policy's tokenizer pinned, and wait until each is ready.
 
     Raises:
@@ -53,7 +56,7 @@ def connect(config: ServicesConfig, tokenizer_fingerprint: str, observer: RpcObs
         reward=reward(config.reward_model),
         judge=None if config.judge_model is None else reward(config.judge_model),
         reference=ReferenceClient(config.reference, timeout_s=timeout_s, pin=pin, observer=observer, security=security),
-        generation_weights=weights(config.generation_admin),
+        generation_weights=WeightSync([weights(admin) for admin in config.generation_admins], transfer),
         reference_weights=weights(config.reference_admin),
     )
     for client in (connections.generation, connections.reward, connections.reference):

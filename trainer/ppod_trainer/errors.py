@@ -19,6 +19,10 @@ class ServiceMismatchError(TrainerError):
     """A service does not fit the policy: another tokenizer, a smaller limit, another weight version."""
 
 
+class WeightPushError(TrainerError):
+    """A replica of generation did not get new weights; what it serves is its old version."""
+
+
 class CheckpointError(TrainerError):
     """A checkpoint is missing, unreadable or of another configuration."""
 

@@ -119,7 +119,7 @@ class TrainingRun:
     def push_policy(self, weight_version: int) -> None:
         """Put the policy's weights into generation under a new version."""
         generation = self.parts.connections.generation_weights
-        push_weights(generation, self.parts.learner.policy.model, self._wire_dtype(), weight_version)
+        generation.push(self.parts.learner.policy.model, self._wire_dtype(), weight_version)
         self.state = replace(self.state, policy_version=weight_version)
 
     def _step(self) -> dict[str, float]:

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from ppod.client import TensorDtype, WeightClient, WeightTensor
-from ppod_trainer.errors import ServiceMismatchError
+from ppod import DeadlineExceeded, FailedPrecondition, PermissionDenied, PpodError, Unavailable, WeightClient
+from ppod.client import ReplicaOutcome, WeightPause, WeightPush, WeightStatus, WireImage, relay_tree
+from ppod_trainer.config import WeightTransferConfig
+from ppod_trainer.errors import ServiceMismatchError, WeightPushError
+from ppod_trainer.policy_weights import PolicyTensors
+from ppod_trainer.weight_planes import GrpcPlane, Outgoing, SharedPlane, WeightPlane
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def wire_tensors(model: PreTrainedModel, dtype: torch.dtype) -> list[WeightTensor]:
-    """The model's parameters, tied ones once, as bytes in `dtype` (bfloat16 or float32)."""
-    return list(_convert(model, dtype))
+_LOGGER = logging.getLogger(__name__)
+_PAUSES = {"wait": WeightPause.WAIT, "keep": WeightPause.KEEP, "abort": WeightPause.ABORT}
+AnswerT = TypeVar("AnswerT")
+Outcomes = dict[str, PpodError | None]
+"""What became of each replica, by its administration port; None: it went well."""
 
 
 def push_weights(client: WeightClient, model: PreTrainedModel, dtype: torch.dtype, weight_version: int) -> int:
-    """Send the model's weights and put them into service under `weight_version`. Returns the bytes sent.
+    """Send a model's weights to one server and put them into service under `weight_version`. Returns the bytes sent.
 
     Raises:
         PpodError: the transfer failed; the service goes on with its old version.
         ServiceMismatchError: the service reports another version than the one committed.
     """
-    sent = client.prepare(weight_version, wire_tensors(model, dtype))
+    sent = client.prepare(weight_version, PolicyTensors(model, dtype).tensors())
     client.commit(weight_version)
     serving = client.status().state.weight_version
     if serving != weight_version:
@@ -34,10 +48,215 @@ def push_weights(client: WeightClient, model: PreTrainedModel, dtype: torch.dtyp
     return sent
 
 
-@torch.no_grad()
-def _convert(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[WeightTensor]:
-    wire = TensorDtype.BFLOAT16 if dtype == torch.bfloat16 else TensorDtype.FLOAT32
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().to("cpu", torch.bfloat16 if wire is TensorDtype.BFLOAT16 else torch.float32)
-        data = memoryview(flat.contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
-        yield WeightTensor(name, wire, tuple(parameter.shape), data)
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """What one push took.
+
+    Attributes:
+        sent_bytes: bytes of tensors that left the trainer, or that it wrote to files.
+        prepare_s: seconds until the version was prepared everywhere.
+        commit_s: seconds from then until it served everywhere.
+        paused_s: longest time for which no batch could start on a replica.
+        fallbacks: replicas that refused changes and got whole weights instead.
+        lost: replicas that did not get the version, where the configuration lets the run go on without them.
+    """
+
+    sent_bytes: int
+    prepare_s: float
+    commit_s: float
+    paused_s: float
+    fallbacks: int
+    lost: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Committed:
+    """What the replicas serve, as it travelled."""
+
+    weight_version: int
+    image: WireImage
+
+
+class WeightSync:
+    """Keeps all replicas of generation at the policy's version.
+
+    Args:
+        clients: one for each replica; closed by `close`.
+        config: plane, encoding and relay.
+    """
+
+    def __init__(self, clients: Sequence[WeightClient], config: WeightTransferConfig) -> None:
+        self._clients = {client.target: client for client in clients}
+        self._config = config
+        self._pool = ThreadPoolExecutor(len(clients), thread_name_prefix="replicas")
+        self._plane: WeightPlane = (
+            GrpcPlane() if config.directory is None else SharedPlane(config.directory, self._held_uris)
+        )
+        self._committed: _Committed | None = None
+        self._retired: WireImage | None = None
+        self._sent_bytes = 0
+        self.fallbacks = 0
+
+    def close(self) -> None:
+        """Close all channels and remove shared files."""
+        self._plane.close()
+        for client in self._clients.values():
+            client.close()
+        self._pool.shutdown()
+
+    def serving_version(self) -> int:
+        """The newest version that a replica serves."""
+        return max(status.state.weight_version for status in self._statuses().values())
+
+    def push(self, model: nn.Module, dtype: torch.dtype, weight_version: int) -> PushReport:
+        """Put the model's weights into service everywhere under `weight_version`.
+
+        Raises:
+            WeightPushError: a replica did not get them. Where preparing failed all replicas go on with their old
+            version; the message names who failed, at what, and why.
+        """
+        policy = PolicyTensors(model, dtype)
+        started, fallbacks = time.monotonic(), self.fallbacks
+        image: WireImage | None = None
+        if self._config.encoding == "delta":
+            image = self._free_image(policy)
+            image.fill(policy.write)
+        self._sent_bytes = 0
+        outcomes = self._prepare(Outgoing(weight_version, policy, image))
+        lost = self._lost("prepare", weight_version, outcomes)
+        report = self._commit(weight_version, lost, started, self.fallbacks - fallbacks)
+        if image is not None:
+            self._retired = None if self._committed is None else self._committed.image
+            self._committed = _Committed(weight_version, image)
+        return report
+
+    def push_adapter(self, model: PeftModel, weight_version: int, adapter_name: str = "default") -> PushReport:
+        """Put an adapter alone into service, on top of the whole weights that the replicas have.
+
+        Raises:
+            WeightPushError: as for `push`. TrainerError: it is not plain LoRA.
+        """
+        # It imports PEFT, which takes seconds that no other run should spend.
+        from ppod_trainer.adapter_weights import adapter_tensors  # noqa: PLC0415
+
+        adapter, tensors = adapter_tensors(model, adapter_name)
+        started = time.monotonic()
+        bases = {status.base_version for status in self._statuses().values()}
+        if len(bases) != 1:
+            raise ServiceMismatchError(f"the replicas have whole weights of versions {sorted(bases)}; push those first")
+        self._sent_bytes = 0
+        push = WeightPush(weight_version, tensors, base_version=bases.pop(), adapter=adapter)
+        lost = self._lost("prepare", weight_version, self._send(push, list(self._clients)))
+        return self._commit(weight_version, lost, started, 0)
+
+    def _prepare(self, outgoing: Outgoing) -> Outcomes:
+        outcomes: Outcomes = {}
+        targets = list(self._clients)
+        base = self._committed
+        if base is not None and outgoing.image is not None and base.image.layout == outgoing.image.layout:
+            changes = outgoing.image.changes(base.image)
+            with self._plane.changes(outgoing, base.weight_version, changes) as push:
+                outcomes = self._send(push, targets)
+            targets = [target for target, error in outcomes.items() if isinstance(error, FailedPrecondition)]
+            self.fallbacks += len(targets)
+            for target in targets:
+                _LOGGER.warning("%s gets whole weights: %s", target, outcomes[target])
+        if targets:
+            with self._plane.whole(outgoing) as push:
+                outcomes |= self._send(push, targets)
+        return outcomes
+
+    def _send(self, push: WeightPush, targets: Sequence[str]) -> Outcomes:
+        """Push to these replicas, by a relay where one is configured, and directly to whom it does not reach."""
+        if self._config.relay == "none" or len(targets) == 1:
+            return self._send_directly(push, targets)
+        tree = relay_tree(targets, 1 if self._config.relay == "chain" else self._config.relay_fanout)
+        found = self._send_directly(replace(push, relay=tree.hops), [tree.target])
+        unreached = [target for target in targets if target != tree.target and _unreached(found, target)]
+        if unreached:
+            reasons = "; ".join(f"{target}: {found.get(target) or found[tree.target]}" for target in unreached)
+            _LOGGER.warning("the relay did not reach %s", reasons)
+            found |= self._send_directly(push, unreached)
+        return found
+
+    def _send_directly(self, push: WeightPush, targets: Sequence[str]) -> Outcomes:
+        """Push to each of these; a relay's results are all of its tree's."""
+        outcomes: Outcomes = {}
+        self._sent_bytes += push.wire_bytes * (len(targets) if not push.uri else 1)
+        for target, answer in self._ask(targets, lambda client: client.push(push).replicas).items():
+            found = (ReplicaOutcome(target, answer),) if isinstance(answer, PpodError) else answer
+            outcomes |= {one.target: one.error for one in found}
+        return outcomes
+
+    def _commit(self, weight_version: int, lost: Sequence[str], started: float, fallbacks: int) -> PushReport:
+        prepared = time.monotonic()
+        targets = [target for target in self._clients if target not in lost]
+        pause = _PAUSES[self._config.pause]
+        answers = self._ask(targets, lambda client: client.commit(weight_version, pause=pause))
+        # A commit whose reply was lost may have worked.
+        serving = self._ask(targets, lambda client: client.status())
+        outcomes = {target: _commit_error(answers[target], serving[target], weight_version) for target in targets}
+        lost = [*lost, *self._lost("commit", weight_version, outcomes)]
+        paused_s = max((answer for answer in answers.values() if isinstance(answer, float)), default=0.0)
+        return PushReport(
+            self._sent_bytes, prepared - started, time.monotonic() - prepared, paused_s, fallbacks, tuple(lost)
+        )
+
+    def _lost(self, what: str, weight_version: int, outcomes: Outcomes) -> list[str]:
+        """The replicas that failed; raise WeightPushError unless the run may go on without them."""
+        failed = {target: error for target, error in outcomes.items() if error is not None}
+        if not failed:
+            return []
+        reasons = "; ".join(f"{target}: {error}" for target, error in failed.items())
+        message = f"{what} of weight version {weight_version} failed on {len(failed)} of {len(outcomes)}: {reasons}"
+        if self._config.lost_replicas == "stop" or len(failed) == len(outcomes):
+            raise WeightPushError(message) from next(iter(failed.values()))
+        _LOGGER.warning("%s", message)
+        return list(failed)
+
+    def _statuses(self) -> dict[str, WeightStatus]:
+        """What every replica that answers has; raise its error where none does."""
+        answers = self._ask(list(self._clients), lambda client: client.status())
+        found = {target: answer for target, answer in answers.items() if isinstance(answer, WeightStatus)}
+        for target, answer in answers.items():
+            if isinstance(answer, PpodError) and (self._config.lost_replicas == "stop" or not found):
+                raise WeightPushError(f"{target} does not tell which weights it has: {answer}") from answer
+        return found
+
+    def _held_uris(self) -> set[str]:
+        return {uri for status in self._statuses().values() for uri in status.held_uris}
+
+    def _free_image(self, policy: PolicyTensors) -> WireImage:
+        image, self._retired = self._retired, None
+        return image if image is not None and image.layout == policy.layout else WireImage(policy.layout)
+
+    def _ask(
+        self, targets: Sequence[str], question: Callable[[WeightClient], AnswerT]
+    ) -> dict[str, AnswerT | PpodError]:
+        """Ask these replicas at the same time; an error is an answer."""
+
+        def ask(target: str) -> AnswerT | PpodError:
+            try:
+                return question(self._clients[target])
+            except PpodError as error:
+                return error
+
+        return dict(zip(targets, self._pool.map(ask, targets), strict=True))
+
+
+def _unreached(found: Outcomes, target: str) -> bool:
+    """Whether a relay failed before it came to this replica; what the replica itself answered stands."""
+    return target not in found or isinstance(found[target], Unavailable | DeadlineExceeded | PermissionDenied)
+
+
+def _commit_error(answer: float | PpodError, status: WeightStatus | PpodError, weight_version: int) -> PpodError | None:
+    """What went wrong, by what the replica serves now."""
+    if isinstance(status, PpodError):
+        return answer if isinstance(answer, PpodError) else status
+    serving = status.state.weight_version
+    if serving == weight_version:
+        return None
+    if isinstance(answer, PpodError):
+        return answer
+    found = f"{serving} in service after {weight_version} was committed; does another trainer push to it?"
+    return FailedPrecondition("weight_version", found, str(weight_version))

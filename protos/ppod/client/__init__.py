@@ -18,10 +18,13 @@ from ppod.client.identity import (
 )
 from ppod.client.reference import AsyncReferenceClient, ReferenceClient
 from ppod.client.reference_calls import ReferenceLogprobs, TopTokens
+from ppod.client.relays import relay_tree
 from ppod.client.reward import AsyncRewardClient, RewardClient
 from ppod.client.reward_admin import AsyncRewardAdminClient, ReplacedModel, Replacement, RewardAdminClient
 from ppod.client.reward_calls import ChatTurn, Granularity, ProcessScores, Scores, Truncation
 from ppod.client.security import ClientSecurity
+from ppod.client.shared_weights import Segment, SharedDirectory
+from ppod.client.weight_image import TensorLayout, WireImage
 from ppod.client.weights import (
     AsyncWeightClient,
     LoraAdapter,
@@ -77,9 +80,12 @@ __all__ = [
     "ScoreAdjustment",
     "Scores",
     "SeedPromise",
+    "Segment",
     "ServiceClient",
+    "SharedDirectory",
     "SplitPolicy",
     "TensorDtype",
+    "TensorLayout",
     "Timing",
     "TopTokens",
     "Truncation",
@@ -89,5 +95,7 @@ __all__ = [
     "WeightSpan",
     "WeightStatus",
     "WeightTensor",
+    "WireImage",
     "new_request_id",
+    "relay_tree",
 ]

@@ -46,6 +46,9 @@ class _Entry:
     begin: int
     end: int
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)} at bytes {self.begin} to {self.end}"
+
 
 class SharedFile:
     """An open safetensors file. The context closes it; mappings of it live on.

@@ -134,7 +134,6 @@ class _Hop:
         self._idle_timeout_s = idle_timeout_s
         self._parts: asyncio.Queue[bytes | None] = asyncio.Queue(_WAITING_CHUNKS)
         self._task: asyncio.Task[list[_Outcome] | PpodError] | None = None
-        self._stuck = False
 
     def start(self, sending: Coroutine[None, None, list[_Outcome]]) -> None:
         """Begin to send."""
@@ -150,7 +149,6 @@ class _Hop:
             await asyncio.wait({room, task}, timeout=self._idle_timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not room.done():
                 room.cancel()
-                self._stuck = not task.done()
                 task.cancel()
             return
         self._parts.put_nowait(part)
@@ -163,12 +161,16 @@ class _Hop:
 
     async def outcomes(self) -> list[_Outcome]:
         """Wait for the end: what became of this server and of those behind it."""
-        found: list[_Outcome] | PpodError
         target = self.message.target
-        if self._task is None or self._stuck:
-            found = DeadlineExceeded(f"{target} took nothing for {self._idle_timeout_s:g} s")
+        task = self._task
+        found: list[_Outcome] | PpodError
+        if task is not None and not task.done():
+            # Each server behind may itself wait so long for the next one, and still tell of it.
+            await asyncio.wait({task}, timeout=self._idle_timeout_s * _depth(self.message))
+        if task is not None and task.done() and not task.cancelled():
+            found = task.result()
         else:
-            found = await self._task
+            found = DeadlineExceeded(f"{target} took nothing, or did not answer, for {self._idle_timeout_s:g} s")
         if isinstance(found, list):
             return found
         behind = [_Outcome(name, Unavailable(f"not reached: {target} failed")) for name in _behind(self.message)]
@@ -200,6 +202,10 @@ def _read_reply(target: str, data: bytes) -> list[_Outcome]:
     if not reply.replicas:
         return [_Outcome(target, None)]
     return [_Outcome(one.target or target, from_status(one.code, one.message, one.status)) for one in reply.replicas]
+
+
+def _depth(hop: weights_pb2.RelayHop) -> int:
+    return 1 + max((_depth(inner) for inner in hop.hops), default=0)
 
 
 def _behind(hop: weights_pb2.RelayHop) -> Iterator[str]:

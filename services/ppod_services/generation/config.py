@@ -17,6 +17,12 @@ class GenerationBatchingConfig(BatchingConfig):
     """Decoding reads all weights for each step, whatever the batch: padding is always worth its price."""
 
     batch_overhead_tokens: int = Field(default=2**24, ge=0, le=2**24, description="as for the other services")
+    max_batch_s: float = Field(
+        default=3_600.0,
+        gt=0,
+        le=3_600,
+        description="as for the other services; no bound, because those who come join the batch that runs",
+    )
 
 
 class OutputFilterConfig(ConfigModel):

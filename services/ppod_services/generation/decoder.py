@@ -89,14 +89,13 @@ class SlotDecoder:
             copies: how many slots each gets, one after the other.
             most: tokens that the longest sequence will have at the end.
         """
-        rows, width = len(self.lengths) + sum(copies), max(prefill.done)
-        self._cache.open(prefill.states, rows, width)
-        self._reserve(rows, width, most)
-        for row, count in enumerate(copies):
-            length = prefill.done[row]
-            for _ in range(count):
-                self._cache.put(prefill.states, row, len(self.lengths), length)
-                self.lengths.append(length)
+        first, width = len(self.lengths), max(prefill.done)
+        self._cache.open(prefill.states, first + sum(copies), width)
+        self._reserve(first + sum(copies), width, most)
+        chosen = [row for row, count in enumerate(copies) for _ in range(count)]
+        once = len(chosen) == len(copies)
+        self._cache.put(prefill.states, None if once else torch.tensor(chosen, device=self._model.device), first)
+        self.lengths += [prefill.done[row] for row in chosen]
 
     def share(self, source: int, length: int, most: int) -> None:
         """Give the next slot the first tokens of another; see `seat`."""

@@ -13,7 +13,7 @@ from ppod.v1 import generation_pb2_grpc
 from ppod_services.core.causal_service import CausalService, LoadedModel
 from ppod_services.core.described import Deferred
 from ppod_services.core.scheduler import RunBatch
-from ppod_services.core.server import Host, ServiceBroken
+from ppod_services.core.server import Host, ServiceBroken, StartError
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.output_filtering import Decode, OutputFilters
 from ppod_services.generation.requests import GeneratedSample, GenerationItem, SeedPromise, TokenFilter
@@ -38,7 +38,10 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
         self._failure: Callable[[], str | None] = _never
         self._close: Callable[[], None] = _nothing
         self._decode: Deferred[Decode] = Deferred()
-        filters = OutputFilters(config.output_filters, host.metrics.registry)
+        try:
+            filters = OutputFilters(config.output_filters, host.metrics.registry)
+        except ValueError as error:
+            raise StartError(str(error)) from error
         self._servicer = GenerationServicer(
             self.target, self._decode, self.scheduler, config.limits, filters, _SEED_PROMISES[config.backend]
         )

@@ -90,10 +90,11 @@ class SlotLayer(CacheLayerMixin):
             buffer.view(-1, buffer.shape[3]).index_copy_(0, index, states.reshape(-1, buffer.shape[3]))
         return self._keys[:rows, :, : step.width], self._values[:rows, :, : step.width]
 
-    def put(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write a sequence's states, [A, length, D] each."""
-        self._keys[slot, :, : keys.shape[1]] = keys
-        self._values[slot, :, : values.shape[1]] = values
+    def put(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write states [N, A, width, D] to the slots from `first` on."""
+        span = slice(first, first + keys.shape[0])
+        self._keys[span, :, : keys.shape[2]] = keys
+        self._values[span, :, : values.shape[2]] = values
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first tokens of one slot to another."""
@@ -163,11 +164,17 @@ class SlotCache(Cache):
             shape = _rounded(rows, _ROWS), _rounded(width + 1, _BLOCK)
             self.layers = [SlotLayer(*shape, cast(torch.Tensor, each.keys)) for each in states.layers]
 
-    def put(self, states: DynamicCache, row: int, slot: int, length: int) -> None:
-        """Write the first tokens of a row of a prefill to a slot."""
+    def put(self, states: DynamicCache, rows: torch.Tensor | None, first: int) -> None:
+        """Write rows of a prefill to the slots from `first` on, padding included: no step reads it.
+
+        Args:
+            states: of the prefill.
+            rows: int64 [N], which row each slot gets; None: each row once, in their order.
+            first: slot of the first one.
+        """
         for layer, each in zip(self._layers, states.layers, strict=True):
             keys, values = cast(torch.Tensor, each.keys), cast(torch.Tensor, each.values)
-            layer.put(slot, keys[row, :, :length], values[row, :, :length])
+            layer.put(first, *((keys, values) if rows is None else (keys[rows], values[rows])))
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first tokens of one slot to another."""

@@ -8,32 +8,25 @@ import numpy as np
 import pytest
 import torch
 
+from ppod_services.generation.draws import Draws
 from ppod_services.generation.requests import TokenFilter
 from ppod_services.generation.sampling import draw
+from ppod_services.generation.shaping import LogitShape
+from support.sampling_reference import Rules, reference_distribution, shaped_logits
 
 PLAIN = TokenFilter(1.0, 1.0, 0)
+
+
+CPU = torch.device("cpu")
+
+
+def rules_of(row: TokenFilter) -> Rules:
+    return Rules(row.temperature, row.top_p, row.top_k, row.min_p, row.repetition_penalty, dict(row.logit_bias))
 
 
 def draw_rows(logits: torch.Tensor, filters: list[TokenFilter], uniforms: list[float]) -> list[tuple[int, float]]:
     drawn = draw(logits.clone(), filters, torch.tensor(uniforms, dtype=torch.float64))
     return list(zip(drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True))
-
-
-def reference_distribution(logits: np.ndarray, row: TokenFilter) -> np.ndarray:
-    """The distribution of one row, by the definition."""
-    probabilities = np.exp(logits.astype(np.float64) / row.temperature)
-    probabilities /= probabilities.sum()
-    order = np.argsort(-probabilities, kind="stable")
-    if row.top_k:
-        probabilities[order[row.top_k :]] = 0
-        probabilities /= probabilities.sum()
-    before = 0.0
-    for token in order:
-        share = probabilities[token]
-        if before >= row.top_p:
-            probabilities[token] = 0
-        before += share
-    return probabilities / probabilities.sum()
 
 
 def test_inverse_cdf_on_a_distribution_worked_by_hand() -> None:
@@ -67,6 +60,68 @@ def test_top_k_and_top_p_by_hand() -> None:
     assert draw_rows(logits, [row], [0.9999999])[0][0] == 2
 
 
+def test_min_p_by_hand() -> None:
+    """0.4, 0.1, 0.3, 0.2: a quarter of the likeliest keeps 0.1 too, just above it does not."""
+    logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
+    all_four = TokenFilter(1.0, min_p=0.2499)
+    assert draw_rows(logits, [all_four], [0.9999999]) == [(1, pytest.approx(math.log(0.1), abs=1e-6))]
+    three = TokenFilter(1.0, min_p=0.2501)
+    assert draw_rows(logits, [three], [0.9999999]) == [(3, pytest.approx(math.log(0.2 / 0.9), abs=1e-6))]
+    # Top-p is of what min-p left: 4/9 + 3/9 reach 0.77.
+    two = TokenFilter(1.0, 0.77, min_p=0.2501)
+    assert draw_rows(logits, [two], [0.9999999]) == [(2, pytest.approx(math.log(3 / 7), abs=1e-6))]
+
+
+def test_min_p_after_temperature() -> None:
+    """Odds of 1:9 at temperature 0.5 are 1:3 at 1: a fifth of the likeliest is kept only there."""
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    assert draw_rows(logits, [TokenFilter(1.0, min_p=0.2)], [0.99])[0][0] == 0
+    assert draw_rows(logits, [TokenFilter(0.5, min_p=0.2)], [0.99]) == [(1, pytest.approx(0.0, abs=1e-9))]
+
+
+def test_penalty_and_bias_by_hand() -> None:
+    """Token 1 stands in the prompt, token 3 comes with the completion; 2 is biased, and penalised before that."""
+    row = TokenFilter(1.0, repetition_penalty=2.0, logit_bias=((2, 0.5), (4, -math.inf)))
+    shape = LogitShape(row, np.asarray([1, 2, 1], dtype=np.int32), 8, CPU)
+    logits = torch.tensor([1.0, 3.0, -1.0, 4.0, 0.0])
+    shape.apply(logits)
+    assert logits.tolist() == [1.0, 1.5, -1.5, 4.0, -math.inf]
+    shape.add(3)
+    shape.add(3)
+    logits = torch.tensor([1.0, 3.0, -1.0, 4.0, 0.0])
+    shape.apply(logits)
+    assert logits.tolist() == [1.0, 1.5, -1.5, 2.0, -math.inf]
+    assert LogitShape.of(PLAIN, np.asarray([1], dtype=np.int32), 8, CPU) is None
+
+
+def test_penalty_and_bias_as_the_plain_loop_does_them() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        bias = tuple((int(token), float(rng.normal())) for token in rng.choice(300, size=5, replace=False))
+        row = TokenFilter(1.0, repetition_penalty=float(rng.uniform(0.5, 2.0)), logit_bias=bias)
+        prompt = rng.integers(0, 300, size=20).astype(np.int32)
+        shape = LogitShape(row, prompt, 30, CPU)
+        held: list[int] = prompt.tolist()
+        for token in rng.integers(0, 300, size=30).tolist():
+            logits = torch.from_numpy(rng.normal(size=300).astype(np.float32))
+            expected = shaped_logits(logits.numpy(), rules_of(row), held)
+            shape.apply(logits)
+            np.testing.assert_allclose(logits.numpy(), expected, atol=1e-5)
+            shape.add(token)
+            held.append(token)
+
+
+def test_numbers_go_on_where_an_interruption_left_them() -> None:
+    whole = Draws(2**64 - 1)
+    numbers = [whole.next() for _ in range(100)]
+    assert all(0 <= number < 1 for number in numbers)
+    assert len(set(numbers)) == 100
+    for skipped in (1, 31, 32, 33, 99):
+        rest = Draws(2**64 - 1, skipped)
+        assert [rest.next() for _ in range(100 - skipped)] == numbers[skipped:]
+    assert Draws(0).next() != Draws(1).next()
+
+
 def test_top_p_always_keeps_the_likeliest_token() -> None:
     logits = torch.tensor([[0.4, 0.35, 0.25]]).log()
     assert draw_rows(logits, [TokenFilter(1.0, 1e-6, 0)], [0.99]) == [(0, pytest.approx(0.0, abs=1e-9))]
@@ -81,13 +136,18 @@ def test_top_p_always_keeps_the_likeliest_token() -> None:
         TokenFilter(1.0, 0.999, 0),
         TokenFilter(1.0, 1.0, 5),
         TokenFilter(0.8, 0.6, 400),
+        TokenFilter(1.0, min_p=0.05),
+        TokenFilter(1.4, 0.95, min_p=0.002),
+        TokenFilter(1.2, 0.8, 700, min_p=0.01),
+        TokenFilter(1.0, 0.7, 5, min_p=0.5),
+        TokenFilter(1.0, min_p=1.0),
     ],
 )
 def test_every_draw_has_its_own_probability_and_the_frequencies_follow(row: TokenFilter) -> None:
     """Vocabulary 3,001: no multiple of a block, and near-flat, so that top-p must look beyond its first candidates."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(3001, generator=generator)
-    expected = reference_distribution(logits.numpy(), row)
+    expected = reference_distribution(logits.numpy(), rules_of(row))
     count = 2000
     uniforms = [(index + 0.5) / count for index in range(count)]
     drawn: list[tuple[int, float]] = []
@@ -125,7 +185,9 @@ def test_impossible_tokens_are_never_drawn() -> None:
     assert [draw_rows(logits, [PLAIN], [uniform])[0][0] for uniform in (0.0, 0.5, largest)] == [3, 299, 512]
 
 
-@pytest.mark.parametrize("row", [PLAIN, TokenFilter(1.0, 0.9, 0), TokenFilter(0.0, 1.0, 0)])
+@pytest.mark.parametrize(
+    "row", [PLAIN, TokenFilter(1.0, 0.9, 0), TokenFilter(0.0, 1.0, 0), TokenFilter(1.0, min_p=0.1)]
+)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_finite_show_in_their_row_alone(row: TokenFilter, bad: float) -> None:
     logits = torch.zeros(2, 300)

@@ -45,10 +45,19 @@ def test_more_minibatches_than_samples_are_refused() -> None:
 def test_replicas_are_refused_where_weights_are_pushed() -> None:
     several = {"services": {"reward": "a:1,b:1", "reference": "dns:///reference:1"}}
     assert parse_config(TrainerConfig, several, "test").services.reward == "a:1,b:1"
-    assert "pushed to one server" in problems({"services": {"generation": "a:1,b:1"}})[0]
+    assert "lists 2 and generation_admin 1 addresses" in problems({"services": {"generation": "a:1,b:1"}})[0]
+    assert "list every host:port" in problems({"services": {"generation_admin": "dns:///a:1"}})[0]
+    both = {"services": {"generation": "a:1,b:1", "generation_admin": "a:2, b:2"}}
+    assert parse_config(TrainerConfig, both, "test").services.generation_admins == ["a:2", "b:2"]
     assert "pushed to one server" in problems({"services": {"reference_admin": "dns:///a:1"}})[0]
     refreshed = {"services": {"reference": "a:1,b:1"}, "reference_refresh_steps": 5}
     assert "refreshed must be one server" in problems(refreshed)[0]
+
+
+def test_a_shared_directory_goes_with_its_plane() -> None:
+    assert "give one for shared" in problems({"weight_transfer": {"plane": "shared"}})[0]
+    assert "give one for shared" in problems({"weight_transfer": {"directory": "/dev/shm/x"}})[0]
+    assert "must be absolute" in problems({"weight_transfer": {"plane": "shared", "directory": "x"}})[0]
 
 
 def test_tls_comes_whole() -> None:

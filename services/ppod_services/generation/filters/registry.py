@@ -34,9 +34,13 @@ def check_parameters(name: str, parameters: Mapping[str, object]) -> None:
 
 
 def make_filter(name: str, parameters: Mapping[str, object]) -> OutputFilter:
-    """The filter, ready to judge; raises ValueError as `check_parameters` does."""
+    """The filter, ready to judge; raises ValueError as `check_parameters` does, or where it cannot be made."""
     filter_type = find_filter(name)
-    return filter_type(_parse(name, filter_type, parameters))
+    parsed = _parse(name, filter_type, parameters)
+    try:
+        return filter_type(parsed)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"output filter {name!r} cannot be made: {error}") from error
 
 
 def _parse(name: str, filter_type: OutputFilterType, parameters: Mapping[str, object]) -> BaseModel:

@@ -1,0 +1,185 @@
+"""Weights in files that a sender and its services share: memory of one host, or a volume that all of them mount."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import mmap
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ppod.client.weight_calls import TensorDtype, WeightTensor
+from ppod.client.weight_image import TensorLayout, WireImage
+from ppod.errors import ResourceExhausted
+from ppod.weight_changes import TensorEncoding
+
+_PREFIX = "ppod-weights-"
+_LOCK = "lock"
+_ALIGNMENT = 4096
+_NAMES = {TensorDtype.FLOAT32: "F32", TensorDtype.BFLOAT16: "BF16", TensorDtype.FLOAT16: "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A file that holds an image.
+
+    Attributes:
+        path: the file.
+        image: its tensors, in the file's own memory.
+        memory: the mapping.
+    """
+
+    path: Path
+    image: WireImage
+    memory: mmap.mmap
+
+    @property
+    def uri(self) -> str:
+        """What a push tells."""
+        return self.path.as_uri()
+
+
+class SharedDirectory:
+    """Writes the files of one sender into a folder of its own below `directory`; the context removes them.
+
+    The folder is locked for as long as the sender lives. What senders that were killed left behind, which nobody
+    locks, is removed when the next one begins.
+
+    Files of whole weights are written in place: memory that was never touched costs a page fault every 4 KiB. A file
+    that a service holds is never written to.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.stale = _remove_stale(directory)
+        name = f"{_PREFIX}{secrets.token_hex(8)}"
+        unlocked, self._folder = directory / f".{name}", directory / name
+        unlocked.mkdir()
+        self._lock = os.open(unlocked / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Under its final name it is locked from the first moment: another sender would take it for a dead one's.
+        unlocked.rename(self._folder)
+        self._segments: list[Segment] = []
+        self._files = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove all files. A service that maps one keeps its memory until it has other weights."""
+        self._segments.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._lock)
+
+    def segment(self, layout: Sequence[TensorLayout], held_uris: Collection[str]) -> Segment:
+        """A file for weights of this layout that no service holds; its old tensors are to be overwritten.
+
+        Raises:
+            ResourceExhausted: the directory has no room for it.
+        """
+        for segment in self._segments:
+            if segment.uri not in held_uris and segment.image.layout == tuple(layout):
+                return segment
+        path = self._new_path()
+        header = _header([(one.name, _NAMES[one.dtype], one.shape, one.nbytes) for one in layout])
+        memory = _create(path, len(header) + sum(one.nbytes for one in layout))
+        memory[: len(header)] = header
+        segment = Segment(path, WireImage(layout, memoryview(memory)[len(header) :]), memory)
+        self._segments.append(segment)
+        return segment
+
+    def publish(self, segment: Segment) -> None:
+        """Have what was written reach everybody who opens the file from now on."""
+        segment.memory.flush()
+
+    def write(self, tensors: Sequence[WeightTensor]) -> Path:
+        """Write encoded tensors into a file of their own, which `remove` removes.
+
+        Raises:
+            ResourceExhausted: the directory has no room for it.
+        """
+        path = self._new_path()
+        header = _header([_described(tensor) for tensor in tensors])
+        memory = _create(path, len(header) + sum(len(tensor.data) for tensor in tensors))
+        memory[: len(header)] = header
+        begin = len(header)
+        for tensor in tensors:
+            memory[begin : begin + len(tensor.data)] = tensor.data
+            begin += len(tensor.data)
+        memory.flush()
+        memory.close()
+        return path
+
+    def remove(self, path: Path) -> None:
+        """Remove a file that `write` wrote."""
+        path.unlink(missing_ok=True)
+
+    def _new_path(self) -> Path:
+        self._files += 1
+        return self._folder / f"weights-{self._files:06d}.safetensors"
+
+
+def _header(entries: Sequence[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """The beginning of a safetensors file, filled up so that the tensors begin at a page."""
+    described: dict[str, dict[str, object]] = {}
+    begin = 0
+    for name, dtype, shape, nbytes in entries:
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + nbytes]}
+        begin += nbytes
+    text = json.dumps(described, separators=(",", ":")).encode()
+    padded = -(-(8 + len(text)) // _ALIGNMENT) * _ALIGNMENT - 8
+    return padded.to_bytes(8, "little") + text.ljust(padded)
+
+
+def _described(tensor: WeightTensor) -> tuple[str, str, tuple[int, ...], int]:
+    if tensor.encoding is TensorEncoding.DENSE:
+        return tensor.name, _NAMES[tensor.dtype], tensor.shape, len(tensor.data)
+    return tensor.name, "U8", (len(tensor.data),), len(tensor.data)
+
+
+def _create(path: Path, size: int) -> mmap.mmap:
+    """A new file, mapped, with all of its space taken: a full file system would kill whoever writes to a mapping."""
+    opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        os.posix_fallocate(opened, 0, size)
+        return mmap.mmap(opened, size)
+    except OSError as error:
+        path.unlink()
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ResourceExhausted(f"no room for {size} bytes of weights in {path.parent.parent}", 0.0) from error
+    finally:
+        os.close(opened)
+
+
+def _remove_stale(directory: Path) -> int:
+    """Remove the folders that no living sender locks. Returns their number."""
+    removed = 0
+    for folder in directory.glob(f"{_PREFIX}*"):
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR)
+        except OSError:
+            # Removed meanwhile, or not ours to look into.
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            removed += 1
+        finally:
+            os.close(lock)
+    return removed

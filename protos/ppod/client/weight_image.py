@@ -1,0 +1,108 @@
+"""All tensors of one version of the weights in one piece of memory, as they travel. numpy alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from ppod.client.weight_calls import TensorDtype, WeightTensor
+from ppod.weight_changes import bit_patterns, encode_changes
+
+_THREADS = min(4, os.cpu_count() or 1)
+_BLOCK_BYTES = 1024 * 1024
+"""Written and hashed at once: small enough to be hashed while it is in the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """What one tensor of an image is."""
+
+    name: str
+    dtype: TensorDtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+WriteElements = Callable[[int, int, memoryview], None]
+"""Writes elements of a tensor: its position in the layout, the first element, and the memory that they fill."""
+
+
+class WireImage:
+    """The tensors of one version, row-major and little-endian, one after the other without gaps.
+
+    Args:
+        layout: the tensors, in their order.
+        memory: writable, of the size of all tensors; None: memory of its own.
+    """
+
+    def __init__(self, layout: Sequence[TensorLayout], memory: memoryview | None = None) -> None:
+        self.layout = tuple(layout)
+        self.nbytes = sum(tensor.nbytes for tensor in self.layout)
+        self._memory = memoryview(np.empty(self.nbytes, np.uint8)) if memory is None else memory
+        self._checksums = [0] * len(self.layout)
+        self._parts: list[memoryview] = []
+        begin = 0
+        for tensor in self.layout:
+            self._parts.append(self._memory[begin : begin + tensor.nbytes])
+            begin += tensor.nbytes
+
+    def fill(self, write: WriteElements) -> None:
+        """Have every tensor written, several at once, and take its checksum while it is in the cache."""
+        self._each(lambda index: self._fill(index, write))
+
+    def copy_from(self, other: WireImage) -> None:
+        """Take the tensors of an image of the same layout."""
+
+        def copy(index: int) -> None:
+            np.copyto(np.frombuffer(self._parts[index], np.uint8), np.frombuffer(other._parts[index], np.uint8))
+            self._checksums[index] = other._checksums[index]
+
+        self._each(copy)
+
+    def tensors(self) -> list[WeightTensor]:
+        """The tensors, whole."""
+        return [
+            WeightTensor(tensor.name, tensor.dtype, tensor.shape, part, xxh3=checksum)
+            for tensor, part, checksum in zip(self.layout, self._parts, self._checksums, strict=True)
+        ]
+
+    def changes(self, base: WireImage) -> list[WeightTensor]:
+        """The tensors as changes against an image of the same layout, each in its smallest encoding."""
+        encoded: list[WeightTensor | None] = [None] * len(self.layout)
+
+        def encode(index: int) -> None:
+            tensor = self.layout[index]
+            new, old = (bit_patterns(image._parts[index], tensor.dtype.itemsize) for image in (self, base))
+            encoding, data = encode_changes(new, old)
+            encoded[index] = WeightTensor(
+                tensor.name, tensor.dtype, tensor.shape, memoryview(data), encoding, self._checksums[index]
+            )
+
+        self._each(encode)
+        return [tensor for tensor in encoded if tensor is not None]
+
+    def _fill(self, index: int, write: WriteElements) -> None:
+        part, itemsize = self._parts[index], self.layout[index].dtype.itemsize
+        checksum = xxhash.xxh3_64()
+        for begin in range(0, len(part), _BLOCK_BYTES):
+            block = part[begin : begin + _BLOCK_BYTES]
+            write(index, begin // itemsize, block)
+            checksum.update(block)
+        self._checksums[index] = checksum.intdigest()
+
+    def _each(self, work: Callable[[int], None]) -> None:
+        """Do the work for every tensor, the largest first, so that the threads end together."""
+        order = sorted(range(len(self.layout)), key=lambda index: -self.layout[index].nbytes)
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="weights") as pool:
+            for done in [pool.submit(work, index) for index in order]:
+                done.result()

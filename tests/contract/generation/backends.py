@@ -1,0 +1,71 @@
+"""The backends that the suite runs against, and what may differ between them.
+
+To add one, add an entry to `BACKENDS` and its lines to `GAPS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ppod.client import SeedPromise
+from support.processes import ServiceProcess
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run the generation service.
+
+    Attributes:
+        name: of the backend.
+        module: what the service is started with.
+        values: its configuration, besides the model.
+        requires: a module without which it cannot run here; empty: none.
+        seed_promise: what it tells of seeds.
+        repeats_bits: whether a repeated request gives the same bits, not only the same tokens.
+    """
+
+    name: str
+    module: str = "ppod_services.generation"
+    values: dict[str, object] = field(default_factory=dict[str, object])
+    requires: str = ""
+    seed_promise: SeedPromise = SeedPromise.EVERY_REPLICA
+    repeats_bits: bool = True
+
+
+BACKENDS = [Backend("transformers")]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far a sampler's logprobs may be from those of a full forward of the same weights, in nats.
+
+    Attributes:
+        largest: of any token.
+        mean: absolute, over the tokens of the test.
+    """
+
+    largest: float
+    mean: float
+
+
+GAPS = {
+    ("transformers", "float32"): Gap(largest=2e-5, mean=2e-6),
+    ("transformers", "bfloat16"): Gap(largest=0.25, mean=0.03),
+}
+"""By backend and dtype. In bfloat16 both sides round every product to 8 bits, in an order of their own."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running backend with the tiny model, and that model for recomputations."""
+
+    backend: Backend
+    dtype: str
+    service: ServiceProcess
+    model: torch.nn.Module
+
+    @property
+    def gap(self) -> Gap:
+        return GAPS[self.backend.name, self.dtype]

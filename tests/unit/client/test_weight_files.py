@@ -1,0 +1,139 @@
+"""Images of weights and the files that a sender shares; trees of relays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from safetensors.numpy import load_file
+
+from ppod import ResourceExhausted
+from ppod.client import RelayHop, SharedDirectory, TensorDtype, TensorLayout, WireImage, relay_tree
+from ppod.weight_changes import TensorEncoding
+from support.processes import environment
+
+LAYOUT = (
+    TensorLayout("a", TensorDtype.FLOAT32, (3, 5)),
+    TensorLayout("empty", TensorDtype.FLOAT32, (0, 4)),
+    TensorLayout("b", TensorDtype.FLOAT32, (300_000,)),
+)
+VALUES = [np.arange(15, dtype=np.float32), np.empty(0, np.float32), np.arange(300_000, dtype=np.float32)]
+
+
+def write_values(index: int, first: int, memory: memoryview) -> None:
+    target = np.frombuffer(memory, np.float32)
+    target[:] = VALUES[index][first : first + len(target)]
+
+
+def test_an_image_is_filled_block_by_block_with_its_checksums() -> None:
+    image = WireImage(LAYOUT)
+    image.fill(write_values)
+    for tensor, value in zip(image.tensors(), VALUES, strict=True):
+        assert bytes(tensor.data) == value.tobytes()
+        assert tensor.xxh3 == xxhash.xxh3_64_intdigest(value.tobytes())
+    copied = WireImage(LAYOUT)
+    copied.copy_from(image)
+    assert [bytes(tensor.data) for tensor in copied.tensors()] == [value.tobytes() for value in VALUES]
+
+
+def test_changes_of_an_image_carry_the_checksum_of_the_whole() -> None:
+    base, new = WireImage(LAYOUT), WireImage(LAYOUT)
+    base.fill(write_values)
+
+    def write_changed(index: int, first: int, memory: memoryview) -> None:
+        write_values(index, first, memory)
+        if index == 2 and first == 0:
+            np.frombuffer(memory, np.float32)[1000] = -1.0
+
+    new.fill(write_changed)
+    unchanged, empty, changed = new.changes(base)
+    assert (len(unchanged.data), len(empty.data)) == (0, 0)
+    assert changed.encoding is TensorEncoding.GAPS
+    # Its length, three fillers of 255, the rest of the gap, and one float32.
+    assert len(changed.data) == 4 + 4 + 4
+    assert changed.xxh3 == new.tensors()[2].xxh3
+
+
+def test_a_segment_is_a_safetensors_file_and_is_not_reused_while_it_is_held(tmp_path: Path) -> None:
+    with SharedDirectory(tmp_path) as directory:
+        first = directory.segment(LAYOUT, ())
+        first.image.fill(write_values)
+        directory.publish(first)
+        loaded = load_file(first.path)
+        assert {name: value.shape for name, value in loaded.items()} == {"a": (3, 5), "empty": (0, 4), "b": (300_000,)}
+        np.testing.assert_array_equal(loaded["b"], VALUES[2])
+        assert directory.segment(LAYOUT, ()) is first
+        second = directory.segment(LAYOUT, {first.uri})
+        assert second.path != first.path
+        assert directory.segment(LAYOUT, {second.uri}) is first
+        assert first.uri.startswith("file:///")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_encoded_tensors_are_bytes_in_their_file(tmp_path: Path) -> None:
+    base, new = WireImage(LAYOUT), WireImage(LAYOUT)
+    base.fill(write_values)
+    new.fill(lambda *block: np.frombuffer(block[-1], np.float32).fill(1.5))
+    tensors = new.changes(base)
+    with SharedDirectory(tmp_path) as directory:
+        path = directory.write(tensors)
+        loaded = load_file(path)
+        assert [loaded[tensor.name].tobytes() for tensor in tensors] == [bytes(tensor.data) for tensor in tensors]
+        directory.remove(path)
+        assert not path.exists()
+
+
+def test_a_full_directory_is_an_error_and_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with SharedDirectory(tmp_path) as directory, pytest.raises(ResourceExhausted, match="no room for 1204"):
+        directory.segment(LAYOUT, ())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_a_killed_sender_are_removed_those_of_a_living_one_are_not(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib\n"
+        "from ppod.client import SharedDirectory\n"
+        "directory = SharedDirectory(pathlib.Path(sys.argv[1]))\n"
+        "print('up', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment(), stdout=subprocess.PIPE, text=True
+    ) as sender:
+        assert sender.stdout is not None
+        assert sender.stdout.readline() == "up\n"
+        with SharedDirectory(tmp_path) as beside:
+            assert beside.stale == 0
+            assert len(list(tmp_path.iterdir())) == 2
+        sender.send_signal(signal.SIGKILL)
+        sender.wait(10)
+    with SharedDirectory(tmp_path) as after:
+        assert after.stale == 1
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_relay_trees_by_hand() -> None:
+    chain = RelayHop("a", (RelayHop("b", (RelayHop("c"),)),))
+    assert relay_tree(["a", "b", "c"], 1) == chain
+    behind_b = (RelayHop("d"), RelayHop("e"))
+    assert relay_tree(["a", "b", "c", "d", "e"], 2) == RelayHop("a", (RelayHop("b", behind_b), RelayHop("c")))
+    assert relay_tree(["a"], 3) == RelayHop("a")
+
+
+def test_filling_is_parallel_over_tensors() -> None:
+    """Two tensors that each wait: one after the other they would take twice as long."""
+    layout = [TensorLayout(name, TensorDtype.BFLOAT16, (4,)) for name in "ab"]
+    started = time.monotonic()
+    WireImage(layout).fill(lambda *_: time.sleep(0.2))
+    assert time.monotonic() - started < (0.35 if (os.cpu_count() or 1) > 1 else 10)

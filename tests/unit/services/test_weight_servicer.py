@@ -1,0 +1,132 @@
+"""What WeightServicer asks of the scheduler, and how it reads messages, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar, cast
+
+import grpc.aio
+import pytest
+
+from ppod import DeadlineExceeded, InvalidArgument
+from ppod.v1 import weights_pb2
+from ppod_services.core.batch_run import Pause
+from ppod_services.core.config import WeightsConfig
+from ppod_services.core.described import Deferred, ModelInfo
+from ppod_services.core.model_weights import ModelWeights
+from ppod_services.core.weight_manifest import read_manifest
+from ppod_services.core.weight_servicer import WeightServicer, WeightTarget
+from ppod_services.core.weight_stream import WeightStream, read_chunk
+from ppod_services.core.weights import ServedWeights
+from support.tiny_model import build_model
+
+JobT = TypeVar("JobT")
+Context = grpc.aio.ServicerContext[weights_pb2.CommitWeightsRequest, weights_pb2.CommitWeightsResponse]
+
+
+class RecordingScheduler:
+    """Runs jobs at once, and remembers how each was asked for."""
+
+    def __init__(self) -> None:
+        self.pauses: list[Pause] = []
+
+    async def exclusive(self, job: Callable[[], JobT], pause: Pause = Pause.WAIT) -> JobT:
+        self.pauses.append(pause)
+        return job()
+
+
+def servicer(scheduler: RecordingScheduler) -> WeightServicer:
+    target: Deferred[WeightTarget] = Deferred()
+    info = ModelInfo("policy", "", 1, 1, "float32", "cpu")
+    target.set(WeightTarget(info, ServedWeights(ModelWeights(build_model()), lambda _: None)))
+    return WeightServicer(target, scheduler, WeightsConfig())
+
+
+def test_a_commit_says_what_becomes_of_running_sequences() -> None:
+    scheduler = RecordingScheduler()
+    weights = servicer(scheduler)
+    context = cast(Context, None)
+    for pause in range(4):
+        # Version 0 serves, so committing it succeeds.
+        asyncio.run(weights.CommitWeights(weights_pb2.CommitWeightsRequest(pause=pause), context))  # pyright: ignore
+    assert scheduler.pauses == [Pause.WAIT, Pause.WAIT, Pause.KEEP, Pause.ABORT]
+    with pytest.raises(InvalidArgument, match="pause: found 9"):
+        asyncio.run(weights.CommitWeights(weights_pb2.CommitWeightsRequest(pause=9), context))  # pyright: ignore
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 16_383, 16_384, 2_097_152])
+def test_a_chunk_is_read_where_it_lies(size: int) -> None:
+    message = weights_pb2.PrepareWeightsRequest(chunk=b"x" * size).SerializeToString()
+    chunk = read_chunk(message)
+    assert bytes(chunk) == b"x" * size
+    # A field that a newer client may add, behind the chunk.
+    later = message + b"\x78\x01"
+    assert bytes(read_chunk(later)) == b"x" * size
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (b"\x12\xff", "cannot be decoded"),
+        (b"\x12\x05ab", "cannot be decoded"),
+        (b"\x12", "cannot be decoded"),
+        (b"", "a chunk in every later message"),
+        (weights_pb2.PrepareWeightsRequest(manifest=weights_pb2.WeightManifest()).SerializeToString(), "a chunk in"),
+    ],
+)
+def test_what_is_no_chunk_is_refused(message: bytes, words: str) -> None:
+    with pytest.raises(InvalidArgument, match=words):
+        read_chunk(message)
+
+
+def test_a_silent_stream_ends() -> None:
+    async def silent() -> AsyncIterator[bytes]:
+        yield weights_pb2.PrepareWeightsRequest(manifest=weights_pb2.WeightManifest()).SerializeToString()
+        await asyncio.sleep(60)
+
+    async def read() -> None:
+        stream = WeightStream(silent(), 0.05)
+        await stream.manifest()
+        async for _ in stream.messages():
+            pass
+
+    with pytest.raises(DeadlineExceeded, match=r"silent for 0.05 s after 1 messages"):
+        asyncio.run(read())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tensors": [{"name": "a"}]}, "a.dtype: found 0, expected float32"),
+        ({"tensors": [{"name": "a", "dtype": 1, "encoding": 7}]}, "a.encoding: found 7"),
+        ({"tensors": [{"name": "a", "dtype": 1, "encoding": 2}]}, "manifest.base_version: found none"),
+        ({"base_version": 3}, "none for whole tensors"),
+        ({"adapter": {"rank": 0, "alpha": 1.0, "target_modules": ["a"]}, "base_version": 1}, "adapter.rank"),
+        ({"adapter": {"rank": 1, "alpha": 1.0}, "base_version": 1}, "adapter.target_modules"),
+        ({"adapter": {"rank": 1, "alpha": float("nan"), "target_modules": ["a"]}, "base_version": 1}, "adapter.alpha"),
+        ({"adapter": {"rank": 1, "alpha": 1.0, "target_modules": ["a"]}}, "manifest.base_version: found none"),
+        (
+            {
+                "adapter": {"rank": 1, "alpha": 1.0, "target_modules": ["a"]},
+                "base_version": 1,
+                "tensors": [{"name": "a", "dtype": 1, "encoding": 3}],
+            },
+            "changes of an adapter's tensors",
+        ),
+    ],
+)
+def test_manifests_that_contradict_themselves(change: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidArgument, match=words):
+        read_manifest(weights_pb2.WeightManifest(**change))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_scaling_of_an_adapter() -> None:
+    def scaling(**changes: object) -> float:
+        values = {"rank": 4, "alpha": 8.0, "target_modules": ["a"], **changes}
+        manifest = read_manifest(weights_pb2.WeightManifest(adapter=values, base_version=1))  # pyright: ignore
+        assert manifest.adapter is not None
+        return manifest.adapter.scaling
+
+    assert scaling() == 2.0
+    assert scaling(rank_stabilized=True) == 4.0

@@ -1,0 +1,46 @@
+"""A policy's parameters as the bytes that travel."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ppod.client import TensorDtype, TensorLayout, WeightTensor
+
+_WIRE = {
+    torch.float32: TensorDtype.FLOAT32,
+    torch.bfloat16: TensorDtype.BFLOAT16,
+    torch.float16: TensorDtype.FLOAT16,
+}
+
+
+class PolicyTensors:
+    """The parameters of a model, tied ones once, in the data type that travels.
+
+    Args:
+        model: its parameters are read when they are sent, so they must not change meanwhile.
+        dtype: float32, bfloat16 or float16.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        named = list(model.named_parameters())
+        self._parameters = [parameter.detach().contiguous().view(-1) for _, parameter in named]
+        self.layout = tuple(TensorLayout(name, _WIRE[dtype], tuple(parameter.shape)) for name, parameter in named)
+
+    def write(self, index: int, first: int, memory: memoryview) -> None:
+        """Convert elements of one tensor into `memory`; see `ppod.client.WriteElements`."""
+        target = torch.frombuffer(memory, dtype=self._dtype)
+        target.copy_(self._parameters[index][first : first + len(target)])
+
+    def tensors(self) -> list[WeightTensor]:
+        """All tensors; those that have the data type already are sent from where they are."""
+        return [
+            WeightTensor(one.name, one.dtype, one.shape, bytes_of(flat.to("cpu", self._dtype)))
+            for one, flat in zip(self.layout, self._parameters, strict=True)
+        ]
+
+
+def bytes_of(flat: torch.Tensor) -> memoryview:
+    """The bytes of a flat CPU tensor."""
+    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,94 @@
+"""The ways by which a version of the weights leaves the trainer: chunks over gRPC, or files that the services see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ppod.client import SharedDirectory, WeightPush, WeightTensor, WireImage
+from ppod_trainer.policy_weights import PolicyTensors
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One version that is to leave; `image` is it already in the form that travels, where that is kept."""
+
+    weight_version: int
+    policy: PolicyTensors
+    image: WireImage | None
+
+
+class WeightPlane(Protocol):
+    """Makes pushes. What one needs is there within its context."""
+
+    @contextmanager
+    def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
+        """All tensors, whole."""
+        ...
+
+    @contextmanager
+    def changes(self, outgoing: Outgoing, base_version: int, tensors: Sequence[WeightTensor]) -> Generator[WeightPush]:
+        """All tensors, as changes against a base version."""
+        ...
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        ...
+
+
+class GrpcPlane:
+    """Chunks over gRPC."""
+
+    @contextmanager
+    def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
+        """See `WeightPlane`."""
+        tensors = outgoing.policy.tensors() if outgoing.image is None else outgoing.image.tensors()
+        yield WeightPush(outgoing.weight_version, tensors)
+
+    @contextmanager
+    def changes(self, outgoing: Outgoing, base_version: int, tensors: Sequence[WeightTensor]) -> Generator[WeightPush]:
+        """See `WeightPlane`."""
+        yield WeightPush(outgoing.weight_version, tensors, base_version=base_version)
+
+    def close(self) -> None:
+        """See `WeightPlane`."""
+
+
+class SharedPlane:
+    """Safetensors files below one directory.
+
+    Args:
+        directory: where.
+        held_uris: asks all replicas which files they hold.
+    """
+
+    def __init__(self, directory: Path, held_uris: Callable[[], Collection[str]]) -> None:
+        self._directory = SharedDirectory(directory)
+        self._held_uris = held_uris
+
+    @contextmanager
+    def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
+        """See `WeightPlane`."""
+        segment = self._directory.segment(outgoing.policy.layout, self._held_uris())
+        if outgoing.image is None:
+            segment.image.fill(outgoing.policy.write)
+        else:
+            segment.image.copy_from(outgoing.image)
+        self._directory.publish(segment)
+        yield WeightPush(outgoing.weight_version, segment.image.tensors(), uri=segment.uri)
+
+    @contextmanager
+    def changes(self, outgoing: Outgoing, base_version: int, tensors: Sequence[WeightTensor]) -> Generator[WeightPush]:
+        """See `WeightPlane`."""
+        path = self._directory.write(tensors)
+        try:
+            yield WeightPush(outgoing.weight_version, tensors, base_version=base_version, uri=path.as_uri())
+        finally:
+            self._directory.remove(path)
+
+    def close(self) -> None:
+        """Remove all files."""
+        self._directory.close()
