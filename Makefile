@@ -83,6 +83,9 @@ bench-fairness: setup-run ## measure two teams on one reward service, one of the
 bench-overload: setup-run ## measure the reward service at ten times the load that it can carry
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.sharing.overload $(ARGS)
 
+bench-weights: setup-run ## measure pushes of weights against a bare byte stream and a memcpy (~15 minutes)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.weights $(ARGS)
+
 bench-fuzz: setup ## send 100,000 malformed requests to the reward and reference services
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.fuzz.malformed --requests 100000 $(ARGS)
 
