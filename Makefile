@@ -24,7 +24,7 @@ RUN_STAMP := $(VENV)/.installed-run-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 
 .PHONY: help setup setup-run run test lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos \
-	format protos bench-trl bench-serving bench-fairness bench-overload bench-fuzz clean
+	format protos bench-trl bench-serving bench-fairness bench-overload bench-weights bench-fuzz clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-14s %s\n", $$1, $$2 }'
