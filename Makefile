@@ -30,7 +30,8 @@ DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraints.txt services/install-vllm.sh | cksum | tr ' ' -)
 
 .PHONY: help setup setup-run setup-vllm run test test-vllm lint lint-ruff lint-format lint-types lint-imports lint-buf \
-	lint-protos format protos bench-trl bench-serving bench-generation bench-fairness bench-overload bench-fuzz clean
+	lint-protos format protos bench-trl bench-serving bench-generation bench-fairness bench-overload bench-weights \
+	bench-fuzz clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -99,6 +100,9 @@ bench-fairness: setup-run ## measure two teams on one reward service, one of the
 
 bench-overload: setup-run ## measure the reward service at ten times the load that it can carry
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.sharing.overload $(ARGS)
+
+bench-weights: setup-run ## measure pushes of weights against a bare byte stream and a memcpy (~15 minutes)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.weights $(ARGS)
 
 bench-fuzz: setup ## send 100,000 malformed requests to the reward and reference services
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.fuzz.malformed --requests 100000 $(ARGS)

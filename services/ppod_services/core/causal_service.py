@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import grpc.aio
 
+from ppod.errors import InvalidArgument
 from ppod.tensors import TokenArray
 from ppod_models.sources import resolve
 from ppod_services.core.config import CausalServiceConfig
 from ppod_services.core.described import Deferred, ModelInfo
 from ppod_services.core.scheduler import JoinableSink, RunBatch, Scheduler
-from ppod_services.core.server import Host
+from ppod_services.core.server import Host, StartError
 from ppod_services.core.warm_up import warm_up
 from ppod_services.core.weight_servicer import WEIGHT_SERVICE, WeightServicer, WeightTarget
 
@@ -59,7 +60,11 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
 
     def register_admin(self, server: grpc.aio.Server) -> None:
         """Add WeightService."""
-        WeightServicer(self.target, self.scheduler, self._config.weights).add_to_server(server)
+        try:
+            servicer = WeightServicer(self.target, self.scheduler, self._config.weights)
+        except InvalidArgument as error:
+            raise StartError(f"weights.relay_targets: {error}") from error
+        servicer.add_to_server(server)
 
     def load(self) -> None:
         """Load the model in the calling thread, and run it once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -116,10 +117,8 @@ class RelayedTransfer:
         if not self._hops:
             return []
         await asyncio.gather(*(hop.put(None) for hop in self._hops))
-        outcomes = [_Outcome("", own)]
-        for hop in self._hops:
-            outcomes += await hop.outcomes()
-        return [_result(outcome) for outcome in outcomes]
+        found = await asyncio.gather(*(hop.outcomes() for hop in self._hops))
+        return [_result(outcome) for outcome in itertools.chain([_Outcome("", own)], *found)]
 
     async def close(self) -> None:
         """Call off what is still under way."""

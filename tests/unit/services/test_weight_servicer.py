@@ -71,6 +71,8 @@ def test_a_chunk_is_read_where_it_lies(size: int) -> None:
         (b"\x12\xff", "cannot be decoded"),
         (b"\x12\x05ab", "cannot be decoded"),
         (b"\x12", "cannot be decoded"),
+        (b"\x12\x80", "cannot be decoded"),
+        (b"\x12\x80\x80\x80\x80\x80\x80", "cannot be decoded"),
         (b"", "a chunk in every later message"),
         (weights_pb2.PrepareWeightsRequest(manifest=weights_pb2.WeightManifest()).SerializeToString(), "a chunk in"),
     ],
