@@ -30,7 +30,6 @@ def build_model(
     tied: bool = True,
     eos_token_id: int | None = 256,
     max_tokens: int = MAX_TOKENS,
-    head_dim: int | None = None,
 ) -> LlamaForCausalLM:
     """A two-layer Llama with random weights large enough that its distributions are far from uniform."""
     torch.manual_seed(seed)
@@ -39,9 +38,9 @@ def build_model(
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=head_dim,
+        # Heads of 32: smaller ones are too small for vLLM's attention on CPUs.
+        num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=max_tokens,
         tie_word_embeddings=tied,
         initializer_range=0.2,
@@ -52,11 +51,9 @@ def build_model(
     return LlamaForCausalLM(config).eval()
 
 
-def save_tiny_model(
-    directory: Path, *, seed: int = 0, tied: bool = True, max_tokens: int = MAX_TOKENS, head_dim: int | None = None
-) -> Path:
+def save_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True, max_tokens: int = MAX_TOKENS) -> Path:
     """Save model and tokenizer as safetensors; returns the directory."""
-    build_model(seed=seed, tied=tied, max_tokens=max_tokens, head_dim=head_dim).save_pretrained(directory)
+    build_model(seed=seed, tied=tied, max_tokens=max_tokens).save_pretrained(directory)
     build_tokenizer().save_pretrained(directory)
     return directory
 

@@ -18,8 +18,6 @@ from support.tiny_model import build_model, save_tiny_model
 MAX_TOKENS = 256
 BLOCK_SIZE = 32
 START_TIMEOUT_S = 240.0
-# The smallest that vLLM's CPU attention takes.
-_HEAD_DIM = 32
 
 
 def require_vllm() -> None:
@@ -30,12 +28,12 @@ def require_vllm() -> None:
 
 def build_vllm_model(seed: int = 0) -> LlamaForCausalLM:
     """The tiny model in a shape that vLLM takes."""
-    return build_model(seed=seed, max_tokens=MAX_TOKENS, head_dim=_HEAD_DIM)
+    return build_model(seed=seed, max_tokens=MAX_TOKENS)
 
 
 def save_vllm_model(directory: Path) -> Path:
     """Save it with its tokenizer."""
-    return save_tiny_model(directory, max_tokens=MAX_TOKENS, head_dim=_HEAD_DIM)
+    return save_tiny_model(directory, max_tokens=MAX_TOKENS)
 
 
 def vllm_values(model_dir: Path) -> dict[str, object]:

@@ -33,7 +33,7 @@ from ppod_services.core.weights import ServedWeights
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.requests import GeneratedSample, GenerationItem
 from ppod_services.generation.vllm_backend.settings import VllmConfig
-from ppod_services.generation.vllm_backend.watch import SERVICE_VARIABLE
+from ppod_services.generation.vllm_backend.watch import FORKS_VARIABLE, SERVICE_VARIABLE
 
 _GIB = 2**30
 _CPU_KV_CACHE_GIB = 1.0
@@ -74,6 +74,8 @@ def load_vllm(config: GenerationServiceConfig, on_version: Callable[[int], None]
         path = resolve(config.model.source).path
         arguments = engine_arguments(config, path, api.platform(), api.engine_argument_names())
         described = _describe(config, path, api.platform(), str(arguments["dtype"]))
+        if api.platform() == "cpu":
+            os.environ |= _cpu_environment(eager=arguments["enforce_eager"] is True)
         try:
             host = EngineHost(lambda: api.start_engine(arguments))
         except (ValueError, RuntimeError, OSError) as error:
@@ -198,6 +200,12 @@ def _environment(config: GenerationServiceConfig) -> Generator[None]:
             **_threads(config.model.threads),
         }
         yield
+
+
+def _cpu_environment(*, eager: bool) -> dict[str, str]:
+    """What makes an engine on CPUs start in half the time."""
+    # vLLM compiles the ranking of logprobs, which nobody reads here: many seconds of a C++ compiler at the first token.
+    return {FORKS_VARIABLE: "1", **({"TORCHDYNAMO_DISABLE": "1"} if eager else {})}
 
 
 def _threads(threads: int | None) -> dict[str, str]:

@@ -9,6 +9,19 @@ import threading
 
 SERVICE_VARIABLE = "PPOD_VLLM_SERVICE_PID"
 """Environment variable of the engine's processes with the process id of the service."""
+FORKS_VARIABLE = "PPOD_VLLM_FORKS_WORKERS"
+"""Environment variable of the engine's processes: set where it may fork its workers, which spares them their imports."""
+
+
+def in_engine_process() -> None:
+    """vLLM calls this plugin in all of its processes, before they load anything."""
+    service = os.environ.get(SERVICE_VARIABLE)
+    if service is None or int(service) == os.getpid():
+        return
+    end_with_service()
+    if FORKS_VARIABLE in os.environ:
+        # It was spawned by a process with gRPC's threads, and has none itself.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
 
 def end_with_service() -> None:
