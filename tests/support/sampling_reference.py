@@ -23,15 +23,15 @@ class Rules:
 
 
 def shaped_logits(logits: npt.ArrayLike, rules: Rules, held: Iterable[int]) -> npt.NDArray[np.float64]:
-    """Logits [V] after penalty and bias, given the tokens of prompt and completion so far."""
+    """Logits [V] after bias and penalty, given the tokens of prompt and completion so far."""
     shaped = [float(value) for value in np.asarray(logits)]
+    for token, value in rules.logit_bias.items():
+        shaped[token] += value
     for token in set(held):
         if shaped[token] > 0:
             shaped[token] /= rules.repetition_penalty
         else:
             shaped[token] *= rules.repetition_penalty
-    for token, value in rules.logit_bias.items():
-        shaped[token] += value
     return np.asarray(shaped)
 
 

@@ -142,6 +142,7 @@ def engine_arguments(
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": f"{_WORKER}.PpodWorker",
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
     if on_cpu:
         # In parts of a prompt vLLM takes back a seeded draw, which CPU generators cannot: the engine would end.

@@ -10,7 +10,7 @@ import threading
 SERVICE_VARIABLE = "PPOD_VLLM_SERVICE_PID"
 """Environment variable of the engine's processes with the process id of the service."""
 FORKS_VARIABLE = "PPOD_VLLM_FORKS_WORKERS"
-"""Environment variable of the engine's processes: set where it may fork its workers, which spares them their imports."""
+"""Environment variable of the engine's processes: set where it may fork its workers, to spare them their imports."""
 
 
 def in_engine_process() -> None:
