@@ -11,6 +11,7 @@ import torch
 
 from ppod.client import SeedPromise
 from support.processes import ServiceProcess
+from support.vllm_services import VALUES
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ BACKENDS = [
     Backend("transformers"),
     Backend(
         "vllm",
-        values={"backend": "vllm", "vllm": {"kv_cache_gib": 0.125, "engine_args": {"block_size": 32}}},
+        values=VALUES,
         requires="vllm",
         seed_promise=SeedPromise.UNINTERRUPTED,
         slow_start=True,

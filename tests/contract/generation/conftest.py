@@ -14,11 +14,10 @@ from ppod import GenerationClient, WeightClient
 from support.processes import running_service
 from support.services import tiny_model_config
 from support.tiny_model import build_model
+from support.vllm_services import START_TIMEOUT_S, draining
 from support.weight_tensors import weight_tensors
 
 from .backends import BACKENDS, GAPS, Backend, Served
-
-START_TIMEOUT_S = 240.0
 
 
 class Pool:
@@ -46,12 +45,13 @@ class Pool:
             "limits": {"max_request_sequences": 64},
             **backend.values,
         }
-        service = self._stack.enter_context(
-            # An engine that starts processes of its own needs a process as users start it.
-            running_service(
-                backend.module, directory, values, fresh=backend.slow_start, start_timeout_s=START_TIMEOUT_S
-            )
-        )
+        if backend.slow_start:
+            # An engine that starts processes of its own needs a process as users start it, and ends with it.
+            running = running_service(backend.module, directory, values, fresh=True, start_timeout_s=START_TIMEOUT_S)
+            service = self._stack.enter_context(running)
+            self._stack.enter_context(draining(service))
+        else:
+            service = self._stack.enter_context(running_service(backend.module, directory, values))
         return Served(backend, dtype, service, build_model().to(getattr(torch, dtype)))
 
 

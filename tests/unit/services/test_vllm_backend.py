@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ from ppod_services.generation.vllm_backend.completions import (
 from ppod_services.generation.vllm_backend.loading import engine_arguments
 from ppod_services.generation.vllm_backend.outputs import Ended
 from ppod_services.generation.vllm_backend.segments import Segment
+from ppod_services.generation.vllm_backend.watch import SERVICE_VARIABLE
 from support.tiny_model import build_tokenizer
 
 KNOWN = frozenset({"block_size", "swap_space"})
@@ -245,3 +247,25 @@ def test_a_segment_is_seen_by_other_processes_and_goes_with_its_owner() -> None:
     del segment
     assert not path.exists()
     assert tensors[0].sum() == 15
+
+
+def test_the_engine_s_processes_end_with_the_service(tmp_path: Path) -> None:
+    """A stand-in for the service, killed as nothing can be prepared for; the engine's process, and a worker's."""
+    worker = (
+        "from ppod_services.generation.vllm_backend.watch import end_with_service as end; end(); print(1, flush=True)"
+    )
+    sleep = "import time; time.sleep(60)"
+    engine = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {worker + ';' + sleep!r}]); {sleep}"
+    service = (
+        "import os, subprocess, sys;"
+        f"os.environ['{SERVICE_VARIABLE}'] = str(os.getpid());"
+        f"subprocess.Popen([sys.executable, '-c', {engine!r}]); {sleep}"
+    )
+    with subprocess.Popen([sys.executable, "-c", service], stdout=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert len(started) == 2
+        process.kill()
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive
