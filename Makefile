@@ -18,7 +18,7 @@ ARGS ?=
 TESTS ?= tests
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ppod
 VLLM_VENV ?= $(CACHE)/venv-vllm
-VLLM_TESTS ?= tests/integration/vllm
+VLLM_TESTS ?= tests/contract/generation tests/integration/vllm -k vllm
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq

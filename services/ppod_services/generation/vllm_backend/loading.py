@@ -37,6 +37,8 @@ from ppod_services.generation.vllm_backend.watch import FORKS_VARIABLE, SERVICE_
 
 _GIB = 2**30
 _CPU_KV_CACHE_GIB = 1.0
+_CPU_STEP_TOKENS = 8_192
+"""Most tokens of one step on CPUs, unless a prompt may be longer: memory for all of them is set aside."""
 _WORKER = "ppod_services.generation.vllm_backend.worker"
 
 
@@ -147,7 +149,8 @@ def engine_arguments(
     if on_cpu:
         # In parts of a prompt vLLM takes back a seeded draw, which CPU generators cannot: the engine would end.
         arguments["enable_chunked_prefill"] = False
-        arguments["max_num_batched_tokens"] = max(batching.max_batch_tokens, batching.max_batch_size)
+        most = max(min(batching.max_batch_tokens, _CPU_STEP_TOKENS), longest, batching.max_batch_size)
+        arguments["max_num_batched_tokens"] = most
     return {**arguments, **vllm.engine_args}
 
 

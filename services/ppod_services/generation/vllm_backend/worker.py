@@ -151,7 +151,7 @@ def _repack_tied_head(model: nn.Module) -> None:
         return
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
+            getattr(module, "quant_method").process_weights_after_loading(module)  # noqa: B009
 
 
 # vLLM imports this module in its workers, before they load anything, and nobody else does.
