@@ -123,7 +123,7 @@ class SharedFile:
     def _receive(self, receiver: TensorReceiver, offset: int, borrowed: bool) -> None:
         while len(room := receiver.room):
             block = room[:_BLOCK_BYTES]
-            count = len(block) if borrowed else os.preadv(self._fd, [memoryview(block)], offset)
+            count = len(block) if borrowed else os.preadv(self._fd, [block.data], offset)
             if not count:
                 raise InvalidArgument(f"uri.{receiver.tensor.name}", "the end of the file", f"{len(room)} bytes more")
             offset += count

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import grpc.aio
+import grpc
 from google.protobuf.message import DecodeError
 
 from ppod.channel import ChannelSpec, open_aio_channel
@@ -65,7 +65,7 @@ class WeightRelay:
     @contextlib.asynccontextmanager
     async def open(
         self, manifest: weights_pb2.WeightManifest, timeout_s: float | None
-    ) -> AsyncIterator[RelayedTransfer]:
+    ) -> AsyncGenerator[RelayedTransfer]:
         """Begin to send to all hops of a manifest; whoever leaves early calls off what is under way."""
         hops = [_Hop(hop, self._config.idle_timeout_s) for hop in manifest.relay]
         transfer = RelayedTransfer(hops)

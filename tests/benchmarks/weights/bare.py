@@ -11,7 +11,7 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from contextlib import contextmanager
 
 import grpc
@@ -41,7 +41,7 @@ async def _serve(port: int) -> None:
 
 
 @contextmanager
-def bare_server() -> Iterator[str]:
+def bare_server() -> Generator[str]:
     """Run the server in a process of its own; yields its target."""
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "benchmarks.weights.bare", str(port)]

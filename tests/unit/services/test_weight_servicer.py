@@ -103,7 +103,6 @@ def test_a_silent_stream_ends() -> None:
         ({"tensors": [{"name": "a"}]}, "a.dtype: found 0, expected float32"),
         ({"tensors": [{"name": "a", "dtype": 1, "encoding": 7}]}, "a.encoding: found 7"),
         ({"tensors": [{"name": "a", "dtype": 1, "encoding": 2}]}, "manifest.base_version: found none"),
-        ({"base_version": 3}, "none for whole tensors"),
         ({"adapter": {"rank": 0, "alpha": 1.0, "target_modules": ["a"]}, "base_version": 1}, "adapter.rank"),
         ({"adapter": {"rank": 1, "alpha": 1.0}, "base_version": 1}, "adapter.target_modules"),
         ({"adapter": {"rank": 1, "alpha": float("nan"), "target_modules": ["a"]}, "base_version": 1}, "adapter.alpha"),
