@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from pydantic import JsonValue
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ppod_models.configuration import ConfigError, ModelConfig
@@ -32,6 +33,7 @@ from ppod_services.core.described import ModelInfo
 from ppod_services.core.weights import ServedWeights
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.requests import GeneratedSample, GenerationItem
+from ppod_services.generation.vllm_backend.checkpoint import Checkpoint
 from ppod_services.generation.vllm_backend.settings import VllmConfig
 from ppod_services.generation.vllm_backend.watch import FORKS_VARIABLE, SERVICE_VARIABLE
 
@@ -49,11 +51,13 @@ class _Described:
     Attributes:
         info: identity and bounds.
         shapes: of all weights, by their names in a checkpoint; a tied one goes by its first name.
+        linear: names of the linear layers that have weights of their own.
         tokenizer: turns tokens into text.
     """
 
     info: ModelInfo
     shapes: Mapping[str, tuple[int, ...]]
+    linear: frozenset[str]
     tokenizer: Tokenizer
 
 
@@ -84,7 +88,8 @@ def load_vllm(config: GenerationServiceConfig, on_version: Callable[[int], None]
             raise ModelSourceError(f"model {config.model.source!r} with vLLM: {error}") from error
     host.call(lambda engine: engine.update_weight_version("0"))
     both = all(host.call(lambda engine: engine.collective_rpc("ppod_tell_both_logprobs")))
-    weights = ServedWeights(VllmWeights(host, described.shapes), on_version)
+    store = VllmWeights(host, described.shapes, described.linear, Checkpoint(path))
+    weights = ServedWeights(store, on_version)
     engine = VllmEngine(host, weights, described.tokenizer, both_logprobs=both)
     model = LoadedModel(described.info, engine.run, weights)
     return LoadedVllm(model, described.tokenizer, lambda: host.failure, host.close)
@@ -185,7 +190,9 @@ def _describe(config: GenerationServiceConfig, path: Path, platform: str, dtype:
         eos_token_ids=eos_token_ids(model, tokenizer),
     )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return _Described(info, shapes, tokenizer.backend_tokenizer)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    own = frozenset(name for name in linear if f"{name}.weight" in shapes)
+    return _Described(info, shapes, own, tokenizer.backend_tokenizer)
 
 
 @contextmanager

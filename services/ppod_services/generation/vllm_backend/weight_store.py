@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 
-from ppod.errors import Internal, InvalidArgument
+from ppod.errors import FailedPrecondition, Internal
 from ppod_models.loading import DTYPES
 from ppod_services.core.logs import log_event
+from ppod_services.core.lora import adapter_shapes, merge_layer
 from ppod_services.core.weight_manifest import IncomingTensor, LoraAdapter
 from ppod_services.core.weight_store import Install, ReceivedWeights
 from ppod_services.generation.vllm_backend.api import Engine
+from ppod_services.generation.vllm_backend.checkpoint import Checkpoint
 from ppod_services.generation.vllm_backend.host import EngineHost
 from ppod_services.generation.vllm_backend.segments import Segment
 
@@ -52,25 +54,35 @@ class _Image:
 class VllmWeights:
     """A `WeightStore` for the engine's processes.
 
-    The version that serves is kept as it arrived, to load it again where loading its successor fails.
+    The version that serves is kept as it arrived, to load it again where loading its successor fails. An adapter is
+    merged into a copy of the base, which is kept beside it.
 
     Args:
         host: the engine.
         shapes: names and shapes of all weights, as a checkpoint has them.
+        linear: names of the linear layers that have weights of their own.
+        checkpoint: what the engine started with.
     """
 
-    def __init__(self, host: EngineHost, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        host: EngineHost,
+        shapes: Mapping[str, tuple[int, ...]],
+        linear: Set[str],
+        checkpoint: Checkpoint,
+    ) -> None:
         self._host = host
         self._shapes = shapes
+        self._linear = linear
+        self._checkpoint = checkpoint
+        self._base: _Image | None = None
         self._serving: _Image | None = None
         self._receiving: Segment | None = None
         self._spare: Segment | None = None
 
     def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
         """See `WeightStore`."""
-        if adapter is not None:
-            raise InvalidArgument("manifest.adapter", "an adapter", "none: the vLLM backend takes whole weights")
-        return self._shapes
+        return self._shapes if adapter is None else adapter_shapes(adapter, self._shapes, self._linear)
 
     def allocate(self, tensors: Sequence[IncomingTensor]) -> Sequence[torch.Tensor]:
         """See `WeightStore`: shared memory, that of the version before the serving one where it fits.
@@ -79,30 +91,43 @@ class VllmWeights:
         """
         shapes, dtypes = [tensor.shape for tensor in tensors], [DTYPES[tensor.dtype] for tensor in tensors]
         spare, self._spare = self._spare, None
-        fits = spare is not None and spare.holds(shapes, dtypes)
-        self._receiving = spare if fits else Segment(shapes, dtypes)
-        assert self._receiving is not None
+        self._receiving = spare if spare is not None and spare.holds(shapes, dtypes) else Segment(shapes, dtypes)
         return self._receiving.tensors
 
     def image(self, name: str, dtype: str) -> torch.Tensor | None:
-        """See `WeightStore`; what the engine started with is not kept."""
-        if self._serving is None:
-            return None
-        tensor = self._serving.tensors[name]
+        """See `WeightStore`."""
+        tensor = self._base_tensor(name)
         wire = DTYPES[dtype]
-        return tensor.to(wire) if tensor.dtype in (wire, torch.float32) else None
+        return tensor.to(wire) if tensor is not None and tensor.dtype in (wire, torch.float32) else None
 
     def stage(self, received: ReceivedWeights) -> Install:
         """See `WeightStore`: what lies elsewhere than in shared memory is copied there."""
-        image = _shared(received, self._receiving)
-        self._receiving = None
+        receiving, self._receiving = self._receiving, None
+        if received.adapter is None:
+            image = _shared(received.weight_version, received.tensors, receiving)
+            return lambda: self._install(image, image)
+        merged = self._merged(received.adapter, received.tensors)
+        image = _shared(received.weight_version, merged, None)
+        return lambda: self._install(image, self._base)
 
-        def install() -> None:
-            self._install(image)
+    def _merged(self, adapter: LoraAdapter, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """All weights, with an adapter's change of the base's."""
+        merged: dict[str, torch.Tensor] = {}
+        changed = {f"{layer}.weight": layer for layer in adapter.target_modules}
+        for name in self._shapes:
+            base = self._base_tensor(name)
+            if base is None:
+                found, expected = f"no {name} in the model's files", "whole weights, pushed before an adapter"
+                raise FailedPrecondition("base_version", found, expected)
+            layer = changed.get(name)
+            merged[name] = base if layer is None else merge_layer(base, adapter, tensors, layer)
+        return merged
 
-        return install
+    def _base_tensor(self, name: str) -> torch.Tensor | None:
+        """The base's tensor as it came, or as the model's files have it."""
+        return self._checkpoint.read(name) if self._base is None else self._base.tensors[name]
 
-    def _install(self, image: _Image) -> None:
+    def _install(self, image: _Image, base: _Image | None) -> None:
         """Have the workers load new weights; where that fails, those that served.
 
         Raises:
@@ -113,9 +138,9 @@ class VllmWeights:
             self._restore(error)
             self._resume()
             raise Internal(f"vLLM could not load version {image.weight_version}; the old one serves on") from error
-        if self._serving is not None:
-            self._spare = self._serving.segment
-        self._serving = image
+        old = self._base or self._serving
+        self._serving, self._base = image, base
+        self._spare = old.segment if old is not None and old is not base else None
         self._resume()
 
     def _restore(self, error: BaseException) -> None:
@@ -134,9 +159,8 @@ class VllmWeights:
             self._host.check()
 
 
-def _shared(received: ReceivedWeights, segment: Segment | None) -> _Image:
-    """Received weights in shared memory: where they are, if they were received there, or copied."""
-    tensors = received.tensors
+def _shared(weight_version: int, tensors: Mapping[str, torch.Tensor], segment: Segment | None) -> _Image:
+    """Weights in shared memory: where they are, if they were received there, or copied."""
     there = segment is not None and [_address(tensor) for tensor in tensors.values()] == [
         _address(tensor) for tensor in segment.tensors
     ]
@@ -144,7 +168,7 @@ def _shared(received: ReceivedWeights, segment: Segment | None) -> _Image:
         segment = Segment([tensor.shape for tensor in tensors.values()], [tensor.dtype for tensor in tensors.values()])
         for target, tensor in zip(segment.tensors, tensors.values(), strict=True):
             target.copy_(tensor)
-    return _Image(received.weight_version, segment, dict(zip(tensors, segment.tensors, strict=True)))
+    return _Image(weight_version, segment, dict(zip(tensors, segment.tensors, strict=True)))
 
 
 def _address(tensor: torch.Tensor) -> tuple[int, int]:
