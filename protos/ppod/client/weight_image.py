@@ -102,7 +102,13 @@ class WireImage:
 
     def _each(self, work: Callable[[int], None]) -> None:
         """Do the work for every tensor, the largest first, so that the threads end together."""
-        order = sorted(range(len(self.layout)), key=lambda index: -self.layout[index].nbytes)
+        waiting = iter(sorted(range(len(self.layout)), key=lambda index: -self.layout[index].nbytes))
+
+        def take() -> None:
+            # One iterator for all threads: a future for each of hundreds of small tensors would cost more than they do.
+            for index in waiting:
+                work(index)
+
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="weights") as pool:
-            for done in [pool.submit(work, index) for index in order]:
+            for done in [pool.submit(take) for _ in range(_THREADS)]:
                 done.result()
