@@ -24,11 +24,16 @@ VALUES: dict[str, object] = {
 """Configuration of the backend for tiny models."""
 
 
+def require_vllm() -> None:
+    """Skip the test where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here: `make test-vllm` runs this in an environment that has it")
+
+
 @contextmanager
 def running_vllm(model_dir: Path, directory: Path) -> Iterator[ServiceProcess]:
     """A generation service on vLLM; the test is skipped where vLLM is not installed."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed here: `make test-vllm` runs this in an environment that has it")
+    require_vllm()
     values = {"model": tiny_model_config(model_dir), **VALUES}
     module = "ppod_services.generation"
     # As users start it: the engine starts processes of its own.

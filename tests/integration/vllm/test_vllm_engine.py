@@ -22,9 +22,10 @@ from ppod.client import WeightPause, WeightPush
 from ppod.client.weight_image import WireImage
 from ppod_trainer.adapter_weights import adapter_tensors
 from ppod_trainer.policy_weights import PolicyTensors
-from support.processes import ServiceProcess, metrics_of
+from support.processes import ServiceProcess, free_ports, metrics_of, run_to_exit, write_config
 from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
+from support.services import tiny_model_config
 from support.tiny_adapter import build_adapted_model
 from support.tiny_model import build_model, save_tiny_model
 from support.vllm_services import (
@@ -32,6 +33,7 @@ from support.vllm_services import (
     assert_gone,
     cut_weights_that_wait,
     engine_processes,
+    require_vllm,
     running_vllm,
 )
 from support.weight_tensors import weight_tensors
@@ -91,6 +93,19 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
     model_dir: Path = save_tiny_model(directory / "model", max_tokens=MAX_TOKENS)
     with running_vllm(model_dir, directory) as service, WeightClient(service.admin_target) as weights:
         yield Pushed(service, weights, {0: build_model(max_tokens=MAX_TOKENS)})
+
+
+def test_engine_arguments_that_vllm_does_not_know_are_named_before_anything_starts(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    require_vllm()
+    vllm = {"engine_args": {"block_sise": 32, "enable_prefix_caching": True}}
+    values = {"listen": {"port": free_ports(1)[0]}, "model": tiny_model_config(tiny_model_dir), "backend": "vllm"}
+    done = run_to_exit(
+        "ppod_services.generation", "--config", str(write_config(tmp_path / "config.yaml", {**values, "vllm": vllm}))
+    )
+    assert done.returncode == 2
+    assert "vllm.engine_args.block_sise: vLLM has no such engine argument" in done.stderr
 
 
 def fail_to_load(pushed: Pushed) -> None:
