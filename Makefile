@@ -10,21 +10,28 @@ SHELL := bash
 #   PYTHON the interpreter that makes it, 3.11 or newer
 #   ARGS   more arguments for `ppod run` or the benchmark, such as ARGS="--trainer.steps 5"
 #   TESTS  what `make test` runs, such as TESTS=tests/unit
+#   VLLM_VENV  where the environment with vLLM lives, which several checkouts may share
+#   VLLM_TESTS what `make test-vllm` runs
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
 TESTS ?= tests
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ppod
+VLLM_VENV ?= $(CACHE)/venv-vllm
+VLLM_TESTS ?= tests/contract/generation tests/integration/vllm -k vllm
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -qq
 # A stamp carries the checksum of all that decides what is installed, so that a change installs again and nothing else does.
 KEY := $(shell cat pyproject.toml constraints.txt Makefile | cksum | tr ' ' -)
 RUN_STAMP := $(VENV)/.installed-run-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
+VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraints.txt services/install-vllm.sh | cksum | tr ' ' -)
 
-.PHONY: help setup setup-run run test lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos \
-	format protos bench-trl bench-serving bench-generation bench-overlap bench-fairness bench-overload bench-fuzz clean
+.PHONY: help setup setup-run setup-vllm run test test-vllm lint lint-ruff lint-format lint-types lint-imports lint-buf \
+	lint-protos format protos bench-trl bench-serving bench-generation bench-overlap bench-weights bench-fairness \
+	bench-overload bench-fuzz clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -42,6 +49,14 @@ run: setup-run ## train the default policy with PPO: starts the three services a
 test: export OMP_WAIT_POLICY ?= PASSIVE
 test: setup ## run all tests (TESTS=tests/unit for a part)
 	$(BIN)/python -m pytest $(TESTS)
+
+setup-vllm: $(VLLM_STAMP) ## install vLLM's CPU build and ppod's services beside it into $(VLLM_VENV) (3 GB)
+	@[ "$$(cat $(VLLM_VENV)/.checkout)" = "$(CURDIR)" ] || \
+		{ $(VLLM_PIP) --no-deps -e . && echo $(CURDIR) > $(VLLM_VENV)/.checkout; }
+
+test-vllm: export OMP_WAIT_POLICY ?= PASSIVE
+test-vllm: setup-vllm ## run the tests of the vLLM backend with the real engine on the CPU
+	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 
 lint: lint-ruff lint-format lint-types lint-imports lint-buf lint-protos ## run every static check
 
@@ -89,6 +104,9 @@ bench-fairness: setup-run ## measure two teams on one reward service, one of the
 bench-overload: setup-run ## measure the reward service at ten times the load that it can carry
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.sharing.overload $(ARGS)
 
+bench-weights: setup-run ## measure pushes of weights against a bare byte stream and a memcpy (~15 minutes)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.weights $(ARGS)
+
 bench-fuzz: setup ## send 100,000 malformed requests to the reward and reference services
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.fuzz.malformed --requests 100000 $(ARGS)
 
@@ -112,6 +130,17 @@ $(RUN_STAMP):
 $(DEV_STAMP): $(RUN_STAMP)
 	@echo "installing the development tools into $(VENV)"
 	@$(PIP) -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+$(VLLM_STAMP):
+	@test -n "$(PYTHON)" || { echo "ppod needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	@services/install-vllm.sh $(VLLM_VENV) $(PYTHON)
+	@echo "installing what ppod's services need into $(VLLM_VENV)"
+	@# vLLM's own pins go first: its numba takes no numpy as new as ppod's.
+	@grep -v '^numpy==' constraints.txt > $(VLLM_VENV)/ppod-constraints.txt
+	@$(VLLM_PIP) -c $(VLLM_VENV)/ppod-constraints.txt -e '.[services,deploy]' pytest pytest-asyncio pytest-timeout
+	@echo $(CURDIR) > $(VLLM_VENV)/.checkout
+	@rm -f $(VLLM_VENV)/.installed-ppod-*
 	@touch $@
 
 # An environment may be shared by several checkouts, one after the other: ppod in it is this one.

@@ -127,6 +127,7 @@ def running_service(
     admin: bool = True,
     until: str = "ready",
     fresh: bool = False,
+    start_timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[ServiceProcess]:
     """Start `python -m module` on free ports, wait until it logs an event, and end it afterwards.
 
@@ -144,7 +145,7 @@ def running_service(
         process = start_module(module, "--config", str(config), directory=directory, name=name)
     service = ServiceProcess(port, admin_port, metrics_port, process, directory / f"{name}.stderr")
     try:
-        service.wait_for_event(until)
+        service.wait_for_event(until, start_timeout_s)
         yield service
     finally:
         if process.poll() is None:

@@ -23,15 +23,15 @@ class Rules:
 
 
 def shaped_logits(logits: npt.ArrayLike, rules: Rules, held: Iterable[int]) -> npt.NDArray[np.float64]:
-    """Logits [V] after penalty and bias, given the tokens of prompt and completion so far."""
+    """Logits [V] after bias and penalty, given the tokens of prompt and completion so far."""
     shaped = [float(value) for value in np.asarray(logits)]
+    for token, value in rules.logit_bias.items():
+        shaped[token] += value
     for token in set(held):
         if shaped[token] > 0:
             shaped[token] /= rules.repetition_penalty
         else:
             shaped[token] *= rules.repetition_penalty
-    for token, value in rules.logit_bias.items():
-        shaped[token] += value
     return np.asarray(shaped)
 
 
@@ -40,10 +40,12 @@ def reference_distribution(logits: npt.ArrayLike, rules: Rules, held: Iterable[i
     shaped = shaped_logits(logits, rules, held)
     greedy = rules.temperature == 0
     scaled = shaped if greedy else shaped / rules.temperature
-    weights = [math.exp(value - max(scaled)) for value in scaled]
+    largest = max(scaled)
+    weights = [math.exp(value - largest) for value in scaled]
     if greedy:
         return np.asarray(weights) / sum(weights)
-    kept = [weight if weight >= rules.min_p * max(weights) else 0.0 for weight in weights]
+    least = rules.min_p * max(weights)
+    kept = [weight if weight >= least else 0.0 for weight in weights]
     order = sorted(range(len(kept)), key=lambda token: -kept[token])
     if rules.top_k:
         for token in order[rules.top_k :]:

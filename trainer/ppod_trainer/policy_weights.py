@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,7 +32,12 @@ class PolicyTensors:
     def write(self, index: int, first: int, memory: memoryview) -> None:
         """Convert elements of one tensor into `memory`; see `ppod.client.WriteElements`."""
         target = torch.frombuffer(memory, dtype=self._dtype)
-        target.copy_(self._parameters[index][first : first + len(target)])
+        source = self._parameters[index][first : first + len(target)]
+        if source.dtype == self._dtype and source.device.type == "cpu":
+            # By numpy: several tensors are written at once, and torch would start its own threads for each.
+            np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
+        else:
+            target.copy_(source)
 
     def tensors(self) -> list[WeightTensor]:
         """All tensors; those that have the data type already are sent from where they are."""

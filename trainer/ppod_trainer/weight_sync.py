@@ -13,7 +13,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ppod import DeadlineExceeded, FailedPrecondition, PermissionDenied, PpodError, Unavailable, WeightClient
+from ppod import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    PpodError,
+    ResourceExhausted,
+    Unavailable,
+    WeightClient,
+)
 from ppod.client import ReplicaOutcome, WeightPause, WeightPush, WeightStatus, WireImage, relay_tree
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import ServiceMismatchError, WeightPushError
@@ -25,6 +35,9 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger(__name__)
 _PAUSES = {"wait": WeightPause.WAIT, "keep": WeightPause.KEEP, "abort": WeightPause.ABORT}
+_REFUSALS = (InvalidArgument, FailedPrecondition, NotFound, PermissionDenied, ResourceExhausted)
+"""Errors after which a replica certainly holds nothing of what was pushed."""
+
 AnswerT = TypeVar("AnswerT")
 Outcomes = dict[str, PpodError | None]
 """What became of each replica, by its administration port; None: it went well."""
@@ -94,6 +107,8 @@ class WeightSync:
         )
         self._committed: _Committed | None = None
         self._retired: WireImage | None = None
+        self._held: dict[str, set[str]] = {target: set() for target in self._clients}
+        self._silent: set[str] = set()
         self._sent_bytes = 0
         self.fallbacks = 0
 
@@ -186,6 +201,8 @@ class WeightSync:
         for target, answer in self._ask(targets, lambda client: client.push(push).replicas).items():
             found = (ReplicaOutcome(target, answer),) if isinstance(answer, PpodError) else answer
             outcomes |= {one.target: one.error for one in found}
+        if push.uri:
+            self._note_held(push.uri, outcomes)
         return outcomes
 
     def _commit(self, weight_version: int, lost: Sequence[str], started: float, fallbacks: int) -> PushReport:
@@ -196,6 +213,9 @@ class WeightSync:
         # A commit whose reply was lost may have worked.
         serving = self._ask(targets, lambda client: client.status())
         outcomes = {target: _commit_error(answers[target], serving[target], weight_version) for target in targets}
+        for target, status in serving.items():
+            if isinstance(status, WeightStatus):
+                self._note_status(target, status)
         lost = [*lost, *self._lost("commit", weight_version, outcomes)]
         paused_s = max((answer for answer in answers.values() if isinstance(answer, float)), default=0.0)
         return PushReport(
@@ -224,7 +244,23 @@ class WeightSync:
         return found
 
     def _held_uris(self) -> set[str]:
-        return {uri for status in self._statuses().values() for uri in status.held_uris}
+        """Files that a replica holds or may hold."""
+        return set().union(*self._held.values())
+
+    def _note_held(self, uri: str, outcomes: Outcomes) -> None:
+        """Remember who may hold a file that was pushed.
+
+        A replica that does not answer may have got it before it fell silent; what comes after that it did not get.
+        """
+        for target, error in outcomes.items():
+            if error is None or (not isinstance(error, _REFUSALS) and target not in self._silent):
+                self._held[target].add(uri)
+            if error is not None:
+                self._silent.add(target)
+
+    def _note_status(self, target: str, status: WeightStatus) -> None:
+        self._silent.discard(target)
+        self._held[target] = set(status.held_uris)
 
     def _free_image(self, policy: PolicyTensors) -> WireImage:
         image, self._retired = self._retired, None

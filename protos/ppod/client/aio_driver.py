@@ -206,6 +206,8 @@ def _tell(exchange: Exchange, attempt: int, reply: bytes | PpodError) -> list[Ac
 
 
 async def _threaded(messages: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """Make each message in a thread: checksums and copies of gigabytes would hold up the event loop."""
-    while (message := await asyncio.to_thread(next, messages, None)) is not None:
+    """Make each message in a thread, while the one before it is sent: copies would hold up the event loop."""
+    coming = asyncio.ensure_future(asyncio.to_thread(next, messages, None))
+    while (message := await coming) is not None:
+        coming = asyncio.ensure_future(asyncio.to_thread(next, messages, None))
         yield message

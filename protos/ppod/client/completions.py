@@ -30,7 +30,7 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn: repetition penalty, logit bias, temperature, min_p, top_k and top_p, in this order.
+    """How tokens are drawn: logit bias, repetition penalty, temperature, min_p, top_k and top_p, in this order.
 
     Attributes:
         max_tokens: most tokens of a completion.

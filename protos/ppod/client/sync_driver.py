@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeAlias, TypeVar
 
@@ -100,7 +101,7 @@ class SyncDriver:
         try:
             stub = self._channel(address).stream_unary(method, None, None)
             timeout_s = timeout_s or self._core.settings.timeout_s
-            return stub(messages, timeout=timeout_s, metadata=self._core.metadata())
+            return stub(_made_ahead(messages), timeout=timeout_s, metadata=self._core.metadata())
         except grpc.RpcError as error:
             typed = typed_error(error, self._core.service_name, address)
             code = typed.code.name
@@ -248,3 +249,12 @@ class _Delivery:
         typed = typed_error(error, self._core.service_name, send.address)
         self._core.observe(send.method, now - start, typed.code.name)
         return self._exchange.failed(send.attempt, typed, now)
+
+
+def _made_ahead(messages: Iterator[bytes]) -> Iterator[bytes]:
+    """Make each message while the one before it is sent: gRPC asks for the next only then."""
+    with ThreadPoolExecutor(1, thread_name_prefix="upload") as pool:
+        coming = pool.submit(next, messages, None)
+        while (message := coming.result()) is not None:
+            coming = pool.submit(next, messages, None)
+            yield message

@@ -48,7 +48,7 @@ class WireImage:
     def __init__(self, layout: Sequence[TensorLayout], memory: memoryview | None = None) -> None:
         self.layout = tuple(layout)
         self.nbytes = sum(tensor.nbytes for tensor in self.layout)
-        self._memory = memoryview(np.empty(self.nbytes, np.uint8)) if memory is None else memory
+        self._memory = np.empty(self.nbytes, np.uint8).data if memory is None else memory
         self._checksums = [0] * len(self.layout)
         self._parts: list[memoryview] = []
         begin = 0
@@ -85,7 +85,7 @@ class WireImage:
             new, old = (bit_patterns(image._parts[index], tensor.dtype.itemsize) for image in (self, base))
             encoding, data = encode_changes(new, old)
             encoded[index] = WeightTensor(
-                tensor.name, tensor.dtype, tensor.shape, memoryview(data), encoding, self._checksums[index]
+                tensor.name, tensor.dtype, tensor.shape, data.data, encoding, self._checksums[index]
             )
 
         self._each(encode)
@@ -102,7 +102,13 @@ class WireImage:
 
     def _each(self, work: Callable[[int], None]) -> None:
         """Do the work for every tensor, the largest first, so that the threads end together."""
-        order = sorted(range(len(self.layout)), key=lambda index: -self.layout[index].nbytes)
+        waiting = iter(sorted(range(len(self.layout)), key=lambda index: -self.layout[index].nbytes))
+
+        def take() -> None:
+            # One iterator for all threads: a future for each of hundreds of small tensors would cost more than they do.
+            for index in waiting:
+                work(index)
+
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="weights") as pool:
-            for done in [pool.submit(work, index) for index in order]:
+            for done in [pool.submit(take) for _ in range(_THREADS)]:
                 done.result()

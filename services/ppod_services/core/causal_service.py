@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import grpc.aio
 
+from ppod.errors import InvalidArgument
 from ppod.tensors import TokenArray
 from ppod_models.sources import resolve
 from ppod_services.core.config import CausalServiceConfig
-from ppod_services.core.described import Deferred
+from ppod_services.core.described import Deferred, ModelInfo
 from ppod_services.core.scheduler import JoinableSink, RunBatch, Scheduler
-from ppod_services.core.server import Host
+from ppod_services.core.server import Host, StartError
 from ppod_services.core.warm_up import warm_up
 from ppod_services.core.weight_servicer import WEIGHT_SERVICE, WeightServicer, WeightTarget
 
@@ -23,6 +25,15 @@ if TYPE_CHECKING:
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel(Generic[ItemT, ResultT]):
+    """A model that can serve: what it is, what runs batches on it, and where its new weights go."""
+
+    info: ModelInfo
+    run_batch: RunBatch[ItemT, ResultT]
+    weights: ServedWeights
 
 
 class CausalService(ABC, Generic[ItemT, ResultT]):
@@ -49,12 +60,23 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
 
     def register_admin(self, server: grpc.aio.Server) -> None:
         """Add WeightService."""
-        WeightServicer(self.target, self.scheduler, self._config.weights).add_to_server(server)
+        try:
+            servicer = WeightServicer(self.target, self.scheduler, self._config.weights)
+        except InvalidArgument as error:
+            raise StartError(f"weights.relay_targets: {error}") from error
+        servicer.add_to_server(server)
 
     def load(self) -> None:
         """Load the model in the calling thread, and run it once."""
         # Before the imports, which take seconds: a missing model is told at once.
         resolve(self._config.model.source)
+        loaded = self.load_model()
+        warm_up(loaded.run_batch, loaded.info, self._config.warm_up_tokens, self.warm_up_item)
+        self._engine.set(loaded.run_batch)
+        self.target.set(WeightTarget(loaded.info, loaded.weights))
+
+    def load_model(self) -> LoadedModel[ItemT, ResultT]:
+        """Load the model with transformers; called in the model's thread."""
         from ppod_services.core.model import load_causal_model  # noqa: PLC0415 - see the class
         from ppod_services.core.model_weights import ModelWeights  # noqa: PLC0415
         from ppod_services.core.weights import ServedWeights  # noqa: PLC0415
@@ -62,10 +84,7 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
         config = self._config
         model = load_causal_model(config.model, config.name, config.batching.max_batch_tokens, pack=self.packs)
         weights = ServedWeights(ModelWeights(model.model), self._metrics.weight_version)
-        engine = self.build_engine(model, weights)
-        warm_up(engine, model.info, config.warm_up_tokens, self.warm_up_item)
-        self._engine.set(engine)
-        self.target.set(WeightTarget(model.info, weights))
+        return LoadedModel(model.info, self.build_engine(model, weights), weights)
 
     async def run(self) -> None:
         """Run batches until cancelled."""

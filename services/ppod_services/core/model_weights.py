@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ppod.errors import InvalidArgument
 from ppod_models.loading import DTYPES
+from ppod_services.core.lora import adapter_shapes, merge_layer
 from ppod_services.core.weight_manifest import IncomingTensor, LoraAdapter
 from ppod_services.core.weight_store import Install, ReceivedWeights
 
@@ -39,17 +39,7 @@ class ModelWeights:
         """See `WeightStore`."""
         if adapter is None:
             return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for layer in adapter.target_modules:
-            if layer not in self._linear:
-                raise InvalidArgument(
-                    "manifest.adapter.target_modules", layer, "a linear layer of the model with weights of its own"
-                )
-            out_size, in_size = self._parameters[f"{layer}.weight"].shape
-            name_a, name_b = _adapter_names(layer)
-            shapes[name_a] = (adapter.rank, in_size)
-            shapes[name_b] = (out_size, adapter.rank)
-        return shapes
+        return adapter_shapes(adapter, self.shapes(None), self._linear)
 
     def allocate(self, tensors: Sequence[IncomingTensor]) -> Sequence[torch.Tensor]:
         """See `WeightStore`."""
@@ -81,10 +71,7 @@ class ModelWeights:
         merged: dict[str, torch.Tensor] = {}
         for layer in adapter.target_modules:
             name = f"{layer}.weight"
-            base = self._base(name)
-            matrix_a, matrix_b = (tensors[part].to(base.device, torch.float32) for part in _adapter_names(layer))
-            change = torch.addmm(base.float(), matrix_b, matrix_a, alpha=adapter.scaling)
-            merged[name] = change.to(base.dtype)
+            merged[name] = merge_layer(self._base(name), adapter, tensors, layer)
 
         @torch.no_grad()
         def install() -> None:
@@ -126,8 +113,3 @@ class ModelWeights:
         if spare is not None and spare.dtype == dtype:
             return self._spare.pop(name)
         return torch.empty(shape, dtype=dtype)
-
-
-def _adapter_names(layer: str) -> tuple[str, str]:
-    """Names of A and B of a layer, as PEFT has them in a state dict."""
-    return f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"

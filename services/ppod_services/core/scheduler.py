@@ -297,7 +297,8 @@ class Scheduler(Generic[ItemT, ResultT]):
             if not entry.ticket.begun:
                 entry.ticket.begun = True
                 metrics.waited(entry.team, ran.joined_s - entry.ticket.arrived_s)
-        if error is None:
+        # A run that others join may end with a stretch in which nobody was answered.
+        if error is None and stretch.answered:
             entries = [ran.entry for ran in stretch.answered]
             padded, most = computed_tokens(entries), self._config.max_batch_tokens
             metrics.batch(BatchFigures(len(entries), stretch.tokens, padded, most, stretch.seconds))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -46,6 +45,10 @@ class StartError(Exception):
     """A service cannot start; the message says in one line what to do about it."""
 
 
+class ServiceBroken(Exception):
+    """A service that was ready can serve no more; the message says why, in one line."""
+
+
 class HostedService(Protocol):
     """What a server hosts: servicers that exist at once, and a model that is loaded later."""
 
@@ -72,7 +75,7 @@ class HostedService(Protocol):
         ...
 
     async def run(self) -> None:
-        """Run batches until cancelled."""
+        """Run batches until cancelled; raise ServiceBroken when none can be run any more."""
         ...
 
 
@@ -144,13 +147,18 @@ class _Server:
             self._metrics.ready(True)
             stopping = asyncio.create_task(self._stopping.wait())
             await asyncio.wait({worker, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        drained = await self._drain(servers)
+        broken = worker is not None and worker.done()
+        drained = await self._drain(servers, "the service broke" if broken else "the server is draining")
         watch.cancel()
         if worker is not None:
             worker.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            try:
                 await worker
-        return 0 if drained else 1
+            except asyncio.CancelledError:
+                pass
+            except ServiceBroken as error:
+                log_event(_LOGGER, "broken", {"reason": str(error)}, level=logging.ERROR)
+        return 0 if drained and not broken else 1
 
     def _bind(self) -> list[grpc.aio.Server]:
         """Take all ports, or raise StartError before the slow part of the start."""
@@ -215,11 +223,11 @@ class _Server:
         log_event(_LOGGER, "ready", {"load_seconds": round(time.monotonic() - start, 3)})
         return True
 
-    async def _drain(self, servers: Sequence[grpc.aio.Server]) -> bool:
+    async def _drain(self, servers: Sequence[grpc.aio.Server], refusal: str) -> bool:
         """Refuse new calls, let the running ones end; False when the grace ran out first."""
         grace_s = self._config.drain_grace_s
         log_event(_LOGGER, "draining", {"calls": self._gate.calls, "grace_s": grace_s})
-        self._gate.close("the server is draining")
+        self._gate.close(refusal)
         self._metrics.ready(False)
         for name in self._names:
             await self._health.set(name, _NOT_SERVING)

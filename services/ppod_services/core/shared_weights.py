@@ -21,7 +21,7 @@ import torch
 from ppod.errors import InvalidArgument, NotFound, PermissionDenied
 from ppod.weight_changes import TensorEncoding
 from ppod_models.loading import DTYPES
-from ppod_services.core.weight_manifest import IncomingManifest, IncomingTensor
+from ppod_services.core.weight_manifest import ITEM_BYTES, IncomingManifest, IncomingTensor
 from ppod_services.core.weight_store import Install
 from ppod_services.core.weight_transfer import TensorReceiver, WeightTransfer
 from ppod_services.core.weights import ServedWeights
@@ -33,6 +33,7 @@ _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 """As safetensors itself bounds it."""
 
+_KEPT_MAPPINGS = 2
 _READERS = min(4, os.cpu_count() or 1)
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -64,7 +65,9 @@ class SharedFile:
     def __init__(self, uri: str, directories: Sequence[Path]) -> None:
         self.uri = uri
         self._fd = _open_below(_path_of(uri), directories)
-        self._size = os.fstat(self._fd).st_size
+        found = os.fstat(self._fd)
+        self._size = found.st_size
+        self._identity = (found.st_dev, found.st_ino, found.st_size)
 
     def __enter__(self) -> Self:
         return self
@@ -93,15 +96,14 @@ class SharedFile:
             )
         return [start + entry.begin for entry in entries.values()]
 
-    def mapped(self, manifest: IncomingManifest, offsets: Sequence[int]) -> list[torch.Tensor]:
-        """The tensors in the file's own memory. Writing to one changes a private copy."""
-        memory = mmap.mmap(self._fd, self._size, access=mmap.ACCESS_COPY)
-        tensors: list[torch.Tensor] = []
-        for tensor, offset in zip(manifest.tensors, offsets, strict=True):
-            dtype, count = DTYPES[tensor.dtype], tensor.dense_bytes
-            flat = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=offset) if count else torch.empty(0)
-            tensors.append((flat.view(dtype) if count else flat.to(dtype)).view(tensor.shape))
-        return tensors
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """Equal for the same file of the same size."""
+        return self._identity
+
+    def map(self) -> mmap.mmap:
+        """The file's own memory. Writing to it changes a private copy."""
+        return mmap.mmap(self._fd, self._size, access=mmap.ACCESS_COPY)
 
     def receive(self, transfer: WeightTransfer, offsets: Sequence[int]) -> None:
         """Read, or only verify, all tensors of a transfer, several at once.
@@ -109,21 +111,24 @@ class SharedFile:
         Raises:
             InvalidArgument: a checksum differs, or the file became shorter.
         """
+        # Longest first, so that the threads end together.
+        order = sorted(range(len(offsets)), key=lambda index: -len(transfer.receivers[index].room))
+        waiting = iter(order)
+
+        def take() -> None:
+            # One iterator for all threads: a future for each of hundreds of small tensors would cost more than they do.
+            for index in waiting:
+                self._receive(transfer.receivers[index], offsets[index], transfer.borrowed)
+
         with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as pool:
-            # Longest first, so that the threads end together.
-            order = sorted(range(len(offsets)), key=lambda index: -len(transfer.receivers[index].room))
-            work = [
-                pool.submit(self._receive, transfer.receivers[index], offsets[index], transfer.borrowed)
-                for index in order
-            ]
-            for done in work:
+            for done in [pool.submit(take) for _ in range(_READERS)]:
                 done.result()
         transfer.received_bytes = sum(tensor.wire_bytes for tensor in transfer.manifest.tensors)
 
     def _receive(self, receiver: TensorReceiver, offset: int, borrowed: bool) -> None:
         while len(room := receiver.room):
             block = room[:_BLOCK_BYTES]
-            count = len(block) if borrowed else os.preadv(self._fd, [memoryview(block)], offset)
+            count = len(block) if borrowed else os.preadv(self._fd, [block.data], offset)
             if not count:
                 raise InvalidArgument(f"uri.{receiver.tensor.name}", "the end of the file", f"{len(room)} bytes more")
             offset += count
@@ -150,38 +155,64 @@ class SharedFile:
         return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))), _LENGTH_BYTES + length
 
 
-def prepare_from_file(
-    weights: ServedWeights,
-    manifest: IncomingManifest,
-    directories: Sequence[Path],
-    gone: threading.Event,
-    *,
-    map_file: bool,
-) -> int:
-    """Prepare the version that the file of a manifest holds. Returns the bytes received.
+class SharedFiles:
+    """Prepares versions that files hold.
+
+    Mappings of the last files are kept: a sender writes to its files in turns, and a mapping whose pages were seen
+    before costs no page faults.
 
     Args:
-        weights: where it goes.
-        manifest: what the file must hold.
-        directories: the file must be below one of them.
-        gone: set when the caller went away: then nothing is kept.
-        map_file: serve from the file's own memory, where the data types agree.
-
-    Raises:
-        PpodError: see `SharedFile` and `ServedWeights.begin`.
+        directories: files must be below one of them.
+        map_files: serve from a file's own memory, where the data types agree.
     """
-    with SharedFile(manifest.uri, directories) as file:
-        offsets = file.offsets(manifest)
-        # Changes and adapters are read once, to make other tensors of them.
-        map_file = map_file and manifest.adapter is None and not manifest.encoded
-        transfer = weights.begin(manifest, file.mapped(manifest, offsets) if map_file else None)
-        staged: Install | None = None
-        try:
-            file.receive(transfer, offsets)
-            staged = None if gone.is_set() else weights.stage(transfer)
-        finally:
-            weights.end(transfer, None if gone.is_set() else staged)
-    return transfer.received_bytes
+
+    def __init__(self, directories: Sequence[Path], *, map_files: bool) -> None:
+        self._directories = directories
+        self._map_files = map_files
+        self._mappings: dict[tuple[int, int, int], mmap.mmap] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, weights: ServedWeights, manifest: IncomingManifest, gone: threading.Event) -> int:
+        """Prepare the version that the file of a manifest holds. Returns the bytes received.
+
+        Args:
+            weights: where it goes.
+            manifest: what the file must hold.
+            gone: set when the caller went away: then nothing is kept.
+
+        Raises:
+            PpodError: see `SharedFile` and `ServedWeights.begin`.
+        """
+        with SharedFile(manifest.uri, self._directories) as file:
+            offsets = file.offsets(manifest)
+            # Changes and adapters are read once, to make other tensors of them.
+            mappable = self._map_files and manifest.adapter is None and not manifest.encoded
+            mapped = _tensors_in(self._mapping(file), manifest, offsets) if mappable else None
+            transfer = weights.begin(manifest, mapped)
+            staged: Install | None = None
+            try:
+                file.receive(transfer, offsets)
+                staged = None if gone.is_set() else weights.stage(transfer)
+            finally:
+                weights.end(transfer, None if gone.is_set() else staged)
+        return transfer.received_bytes
+
+    def _mapping(self, file: SharedFile) -> mmap.mmap:
+        with self._lock:
+            mapping = self._mappings.pop(file.identity, None) or file.map()
+            self._mappings[file.identity] = mapping
+            while len(self._mappings) > _KEPT_MAPPINGS:
+                del self._mappings[next(iter(self._mappings))]
+        return mapping
+
+
+def _tensors_in(mapping: mmap.mmap, manifest: IncomingManifest, offsets: Sequence[int]) -> list[torch.Tensor]:
+    tensors: list[torch.Tensor] = []
+    for tensor, offset in zip(manifest.tensors, offsets, strict=True):
+        dtype, count = DTYPES[tensor.dtype], tensor.dense_bytes // ITEM_BYTES[tensor.dtype]
+        flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset) if count else torch.empty(0).to(dtype)
+        tensors.append(flat.view(tensor.shape))
+    return tensors
 
 
 def _read_entry(value: dict[str, object]) -> _Entry:

@@ -72,7 +72,7 @@ class IncomingManifest:
     Attributes:
         weight_version: what the weights will be.
         tensors: in the order of their bytes.
-        base_version: version that changes or an adapter refer to; None where neither comes.
+        base_version: version that changes or an adapter refer to; checked where it is given.
         adapter: what the tensors belong to; None: the model itself.
         uri: file that holds the bytes; empty where they come in chunks.
     """
@@ -93,7 +93,7 @@ def read_manifest(message: weights_pb2.WeightManifest) -> IncomingManifest:
     """The manifest that a message holds.
 
     Raises:
-        InvalidArgument: a data type or an encoding is unknown, or a base version is missing or too much.
+        InvalidArgument: a data type or an encoding is unknown, or a base version is missing.
     """
     adapter = _read_adapter(message.adapter) if message.HasField("adapter") else None
     manifest = IncomingManifest(
@@ -107,8 +107,6 @@ def read_manifest(message: weights_pb2.WeightManifest) -> IncomingManifest:
         raise InvalidArgument("manifest.tensors.encoding", "changes of an adapter's tensors", "dense tensors")
     if manifest.base_version is None and (adapter is not None or manifest.encoded):
         raise InvalidArgument("manifest.base_version", "none", "the version that changes or the adapter are against")
-    if manifest.base_version is not None and adapter is None and not manifest.encoded:
-        raise InvalidArgument("manifest.base_version", str(manifest.base_version), "none for whole tensors")
     return manifest
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import grpc.aio
+import grpc
 from google.protobuf.message import DecodeError
 
 from ppod.channel import ChannelSpec, open_aio_channel
@@ -64,7 +65,7 @@ class WeightRelay:
     @contextlib.asynccontextmanager
     async def open(
         self, manifest: weights_pb2.WeightManifest, timeout_s: float | None
-    ) -> AsyncIterator[RelayedTransfer]:
+    ) -> AsyncGenerator[RelayedTransfer]:
         """Begin to send to all hops of a manifest; whoever leaves early calls off what is under way."""
         hops = [_Hop(hop, self._config.idle_timeout_s) for hop in manifest.relay]
         transfer = RelayedTransfer(hops)
@@ -116,10 +117,8 @@ class RelayedTransfer:
         if not self._hops:
             return []
         await asyncio.gather(*(hop.put(None) for hop in self._hops))
-        outcomes = [_Outcome("", own)]
-        for hop in self._hops:
-            outcomes += await hop.outcomes()
-        return [_result(outcome) for outcome in outcomes]
+        found = await asyncio.gather(*(hop.outcomes() for hop in self._hops))
+        return [_result(outcome) for outcome in itertools.chain([_Outcome("", own)], *found)]
 
     async def close(self) -> None:
         """Call off what is still under way."""

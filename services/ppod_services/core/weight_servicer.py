@@ -25,6 +25,7 @@ from ppod_services.core.weight_stream import WeightStream, read_chunk
 
 if TYPE_CHECKING:
     # Importing torch would delay the binding of the ports by seconds.
+    from ppod_services.core.shared_weights import SharedFiles
     from ppod_services.core.weight_transfer import WeightTransfer
     from ppod_services.core.weights import ServedWeights
 
@@ -67,6 +68,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         self._scheduler = scheduler
         self._config = config
         self._relay = WeightRelay(config)
+        self._files: SharedFiles | None = None
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         """Register all methods."""
@@ -171,13 +173,14 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         return transfer.received_bytes
 
     async def _prepare_shared(self, weights: ServedWeights, manifest: IncomingManifest) -> int:
-        from ppod_services.core.shared_weights import prepare_from_file  # noqa: PLC0415 - it needs torch
+        if self._files is None:
+            from ppod_services.core.shared_weights import SharedFiles  # noqa: PLC0415 - it needs torch
 
-        config, gone = self._config, threading.Event()
+            config = self._config
+            self._files = SharedFiles(config.shared_directories, map_files=config.map_shared_files)
+        gone = threading.Event()
         try:
-            return await asyncio.to_thread(
-                prepare_from_file, weights, manifest, config.shared_directories, gone, map_file=config.map_shared_files
-            )
+            return await asyncio.to_thread(self._files.prepare, weights, manifest, gone)
         finally:
             # The thread goes on when the caller goes away: it must not keep what nobody waits for.
             gone.set()

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from ppod.errors import DeadlineExceeded, InvalidArgument
 from ppod.v1 import weights_pb2
 
-_CHUNK_TAG = weights_pb2.PrepareWeightsRequest.CHUNK_FIELD_NUMBER << 3 | 2
+_CHUNK_TAG = bytes([weights_pb2.PrepareWeightsRequest.CHUNK_FIELD_NUMBER << 3 | 2])
 
 
 class WeightStream:
@@ -56,15 +56,15 @@ class WeightStream:
 
 def read_chunk(message: bytes) -> memoryview:
     """The chunk that a message holds; raise InvalidArgument when it holds something else."""
-    length, shift, position = 0, 0, 1
-    if message[:1] == bytes([_CHUNK_TAG]):
-        while position < min(len(message), 6):
-            byte = message[position]
-            length |= (byte & 0x7F) << shift
-            shift, position = shift + 7, position + 1
+    if message[:1] == _CHUNK_TAG:
+        length = position = 0
+        for position, byte in enumerate(message[1:6], start=2):
+            length |= (byte & 0x7F) << 7 * (position - 2)
             if not byte & 0x80:
                 break
-        if position + length == len(message):
+        else:
+            position = 0
+        if position and position + length == len(message):
             return memoryview(message)[position:]
     # Another order of fields, or an unknown one: rare, but valid.
     part = _parse(message)

@@ -50,7 +50,7 @@ class TensorReceiver:
         """
         if self._dense:
             # While the block is still in the cache.
-            self._hash.update(self._into[self._filled : self._filled + count])
+            self._hash.update(self._into[self._filled : self._filled + count].data)
         self._filled += count
         if self._filled == len(self._into):
             self._complete()
@@ -59,7 +59,7 @@ class TensorReceiver:
         tensor = self.tensor
         if not self._dense:
             self._apply()
-            self._hash.update(bytes_of(self.buffer))
+            self._hash.update(bytes_of(self.buffer).data)
         found = self._hash.intdigest()
         if found != tensor.xxh3:
             raise InvalidArgument(f"tensors.{tensor.name}.xxh3", f"{found:016x}", f"{tensor.xxh3:016x}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from ppod_models.configuration import ConfigModel
 from ppod_services.core.config import BatchingConfig, CausalServiceConfig
 from ppod_services.generation.filters.registry import check_parameters
+from ppod_services.generation.vllm_backend.settings import VllmConfig
 
 
 class GenerationBatchingConfig(BatchingConfig):
@@ -52,3 +53,7 @@ class GenerationServiceConfig(CausalServiceConfig):
     output_filters: tuple[OutputFilterConfig, ...] = Field(
         default=(), description="what may withhold completions, in this order; none: all are sent"
     )
+    backend: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="what samples; vllm needs an environment that has it (make setup-vllm)"
+    )
+    vllm: VllmConfig = VllmConfig()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, cast
 
 from prometheus_client import CollectorRegistry, Counter
 
@@ -75,7 +75,8 @@ class OutputFilters:
         text = FilteredText(decode(item.prompt[:begin].tolist()), decode(completion))
         for each in self._filters:
             with _Told(each.name, item.prompt_index, self._checked):
-                reason = each.filter.reason(text)
+                # What a package of somebody else's returns is not what it says.
+                reason = cast(object, each.filter.reason(text))
                 if reason is not None and not (isinstance(reason, str) and reason):
                     raise TypeError(f"reason() returned {reason!r}, expected a reason in words or None")
             self._checked.labels(each.name, "passed" if reason is None else "withheld").inc()

@@ -26,7 +26,7 @@ class SeedPromise(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TokenFilter:
-    """How one row's tokens are drawn, in this order: penalty, bias, temperature, min-p, top-k, top-p.
+    """How one row's tokens are drawn, in this order: bias, penalty, temperature, min-p, top-k, top-p.
 
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 keep all tokens; a penalty of 1 is none.
     """

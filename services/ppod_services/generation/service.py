@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import grpc.aio
 
 from ppod.tensors import TokenArray
 from ppod.v1 import generation_pb2_grpc
-from ppod_services.core.causal_service import CausalService
+from ppod_services.core.causal_service import CausalService, LoadedModel
 from ppod_services.core.described import Deferred
 from ppod_services.core.scheduler import RunBatch
-from ppod_services.core.server import Host, StartError
+from ppod_services.core.server import Host, ServiceBroken, StartError
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.output_filtering import Decode, OutputFilters
 from ppod_services.generation.requests import GeneratedSample, GenerationItem, SeedPromise, TokenFilter
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from ppod_services.core.model import CausalModel
     from ppod_services.core.weights import ServedWeights
 
+_LOOK_S = 0.5
+_SEED_PROMISES = {"transformers": SeedPromise.EVERY_REPLICA, "vllm": SeedPromise.UNINTERRUPTED}
+
 
 class GenerationService(CausalService[GenerationItem, GeneratedSample]):
     """Hosts GenerationService and, on the admin port, WeightService."""
@@ -29,19 +34,45 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
 
     def __init__(self, config: GenerationServiceConfig, host: Host) -> None:
         super().__init__(config, host)
-        self._prefill_tokens = config.prefill_tokens
+        self._own_config = config
+        self._failure: Callable[[], str | None] = _never
+        self._close: Callable[[], None] = _nothing
         self._decode: Deferred[Decode] = Deferred()
         try:
             filters = OutputFilters(config.output_filters, host.metrics.registry)
         except ValueError as error:
             raise StartError(str(error)) from error
         self._servicer = GenerationServicer(
-            self.target, self._decode, self.scheduler, config.limits, filters, SeedPromise.EVERY_REPLICA
+            self.target, self._decode, self.scheduler, config.limits, filters, _SEED_PROMISES[config.backend]
         )
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add GenerationService."""
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._servicer, server)
+
+    def load_model(self) -> LoadedModel[GenerationItem, GeneratedSample]:
+        """Load the model with the backend that is configured."""
+        if self._own_config.backend == "transformers":
+            return super().load_model()
+        from ppod_services.generation.vllm_backend.loading import load_vllm  # noqa: PLC0415 - it imports torch
+
+        loaded = load_vllm(self._own_config, self._metrics.weight_version)
+        self._failure, self._close = loaded.failure, loaded.close
+        self._decode.set(lambda tokens: loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+        return loaded.model
+
+    async def run(self) -> None:
+        """Run batches until cancelled, or until the engine can run none any more."""
+        scheduling = asyncio.create_task(super().run())
+        try:
+            while not scheduling.done():
+                await asyncio.wait([scheduling], timeout=_LOOK_S)
+                if (failure := self._failure()) is not None:
+                    raise ServiceBroken(failure)
+            await scheduling
+        finally:
+            scheduling.cancel()
+            await asyncio.to_thread(self._close)
 
     def build_engine(self, model: CausalModel, weights: ServedWeights) -> RunBatch[GenerationItem, GeneratedSample]:
         """Make the engine, which needs torch."""
@@ -49,7 +80,7 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
 
         tokenizer = model.tokenizer
         self._decode.set(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
-        return GenerationEngine(model, weights, tokenizer, self._prefill_tokens).run
+        return GenerationEngine(model, weights, tokenizer, self._own_config.prefill_tokens).run
 
     def warm_up_item(self, position: int, tokens: TokenArray) -> GenerationItem:
         """Two tokens: one from the prompt, one from the cache."""
@@ -62,3 +93,11 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
             token_filter=TokenFilter(temperature=0.0),
             stop_ids=frozenset(),
         )
+
+
+def _never() -> str | None:
+    """An engine in this process ends with it."""
+
+
+def _nothing() -> None:
+    """There is nothing to close."""

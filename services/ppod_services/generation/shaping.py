@@ -1,4 +1,4 @@
-"""What is done to one row's logits before they are drawn from: repetition penalty, then logit bias.
+"""What is done to one row's logits before they are drawn from: logit bias, then repetition penalty.
 
 Shape legend: V vocabulary.
 """
@@ -45,9 +45,9 @@ class LogitShape:
 
     def apply(self, logits: torch.Tensor) -> None:
         """Change float32 logits [V] in place."""
+        if len(self._bias_ids):
+            logits.index_add_(0, self._bias_ids, self._bias)
         if self._held:
             ids = torch.from_numpy(self._ids[: len(self._held)]).to(logits.device)
             held = logits[ids]
             logits[ids] = torch.where(held > 0, held / self._penalty, held * self._penalty)
-        if len(self._bias_ids):
-            logits.index_add_(0, self._bias_ids, self._bias)

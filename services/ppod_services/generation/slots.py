@@ -9,7 +9,7 @@ Shape legend: S slots, W width in tokens, B rows that decode, T tokens seen, A k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -162,7 +162,7 @@ class SlotCache(Cache):
         """Make the buffers for a model whose states these are; nothing where they exist."""
         if not self._layers:
             shape = _rounded(rows, _ROWS), _rounded(width + 1, _BLOCK)
-            self.layers = [SlotLayer(*shape, cast(torch.Tensor, each.keys)) for each in states.layers]
+            self.layers = [SlotLayer(*shape, keys) for keys, _ in _states(states)]
 
     def put(self, states: DynamicCache, rows: torch.Tensor | None, first: int) -> None:
         """Write rows of a prefill to the slots from `first` on, padding included: no step reads it.
@@ -172,8 +172,7 @@ class SlotCache(Cache):
             rows: int64 [N], which row each slot gets; None: each row once, in their order.
             first: slot of the first one.
         """
-        for layer, each in zip(self._layers, states.layers, strict=True):
-            keys, values = cast(torch.Tensor, each.keys), cast(torch.Tensor, each.values)
+        for layer, (keys, values) in zip(self._layers, _states(states), strict=True):
             layer.put(first, *((keys, values) if rows is None else (keys[rows], values[rows])))
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -194,7 +193,12 @@ class SlotCache(Cache):
 
     @property
     def _layers(self) -> list[SlotLayer]:
-        return cast("list[SlotLayer]", self.layers)
+        return self.layers
+
+
+def _states(cache: DynamicCache) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer."""
+    return ((layer.keys, layer.values) for layer in cache.layers)  # pyright: ignore
 
 
 def _rounded(count: int, block: int) -> int:

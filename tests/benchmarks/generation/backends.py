@@ -34,7 +34,13 @@ class Backend:
     joins: bool = True
 
 
-BACKENDS = {"transformers": Backend("benchmarks.generation.transformers_engine")}
+VLLM_VALUES: dict[str, object] = {"backend": "vllm", "vllm": {"max_model_len": 512}}
+"""Long enough for all workloads."""
+BACKENDS = {
+    "transformers": Backend("benchmarks.generation.transformers_engine"),
+    # Run the whole benchmark in an environment that has vLLM, such as that of `make setup-vllm`.
+    "vllm": Backend("benchmarks.generation.vllm_engine", values=VLLM_VALUES, joins=False),
+}
 
 
 class EngineReply(TypedDict):

@@ -158,7 +158,7 @@ def main() -> int:
     with (
         tempfile.TemporaryDirectory() as folder,
         running_engine(backend, model) as engine,
-        running_service("ppod_services.generation", Path(folder), values, fresh=True) as service,
+        running_service("ppod_services.generation", Path(folder), values, fresh=True, start_timeout_s=600) as service,
     ):
         first = next(iter(workloads().values()))
         engine.run(first.name)

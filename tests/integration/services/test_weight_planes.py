@@ -130,7 +130,8 @@ def test_files_out_of_bounds_are_not_opened(
         ]
         for bad, error, words in cases:
             refused(weights, bad, error, words)
-        (shared / "pipe").unlink()
+        for name in ("pipe", "folder", "link.safetensors"):
+            (shared / name).unlink()
         weights.push(push)
         weights.commit(version)
     assert_serves(service, version, build_model(seed=1))
@@ -199,10 +200,10 @@ def test_changes_arrive_exactly_or_not_at_all(
         refused(weights, dataclasses.replace(push, base_version=version - 1), FailedPrecondition, "base_version")
         refused(weights, dataclasses.replace(push, base_version=None), InvalidArgument, "manifest.base_version")
         weights.push(push)
-    weights.commit(version + 1)
-    assert_serves(service, version + 1, nudged(60, 0.05))
-    # The same once more is against a version that is gone.
-    refused(weights, dataclasses.replace(push, weight_version=version + 2), FailedPrecondition, "base_version")
+        weights.commit(version + 1)
+        assert_serves(service, version + 1, nudged(60, 0.05))
+        # The same once more is against a version that is gone.
+        refused(weights, dataclasses.replace(push, weight_version=version + 2), FailedPrecondition, "base_version")
 
 
 def test_an_adapter_alone_serves_what_peft_makes_of_it(service: ServiceProcess, weights: WeightClient) -> None:

@@ -26,14 +26,31 @@ from support.forked import ForkedProcess
 from support.processes import ServiceProcess, running_service, start_module
 from support.services import tiny_model_config
 from support.tiny_model import build_model
-from support.weight_checks import assert_serves, assert_takes_next
+from support.weight_checks import assert_serves, assert_takes_next, retry_busy
 from support.weight_tensors import weight_tensors
 
 IDLE_TIMEOUT_S = 0.6
 
 
+@pytest.fixture(scope="module")
+def service(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    """A service that outlives the tests."""
+    with starting(tiny_model_dir, tmp_path_factory.mktemp("trouble")) as up:
+        yield up
+
+
 @pytest.fixture
-def service(tiny_model_dir: Path, tmp_path: Path) -> Iterator[ServiceProcess]:
+def version(service: ServiceProcess) -> int:
+    """The version that the service has after a good push of seed 90."""
+    with WeightClient(service.admin_target) as weights:
+        version = weights.status().state.weight_version + 1
+        retry_busy(lambda: weights.prepare(version, weight_tensors(build_model(seed=90))))
+        weights.commit(version)
+    return version
+
+
+@pytest.fixture
+def fragile(tiny_model_dir: Path, tmp_path: Path) -> Iterator[ServiceProcess]:
     """A service that a test may kill; it serves version 1."""
     with starting(tiny_model_dir, tmp_path) as up:
         assert_takes_next(up, 1, seed=90)
@@ -58,13 +75,19 @@ def pusher(tmp_path: Path) -> Iterator[Callable[..., ForkedProcess]]:
         name = f"pusher-{len(started)}"
         process = start_module("support.weight_pusher", *arguments, directory=tmp_path, name=name)
         started.append(process)
-        wait_until(lambda: "sent" in (tmp_path / f"{name}.stdout").read_text() if process.pid else False)
+        wait_until(lambda: "sent" in said(tmp_path, name))
         return process
 
     yield start
     for process in started:
         process.kill()
         process.wait(10)
+
+
+def said(directory: Path, name: str = "pusher-0") -> str:
+    """What a process has written to stdout so far."""
+    path = directory / f"{name}.stdout"
+    return path.read_text() if path.is_file() else ""
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
@@ -96,60 +119,62 @@ class Caught:
 
 
 def test_a_sender_killed_in_the_middle_leaves_nothing(
-    service: ServiceProcess, pusher: Callable[..., ForkedProcess]
+    service: ServiceProcess, version: int, pusher: Callable[..., ForkedProcess]
 ) -> None:
-    process = pusher(service, 2)
+    process = pusher(service, version + 1)
     process.kill()
     process.wait(10)
-    assert_serves(service, 1, build_model(seed=90))
-    assert_takes_next(service, 2, seed=92)
+    assert_serves(service, version, build_model(seed=90))
+    assert_takes_next(service, version + 1, seed=92)
 
 
 def test_a_sender_that_hangs_times_out(
-    service: ServiceProcess, pusher: Callable[..., ForkedProcess], tmp_path: Path
+    service: ServiceProcess, version: int, pusher: Callable[..., ForkedProcess], tmp_path: Path
 ) -> None:
-    pusher(service, 2)
+    pusher(service, version + 1)
     started = time.monotonic()
-    wait_until(lambda: "DEADLINE_EXCEEDED" in (tmp_path / "pusher-0.stdout").read_text())
+    wait_until(lambda: "DEADLINE_EXCEEDED" in said(tmp_path))
     assert IDLE_TIMEOUT_S / 2 < time.monotonic() - started < IDLE_TIMEOUT_S + 2
-    assert f"silent for {IDLE_TIMEOUT_S:g} s after 2 messages" in (tmp_path / "pusher-0.stdout").read_text()
-    assert_serves(service, 1, build_model(seed=90))
-    assert_takes_next(service, 2, seed=92)
+    assert f"silent for {IDLE_TIMEOUT_S:g} s after 2 messages" in said(tmp_path)
+    assert_serves(service, version, build_model(seed=90))
+    assert_takes_next(service, version + 1, seed=92)
 
 
-def test_a_sender_that_is_stopped_times_out(service: ServiceProcess, pusher: Callable[..., ForkedProcess]) -> None:
+def test_a_sender_that_is_stopped_times_out(
+    service: ServiceProcess, version: int, pusher: Callable[..., ForkedProcess]
+) -> None:
     """Nobody is left to hear of it, and the service does not wait for them."""
-    process = pusher(service, 2)
+    process = pusher(service, version + 1)
     process.send_signal(signal.SIGSTOP)
     time.sleep(IDLE_TIMEOUT_S + 0.2)
-    assert_takes_next(service, 2, seed=92)
+    assert_takes_next(service, version + 1, seed=92)
 
 
 def test_a_service_killed_in_the_middle_of_a_push_is_named_and_starts_whole(
-    service: ServiceProcess, tiny_model_dir: Path, tmp_path: Path
+    fragile: ServiceProcess, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     # It stands still, so that the push is under way when it dies.
-    service.signal(signal.SIGSTOP)
-    with WeightClient(service.admin_target, timeout_s=20) as weights:
+    fragile.signal(signal.SIGSTOP)
+    with WeightClient(fragile.admin_target, timeout_s=20) as weights:
         push = Caught(lambda: weights.prepare(2, weight_tensors(build_model(seed=91))))
         time.sleep(0.3)
-        service.signal(signal.SIGKILL)
+        fragile.signal(signal.SIGKILL)
         error = push.wait()
     assert isinstance(error, Unavailable)
-    assert f"ppod.v1.WeightService at {service.admin_target}" in str(error)
+    assert f"ppod.v1.WeightService at {fragile.admin_target}" in str(error)
     with starting(tiny_model_dir, tmp_path) as again:
         assert_serves(again, 0, build_model(seed=0))
         assert_takes_next(again, 2, seed=91)
 
 
 def test_a_service_killed_in_the_middle_of_a_commit_is_named_and_starts_whole(
-    service: ServiceProcess, tiny_model_dir: Path, tmp_path: Path
+    fragile: ServiceProcess, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     delivery = Delivery(retry=NO_RETRY)
     long = Sampling(max_tokens=120, temperature=1.0, ignore_eos=True)
     with (
-        WeightClient(service.admin_target, timeout_s=20, delivery=delivery) as weights,
-        GenerationClient(service.target, timeout_s=20, delivery=delivery) as generation,
+        WeightClient(fragile.admin_target, timeout_s=20, delivery=delivery) as weights,
+        GenerationClient(fragile.target, timeout_s=20, delivery=delivery) as generation,
     ):
         weights.prepare(2, weight_tensors(build_model(seed=91)))
         running = Caught(lambda: generation.generate([[5, 6, 7]] * 256, long))
@@ -157,10 +182,10 @@ def test_a_service_killed_in_the_middle_of_a_commit_is_named_and_starts_whole(
         # It waits for the running sequences.
         commit = Caught(lambda: weights.commit(2))
         time.sleep(0.1)
-        service.signal(signal.SIGKILL)
+        fragile.signal(signal.SIGKILL)
         error = commit.wait()
         assert isinstance(error, Unavailable)
-        assert f"ppod.v1.WeightService at {service.admin_target}" in str(error)
+        assert f"ppod.v1.WeightService at {fragile.admin_target}" in str(error)
         assert isinstance(running.wait(), Unavailable)
     with starting(tiny_model_dir, tmp_path) as again:
         assert_serves(again, 0, build_model(seed=0))
@@ -170,39 +195,39 @@ def test_a_service_killed_in_the_middle_of_a_commit_is_named_and_starts_whole(
 
 
 def test_a_hop_that_hangs_is_named_and_the_others_go_on(
-    service: ServiceProcess, tiny_model_dir: Path, tmp_path: Path
+    fragile: ServiceProcess, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     with starting(tiny_model_dir, tmp_path) as stopped, starting(tiny_model_dir, tmp_path) as other:
         stopped.signal(signal.SIGSTOP)
         hops = (RelayHop(stopped.admin_target), RelayHop(other.admin_target))
         push = WeightPush(2, weight_tensors(build_model(seed=93)), relay=hops)
-        with WeightClient(service.admin_target, timeout_s=20) as weights:
+        with WeightClient(fragile.admin_target, timeout_s=20) as weights:
             found = {one.target: one.error for one in weights.push(push).replicas}
         assert isinstance(found[stopped.admin_target], DeadlineExceeded)
-        assert (found[service.admin_target], found[other.admin_target]) == (None, None)
-        for replica in (service, other):
+        assert (found[fragile.admin_target], found[other.admin_target]) == (None, None)
+        for replica in (fragile, other):
             with WeightClient(replica.admin_target) as weights:
                 weights.commit(2)
             assert_serves(replica, 2, build_model(seed=93))
 
 
-def test_a_newer_prepare_replaces_one_that_was_never_committed(service: ServiceProcess) -> None:
+def test_a_newer_prepare_replaces_one_that_was_never_committed(service: ServiceProcess, version: int) -> None:
     with WeightClient(service.admin_target) as weights:
-        weights.prepare(5, weight_tensors(build_model(seed=94)))
-        weights.prepare(3, weight_tensors(build_model(seed=95)))
-        assert weights.status().prepared_version == 3
-        with pytest.raises(FailedPrecondition, match="3 prepared"):
-            weights.commit(5)
-        weights.commit(3)
-    assert_serves(service, 3, build_model(seed=95))
+        weights.prepare(version + 5, weight_tensors(build_model(seed=94)))
+        weights.prepare(version + 3, weight_tensors(build_model(seed=95)))
+        assert weights.status().prepared_version == version + 3
+        with pytest.raises(FailedPrecondition, match=f"{version + 3} prepared"):
+            weights.commit(version + 5)
+        weights.commit(version + 3)
+    assert_serves(service, version + 3, build_model(seed=95))
 
 
-def test_a_failed_push_keeps_what_was_prepared_before(service: ServiceProcess) -> None:
+def test_a_failed_push_keeps_what_was_prepared_before(service: ServiceProcess, version: int) -> None:
     tensors = weight_tensors(build_model(seed=96))
     with WeightClient(service.admin_target) as weights:
-        weights.prepare(2, tensors)
+        weights.prepare(version + 2, tensors)
         with pytest.raises(InvalidArgument, match="1 missing"):
-            weights.prepare(3, tensors[:-1])
-        assert weights.status().prepared_version == 2
-        weights.commit(2)
-    assert_serves(service, 2, build_model(seed=96))
+            weights.prepare(version + 3, tensors[:-1])
+        assert weights.status().prepared_version == version + 2
+        weights.commit(version + 2)
+    assert_serves(service, version + 2, build_model(seed=96))

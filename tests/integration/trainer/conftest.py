@@ -96,6 +96,7 @@ def running_system(
     *,
     reward_model_dir: Path | None = None,
     tracing_endpoint: str | None = None,
+    weights: Mapping[str, object] | None = None,
 ) -> Iterator[System]:
     """Start three services, the rewards on a model of their own where one is given; prompts are two-digit words."""
     directory.mkdir(exist_ok=True)
@@ -109,7 +110,9 @@ def running_system(
         yield System(
             reward=start("ppod_services.reward", directory, {"rewards": rewards, **common}),
             reference=start("ppod_services.reference", directory, {"model": model, **common}),
-            generation=start("ppod_services.generation", directory, {"model": model, **common}),
+            generation=start(
+                "ppod_services.generation", directory, {"model": model, "weights": weights or {}, **common}
+            ),
             model_dir=model_dir,
             directory=directory,
         )

@@ -80,17 +80,17 @@ def test_min_p_after_temperature() -> None:
 
 
 def test_penalty_and_bias_by_hand() -> None:
-    """Token 1 stands in the prompt, token 3 comes with the completion; 2 is biased, and penalised before that."""
+    """Token 1 stands in the prompt, token 3 comes with the completion; 2 is biased, and penalised after that."""
     row = TokenFilter(1.0, repetition_penalty=2.0, logit_bias=((2, 0.5), (4, -math.inf)))
     shape = LogitShape(row, np.asarray([1, 2, 1], dtype=np.int32), 8, CPU)
     logits = torch.tensor([1.0, 3.0, -1.0, 4.0, 0.0])
     shape.apply(logits)
-    assert logits.tolist() == [1.0, 1.5, -1.5, 4.0, -math.inf]
+    assert logits.tolist() == [1.0, 1.5, -1.0, 4.0, -math.inf]
     shape.add(3)
     shape.add(3)
     logits = torch.tensor([1.0, 3.0, -1.0, 4.0, 0.0])
     shape.apply(logits)
-    assert logits.tolist() == [1.0, 1.5, -1.5, 2.0, -math.inf]
+    assert logits.tolist() == [1.0, 1.5, -1.0, 2.0, -math.inf]
     assert LogitShape.of(PLAIN, np.asarray([1], dtype=np.int32), 8, CPU) is None
 
 

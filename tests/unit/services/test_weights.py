@@ -141,7 +141,8 @@ def test_changes_against_another_version_are_refused() -> None:
     with pytest.raises(FailedPrecondition, match="base_version: the server has 1, the request needs 2"):
         put(weights, manifest, data)
     # The right number on top of other weights: what comes out is not what the manifest says.
-    wrong, data = changed(slightly_other(first, 2), build_model(seed=5), 3, 1)
+    other = build_model(seed=5)
+    wrong, data = changed(slightly_other(other, 2), other, 3, 1)
     with pytest.raises(InvalidArgument, match="xxh3"):
         put(weights, wrong, data)
     assert_same(state(model), state(first))

@@ -1,0 +1,71 @@
+"""Configuration of the vLLM backend. Free of torch and vLLM: the launcher reads it too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import Field, JsonValue, field_validator
+
+from ppod_models.configuration import ConfigModel
+
+_OWN_KEYS = {
+    "model": "model.source",
+    "dtype": "model.dtype",
+    "device": "model.device",
+    "tensor_parallel_size": "vllm.tensor_parallel_size",
+    "max_model_len": "vllm.max_model_len",
+    "gpu_memory_utilization": "vllm.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "vllm.kv_cache_gib",
+    "enforce_eager": "vllm.enforce_eager",
+    "max_num_seqs": "batching.max_batch_size",
+}
+"""Engine arguments that have a key of their own elsewhere."""
+_FIXED = {
+    "tokenizer": "the model's own tokenizer makes the fingerprint that callers pin",
+    "logprobs_mode": "completions carry the logprobs of the distribution that was sampled",
+    "worker_extension_cls": "ppod's own loads pushed weights",
+    "data_parallel_size": "run one service for each replica; clients balance over them",
+    "speculative_config": "logprobs of speculative decoding are not told exactly",
+    "logits_processors": "logprobs would be of another distribution than the request describes",
+    "trust_remote_code": "models bring safetensors, not code",
+    "load_format": "models bring safetensors, not code",
+    "quantization": "pushed weights would be compared with, and rounded to, another model than the trainer's",
+}
+"""Engine arguments that would break what the service promises, and why."""
+
+
+class VllmConfig(ConfigModel):
+    """The vLLM engine."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1, le=1_024, description="devices that share the model")
+    max_model_len: int | None = Field(
+        default=None, ge=2, le=2**24, description="longest sequence; none: the model's own, at most max_batch_tokens"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="part of a device's memory for weights and KV cache together"
+    )
+    kv_cache_gib: float | None = Field(
+        default=None,
+        gt=0,
+        le=65_536,
+        description="memory of the KV cache on each device; none: what gpu_memory_utilization leaves, on CPUs 1",
+    )
+    enforce_eager: bool | None = Field(
+        default=None, description="neither compile the model nor capture CUDA graphs; none: on CPUs only"
+    )
+    start_timeout_s: float = Field(
+        default=600, gt=0, le=86_400, description="longest time for the engine's processes to load the model"
+    )
+    engine_args: Mapping[str, JsonValue] = Field(
+        default={}, description="further arguments of vLLM's AsyncEngineArgs, by their names there"
+    )
+
+    @field_validator("engine_args")
+    @classmethod
+    def _leaves_ours_alone(cls, values: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+        for name in values:
+            if name in _OWN_KEYS:
+                raise ValueError(f"{name} is set by {_OWN_KEYS[name]}")
+            if name in _FIXED:
+                raise ValueError(f"{name} cannot be set: {_FIXED[name]}")
+        return values

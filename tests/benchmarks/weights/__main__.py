@@ -1,0 +1,60 @@
+"""Weights on their way: each plane against what it cannot be faster than.
+
+Run as `python -m benchmarks.weights` with tests/ on the path; parts by name, all by default:
+
+    grpc     SmolLM2 in bfloat16 to one replica over gRPC, against a bare gRPC byte stream of the same chunks
+    shared   the same through shared memory, against a memcpy of the same bytes
+    pause    how long decoding stands still while weights are pushed
+    relay    eight replicas of a small model against one
+    delta    changes after real PPO steps, of a short `ppod run`, or of the checkpoints that --checkpoints names
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.weights.delta import measure_delta, train
+from benchmarks.weights.figures import say
+from benchmarks.weights.push import measure_grpc, measure_pause, measure_shared
+from benchmarks.weights.relays import measure_relays
+
+PARTS = ("grpc", "shared", "pause", "relay", "delta")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=[], choices=[*PARTS, []], help="what to measure")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of each figure")
+    parser.add_argument("--out", type=Path, default=Path("build/bench-weights"), help="directory of the figures")
+    parser.add_argument("--checkpoints", type=Path, default=None, help="checkpoints of a run that saved every step")
+    parser.add_argument("--steps", type=int, default=4, help="steps of the run that is made where there is none")
+    parser.add_argument("--hidden-size", type=int, default=384, help="width of the small model")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    met = True
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        shared = Path(folder)
+        for part in arguments.parts or PARTS:
+            say(f"{part}:")
+            if part == "grpc":
+                met &= measure_grpc(arguments.rounds, shared, out)
+            elif part == "shared":
+                met &= measure_shared(arguments.rounds, shared, out)
+            elif part == "pause":
+                met &= measure_pause(arguments.rounds, shared, out)
+            elif part == "relay":
+                met &= measure_relays(arguments.rounds, shared, out, arguments.hidden_size)
+            else:
+                checkpoints: Path | None = arguments.checkpoints
+                if checkpoints is None:
+                    train(out / "run", arguments.steps)
+                    checkpoints = out / "run" / "checkpoints"
+                met &= measure_delta(checkpoints, shared, out)
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

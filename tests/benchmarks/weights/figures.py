@@ -1,0 +1,127 @@
+"""What the parts of the benchmark share: the model that is pushed, rounds, tables and bars."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ppod import WeightClient
+from ppod_models.loading import load_causal_lm
+from ppod_models.sources import resolve
+from ppod_trainer.config import WeightTransferConfig
+from ppod_trainer.weight_sync import WeightSync
+from support.processes import ServiceProcess, running_service
+
+SMOLLM2 = "packaged:smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One figure, and what it must not exceed."""
+
+    name: str
+    value: float
+    bound: float
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.bound
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.met else 'MISS'} {self.name:<72} {self.value:8.3f}  (bar <= {self.bound:g})"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the rounds of one thing."""
+
+    name: str
+    size_bytes: int
+    seconds: Sequence[float]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+    def __str__(self) -> str:
+        speed = self.size_bytes / self.median_s / 1e9
+        low, high = min(self.seconds), max(self.seconds)
+        return (
+            f"{self.name:<52} {self.median_s * 1e3:9.1f} ms  ({low * 1e3:.1f} to {high * 1e3:.1f})  {speed:6.2f} GB/s"
+        )
+
+
+def say(line: object) -> None:
+    """Print at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def load_policy(dtype: torch.dtype) -> PreTrainedModel:
+    """SmolLM2 as the trainer would hold it."""
+    return load_causal_lm(resolve(SMOLLM2).path, device=torch.device("cpu"), dtype=dtype)
+
+
+@contextmanager
+def generation(
+    model: Mapping[str, object], shared: Path, *, map_files: bool = False, relay: bool = False
+) -> Iterator[ServiceProcess]:
+    """A generation service; it reads files below `shared`."""
+    values = {
+        "model": dict(model),
+        "warm_up_tokens": 16,
+        "weights": {
+            "shared_directories": [str(shared)],
+            "map_shared_files": map_files,
+            "relay_targets": ["127.0.0.1:*"] if relay else [],
+        },
+    }
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        running_service("ppod_services.generation", Path(directory), values) as service,
+    ):
+        yield service
+
+
+@contextmanager
+def syncing(services: Sequence[ServiceProcess], config: WeightTransferConfig) -> Iterator[WeightSync]:
+    """The trainer's side of these services."""
+    sync = WeightSync([WeightClient(service.admin_target, timeout_s=60) for service in services], config)
+    try:
+        yield sync
+    finally:
+        sync.close()
+
+
+def report(name: str, out: Path, timings: Sequence[Timing], bars: Sequence[Bar], figures: Mapping[str, object]) -> bool:
+    """Print all, and write it as JSON; whether all bars are met."""
+    out.mkdir(parents=True, exist_ok=True)
+    machine = {"processor": _processor(), "cores": os.cpu_count()}
+    content = {
+        "timings": [{**asdict(timing), "median_s": timing.median_s} for timing in timings],
+        "bars": [{**asdict(bar), "met": bar.met} for bar in bars],
+        "figures": dict(figures),
+        "machine": machine,
+    }
+    (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    for line in (*timings, *(f"{key}: {value}" for key, value in figures.items()), *bars):
+        say(f"  {line}")
+    return all(bar.met for bar in bars)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

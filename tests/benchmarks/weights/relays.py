@@ -1,0 +1,82 @@
+"""Eight replicas of a small model against one: by relay, one after the other from the trainer, and by a shared file."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.weights.figures import Bar, Timing, generation, report, say, syncing
+from ppod_trainer.config import WeightTransferConfig
+from support.processes import ServiceProcess
+from support.tiny_model import VOCAB_SIZE, build_tokenizer
+
+REPLICAS = 8
+
+
+def small_model(hidden_size: int) -> LlamaForCausalLM:
+    """Four layers of random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def measure_relays(rounds: int, shared: Path, out: Path, hidden_size: int) -> bool:
+    """Alternate one replica and eight."""
+    policy = small_model(hidden_size)
+    directory = shared / "model"
+    policy.save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
+    model = {"source": str(directory), "device": "cpu", "dtype": "bfloat16", "threads": 1}
+    size = sum(parameter.numel() * 2 for parameter in policy.parameters())
+    ways = {
+        "chain": WeightTransferConfig(relay="chain"),
+        "tree of 2": WeightTransferConfig(relay="tree", relay_fanout=2),
+        "tree of 4": WeightTransferConfig(relay="tree", relay_fanout=4),
+        "each from the trainer": WeightTransferConfig(),
+        "one shared file": WeightTransferConfig(plane="shared", directory=shared / "files"),
+    }
+    with ExitStack() as stack:
+        services = [stack.enter_context(generation(model, shared, map_files=True, relay=True)) for _ in range(REPLICAS)]
+        alone: list[float] = []
+        timings: list[Timing] = []
+        for name, config in ways.items():
+            seconds = []
+            for number in range(rounds + 1):
+                one = _push(services[:1], WeightTransferConfig(), policy)
+                eight = _push(services, config, policy)
+                if number:
+                    alone.append(one)
+                    seconds.append(eight)
+            timings.append(Timing(f"eight replicas, {name}", size, seconds))
+            say(f"    {timings[-1]}")
+    timings.insert(0, Timing("one replica", size, alone))
+    best = min(timing.median_s for timing in timings[1:4])
+    bars = [Bar(f"eight replicas by relay / one, {size / 1e6:.1f} MB", best / timings[0].median_s, 2.0)]
+    return report("relay", out, timings, bars, {"bytes": size, "replicas": REPLICAS})
+
+
+def _push(services: list[ServiceProcess], config: WeightTransferConfig, policy: LlamaForCausalLM) -> float:
+    with syncing(services, config) as sync:
+        version = sync.serving_version() + 1
+        start = time.perf_counter()
+        done = sync.push(policy, torch.bfloat16, version)
+        seconds = time.perf_counter() - start
+    if done.fallbacks or done.lost:
+        raise SystemExit(f"a replica was lost: {done}")
+    return seconds

@@ -1,0 +1,271 @@
+"""What of the vLLM backend needs no vLLM: configuration, refusals, the reading of results, shared memory."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from ppod.errors import Internal, InvalidArgument, NonFiniteOutput
+from ppod_models.configuration import ConfigError, parse_config
+from ppod_services.generation.config import GenerationServiceConfig
+from ppod_services.generation.requests import Ending, GenerationItem, TokenFilter, VersionSpan
+from ppod_services.generation.vllm_backend.completions import (
+    ResumedStops,
+    read_sample,
+    sampling_values,
+    signed_seed,
+)
+from ppod_services.generation.vllm_backend.loading import engine_arguments
+from ppod_services.generation.vllm_backend.outputs import Ended
+from ppod_services.generation.vllm_backend.segments import Segment
+from ppod_services.generation.vllm_backend.watch import SERVICE_VARIABLE
+from support.tiny_model import build_tokenizer
+
+KNOWN = frozenset({"block_size", "swap_space"})
+
+
+def config(**vllm: object) -> GenerationServiceConfig:
+    values = {"listen": {"port": 1}, "model": {"source": "x", "dtype": "float32"}, "backend": "vllm", "vllm": vllm}
+    return parse_config(GenerationServiceConfig, values, "test")
+
+
+def item(token_filter: TokenFilter | None = None, *, unscaled: bool = False, resumed: int = 0) -> GenerationItem:
+    return GenerationItem(
+        prompt_index=3,
+        sample=0,
+        prompt=np.array([97, 98, 99], dtype=np.int32),
+        seed=5,
+        max_tokens=9,
+        token_filter=token_filter or TokenFilter(temperature=1.0),
+        stop_ids=frozenset({256, 7}),
+        stop_strings=("cd",),
+        resumed=resumed,
+        unscaled=unscaled,
+    )
+
+
+@dataclass
+class Logprobs:
+    logprobs: list[float]
+
+
+@dataclass
+class Labelled:
+    version: str
+    start: int
+    end: int
+
+
+@dataclass
+class Output:
+    """What vLLM's CompletionOutput has."""
+
+    token_ids: Sequence[int]
+    logprobs: Logprobs | None
+    finish_reason: str | None = "length"
+    stop_reason: int | str | None = None
+    weight_versions: Sequence[Labelled] | None = field(default_factory=list[Labelled])
+
+
+def read(output: Output, of: GenerationItem | None = None, *, tokens: int | None = None, both: bool = False):
+    return read_sample(of or item(), Ended(output, tokens), both_logprobs=both, serving=4)
+
+
+@pytest.mark.parametrize(
+    ("vllm", "words"),
+    [
+        ({"engine_args": {"dtype": "float16"}}, "vllm.engine_args: dtype is set by model.dtype"),
+        ({"engine_args": {"logprobs_mode": "raw_logits"}}, "vllm.engine_args: logprobs_mode cannot be set"),
+        ({"tensor_parallel_size": 0}, "vllm.tensor_parallel_size"),
+        ({"nonsense": 1}, "vllm.nonsense: unknown key"),
+    ],
+)
+def test_configuration_that_cannot_be_is_named(vllm: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace(".", r"\.")):
+        config(**vllm)
+
+
+def test_engine_arguments_come_from_the_configuration(tiny_model_dir: Path) -> None:
+    found = engine_arguments(config(engine_args={"block_size": 32}), tiny_model_dir, "cpu", KNOWN)
+    assert (found["model"], found["dtype"], found["max_model_len"]) == (str(tiny_model_dir), "float32", 128)
+    assert (found["max_num_seqs"], found["kv_cache_memory_bytes"], found["enforce_eager"]) == (64, 2**30, True)
+    assert (found["logprobs_mode"], found["block_size"]) == ("processed_logprobs", 32)
+    # vLLM's CPU sampler cannot take back the draw of a part of a prompt.
+    assert found["enable_chunked_prefill"] is False
+    on_gpu = engine_arguments(config(max_model_len=100, kv_cache_gib=2), tiny_model_dir, "cuda", KNOWN)
+    assert (on_gpu["max_model_len"], on_gpu["kv_cache_memory_bytes"]) == (100, 2**31)
+    assert on_gpu["enforce_eager"] is False
+    assert "enable_chunked_prefill" not in on_gpu
+
+
+def test_unknown_engine_arguments_and_devices_are_faults_of_the_configuration(tiny_model_dir: Path) -> None:
+    wrong = config(engine_args={"block_sise": 32, "blocks": 1})
+    wrong = wrong.model_copy(update={"model": wrong.model.model_copy(update={"device": "cuda:1"})})
+    with pytest.raises(ConfigError) as caught:
+        engine_arguments(wrong, tiny_model_dir, "cpu", KNOWN)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "vllm.engine_args.block_sise",
+        "vllm.engine_args.blocks",
+        "model.device",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seed", "signed"), [(0, 0), (2**63 - 1, 2**63 - 1), (2**63, -(2**63)), (2**64 - 2, -2), (2**64 - 1, -(2**63))]
+)
+def test_seeds_fit_int64_and_never_ask_for_a_random_one(seed: int, signed: int) -> None:
+    assert signed_seed(seed) == signed
+
+
+@pytest.mark.parametrize(
+    ("token_filter", "wanted"),
+    [
+        (TokenFilter(temperature=0.005), "sampling.temperature"),
+        (TokenFilter(temperature=2.01), "sampling.temperature"),
+        (TokenFilter(temperature=1.0, logit_bias=tuple((i, 1.0) for i in range(1_025))), "sampling.logit_bias"),
+    ],
+)
+def test_what_vllm_would_sample_otherwise_is_refused(token_filter: TokenFilter, wanted: str) -> None:
+    with pytest.raises(InvalidArgument, match="vLLM backend") as caught:
+        sampling_values(item(token_filter), both_logprobs=True)
+    assert caught.value.field == wanted
+
+
+def test_the_least_temperature_is_taken_as_it_travels() -> None:
+    values = sampling_values(item(TokenFilter(temperature=float(np.float32(0.01)))), both_logprobs=True)
+    assert values["temperature"] == 0.01
+
+
+@pytest.mark.parametrize(
+    "token_filter",
+    [
+        TokenFilter(temperature=0.7),
+        TokenFilter(temperature=1.0, top_k=5),
+        TokenFilter(temperature=1.0, min_p=0.1),
+        TokenFilter(temperature=0.0, repetition_penalty=1.1),
+        TokenFilter(temperature=1.0, logit_bias=((1, 1.0),)),
+    ],
+)
+def test_unscaled_logprobs_are_refused_where_the_engine_tells_one_kind(token_filter: TokenFilter) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        sampling_values(item(token_filter, unscaled=True), both_logprobs=False)
+    assert caught.value.field == "sampling.unscaled_logprobs"
+    assert sampling_values(item(token_filter, unscaled=True), both_logprobs=True)["logprobs"] == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_untouched_distribution_s_logprobs_are_the_unscaled_ones(temperature: float) -> None:
+    asked = item(TokenFilter(temperature=temperature), unscaled=True)
+    assert sampling_values(asked, both_logprobs=False)["logprobs"] == 0
+    sample = read(Output([8], Logprobs([-0.5]), weight_versions=[Labelled("4", 0, 1)]), asked)
+    assert sample.unscaled_logprobs is not None
+    assert sample.unscaled_logprobs.tolist() == [-0.5]
+
+
+def test_both_logprobs_are_told_apart() -> None:
+    output = Output([8, 9], Logprobs([-0.5, -1.0, -0.25, -2.0]), weight_versions=[Labelled("4", 0, 2)])
+    sample = read(output, item(unscaled=True), both=True)
+    assert sample.logprobs.tolist() == [-0.5, -0.25]
+    assert sample.unscaled_logprobs is not None
+    assert sample.unscaled_logprobs.tolist() == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("finish", "stop", "ending"),
+    [
+        ("stop", 256, Ending.STOP),
+        ("stop", "cd", Ending.STOP_STRING),
+        ("length", None, Ending.LENGTH),
+        ("abort", None, Ending.ABORTED),
+    ],
+)
+def test_endings(finish: str, stop: int | str | None, ending: Ending) -> None:
+    output = Output([8], Logprobs([-0.5]), finish, stop, [Labelled("4", 0, 1)])
+    assert read(output).ending is ending
+
+
+def test_versions_of_tokens_follow_the_engine_s_labels() -> None:
+    spans = [Labelled("2", 0, 2), Labelled("5", 2, 3)]
+    sample = read(Output([1, 2, 3], Logprobs([-1.0, -2.0, -3.0]), weight_versions=spans))
+    assert sample.spans == (VersionSpan(2, 2), VersionSpan(5, 1))
+    assert sample.weight_version == 5
+    nothing = read(Output([], Logprobs([]), "abort", weight_versions=None))
+    assert (nothing.weight_version, nothing.spans, len(nothing.tokens)) == (4, (), 0)
+
+
+def test_a_completion_without_labels_is_never_attributed() -> None:
+    with pytest.raises(Internal, match="weight versions of 0 tokens, expected 1"):
+        read(Output([1], Logprobs([-1.0]), weight_versions=None))
+
+
+def test_logprobs_that_are_missing_or_not_finite_are_errors() -> None:
+    with pytest.raises(Internal, match="2 tokens and 1 logprobs"):
+        read(Output([1, 2], Logprobs([-1.0]), weight_versions=[Labelled("4", 0, 2)]))
+    with pytest.raises(NonFiniteOutput) as caught:
+        read(Output([1], Logprobs([math.nan]), weight_versions=[Labelled("4", 0, 1)]))
+    assert caught.value.sample == 3
+
+
+def test_a_stop_text_of_a_resumed_completion_cuts_what_came_after_it() -> None:
+    stops = ResumedStops(item(resumed=1), build_tokenizer().backend_tokenizer)
+    assert sampling_values(item(resumed=1), both_logprobs=True)["stop"] == []
+    c, d, x = 66, 67, 87
+    assert build_tokenizer().decode([c, d]) == "cd"
+    assert not stops.look([x])
+    assert not stops.look([x, c])
+    assert stops.look([x, c, d, x])
+    output = Output([x, c, d, x], Logprobs([-1.0, -2.0, -3.0, -4.0]), "abort", weight_versions=[Labelled("4", 0, 4)])
+    sample = read(output, item(resumed=1), tokens=stops.tokens)
+    assert sample.ending is Ending.STOP_STRING
+    assert sample.tokens.tolist() == [x, c, d]
+    assert sample.logprobs.tolist() == [-1.0, -2.0, -3.0]
+    assert sample.spans == (VersionSpan(4, 3),)
+
+
+def test_a_segment_is_seen_by_other_processes_and_goes_with_its_owner() -> None:
+    segment = Segment([(2, 3), (), (0, 4)], [torch.float32, torch.bfloat16, torch.float16])
+    segment.tensors[0].copy_(torch.arange(6).view(2, 3))
+    segment.tensors[1].fill_(1.5)
+    assert segment.tensors[2].shape == (0, 4)
+    assert segment.holds([(2, 3), (), (0, 4)], [torch.float32, torch.bfloat16, torch.float16])
+    assert not segment.holds([(2, 3), (), (0, 4)], [torch.float32, torch.float32, torch.float16])
+    script = f"import numpy; print(numpy.fromfile({segment.path!r}, dtype='<f4')[:6].tolist())"
+    seen = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert seen.stdout.strip() == str([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    path = Path(segment.path)
+    assert path.exists()
+    tensors = segment.tensors
+    del segment
+    assert not path.exists()
+    assert tensors[0].sum() == 15
+
+
+def test_the_engine_s_processes_end_with_the_service(tmp_path: Path) -> None:
+    """A stand-in for the service, killed as nothing can be prepared for; the engine's process, and a worker's."""
+    worker = (
+        "from ppod_services.generation.vllm_backend.watch import end_with_service as end; end(); print(1, flush=True)"
+    )
+    sleep = "import time; time.sleep(60)"
+    engine = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {worker + ';' + sleep!r}]); {sleep}"
+    service = (
+        "import os, subprocess, sys;"
+        f"os.environ['{SERVICE_VARIABLE}'] = str(os.getpid());"
+        f"subprocess.Popen([sys.executable, '-c', {engine!r}]); {sleep}"
+    )
+    with subprocess.Popen([sys.executable, "-c", service], stdout=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert len(started) == 2
+        process.kill()
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive
