@@ -73,7 +73,7 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
     try:
         with stop.interruptible():
             connections = connect(
-                config.services, config.weight_transfer, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc
+                config.services, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc, config.weight_transfer
             )
             check_services(connections, config.rollout, loading.vocab_size(learner.policy.model))
         dropped = DroppedSamples()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ppod import ClientSecurity, GenerationClient, Pin, ReferenceClient, RewardClient, WeightClient
+from ppod import ClientSecurity, GenerationClient, Pin, PpodError, ReferenceClient, RewardClient, WeightClient
 from ppod.client import ModelDescription, RpcObserver
 from ppod_trainer.config import RolloutConfig, ServicesConfig, WeightTransferConfig
 from ppod_trainer.errors import ServiceMismatchError
@@ -31,7 +31,10 @@ class Connections:
 
 
 def connect(
-    config: ServicesConfig, transfer: WeightTransferConfig, tokenizer_fingerprint: str, observer: RpcObserver
+    config: ServicesConfig,
+    tokenizer_fingerprint: str,
+    observer: RpcObserver,
+    transfer: WeightTransferConfig | None = None,
 ) -> Connections:
     """Open channels to all services, with the policy's tokenizer pinned, and wait until each is ready.
 
@@ -56,11 +59,17 @@ def connect(
         reward=reward(config.reward_model),
         judge=None if config.judge_model is None else reward(config.judge_model),
         reference=ReferenceClient(config.reference, timeout_s=timeout_s, pin=pin, observer=observer, security=security),
-        generation_weights=WeightSync([weights(admin) for admin in config.generation_admins], transfer),
+        generation_weights=WeightSync(
+            [weights(admin) for admin in config.generation_admins], transfer or WeightTransferConfig()
+        ),
         reference_weights=weights(config.reference_admin),
     )
-    for client in (connections.generation, connections.reward, connections.reference):
-        client.wait_ready(config.ready_timeout_s)
+    try:
+        for client in (connections.generation, connections.reward, connections.reference):
+            client.wait_ready(config.ready_timeout_s)
+    except PpodError:
+        connections.close()
+        raise
     return connections
 
 
