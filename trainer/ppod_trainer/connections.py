@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ppod import ClientSecurity, GenerationClient, Pin, ReferenceClient, RewardClient, WeightClient
+from ppod import ClientSecurity, GenerationClient, Pin, PpodError, ReferenceClient, RewardClient, WeightClient
 from ppod.client import ModelDescription, RpcObserver
 from ppod_trainer.config import RolloutConfig, ServicesConfig, TrainerConfig
 from ppod_trainer.errors import ServiceMismatchError
@@ -65,7 +65,11 @@ def connect(trainer: TrainerConfig, tokenizer_fingerprint: str, observer: RpcObs
         generation_weights=WeightSync([weights(admin) for admin in config.generation_admins], trainer.weight_transfer),
         reference_weights=weights(config.reference_admin),
     )
-    connections.wait_ready(config.ready_timeout_s)
+    try:
+        connections.wait_ready(config.ready_timeout_s)
+    except PpodError:
+        connections.close()
+        raise
     return connections
 
 

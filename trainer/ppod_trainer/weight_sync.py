@@ -16,17 +16,15 @@ from transformers import PreTrainedModel
 from ppod import (
     DeadlineExceeded,
     FailedPrecondition,
-    InvalidArgument,
-    NotFound,
     PermissionDenied,
     PpodError,
-    ResourceExhausted,
     Unavailable,
     WeightClient,
 )
 from ppod.client import ReplicaOutcome, WeightPause, WeightPush, WeightStatus, WireImage, relay_tree
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import ServiceMismatchError, WeightPushError
+from ppod_trainer.held_files import HeldFiles
 from ppod_trainer.policy_weights import PolicyTensors
 from ppod_trainer.weight_planes import GrpcPlane, Outgoing, SharedPlane, WeightPlane
 
@@ -35,9 +33,6 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger(__name__)
 _PAUSES = {"wait": WeightPause.WAIT, "keep": WeightPause.KEEP, "abort": WeightPause.ABORT}
-_REFUSALS = (InvalidArgument, FailedPrecondition, NotFound, PermissionDenied, ResourceExhausted)
-"""Errors after which a replica certainly holds nothing of what was pushed."""
-
 AnswerT = TypeVar("AnswerT")
 Outcomes = dict[str, PpodError | None]
 """What became of each replica, by its administration port; None: it went well."""
@@ -102,13 +97,12 @@ class WeightSync:
         self._clients = {client.target: client for client in clients}
         self._config = config
         self._pool = ThreadPoolExecutor(len(clients), thread_name_prefix="replicas")
+        self._held = HeldFiles(self._clients)
         self._plane: WeightPlane = (
-            GrpcPlane() if config.directory is None else SharedPlane(config.directory, self._held_uris)
+            GrpcPlane() if config.directory is None else SharedPlane(config.directory, self._held.uris)
         )
         self._committed: _Committed | None = None
         self._retired: WireImage | None = None
-        self._held: dict[str, set[str]] = {target: set() for target in self._clients}
-        self._silent: set[str] = set()
         self._sent_bytes = 0
         self.fallbacks = 0
 
@@ -202,7 +196,7 @@ class WeightSync:
             found = (ReplicaOutcome(target, answer),) if isinstance(answer, PpodError) else answer
             outcomes |= {one.target: one.error for one in found}
         if push.uri:
-            self._note_held(push.uri, outcomes)
+            self._held.pushed(push.uri, outcomes)
         return outcomes
 
     def _commit(self, weight_version: int, lost: Sequence[str], started: float, fallbacks: int) -> PushReport:
@@ -210,17 +204,24 @@ class WeightSync:
         targets = [target for target in self._clients if target not in lost]
         pause = _PAUSES[self._config.pause]
         answers = self._ask(targets, lambda client: client.commit(weight_version, pause=pause))
-        # A commit whose reply was lost may have worked.
-        serving = self._ask(targets, lambda client: client.status())
-        outcomes = {target: _commit_error(answers[target], serving[target], weight_version) for target in targets}
-        for target, status in serving.items():
-            if isinstance(status, WeightStatus):
-                self._note_status(target, status)
+        outcomes = {target: self._commit_error(target, answers[target], weight_version) for target in targets}
         lost = [*lost, *self._lost("commit", weight_version, outcomes)]
         paused_s = max((answer for answer in answers.values() if isinstance(answer, float)), default=0.0)
         return PushReport(
             self._sent_bytes, prepared - started, time.monotonic() - prepared, paused_s, fallbacks, tuple(lost)
         )
+
+    def _commit_error(self, target: str, answer: float | PpodError, weight_version: int) -> PpodError | None:
+        """What went wrong; a commit whose reply was lost may have worked."""
+        if isinstance(answer, PpodError):
+            try:
+                status = self._clients[target].status()
+            except PpodError:
+                return answer
+            self._held.told(target, status)
+            return None if status.state.weight_version == weight_version else answer
+        self._held.committed(target)
+        return None
 
     def _lost(self, what: str, weight_version: int, outcomes: Outcomes) -> list[str]:
         """The replicas that failed; raise WeightPushError unless the run may go on without them."""
@@ -243,25 +244,6 @@ class WeightSync:
                 raise WeightPushError(f"{target} does not tell which weights it has: {answer}") from answer
         return found
 
-    def _held_uris(self) -> set[str]:
-        """Files that a replica holds or may hold."""
-        return set().union(*self._held.values())
-
-    def _note_held(self, uri: str, outcomes: Outcomes) -> None:
-        """Remember who may hold a file that was pushed.
-
-        A replica that does not answer may have got it before it fell silent; what comes after that it did not get.
-        """
-        for target, error in outcomes.items():
-            if error is None or (not isinstance(error, _REFUSALS) and target not in self._silent):
-                self._held[target].add(uri)
-            if error is not None:
-                self._silent.add(target)
-
-    def _note_status(self, target: str, status: WeightStatus) -> None:
-        self._silent.discard(target)
-        self._held[target] = set(status.held_uris)
-
     def _free_image(self, policy: PolicyTensors) -> WireImage:
         image, self._retired = self._retired, None
         return image if image is not None and image.layout == policy.layout else WireImage(policy.layout)
@@ -283,16 +265,3 @@ class WeightSync:
 def _unreached(found: Outcomes, target: str) -> bool:
     """Whether a relay failed before it came to this replica; what the replica itself answered stands."""
     return target not in found or isinstance(found[target], Unavailable | DeadlineExceeded | PermissionDenied)
-
-
-def _commit_error(answer: float | PpodError, status: WeightStatus | PpodError, weight_version: int) -> PpodError | None:
-    """What went wrong, by what the replica serves now."""
-    if isinstance(status, PpodError):
-        return answer if isinstance(answer, PpodError) else status
-    serving = status.state.weight_version
-    if serving == weight_version:
-        return None
-    if isinstance(answer, PpodError):
-        return answer
-    found = f"{serving} in service after {weight_version} was committed; does another trainer push to it?"
-    return FailedPrecondition("weight_version", found, str(weight_version))

@@ -176,7 +176,12 @@ def commit(core: ClientCore, weight_version: int, pause: WeightPause, timeout_s:
     request = weights_pb2.CommitWeightsRequest(weight_version=weight_version, pause=pause.value)
     job = SingleJob(f"/{WEIGHT_SERVICE}/CommitWeights", request)
     yield from core.ask(job, timeout_s)
-    return parse(weights_pb2.CommitWeightsResponse, job.reply).paused_s
+    reply = parse(weights_pb2.CommitWeightsResponse, job.reply)
+    serving = check_state(reply.model, core.pin).weight_version
+    if serving != weight_version:
+        found = f"{serving} in service after the commit; does somebody else push to this server?"
+        raise InvalidReply("model.weight_version", found, str(weight_version))
+    return reply.paused_s
 
 
 def status(core: ClientCore, timeout_s: float | None) -> Program[WeightStatus]:

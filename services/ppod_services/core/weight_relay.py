@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import grpc
+import grpc.aio
 from google.protobuf.message import DecodeError
 
 from ppod.channel import ChannelSpec, open_aio_channel
@@ -49,6 +50,7 @@ class WeightRelay:
 
     def __init__(self, config: WeightsConfig) -> None:
         self._config = config
+        self._channels: dict[str, grpc.aio.Channel] = {}
         tls = config.relay_tls
         self._security = (
             ClientSecurity.from_environment(
@@ -87,15 +89,29 @@ class WeightRelay:
         del onward.relay[:]
         onward.relay.extend(hop.message.hops)
         first = weights_pb2.PrepareWeightsRequest(manifest=onward).SerializeToString()
-        spec = ChannelSpec(target, self._security.server_name)
-        async with open_aio_channel(spec, self._security.credentials()) as channel:
-            stub = channel.stream_unary(_PREPARE, None, None)
-            try:
-                data = await stub(hop.messages(first), timeout=timeout_s, metadata=self._security.metadata())
-            except grpc.RpcError as error:
-                typed = from_rpc_error(error)
-                raise Unavailable(f"{target}: {typed.detail}") if isinstance(typed, Unavailable) else typed from error
+        stub = self._channel(target).stream_unary(_PREPARE, None, None)
+        try:
+            data = await stub(hop.messages(first), timeout=timeout_s, metadata=self._security.metadata())
+        except grpc.RpcError as error:
+            typed = from_rpc_error(error)
+            if isinstance(typed, Unavailable):
+                # The next one is opened anew, with the credentials that are valid then.
+                await self._close(target)
+                typed = Unavailable(f"{target}: {typed.detail}")
+            raise typed from error
         return _read_reply(target, data)
+
+    async def _close(self, target: str) -> None:
+        channel = self._channels.pop(target, None)
+        if channel is not None:
+            await channel.close()
+
+    def _channel(self, target: str) -> grpc.aio.Channel:
+        """Channels stay open: opening one takes longer than sending a small model."""
+        if target not in self._channels:
+            spec = ChannelSpec(target, self._security.server_name)
+            self._channels[target] = open_aio_channel(spec, self._security.credentials())
+        return self._channels[target]
 
 
 class RelayedTransfer:

@@ -138,7 +138,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             raise InvalidArgument("pause", str(request.pause), "a value of WeightPause")
         paused_s = await self._scheduler.exclusive(lambda: target.weights.commit(request.weight_version), pause)
         log_event(_LOGGER, "weights_committed", {"version": request.weight_version, "seconds": round(paused_s, 6)})
-        return weights_pb2.CommitWeightsResponse(model=target.info.state(request.weight_version), paused_s=paused_s)
+        # Not the version that was asked for: another commit may have followed.
+        return weights_pb2.CommitWeightsResponse(model=target.info.state(target.weights.version), paused_s=paused_s)
 
     async def GetWeights(
         self,

@@ -216,3 +216,24 @@ def test_a_trainer_that_was_killed_leaves_a_whole_version_and_its_files_are_clea
     assert result.returncode == 0, result.stderr
     assert list(shared.iterdir()) == []
     assert_takes_next(system.generation, version + 100, seed=8)
+
+
+def test_a_run_goes_on_without_a_replica_that_dies(
+    system: System, tiny_model_dir: Path, shared: Path, tmp_path: Path
+) -> None:
+    with generator(tiny_model_dir, tmp_path, shared) as second:
+        services = dict(run_config(system, "x")["services"])  # type: ignore[call-overload]
+        services["generation"] = f"{system.generation.target},{second.target}"
+        services["generation_admin"] = f"{system.generation.admin_target},{second.admin_target}"
+        config = run_config(
+            system, "survives", steps=1000, services=services, weight_transfer={"lost_replicas": "skip"}
+        )
+        process = system.start(config)
+        wait_for_step(process, Path(str(config["run_dir"])), 2)
+        second.signal(signal.SIGKILL)
+        steps = len((Path(str(config["run_dir"])) / "metrics.jsonl").read_text().splitlines())
+        wait_for_step(process, Path(str(config["run_dir"])), steps + 3)
+        process.terminate()
+        _, stderr = process.communicate(timeout=30)
+    assert f"failed on 1 of 2: {second.admin_target}" in stderr
+    assert "Traceback" not in stderr
