@@ -15,7 +15,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ppod.tensors import TokenArray
-from ppod_models.packing import probe_tolerance
 from ppod_models.padding import pad_sequences
 from ppod_models.sources import ModelSourceError
 from ppod_services.core.model import CausalModel
@@ -23,8 +22,11 @@ from ppod_services.generation.attention import use_grouped_attention
 from ppod_services.generation.slots import SlotCache, Step
 
 _KINDS = {"full_attention", "sliding_attention"}
-_PROBES = (np.arange(1, 6), np.arange(3, 6), np.arange(2, 9))
+_PROBES = tuple(100 + 37 * np.arange(length) + length for length in (5, 3, 7))
 _PROBE_STEPS = 2
+_EXACT, _ROUNDED = 1e-3, 0.05
+"""How far a hidden state may be off, relative to its norm, in float32 and in 16 bits. With SmolLM2 rounding makes 1e-6
+and 7e-3 of it, and a key that is missing a tenth and more."""
 
 
 @dataclass(slots=True, eq=False)
@@ -204,7 +206,6 @@ def _whole_states(model: CausalModel) -> list[torch.Tensor]:
 
 def _agrees(decoder: SlotDecoder, model: CausalModel, expected: Sequence[torch.Tensor]) -> bool:
     prompts = [(probe[:-_PROBE_STEPS] % model.info.vocab_size).astype(np.int32) for probe in _PROBES]
-    rows = range(len(_PROBES))
     try:
         prefill = decoder.prefill(prompts)
         decoder.seat(prefill, [1] * len(prompts), max(map(len, _PROBES)))
@@ -217,10 +218,10 @@ def _agrees(decoder: SlotDecoder, model: CausalModel, expected: Sequence[torch.T
         return False
     finally:
         decoder.reset()
-    tolerance = probe_tolerance(model.model.dtype)
-    for row in rows:
-        together = torch.stack([states[row] for states in found]).float()
-        wanted = expected[row].float()
-        if not bool(((together - wanted).abs() <= tolerance * float(wanted.abs().max().clamp(min=1.0))).all()):
+    tolerance = _EXACT if model.model.dtype == torch.float32 else _ROUNDED
+    for row, wanted in enumerate(expected):
+        together = torch.stack([states[row] for states in found])
+        off = (together.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
+        if not bool((off <= tolerance).all()):
             return False
     return True
