@@ -64,9 +64,11 @@ def workloads() -> dict[str, Workload]:
     def wanted(count: int, length: Callable[[], int], most: Callable[[], int]) -> list[Wanted]:
         made: list[Wanted] = []
         while len(made) < count:
-            ids = tokenizer.encode(next(chosen)).ids
-            if len(ids) >= 256:
-                made.append(Wanted(tuple(ids[: length()]), most(), seed=len(made)))
+            # Reviews are sentences: several of them make the longest prompt.
+            ids: list[int] = []
+            while len(ids) < 128:
+                ids += tokenizer.encode(next(chosen)).ids
+            made.append(Wanted(tuple(ids[: length()]), most(), seed=len(made)))
         return made
 
     def short() -> int:
