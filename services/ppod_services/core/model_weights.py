@@ -33,7 +33,7 @@ class ModelWeights:
         }
         self._covered: dict[str, torch.Tensor] = {}  # the base's tensors, where merged ones serve
         self._spare: dict[str, torch.Tensor] = {}
-        self._borrowed = False
+        self._borrowed: set[str] = set()  # whose memory is a sender's file
 
     def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
         """See `WeightStore`."""
@@ -57,13 +57,14 @@ class ModelWeights:
         if received.adapter is not None:
             return self._stage_adapter(received.adapter, received.tensors)
         ready = {name: self._ready(name, tensor) for name, tensor in received.tensors.items()}
+        borrowed = {name for name, tensor in received.tensors.items() if received.borrowed and ready[name] is tensor}
 
         @torch.no_grad()
         def install() -> None:
             self._uncover()
             for name, tensor in ready.items():
                 self._replace(self._parameters[name], name, tensor)
-            self._borrowed = received.borrowed
+            self._borrowed = borrowed
 
         return install
 
@@ -104,7 +105,7 @@ class ModelWeights:
             parameter.copy_(tensor)
             self._spare[name] = tensor
             return
-        if not self._borrowed and parameter.data.is_contiguous():
+        if name not in self._borrowed and parameter.data.is_contiguous():
             self._spare[name] = parameter.data
         parameter.data = tensor
 

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ppod.tensors import TokenArray
-from ppod_models.packing import probe_tolerance
 from ppod_models.padding import pad_sequences
 from ppod_models.sources import ModelSourceError
 from ppod_services.core.model import CausalModel
@@ -24,8 +22,11 @@ from ppod_services.generation.attention import use_grouped_attention
 from ppod_services.generation.slots import SlotCache, Step
 
 _KINDS = {"full_attention", "sliding_attention"}
-_PROBE_LENGTHS = (5, 3, 7)
+_PROBES = tuple(100 + 37 * np.arange(length) + length for length in (5, 3, 7))
 _PROBE_STEPS = 2
+_EXACT, _ROUNDED = 1e-3, 0.05
+"""How far a hidden state may be off, relative to its norm, in float32 and in 16 bits. With SmolLM2 rounding makes 1e-6
+and 7e-3 of it, and a key that is missing a tenth and more."""
 
 
 @dataclass(slots=True, eq=False)
@@ -193,42 +194,34 @@ def _settle_attention(decoder: SlotDecoder, model: CausalModel) -> None:
         )
 
 
-def _probes(model: CausalModel) -> list[npt.NDArray[np.int64]]:
-    """Token ids from all over the vocabulary.
-
-    The first ids are often special tokens, to which some models answer with states that rounding moves by a thousandth.
-    """
-    ids = np.random.default_rng(0).integers(0, model.info.vocab_size, sum(_PROBE_LENGTHS))
-    return np.split(ids, np.cumsum(_PROBE_LENGTHS)[:-1])
-
-
 def _whole_states(model: CausalModel) -> list[torch.Tensor]:
     """Hidden states of each probe's last tokens, [steps + 1, H], from one forward without a cache."""
     states: list[torch.Tensor] = []
-    for probe in _probes(model):
-        ids = torch.from_numpy(probe).to(model.device).unsqueeze(0)
+    for probe in _PROBES:
+        ids = torch.from_numpy(probe % model.info.vocab_size).to(model.device).unsqueeze(0)
         hidden = cast(torch.Tensor, model.backbone(input_ids=ids, use_cache=False).last_hidden_state)
         states.append(hidden[0, -_PROBE_STEPS - 1 :])
     return states
 
 
 def _agrees(decoder: SlotDecoder, model: CausalModel, expected: Sequence[torch.Tensor]) -> bool:
-    probes = _probes(model)
-    prompts = [probe[:-_PROBE_STEPS].astype(np.int32) for probe in probes]
+    prompts = [(probe[:-_PROBE_STEPS] % model.info.vocab_size).astype(np.int32) for probe in _PROBES]
     try:
         prefill = decoder.prefill(prompts)
-        decoder.seat(prefill, [1] * len(prompts), max(_PROBE_LENGTHS))
-        steps = [[int(probe[-back]) for probe in probes] for back in range(_PROBE_STEPS, 0, -1)]
+        decoder.seat(prefill, [1] * len(prompts), max(map(len, _PROBES)))
+        steps = [
+            [int(probe[-back]) % model.info.vocab_size for probe in _PROBES] for back in range(_PROBE_STEPS, 0, -1)
+        ]
         found = [prefill.hidden, *(decoder.step(tokens, 0) for tokens in steps)]
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
         # An architecture that wants more of its attention or its cache than there is here.
         return False
     finally:
         decoder.reset()
-    tolerance = probe_tolerance(model.model.dtype)
-    for row in range(len(probes)):
-        together = torch.stack([states[row] for states in found]).float()
-        wanted = expected[row].float()
-        if not bool(((together - wanted).abs() <= tolerance * float(wanted.abs().max().clamp(min=1.0))).all()):
+    tolerance = _EXACT if model.model.dtype == torch.float32 else _ROUNDED
+    for row, wanted in enumerate(expected):
+        together = torch.stack([states[row] for states in found])
+        off = (together.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1)
+        if not bool((off <= tolerance).all()):
             return False
     return True

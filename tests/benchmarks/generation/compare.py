@@ -1,6 +1,7 @@
 """Tokens a second through gRPC over the same engine driven in process, on the same prompts.
 
-usage: python -m benchmarks.generation.compare [--backend NAME] [--rounds N] [--dtype NAME] [--threads N] [--out DIR]
+usage: python -m benchmarks.generation.compare [--backend NAME] [--rounds N] [--dtype NAME] [--threads N] [--only TEXT]
+    [--out DIR]
 
 One engine runs in a process of its own, the other behind the service; while one works the other sleeps. Each round runs
 every workload on both, in turns, the first one of a round second in the next. Both decode at most 32 sequences at a
@@ -90,8 +91,9 @@ def measure_round(
     number: int, backend: Backend, service: ServiceProcess, engine: Engine, results: dict[str, Measured]
 ) -> None:
     """Every workload once on each side."""
-    for name, workload in workloads().items():
-        measured = results[name]
+    known = workloads()
+    for name, measured in results.items():
+        workload = known[name]
         if number % 2:
             reply = engine.run(name)
             seconds, tokens = ask(service, workload)
@@ -138,6 +140,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", metavar="TEXT", help="workloads whose names hold this")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-generation"))
     return parser.parse_args()
 
@@ -154,13 +157,14 @@ def main() -> int:
     }
     batching = {"max_batch_size": BATCH, "max_batch_tokens": 2**20, "max_queue_tokens": 2**20, "max_batch_s": 3_600}
     values: dict[str, object] = {"model": model, "batching": batching, **backend.values}
-    results = {name: Measured(name, one.tokens, one.static_steps) for name, one in workloads().items()}
+    chosen = {name: one for name, one in workloads().items() if options.only in name}
+    results = {name: Measured(name, one.tokens, one.static_steps) for name, one in chosen.items()}
     with (
         tempfile.TemporaryDirectory() as folder,
         running_engine(backend, model) as engine,
         running_service("ppod_services.generation", Path(folder), values, fresh=True, start_timeout_s=600) as service,
     ):
-        first = next(iter(workloads().values()))
+        first = next(iter(chosen.values()))
         engine.run(first.name)
         ask(service, first)
         for number in range(1, options.rounds + 1):

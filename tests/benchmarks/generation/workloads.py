@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,7 @@ class Workload:
         return sum(max(lengths[start : start + BATCH]) for start in range(0, len(lengths), BATCH))
 
 
+@functools.cache
 def workloads() -> dict[str, Workload]:
     """By name."""
     tokenizer = Tokenizer.from_file(str(resolve(MODEL).path / "tokenizer.json"))
@@ -63,10 +65,12 @@ def workloads() -> dict[str, Workload]:
 
     def wanted(count: int, length: Callable[[], int], most: Callable[[], int]) -> list[Wanted]:
         made: list[Wanted] = []
-        while len(made) < count:
-            ids = tokenizer.encode(next(chosen)).ids
-            if len(ids) >= 256:
-                made.append(Wanted(tuple(ids[: length()]), most(), seed=len(made)))
+        for seed in range(count):
+            ids: list[int] = []
+            wanted_length = length()
+            while len(ids) < wanted_length:
+                ids += tokenizer.encode(next(chosen) + "\n").ids
+            made.append(Wanted(tuple(ids[:wanted_length]), most(), seed))
         return made
 
     def short() -> int:

@@ -76,6 +76,31 @@ def test_versions_follow_each_other_through_the_same_memory(own: torch.dtype, wi
     assert len(set(storages[1:])) == 2
 
 
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_borrowed_memory_is_never_received_into(own: torch.dtype) -> None:
+    """Tensors in a sender's file serve as they are; where they are converted, the model's own memory is reused."""
+    model = build_model(seed=0).to(own)
+    weights, _ = served(model)
+    lent: list[torch.Tensor] = []
+    storages: list[int] = []
+    for version in range(1, 6):
+        new = build_model(seed=version).to(torch.bfloat16)
+        manifest, _ = whole(new, version, torch.bfloat16)
+        mapped = [parameter.detach() for parameter in new.parameters()]
+        lent.append(mapped[0].clone())
+        transfer = weights.begin(manifest, mapped)
+        for receiver in transfer.receivers:
+            receiver.advance(len(receiver.room))
+        weights.end(transfer, weights.stage(transfer))
+        weights.commit(version)
+        assert_same(state(model), state(new.to(own)))
+        assert torch.equal(mapped[0], lent[-1])
+        storages.append(next(iter(model.parameters())).data_ptr())
+        if own is torch.bfloat16:
+            assert storages[-1] == mapped[0].data_ptr()
+    assert own is torch.bfloat16 or len(set(storages[1:])) == 2
+
+
 def test_a_model_with_tied_embeddings_stays_tied() -> None:
     model = build_model(seed=0, tied=True)
     weights, _ = served(model)

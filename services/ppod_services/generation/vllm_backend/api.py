@@ -11,16 +11,18 @@ from typing import Protocol, cast
 from pydantic import JsonValue
 from vllm import SamplingParams as _SamplingParams  # pyright: ignore[reportMissingImports]
 from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
+from vllm.exceptions import VLLMValidationError as _VLLMValidationError  # pyright: ignore[reportMissingImports]
 from vllm.inputs import tokens_input  # pyright: ignore[reportMissingImports]
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 from vllm.usage.usage_lib import UsageContext  # pyright: ignore[reportMissingImports]
 from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # pyright: ignore[reportMissingImports]
+from vllm.v1.engine.exceptions import EngineDeadError as _EngineDeadError  # pyright: ignore[reportMissingImports]
 
 from ppod_services.generation.vllm_backend.outputs import RequestOutput
 
-ENGINE_ERRORS = (EngineDeadError, EngineGenerateError)
+EngineDeadError = cast("type[Exception]", _EngineDeadError)
+VLLMValidationError = cast("type[Exception]", _VLLMValidationError)
 
 
 class Sampling(Protocol):

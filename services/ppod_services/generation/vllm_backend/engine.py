@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from ppod.errors import PpodError, Unavailable
+from ppod.errors import Internal, InvalidArgument, PpodError, Unavailable
 from ppod_services.core.described import check_version
 from ppod_services.core.scheduler import JoinableSink
 from ppod_services.core.weights import ServedWeights
 from ppod_services.generation.requests import GeneratedSample, GenerationItem
-from ppod_services.generation.vllm_backend.api import ENGINE_ERRORS, make_sampling
+from ppod_services.generation.vllm_backend.api import EngineDeadError, VLLMValidationError, make_sampling
 from ppod_services.generation.vllm_backend.completions import ResumedStops, read_sample, sampling_values
 from ppod_services.generation.vllm_backend.host import Answer, EngineHost, Prompt
 
@@ -135,10 +135,14 @@ class _Run:
         check_version(item.weight_version, self._weights.version)
         values = sampling_values(item, both_logprobs=self._both_logprobs)
         resumed = bool(item.resumed and item.stop_strings)
+        try:
+            sampling = make_sampling(values, stepwise=resumed)
+        except VLLMValidationError as error:
+            raise _of_one_request(error) from error
         return Prompt(
             request_id=self._host.new_id(),
             token_ids=item.prompt.tolist(),
-            sampling=make_sampling(values, stepwise=resumed),
+            sampling=sampling,
             pinned=item.weight_version is not None,
             stops=ResumedStops(item, self._tokenizer) if resumed else None,
             done=_Taker(position, self._answers),
@@ -150,11 +154,13 @@ class _Run:
             # Nobody waits for it any more.
             return
         error = answer.exception()
-        if error is not None:
+        if isinstance(error, EngineDeadError) or (error is not None and self._host.failure is not None):
             self._active[position] = taken
-            raise _translated(self._host, error) from error
+            raise Unavailable(self._host.failure or str(error)) from error
         item, serving = taken[0], self._weights.version
         try:
+            if error is not None:
+                raise _of_one_request(error) from error
             sample = read_sample(item, answer.result(), both_logprobs=self._both_logprobs, serving=serving)
         except PpodError as fault:
             self._sink.fail(position, fault)
@@ -173,8 +179,10 @@ class _Taker:
         self._answers.put((self._position, answer))
 
 
-def _translated(host: EngineHost, error: BaseException) -> BaseException:
-    """The engine's own errors mean that it is gone; another one is a bug, and is logged as it is."""
-    if isinstance(error, ENGINE_ERRORS):
-        return Unavailable(host.failure or f"vLLM failed: {error}")
-    return error
+def _of_one_request(error: BaseException) -> PpodError:
+    """What its caller hears of an error that leaves the engine and all others unharmed."""
+    if isinstance(error, PpodError):
+        return error
+    if isinstance(error, VLLMValidationError):
+        return InvalidArgument("sampling", str(error), "what vLLM takes")
+    return Internal("vLLM failed to complete a prompt; the server's log has the cause")
