@@ -96,7 +96,8 @@ def _read_bitmap(data: Bytes, elements: int, field: str) -> tuple[npt.NDArray[np
     bits = np.unpackbits(data[:size], bitorder="little")
     if bits[elements:].any():
         raise InvalidArgument(field, "a change behind the last element", f"{elements} elements")
-    return np.flatnonzero(bits), data[size:]
+    # As booleans, whose positions numpy finds several times as fast.
+    return np.flatnonzero(bits.view(np.bool_)), data[size:]
 
 
 def _read_gaps(data: Bytes, elements: int, field: str) -> tuple[npt.NDArray[np.int64], Bytes]:
