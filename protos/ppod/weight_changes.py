@@ -21,6 +21,7 @@ Bytes = npt.NDArray[np.uint8]
 
 _SKIP = 255
 _COUNT = np.dtype("<u4")
+_WORTH_GAPS = 0.75
 
 
 class TensorEncoding(Enum):
@@ -37,21 +38,25 @@ def bit_patterns(data: memoryview | Bytes, itemsize: int) -> Bits:
 
 
 def encode_changes(new: Bits, base: Bits) -> tuple[TensorEncoding, Bytes]:
-    """The smallest of all encodings of `new`, given `base` of the same shape and type."""
-    changed = new != base
-    count = int(np.count_nonzero(changed))
-    if not count:
+    """The smallest encoding of `new`, given `base` of the same shape and type.
+
+    Gaps are tried only where they may be shorter than a bitmap by a quarter of it: finding them takes longer than all
+    the rest.
+    """
+    # Through positions, and not through the mask: numpy takes by position seven times as fast.
+    positions = np.flatnonzero(new != base)
+    if not len(positions):
         return TensorEncoding.BITMAP, np.empty(0, np.uint8)
-    values = count * new.itemsize
+    values = new[positions].view(np.uint8)
     bitmap = (len(new) + 7) // 8
     # Each change takes a byte of the gaps at least.
-    gaps = _gaps(changed) if count < bitmap else None
-    if gaps is not None and _COUNT.itemsize + len(gaps) < bitmap and len(gaps) + values < new.nbytes:
-        length = np.array([len(gaps)], _COUNT).view(np.uint8)
-        return TensorEncoding.GAPS, np.concatenate([length, gaps, new[changed].view(np.uint8)])
-    if bitmap + values < new.nbytes:
-        bits = np.packbits(changed, bitorder="little")
-        return TensorEncoding.BITMAP, np.concatenate([bits, new[changed].view(np.uint8)])
+    if _COUNT.itemsize + len(positions) < bitmap * _WORTH_GAPS:
+        gaps = _gaps(positions)
+        if _COUNT.itemsize + len(gaps) < bitmap and len(gaps) + len(values) < new.nbytes:
+            length = np.array([len(gaps)], _COUNT).view(np.uint8)
+            return TensorEncoding.GAPS, np.concatenate([length, gaps, values])
+    if bitmap + len(values) < new.nbytes:
+        return TensorEncoding.BITMAP, np.concatenate([np.packbits(new != base, bitorder="little"), values])
     return TensorEncoding.DENSE, new.view(np.uint8)
 
 
@@ -73,8 +78,10 @@ def apply_changes(encoding: TensorEncoding, data: Bytes, target: Bits, field: st
     target[positions] = np.frombuffer(values.tobytes(), target.dtype)
 
 
-def _gaps(changed: npt.NDArray[np.bool_]) -> Bytes:
-    skipped = np.diff(np.flatnonzero(changed), prepend=-1) - 1
+def _gaps(positions: npt.NDArray[np.int64]) -> Bytes:
+    skipped = np.diff(positions, prepend=-1) - 1
+    if skipped.max() < _SKIP:
+        return skipped.astype(np.uint8)
     fillers = skipped // _SKIP
     gaps = np.full(len(skipped) + int(fillers.sum()), _SKIP, np.uint8)
     gaps[np.cumsum(fillers + 1) - 1] = skipped % _SKIP
@@ -89,7 +96,8 @@ def _read_bitmap(data: Bytes, elements: int, field: str) -> tuple[npt.NDArray[np
     bits = np.unpackbits(data[:size], bitorder="little")
     if bits[elements:].any():
         raise InvalidArgument(field, "a change behind the last element", f"{elements} elements")
-    return np.flatnonzero(bits), data[size:]
+    # As booleans, whose positions numpy finds several times as fast.
+    return np.flatnonzero(bits.view(np.bool_)), data[size:]
 
 
 def _read_gaps(data: Bytes, elements: int, field: str) -> tuple[npt.NDArray[np.int64], Bytes]:
@@ -98,8 +106,14 @@ def _read_gaps(data: Bytes, elements: int, field: str) -> tuple[npt.NDArray[np.i
     gaps = data[_COUNT.itemsize : _COUNT.itemsize + size]
     if not len(gaps) or len(gaps) != size or gaps[-1] == _SKIP:
         raise InvalidArgument(field, f"{len(gaps)} of {size} bytes of gaps", "gaps that end with a change")
-    marks = gaps != _SKIP
-    positions = (np.cumsum(gaps.astype(np.int64) + marks) - 1)[marks]
+    # Where each byte arrives: it skips its value, and marks one element unless it is a filler.
+    arrivals = np.cumsum(gaps, dtype=np.int64)
+    fillers = np.flatnonzero(gaps == _SKIP)
+    if len(fillers):
+        marks = gaps != _SKIP
+        positions = (arrivals + np.cumsum(marks))[marks] - 1
+    else:
+        positions = arrivals + np.arange(len(gaps))
     if positions[-1] >= elements:
         raise InvalidArgument(field, f"a change of element {positions[-1]}", f"{elements} elements")
     return positions, data[_COUNT.itemsize + size :]

@@ -29,7 +29,7 @@ from support.tiny_model import build_model
 from support.weight_checks import assert_serves, assert_takes_next, retry_busy
 from support.weight_tensors import weight_tensors
 
-IDLE_TIMEOUT_S = 0.6
+IDLE_TIMEOUT_S = 1.2
 
 
 @pytest.fixture(scope="module")
