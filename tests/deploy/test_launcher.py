@@ -198,10 +198,12 @@ def test_up_serves_score_and_generate(
     assert lines[0]["score"] != lines[1]["score"]
 
     target = f"127.0.0.1:{services['generation']['listen']['port']}"
-    options = ("--tokenizer", str(tiny_model_dir), "--max-tokens", "5", "--seed", "3", "--json", "hi")
+    options = ("--tokenizer", str(tiny_model_dir), "--max-tokens", "5", "--seed", "3", "--n", "2", "--json", "hi")
     first, second = (ask("generate", "--target", target, *options) for _ in range(2))
-    assert first.stdout == second.stdout != ""
-    assert len(yaml.safe_load(first.stdout)["logprobs"]) <= 5
+    assert first.stdout == second.stdout
+    completions = [yaml.safe_load(line) for line in first.stdout.splitlines()]
+    assert [(one["prompt"], one["seed"]) for one in completions] == [("hi", 3), ("hi", 4)]
+    assert all(1 <= len(one["logprobs"]) <= 5 for one in completions)
 
     unknown = ask("score", "--target", f"127.0.0.1:{services['reward']['listen']['port']}", "--model", "nobody", "x")
     assert unknown.returncode == 1

@@ -55,8 +55,12 @@ class Batch:
         states: list[torch.Tensor] = []
         if self.rows:
             states.append(self._decoder.step([row.last_token for row in self.rows], self._most([])))
-        if len(self._arrivals):
-            states += self._prefill()
+            if len(self._arrivals):
+                states += self._prefill(self._prefill_tokens)
+        else:
+            # Nobody waits for a token: all begin together, and end no later than each must.
+            while len(self._arrivals):
+                states += self._prefill(None)
         return torch.cat(states) if len(states) > 1 else states[0]
 
     def settle(self) -> None:
@@ -87,9 +91,8 @@ class Batch:
         self._arrivals.restart()
         self._version = self._weights.version
 
-    def _prefill(self) -> list[torch.Tensor]:
-        """Run prompts; [1, H] for each completion that may draw its first token."""
-        most = self._prefill_tokens if self.rows else None
+    def _prefill(self, most: int | None) -> list[torch.Tensor]:
+        """Run prompts of at most so many tokens; [B, H] of the completions that may draw their first token, if any."""
         group = self._arrivals.next_group(most)
         if group:
             prefill = self._decoder.prefill([arrival.prompt for arrival in group])

@@ -156,7 +156,9 @@ class SlotCache(Cache):
         # Not the larger of old and new on both sides: many short sequences, then few long ones, would leave a
         # rectangle that neither of them needs.
         shape = _rounded(rows, _ROWS), _rounded(max(width, *used, 1), _BLOCK)
-        self.layers = [layer.resized(*shape, used) for layer in self._layers]
+        for number, layer in enumerate(self._layers):
+            # One after the other, so that old and new buffers of all layers never exist at once.
+            self.layers[number] = layer.resized(*shape, used)
 
     def open(self, states: DynamicCache, rows: int, width: int) -> None:
         """Make the buffers for a model whose states these are; nothing where they exist."""

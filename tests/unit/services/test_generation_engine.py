@@ -143,8 +143,9 @@ def test_long_prompts_do_not_hold_up_those_who_decode(tiny_model_dir: Path, monk
 
 
 def test_prompts_go_together_while_padding_is_cheap(bench: Bench, counted: CountedPrompts) -> None:
-    bench.run([item([3] * length, 1, 1) for length in (100, 2, 4, 3, 90)])
+    sink = bench.run([item([3] * length, 1, 5) for length in (100, 2, 4, 3, 90)])
     assert counted.runs == [[2, 3, 4], [90, 100]]
+    assert sink.steps == 5, "those who begin together are finished together"
 
 
 def test_an_abort_hands_back_all_as_they_are(tiny_model_dir: Path) -> None:
