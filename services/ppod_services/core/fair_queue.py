@@ -131,14 +131,15 @@ class FairQueue(Generic[QueuedT]):
         leading = min((team for team in self._teams.values() if team.tokens), key=_rank, default=None)
         if leading is None:
             return []
+        urgent_s = now_s if self.requests > 1 else -math.inf
         shape, group = BatchShape.of(running, bounds), running[0].group
-        request, node = leading.leader(now_s)
+        request, node = leading.leader(urgent_s)
         fits = node.sequence.group == group and shape.takes(node.tokens)
-        if request.urgent_s <= now_s and not fits:
+        if request.urgent_s <= urgent_s and not fits:
             return []
         self._served_up_to = leading.counter
         batch: list[QueuedT] = []
-        self._fill(batch, shape, group, now_s)
+        self._fill(batch, shape, group, urgent_s)
         return batch
 
     def _fill(self, batch: list[QueuedT], shape: BatchShape, group: Hashable, urgent_s: float) -> None:
