@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -259,7 +260,9 @@ class WeightSync:
             except PpodError as error:
                 return error
 
-        return dict(zip(targets, self._pool.map(ask, targets), strict=True))
+        # With this thread's context, so that the calls belong to the step's trace.
+        pending = {target: self._pool.submit(copy_context().run, ask, target) for target in targets}
+        return {target: answer.result() for target, answer in pending.items()}
 
 
 def _unreached(found: Outcomes, target: str) -> bool:

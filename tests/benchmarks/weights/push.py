@@ -146,7 +146,7 @@ def _while_generating(sync: WeightSync, policy: torch.nn.Module, load: _Generati
 
 
 def _timed_push(sync: WeightSync, policy: torch.nn.Module) -> tuple[float, PushReport]:
-    version = sync.serving_version() + 1
+    version = max(sync.serving_versions()) + 1
     start = time.perf_counter()
     done = sync.push(policy, torch.bfloat16, version)
     return time.perf_counter() - start, done

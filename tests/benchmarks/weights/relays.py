@@ -89,7 +89,7 @@ def _cpu_s(services: list[ServiceProcess]) -> float:
 
 def _push(services: list[ServiceProcess], config: WeightTransferConfig, policy: LlamaForCausalLM) -> float:
     with syncing(services, config) as sync:
-        version = sync.serving_version() + 1
+        version = max(sync.serving_versions()) + 1
         start = time.perf_counter()
         done = sync.push(policy, torch.bfloat16, version)
         seconds = time.perf_counter() - start

@@ -89,7 +89,7 @@ def test_every_way_brings_the_same_weights(
 ) -> None:
     model = build_model(seed=1)
     with syncing(replicas, config_of(plane, encoding, relay, shared)) as sync:
-        version = sync.serving_version()
+        version = max(sync.serving_versions())
         reports = [sync.push(model, torch.float32, version + 1)]
         reports += [sync.push(nudged(model), torch.float32, version + step) for step in (2, 3)]
     for replica in replicas:
@@ -109,7 +109,7 @@ def test_who_has_another_base_gets_whole_weights(
 ) -> None:
     model = build_model(seed=2)
     with syncing(replicas, WeightTransferConfig(encoding="delta")) as sync:
-        version = sync.serving_version() + 1
+        version = max(sync.serving_versions()) + 1
         sync.push(model, torch.float32, version)
         # Somebody else gives the second one other weights.
         with WeightClient(replicas[1].admin_target) as other:
@@ -129,7 +129,7 @@ def test_who_has_another_base_gets_whole_weights(
 
 def test_an_adapter_goes_on_top_of_what_was_pushed(replicas: list[ServiceProcess]) -> None:
     with syncing(replicas, WeightTransferConfig()) as sync:
-        version = sync.serving_version() + 1
+        version = max(sync.serving_versions()) + 1
         sync.push(build_model(seed=0), torch.float32, version)
         report = sync.push_adapter(build_adapted_model(seed=4), version + 1)
     assert report.sent_bytes < 2 * FULL_BYTES / 10
@@ -151,7 +151,7 @@ def test_a_dead_replica_stops_the_push_or_is_left_behind(
     with generator(tiny_model_dir, tmp_path, shared) as dead:
         everyone = [dead, *replicas]
         with syncing(everyone, strict) as sync:
-            version = sync.serving_version() + 1
+            version = max(sync.serving_versions()) + 1
             sync.push(model, torch.float32, version)
             dead.signal(signal.SIGKILL)
             with pytest.raises(WeightPushError, match=rf"prepare of weight version .* 1 of 3: {dead.admin_target}: "):
