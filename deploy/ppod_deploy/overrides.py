@@ -109,9 +109,8 @@ def describe_keys(model: type[ConfigModel], prefix: str = "", *, flags: bool = T
         if inner is not None:
             sections.append((path, inner))
             continue
-        default: object = field.default
-        required = default is PydanticUndefined and field.default_factory is None
-        shown = "required" if required else f"default {_short(default)}"
+        default: object = field.get_default(call_default_factory=True, validated_data={})
+        shown = "required" if default is PydanticUndefined else f"default {_short(default)}"
         meaning = f"{field.description}; " if field.description else ""
         leaves.append(f"  {dashes}{path} {_type_name(field.annotation)}\n        {meaning}{shown}")
     if prefix and leaves:

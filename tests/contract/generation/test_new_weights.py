@@ -138,8 +138,7 @@ def test_a_commit_may_hand_back_what_runs(changing: Served, client: GenerationCl
         assert 0 < len(tokens) < 110
         assert tokens == expected[: len(tokens)]
     for prompt, tokens, seed, expected in zip(LONG, begun, seeds, tokens_of(whole), strict=True):
-        rest = Sampling(max_tokens=110 - len(tokens), ignore_eos=True)
-        [done] = client.generate([[*prompt, *tokens]], rest, seeds=[seed], resumed_tokens=[len(tokens)])
+        [done] = client.generate([[*prompt, *tokens]], sampling, seeds=[seed], resumed_tokens=[len(tokens)])
         assert done.state.weight_version == old + 1
         assert len(tokens) + len(done.token_ids) == 110
         if changing.backend.seed_promise is SeedPromise.EVERY_REPLICA:
