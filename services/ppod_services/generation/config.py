@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ppod_models.configuration import ConfigModel
 from ppod_services.core.config import BatchingConfig, CausalServiceConfig
-from ppod_services.generation.filters.registry import check_parameters
+from ppod_services.generation.filters.registry import FILTERS
 from ppod_services.generation.vllm_backend.settings import VllmConfig
 
 
@@ -33,7 +33,7 @@ class OutputFilterConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _takes_the_parameters(self) -> Self:
-        check_parameters(self.filter, self.parameters)
+        FILTERS.parse(self.filter, self.parameters)
         return self
 
 

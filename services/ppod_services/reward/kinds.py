@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self, cast
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from ppod_models.configuration import ConfigModel, ModelConfig
-from ppod_services.reward.functions.registry import check_parameters
+from ppod_services.reward.functions.registry import FUNCTIONS
 
 KINDS = ("head", "sequence_classification", "token_classification", "function", "judge", "ensemble", "sum")
 
@@ -115,7 +115,7 @@ class FunctionConfig(NamedReward):
 
     @model_validator(mode="after")
     def _takes_the_parameters(self) -> Self:
-        check_parameters(self.function, self.parameters)
+        FUNCTIONS.parse(self.function, self.parameters)
         return self
 
 

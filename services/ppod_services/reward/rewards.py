@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ppod.errors import FailedPrecondition, NotFound
 from ppod_services.reward.composites import score_ensemble, score_sum
 from ppod_services.reward.composition_rules import members_of
-from ppod_services.reward.functions.registry import find_function
+from ppod_services.reward.functions.registry import FUNCTIONS
 from ppod_services.reward.kinds import (
     EnsembleConfig,
     FunctionConfig,
@@ -63,7 +63,7 @@ class RewardSet:
         self._needing_references = {
             config.name
             for config in parts.configs
-            if isinstance(config, FunctionConfig) and find_function(config.function).needs_references
+            if isinstance(config, FunctionConfig) and FUNCTIONS.find(config.function).needs_references
         }
         known = [*(model.source for model in parts.models.values()), *parts.tokenizers]
         self._sources = {source.codec.fingerprint: source for source in reversed(known)}

@@ -17,7 +17,7 @@ from ppod_services.core.server import Host
 from ppod_services.reward.admin_servicer import REWARD_ADMIN_SERVICE, RewardAdminServicer
 from ppod_services.reward.config import RewardServiceConfig
 from ppod_services.reward.functions.pool import FunctionPool
-from ppod_services.reward.functions.registry import find_function
+from ppod_services.reward.functions.registry import FUNCTIONS
 from ppod_services.reward.judge import Judge
 from ppod_services.reward.kinds import FunctionConfig, JudgeConfig, PpodServerConfig
 from ppod_services.reward.requests import RewardItem, run_batch
@@ -103,7 +103,7 @@ class RewardService:
         scorers: dict[str, TextScorer] = {}
         for config in self._config.rewards:
             if isinstance(config, FunctionConfig):
-                needed = find_function(config.function).needs_references
+                needed = FUNCTIONS.find(config.function).needs_references
                 scorers[config.name] = FunctionScorer(self._pools[config.name], needed)
             elif isinstance(config, JudgeConfig):
                 self._judges[config.name] = scorers[config.name] = _make_judge(config)

@@ -37,7 +37,7 @@ class Pool:
 
     def _start(self, backend: Backend, dtype: str, purpose: str) -> Served:
         if backend.requires and importlib.util.find_spec(backend.requires) is None:
-            pytest.skip(f"{backend.name} needs {backend.requires}, which is not installed here")
+            pytest.skip(f"{backend.requires} is not installed here: `make test-{backend.name}` runs this where it is")
         directory = self._directory / f"{backend.name}-{dtype}-{purpose}"
         directory.mkdir()
         values: dict[str, object] = {

@@ -21,7 +21,6 @@ from ppod import (
     PpodError,
     ReferenceClient,
     ResourceExhausted,
-    Sampling,
     WeightClient,
 )
 from ppod.client import WeightPush, WeightTensor, weight_calls
@@ -29,10 +28,8 @@ from ppod.v1 import weights_pb2, weights_pb2_grpc
 from support.processes import ServiceProcess, metrics_of, running_service
 from support.services import tiny_model_config
 from support.tiny_model import build_model
+from support.weight_checks import GREEDY, PROMPTS, greedy_tokens
 from support.weight_tensors import weight_tensor, weight_tensors
-
-PROMPTS = [[5, 6, 7], [9]]
-GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture
@@ -51,18 +48,6 @@ def service(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def complete(service: ServiceProcess) -> list[Completion]:
     with GenerationClient(service.target) as client:
         return client.generate(PROMPTS, GREEDY)
-
-
-def greedy_tokens(model: torch.nn.Module) -> list[list[int]]:
-    """Greedy completions by full forwards without cache."""
-    found: list[list[int]] = []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        for _ in range(12):
-            with torch.no_grad():
-                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        found.append(ids[len(prompt) :])
-    return found
 
 
 def serving_version(weights: WeightClient) -> int:

@@ -131,7 +131,10 @@ def test_relay_trees_by_hand() -> None:
     assert relay_tree(["a"], 3) == RelayHop("a")
 
 
-@pytest.mark.skipif(os.cpu_count() == 1, reason="one thread for each core")
+@pytest.mark.skipif(
+    os.cpu_count() == 1,
+    reason="a thread for each core: with one core there is one writer, and this runs wherever there are more",
+)
 def test_several_tensors_are_filled_at_once() -> None:
     """Each of two writers waits for the other: one after the other they would wait for ever."""
     both = threading.Barrier(2, timeout=20)

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from ppod.errors import FilterFailed
 from ppod_services.generation.config import OutputFilterConfig
 from ppod_services.generation.filters import FilteredText
-from ppod_services.generation.filters.registry import find_filter, make_filter
+from ppod_services.generation.filters.registry import FILTERS, make_filter
 from ppod_services.generation.filters.regular_expression import RegularExpression, RegularExpressionParameters
 from ppod_services.generation.output_filtering import OutputFilters
 from ppod_services.generation.requests import Ending, GeneratedSample, VersionSpan
@@ -86,7 +86,7 @@ async def test_filters_see_whole_completions_in_a_thread_of_their_own(monkeypatc
     registry = CollectorRegistry()
     filters = OutputFilters([OutputFilterConfig(filter="test_scripted")], registry)
     threads: list[str] = []
-    scripted = find_filter("test_scripted")
+    scripted = FILTERS.find("test_scripted")
     judge = scripted.reason  # pyright: ignore
 
     def noted(self: object, text: FilteredText) -> str | None:

@@ -73,7 +73,7 @@ def test_every_fault_of_every_kind_is_told_with_a_path_of_the_file() -> None:
         "rewards.4.head: unknown key",
         "rewards.5.reduce: ",
         "rewards.6: no reward function 'nothing': installed packages declare exact_answer, length, regular_expression",
-        "rewards.7: function 'length': parameters.x: unknown key",
+        "rewards.7: reward function 'length': parameters.x: unknown key",
         "parameters.pattern: not a regular expression",
         "rewards.9: reward function 'test_no_function': support.reward_functions:NoFunction must be a class with",
         "rewards.10: reward function 'test_missing': support.reward_functions:Missing cannot be loaded",

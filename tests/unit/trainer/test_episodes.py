@@ -142,7 +142,7 @@ def test_environments_are_found_by_name_and_told_what_is_wrong() -> None:
     loaded = load_environment("calculator", {"highest": 9})
     assert loaded.stop == ("]", "\n")
     assert "What is" in loaded.make().reset(0)
-    with pytest.raises(EnvironmentLoadError, match=r"'abacus': expected one of .*calculator"):
+    with pytest.raises(EnvironmentLoadError, match=r"no environment 'abacus': .*calculator"):
         load_environment("abacus", {})
-    with pytest.raises(EnvironmentLoadError, match=r"environment\.parameters\.highest"):
+    with pytest.raises(EnvironmentLoadError, match=r"environment 'calculator': parameters\.highest"):
         load_environment("calculator", {"highest": 1})
