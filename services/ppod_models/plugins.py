@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, Protocol, TypeVar, cast
+from typing import ClassVar, Generic, Protocol, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,10 +15,8 @@ from ppod_models.configuration import describe_faults
 class Plugin(Protocol):
     """The class that an entry point names."""
 
-    @property
-    def parameters_type(self) -> type[BaseModel]:
-        """A pydantic model of the keys under `parameters`."""
-        ...
+    parameters_type: ClassVar[type[BaseModel]]
+    """A pydantic model of the keys under `parameters`."""
 
 
 PluginT = TypeVar("PluginT", bound=Plugin)
