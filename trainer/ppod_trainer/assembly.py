@@ -16,8 +16,9 @@ from ppod.tensors import TokenArray
 from ppod_models import loading
 from ppod_models.configuration import dump_config
 from ppod_models.sources import resolve
+from ppod_trainer.algorithms import build_estimator
 from ppod_trainer.bad_samples import BadSamples
-from ppod_trainer.checkpoint import TrainerState, load_checkpoint
+from ppod_trainer.checkpoint import TrainerState, load_checkpoint, restore_components
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig
 from ppod_trainer.connections import check_services, connect
@@ -69,7 +70,7 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
     environment = _load_environment(config.environment)
     prompts = _load_prompts(config, environment, codec.encode)
     learner = _load_learner(config, source.path)
-    state = TrainerState(0, 0, 0, config.kl.coefficient, configuration_fingerprint(config))
+    state = TrainerState(0, 0, 0, configuration_fingerprint(config))
     if config.resume:
         state = load_checkpoint(config.run_dir / "checkpoints", learner, state.configuration)
     metrics = MetricsLog(config.run_dir, config.metrics, state.step)
@@ -86,8 +87,8 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
         )
         evaluator = Evaluator(collector, connections.judge, prompts.heldout, codec.decode)
         kl = build_kl_controller(config.kl)
-        kl.coefficient = state.kl_coefficient
         parts = Parts(connections, collector, evaluator, learner, kl, prompts, tokenizer, metrics, stop)
+        restore_components(parts.stateful, state)
         run = TrainingRun(config, parts, state)
         try:
             _synchronise(run)
@@ -148,7 +149,7 @@ def _load_learner(config: TrainerConfig, path: Path) -> Learner:
         temperature=config.rollout.temperature,
         compute_dtype=loading.pick_dtype(config.policy.dtype, device),
     )
-    rules = ExperienceRules(config.rewards, config.kl, config.advantages)
+    rules = ExperienceRules(config.rewards, config.kl, build_estimator(config.advantages), config.advantages.whiten)
     return build_learner(policy, config.ppo, rules, config.optimizer, config.seed)
 
 
@@ -157,4 +158,4 @@ def _synchronise(run: TrainingRun) -> None:
     serving = max(run.parts.connections.generation_weights.serving_versions())
     run.push_policy(max(serving + 1, run.state.policy_version))
     if run.state.reference_version:
-        run.set_reference(run.state.reference_version)
+        run.restore_reference()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ppod_trainer.errors import CheckpointError
 from ppod_trainer.learner import Learner
+from ppod_trainer.stateful import JsonState, Stateful
 
 _STATE = "trainer.json"
 _WEIGHTS = "policy.safetensors"
@@ -31,15 +33,15 @@ class TrainerState:
         step: steps done.
         policy_version: version of the policy's weights, also in the services.
         reference_version: version of the reference's weights; 0 is the initial model.
-        kl_coefficient: of the KL controller.
         configuration: fingerprint of the configuration that decides the course of training.
+        components: what each part of the run that changes from step to step holds, by its name; see `Stateful`.
     """
 
     step: int
     policy_version: int
     reference_version: int
-    kl_coefficient: float
     configuration: str
+    components: dict[str, JsonState] = field(default_factory=dict[str, JsonState])
 
 
 def save_checkpoint(directory: Path, learner: Learner, state: TrainerState, keep: int) -> Path:
@@ -88,6 +90,24 @@ def load_checkpoint(directory: Path, learner: Learner, configuration: str) -> Tr
         )
     _restore(learner, weights, optimizer)
     return state
+
+
+def restore_components(components: Mapping[str, Stateful], state: TrainerState) -> None:
+    """Give each part of a run what a checkpoint kept of it; a state without parts is that of a new run.
+
+    Raises:
+        CheckpointError: a part is missing in the checkpoint, or what is kept of it is not its state.
+    """
+    if not state.components:
+        return
+    for name, component in components.items():
+        try:
+            component.restore(state.components[name])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"resume: the checkpoint of step {state.step} does not hold the state of {name} ({error!r}); "
+                "it was made by another version of ppod"
+            ) from error
 
 
 def _named_parameters(learner: Learner) -> dict[str, torch.nn.Parameter]:

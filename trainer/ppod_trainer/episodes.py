@@ -64,7 +64,7 @@ class _Episode:
 
     def rollout(self) -> Rollout:
         """All of it as one response; observation tokens are no actions."""
-        tokens, actions, logprobs, versions, rewards = [], [], [], [], []
+        tokens, actions, logprobs, versions, numbers, rewards = [], [], [], [], [], []
         for number, turn in enumerate(self.turns):
             length = len(turn.tokens)
             observed = self.observations[number] if number < len(self.turns) - 1 else turn.tokens[:0]
@@ -73,6 +73,7 @@ class _Episode:
             actions += [np.ones(length), gap]
             logprobs += [turn.logprobs, gap]
             versions += [turn.versions, gap]
+            numbers += [np.full(length, number), gap - 1]
             rewards += [np.zeros(length - 1), [self.rewards[number]], gap]
         return Rollout(
             prompt=self.prompt,
@@ -80,6 +81,7 @@ class _Episode:
             action_mask=np.concatenate(actions).astype(np.bool_),
             sampler_logprobs=np.concatenate(logprobs).astype(np.float32),
             versions=np.concatenate(versions).astype(np.int64),
+            turns=np.concatenate(numbers).astype(np.int64),
             rewards=np.concatenate(rewards).astype(np.float32),
             truncated=not self.done,
             stop_token=self.turns[-1].stop_token,

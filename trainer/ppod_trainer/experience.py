@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ppod_trainer.advantages import Advantages, gae, sequence_advantages
-from ppod_trainer.config import AdvantagesConfig, KlConfig, RewardsConfig
+from ppod_trainer.algorithms import AdvantageEstimator, Experience
+from ppod_trainer.config import KlConfig, RewardsConfig
 from ppod_trainer.kl import estimate_kl
 from ppod_trainer.masking import masked_sum, whiten
 from ppod_trainer.policy import PolicyWithValue, ResponseBatch
@@ -79,11 +79,12 @@ def view_policy(policy: PolicyWithValue, batch: ResponseBatch, micro_batches: Se
 
 @dataclass(frozen=True, slots=True)
 class ExperienceRules:
-    """How rewards and advantages are made."""
+    """How rewards and advantages are made; `whiten`: advantages to mean 0 and variance 1 over the loss's tokens."""
 
     rewards: RewardsConfig
     kl: KlConfig
-    advantages: AdvantagesConfig
+    estimator: AdvantageEstimator
+    whiten: bool
 
 
 @torch.no_grad()
@@ -113,9 +114,20 @@ def build_ppo_batch(
     )
     penalty = estimate_kl(view.logprobs, ref_logprobs, rules.kl.estimator) if rules.kl.placement == "reward" else None
     rewards = token_rewards(scores, penalty, mask, kl_coefficient, turn_rewards)
-    result = _advantages(rewards, view, mask, truncated, rules.advantages)
+    turns = _pad([scored.rollout.turns for scored in rollouts], responses.response_mask)
+    experience = Experience(
+        rewards=rewards,
+        outcomes=scores + turn_rewards.sum(dim=1),
+        values=view.values,
+        next_values=view.next_values,
+        mask=mask,
+        truncated=truncated,
+        groups=torch.tensor([scored.rollout.group for scored in rollouts], device=device),
+        turns=torch.where(mask, turns, -1).long(),
+    )
+    result = rules.estimator.estimate(experience)
     loss_mask = mask & ~truncated.unsqueeze(1) if rules.rewards.mask_truncated else mask
-    advantages = whiten(result.advantages, loss_mask) if rules.advantages.whiten else result.advantages
+    advantages = whiten(result.advantages, loss_mask) if rules.whiten else result.advantages
     kl = estimate_kl(view.logprobs, ref_logprobs, "k1")
     return PpoBatch(
         responses=responses,
@@ -131,20 +143,7 @@ def build_ppo_batch(
     )
 
 
-def _advantages(
-    rewards: torch.Tensor,
-    view: PolicyView,
-    mask: torch.Tensor,
-    truncated: torch.Tensor,
-    config: AdvantagesConfig,
-) -> Advantages:
-    if config.kind == "sequence":
-        return sequence_advantages(rewards, view.values, mask)
-    bootstrap = torch.where(truncated, view.next_values, 0.0) if config.bootstrap_truncated else None
-    return gae(rewards, view.values, mask, gamma=config.gamma, lam=config.lam, bootstrap_values=bootstrap)
-
-
-def _pad(rows: Sequence[npt.NDArray[np.float32]], mask: torch.Tensor) -> torch.Tensor:
+def _pad(rows: Sequence[npt.NDArray[np.float32] | npt.NDArray[np.int64]], mask: torch.Tensor) -> torch.Tensor:
     """Right-pad ragged rows, whose lengths are the mask's, with zeros."""
     flat = torch.from_numpy(np.concatenate(rows).astype(np.float32))
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat.to(mask.device))

@@ -11,9 +11,11 @@ d = log policy(x) - log reference(x):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+
+from ppod_trainer.stateful import JsonState
 
 KlEstimator = Literal["k1", "k2", "k3"]
 
@@ -40,6 +42,13 @@ class FixedKl:
     def update(self, kl: float, samples: int) -> None:
         """Do nothing: the coefficient is fixed."""
 
+    def state(self) -> JsonState:
+        """Nothing changes."""
+        return {}
+
+    def restore(self, state: JsonState) -> None:
+        """Nothing changes."""
+
 
 @dataclass(slots=True)
 class AdaptiveKl:
@@ -59,6 +68,14 @@ class AdaptiveKl:
         """Multiply the coefficient by 1 + clip(kl / target - 1, +-0.2) * samples / horizon."""
         error = min(max(kl / self.target - 1.0, -_ERROR_BOUND), _ERROR_BOUND)
         self.coefficient *= 1.0 + error * samples / self.horizon
+
+    def state(self) -> JsonState:
+        """The present coefficient."""
+        return {"coefficient": self.coefficient}
+
+    def restore(self, state: JsonState) -> None:
+        """Take the coefficient of a checkpoint."""
+        self.coefficient = float(cast(float, state["coefficient"]))
 
 
 KlController = FixedKl | AdaptiveKl

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from ppod_trainer.config import OptimizerConfig, PpoConfig
+from ppod_trainer.controls import StepControls
 from ppod_trainer.errors import NonFiniteLossError
 from ppod_trainer.experience import ExperienceRules, PpoBatch, build_ppo_batch, view_policy
-from ppod_trainer.kl import estimate_kl
-from ppod_trainer.masking import loss_weights, weighted_sum
+from ppod_trainer.loss import LossFigures, LossRows, Objective, minibatch_loss
+from ppod_trainer.masking import loss_weights
 from ppod_trainer.metrics import StepTimer
-from ppod_trainer.objective import (
-    clipped_tokens,
-    explained_variance,
-    importance_weights,
-    policy_token_loss,
-    value_token_loss,
-)
+from ppod_trainer.minibatches import minibatches
+from ppod_trainer.objective import explained_variance
 from ppod_trainer.policy import PolicyWithValue, build_response_batch
 from ppod_trainer.rollouts import ScoredRollout
-
-
-def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Factor on the peak learning rate at a step from 0: linear warm-up, then linear decay to `final_fraction`."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
-    return 1.0 - (1.0 - config.final_fraction) * progress
 
 
 @dataclass(slots=True)
@@ -57,19 +44,6 @@ class UpdateStats:
     optimizer_steps: int = 0
 
 
-@dataclass(slots=True)
-class _Sums:
-    """What the micro-batches of one minibatch add up to; weights over the minibatch make these its means."""
-
-    policy: float = 0.0
-    value: float = 0.0
-    kl: float = 0.0
-    entropy: float = 0.0
-    clipped: float = 0.0
-    approx_kl: float = 0.0
-    ratio_error: float = 0.0
-
-
 @dataclass(frozen=True, slots=True)
 class Learner:
     """Owns the policy's optimizer. All configuration that the update obeys is here."""
@@ -82,7 +56,7 @@ class Learner:
     base_rates: list[float] = field(default_factory=list[float])
 
     def learn(
-        self, rollouts: Sequence[ScoredRollout], step: int, rate_factor: float, kl_coefficient: float, timer: StepTimer
+        self, rollouts: Sequence[ScoredRollout], step: int, controls: StepControls, timer: StepTimer
     ) -> tuple[PpoBatch, UpdateStats]:
         """Update the policy on one step's rollouts.
 
@@ -90,24 +64,24 @@ class Learner:
             NonFiniteLossError: a gradient is NaN or infinite; the weights are those of the last good minibatch.
         """
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = base * rate_factor
+            group["lr"] = base * controls.rate_factor
         responses = build_response_batch(rollouts, self.policy.value_head.weight.device)
         with timer.phase("old_logprobs"):
             first = [micro for minibatch in self._minibatches(len(rollouts), step, 0) for micro in minibatch]
             view = view_policy(self.policy, responses, first)
-        batch = build_ppo_batch(rollouts, responses, view, self.rules, kl_coefficient)
+        batch = build_ppo_batch(rollouts, responses, view, self.rules, controls.kl_coefficient)
         with timer.phase("update"):
-            stats = self._update(batch, step, kl_coefficient)
+            stats = self._update(batch, step, controls)
         mask = batch.loss_mask
         stats.explained_variance = explained_variance(batch.old_values[mask], batch.returns[mask])
         return batch, stats
 
-    def _update(self, batch: PpoBatch, step: int, kl_coefficient: float) -> UpdateStats:
+    def _update(self, batch: PpoBatch, step: int, controls: StepControls) -> UpdateStats:
         stats = UpdateStats()
         for epoch in range(self.ppo.epochs):
             for number, minibatch in enumerate(self._minibatches(len(batch.loss_mask), step, epoch)):
                 where = f"step {step + 1}, epoch {epoch + 1}, minibatch {number + 1}"
-                sums = self._accumulate(batch, minibatch, kl_coefficient)
+                sums = self._accumulate(batch, minibatch, controls)
                 if epoch == 0 and number == 0:
                     stats.first_ratio_error = sums.ratio_error
                 stats.approx_kl = sums.approx_kl
@@ -118,7 +92,7 @@ class Learner:
                 self._apply(stats, sums, where)
         return _mean_of(stats)
 
-    def _apply(self, stats: UpdateStats, sums: _Sums, where: str) -> None:
+    def _apply(self, stats: UpdateStats, sums: LossFigures, where: str) -> None:
         """Clip the gradient, take the optimizer's step, add to the statistics."""
         norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.ppo.max_grad_norm))
         if not math.isfinite(norm):
@@ -137,60 +111,23 @@ class Learner:
         stats.entropy += sums.entropy
         stats.clip_fraction += sums.clipped
 
-    def _accumulate(self, batch: PpoBatch, minibatch: Sequence[torch.Tensor], kl_coefficient: float) -> _Sums:
+    def _accumulate(self, batch: PpoBatch, minibatch: Sequence[torch.Tensor], controls: StepControls) -> LossFigures:
         """Add the gradients of a minibatch's micro-batches; the loss is normalised over the whole minibatch."""
-        sums = _Sums()
+        sums = LossFigures()
         rows = torch.cat(list(minibatch))
         weights = torch.zeros_like(batch.old_logprobs)
         weights[rows] = loss_weights(batch.loss_mask[rows], self.ppo.aggregation)
+        objective = Objective(self.ppo, self.rules.kl, self.rules.estimator.critic)
         for index in minibatch:
-            self._backward(batch, index, weights, kl_coefficient, sums)
+            output = self.policy(batch.responses.rows(index))
+            width = output.logprobs.shape[1]
+            loss, figures = minibatch_loss(output, LossRows.of(batch, index, weights, width), objective, controls)
+            loss.backward()
+            sums.add(figures)
         return sums
 
-    def _backward(
-        self, batch: PpoBatch, index: torch.Tensor, weights: torch.Tensor, kl_coefficient: float, sums: _Sums
-    ) -> None:
-        """Forward and backward of one micro-batch: L = L_policy + c1 * L_value - c2 * H + c3 * KL."""
-        responses = batch.responses.rows(index)
-        width = responses.responses.shape[1]
-
-        def cut(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor[index, :width]
-
-        output = self.policy(responses)
-        old_logprobs, advantages, weight = cut(batch.old_logprobs), cut(batch.advantages), cut(weights)
-        losses = policy_token_loss(output.logprobs, old_logprobs, advantages, self.ppo.clip)
-        if self.ppo.importance_cap is not None:
-            losses = losses * importance_weights(old_logprobs, cut(batch.sampler_logprobs), self.ppo.importance_cap)
-        policy_loss = weighted_sum(losses, weight)
-        value_losses = value_token_loss(output.values, cut(batch.old_values), cut(batch.returns), self.ppo.value_clip)
-        value_loss = weighted_sum(value_losses, weight)
-        entropy = weighted_sum(output.entropy, weight)
-        loss = policy_loss + self.ppo.value_coefficient * value_loss
-        if self.ppo.entropy_coefficient:
-            loss = loss - self.ppo.entropy_coefficient * entropy
-        if self.rules.kl.placement == "loss":
-            kl = weighted_sum(estimate_kl(output.logprobs, cut(batch.ref_logprobs), self.rules.kl.estimator), weight)
-            loss = loss + kl_coefficient * kl
-            sums.kl += float(kl.detach())
-        loss.backward()
-        with torch.no_grad():
-            clipped = clipped_tokens(output.logprobs, old_logprobs, advantages, self.ppo.clip)
-            change = estimate_kl(old_logprobs, output.logprobs, "k3")
-            ratio_error = torch.exp(output.logprobs - old_logprobs) - 1
-            sums.policy += float(policy_loss)
-            sums.value += float(value_loss)
-            sums.entropy += float(entropy)
-            sums.clipped += float(weighted_sum(clipped.float(), weight))
-            sums.approx_kl += float(weighted_sum(change, weight))
-            sums.ratio_error = max(sums.ratio_error, float(torch.where(weight > 0, ratio_error.abs(), 0.0).max()))
-
-    def _minibatches(self, samples: int, step: int, epoch: int) -> Iterator[list[torch.Tensor]]:
-        """Row positions of each minibatch, cut into micro-batches, by (seed, step, epoch) alone."""
-        order = np.random.default_rng([self.seed, 1, step, epoch]).permutation(samples)
-        for part in np.array_split(order, min(self.ppo.minibatches, samples)):
-            size = self.ppo.micro_batch_size or len(part)
-            yield [torch.from_numpy(part[start : start + size]) for start in range(0, len(part), size)]
+    def _minibatches(self, samples: int, step: int, epoch: int) -> list[list[torch.Tensor]]:
+        return list(minibatches(samples, self.seed, step, epoch, self.ppo))
 
 
 def build_learner(

@@ -17,6 +17,7 @@ from ppod_trainer.prompts import Prompt
 
 MaskArray = npt.NDArray[np.bool_]
 VersionArray = npt.NDArray[np.int64]
+TurnArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,10 +49,12 @@ class Rollout:
         action_mask: bool [T]; true where the policy sampled the token, false where the environment wrote it.
         sampler_logprobs: float32 [T], under the distribution that the sampler drew from; 0 where it did not.
         versions: int64 [T], version of the weights that sampled the token; 0 where none did.
+        turns: int64 [T], number of the policy's turn that the token belongs to, from 0; -1 where it is no action.
         rewards: float32 [T], the environment's, each on the last token of its turn; 0 elsewhere.
         truncated: it was cut off at a limit, the policy did not end it.
         stop_token: its last token is a stop token, which no user sees.
         seed: seed that it was sampled with.
+        group: number of its group in the step; the samples of a group share their prompt.
     """
 
     prompt: Prompt
@@ -59,10 +62,12 @@ class Rollout:
     action_mask: MaskArray
     sampler_logprobs: FloatArray
     versions: VersionArray
+    turns: TurnArray
     rewards: FloatArray
     truncated: bool
     stop_token: bool
     seed: int
+    group: int = 0
 
     @staticmethod
     def of_turn(prompt: Prompt, turn: Turn, seed: int) -> Rollout:
@@ -73,6 +78,7 @@ class Rollout:
             action_mask=np.ones(len(turn.tokens), dtype=np.bool_),
             sampler_logprobs=turn.logprobs,
             versions=turn.versions,
+            turns=np.zeros(len(turn.tokens), dtype=np.int64),
             rewards=np.zeros(len(turn.tokens), dtype=np.float32),
             truncated=turn.truncated,
             stop_token=turn.stop_token,

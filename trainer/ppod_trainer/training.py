@@ -6,7 +6,6 @@ prompts -> generation -> rollouts -> reward || reference -> scored rollouts
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,25 +17,28 @@ from opentelemetry import trace
 from transformers import PreTrainedTokenizerFast
 
 from ppod import FailedPrecondition, Unavailable
-from ppod_models.loading import DTYPES, load_causal_lm
+from ppod_models.loading import DTYPES
 from ppod_trainer.checkpoint import TrainerState, save_checkpoint
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.connections import Connections
+from ppod_trainer.controls import StepControls, learning_rate_at
 from ppod_trainer.errors import TrainerError, WeightPushError
 from ppod_trainer.evaluation import Evaluation, Evaluator, write_samples
 from ppod_trainer.kl import KlController
-from ppod_trainer.learner import Learner, learning_rate_at
+from ppod_trainer.learner import Learner
 from ppod_trainer.metrics import MetricsLog, StepTimer, finite_record
 from ppod_trainer.off_policy import measure_off_policy
 from ppod_trainer.pipeline import Collected, RolloutPipeline
 from ppod_trainer.prompts import PromptSet
 from ppod_trainer.recovery import Recovery
+from ppod_trainer.reference_policy import ReferencePolicy
 from ppod_trainer.report import format_evaluation, format_step
-from ppod_trainer.rollouts import Rollout, ScoredRollout, keep_fresh, sample_seed
+from ppod_trainer.rollouts import ScoredRollout, keep_fresh
+from ppod_trainer.stateful import Stateful
 from ppod_trainer.step_figures import rollout_figures, update_figures
+from ppod_trainer.step_rollouts import StepRollouts
 from ppod_trainer.stopping import StopSignal
-from ppod_trainer.weight_sync import push_weights
 
 ResultT = TypeVar("ResultT")
 
@@ -57,6 +59,11 @@ class Parts:
     tokenizer: PreTrainedTokenizerFast
     metrics: MetricsLog
     stop: StopSignal
+
+    @property
+    def stateful(self) -> dict[str, Stateful]:
+        """What a checkpoint keeps of them, besides the learner."""
+        return {"kl": self.kl}
 
 
 class TrainingRun:
@@ -80,11 +87,12 @@ class TrainingRun:
         self._judged: float | None = None
         rollout = config.rollout
         self._pipeline = RolloutPipeline(
-            _StepCollector(config, parts),
+            StepRollouts(config, parts.prompts, parts.collector),
             ahead=rollout.max_staleness,
             steps=config.steps,
             mixes=config.weight_transfer.pause != "wait",
         )
+        self._reference = ReferencePolicy(config.run_dir / "reference", parts.connections)
         self._recovery = Recovery(parts.connections, config.services.recovery_timeout_s)
 
     def close(self) -> None:
@@ -112,7 +120,8 @@ class TrainingRun:
 
     def save(self) -> Path:
         """Write a checkpoint of the last whole step."""
-        state = replace(self.state, kl_coefficient=self.parts.kl.coefficient)
+        components = {name: one.state() for name, one in self.parts.stateful.items()}
+        state = replace(self.state, components=components)
         return save_checkpoint(
             self.config.run_dir / "checkpoints", self.parts.learner, state, self.config.checkpoint.keep
         )
@@ -147,9 +156,8 @@ class TrainingRun:
         versions = generation.serving_versions()
         if versions != {self.state.policy_version}:
             self._push(max(*versions, self.state.policy_version) + 1)
-        pinned = self.parts.connections.reference.pin.weight_version
-        if pinned is not None and self.parts.connections.reference_weights.status().state.weight_version != pinned:
-            self.set_reference(self.state.reference_version)
+        if self._reference.lost():
+            self.restore_reference()
 
     def _insist(self, attempt: Callable[[], ResultT]) -> ResultT:
         """Do what only asks the services; where one went away for a while, do it again."""
@@ -178,11 +186,10 @@ class TrainingRun:
                     f"too old, the others were refused), fewer than ppo.minibatches, {config.ppo.minibatches}; look "
                     "at the warnings above"
                 )
-            rate = learning_rate_at(step, config.steps, config.optimizer)
-            coefficient = parts.kl.coefficient
+            controls = self._controls()
             trained_version = self.state.policy_version
             self.whole = False
-            batch, stats = parts.learner.learn(rollouts, step, rate, coefficient, timer)
+            batch, stats = parts.learner.learn(rollouts, step, controls, timer)
             parts.kl.update(batch.mean_kl, len(rollouts))
             with timer.phase("push"):
                 self.push_policy(trained_version + 1)
@@ -192,22 +199,29 @@ class TrainingRun:
             rollout_figures(rollouts)
             | measure_off_policy(batch, rollouts, trained_version)
             | update_figures(batch, stats)
-            | self._run_figures(collected, stale, timer, (rate, coefficient))
+            | self._run_figures(collected, stale, timer, controls)
         )
         tokens = int(batch.responses.action_mask.sum())
         parts.metrics.write(step + 1, record, samples=len(rollouts), tokens=tokens)
         return record
 
+    def _controls(self) -> StepControls:
+        config = self.config
+        return StepControls(
+            rate_factor=learning_rate_at(self.state.step, config.steps, config.optimizer),
+            kl_coefficient=self.parts.kl.coefficient,
+            entropy_coefficient=config.ppo.entropy_coefficient,
+        )
+
     def _run_figures(
-        self, collected: Collected, stale: int, timer: StepTimer, controls: tuple[float, float]
+        self, collected: Collected, stale: int, timer: StepTimer, controls: StepControls
     ) -> dict[str, float]:
-        """What the run itself did. `controls` are the step's factor on the learning rate and its KL coefficient."""
-        rate, coefficient = controls
+        """What the run itself did."""
         figures = {
-            "kl/coefficient": coefficient,
+            "kl/coefficient": controls.kl_coefficient,
             "policy/version": float(self.state.policy_version),
             "reference/version": float(self.state.reference_version),
-            "learning_rate": self.config.optimizer.learning_rate * rate,
+            "learning_rate": self.config.optimizer.learning_rate * controls.rate_factor,
             "samples/dropped": float(self.config.rollout.batch_size - len(collected.rollouts)),
             "samples/stale": float(stale),
             "tokens_per_second": sum(one.rollout.sampled for one in collected.rollouts) / timer.seconds["step"],
@@ -240,51 +254,18 @@ class TrainingRun:
             self.evaluate()
         self.parts.stop.check()
 
-    def _refresh_reference(self) -> None:
-        """Make the present policy the reference, here on disk (a resumed run needs it) and in the service."""
-        model = self.parts.learner.policy.model
-        version = self.state.policy_version
-        directory = self.config.run_dir / "reference"
-        model.save_pretrained(directory / f"version_{version:06d}")
-        self.set_reference(version)
-        # The newest checkpoint, made before this refresh, still needs the one before.
-        for old in sorted(directory.iterdir())[:-2]:
-            shutil.rmtree(old)
-        print(f"the reference is now the policy of step {self.state.step} (version {version})", flush=True)
-
-    def set_reference(self, version: int) -> None:
-        """Push the saved reference of a version and pin it."""
-        path = self.config.run_dir / "reference" / f"version_{version:06d}"
-        model = load_causal_lm(path, device=torch.device("cpu"), dtype=torch.float32)
-        client, weights = self.parts.connections.reference, self.parts.connections.reference_weights
-        dtype = DTYPES[client.describe().limits.dtype]
-        serving = weights.status().state.weight_version
-        # A reference that outlived an earlier run may be further on; versions only ever grow.
-        pushed = max(version, serving + 1)
+    def restore_reference(self) -> None:
+        """Give the reference service the reference of the present state."""
         with self._pipeline.new_reference():
-            push_weights(weights, model, dtype, pushed)
-            client.pin = replace(client.pin, weight_version=pushed)
+            self._reference.serve(self.state.reference_version)
+
+    def _refresh_reference(self) -> None:
+        """Make the present policy the reference."""
+        version = self.state.policy_version
+        self._reference.keep(self.parts.learner.policy.model, version)
         self.state = replace(self.state, reference_version=version)
+        self.restore_reference()
+        print(f"the reference is now the policy of step {self.state.step} (version {version})", flush=True)
 
     def _wire_dtype(self) -> torch.dtype:
         return DTYPES[self.parts.connections.generation.describe().limits.dtype]
-
-
-class _StepCollector:
-    """The `Collects` of a run: which prompts and seeds a step has."""
-
-    def __init__(self, config: TrainerConfig, parts: Parts) -> None:
-        self._config = config
-        self._prompts = parts.prompts
-        self._collector = parts.collector
-
-    def generate(self, step: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
-        """Sample the step's prompts."""
-        config = self._config
-        prompts = self._prompts.for_step(step, config.rollout.batch_size, config.seed)
-        seeds = [sample_seed(config.seed, "rollout", step, index) for index in range(len(prompts))]
-        return self._collector.generate(prompts, seeds, policy_version, timer)
-
-    def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
-        """Ask reward and reference."""
-        return self._collector.score(rollouts, timer)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ppod_trainer.algorithms import build_estimator
 from ppod_trainer.checkpoint import TrainerState, list_checkpoints, load_checkpoint, save_checkpoint
 from ppod_trainer.config import AdvantagesConfig, KlConfig, OptimizerConfig, PpoConfig, RewardsConfig
+from ppod_trainer.controls import StepControls
 from ppod_trainer.errors import CheckpointError
 from ppod_trainer.experience import ExperienceRules
 from ppod_trainer.learner import Learner, build_learner
@@ -18,7 +20,7 @@ from ppod_trainer.policy import PolicyWithValue
 from ppod_trainer.rollouts import ScoredRollout
 
 Make = Callable[..., list[ScoredRollout]]
-RULES = ExperienceRules(RewardsConfig(), KlConfig(), AdvantagesConfig())
+RULES = ExperienceRules(RewardsConfig(), KlConfig(), build_estimator(AdvantagesConfig()), whiten=True)
 
 
 def learner_of(policy: PolicyWithValue) -> Learner:
@@ -26,16 +28,16 @@ def learner_of(policy: PolicyWithValue) -> Learner:
 
 
 def state_at(step: int) -> TrainerState:
-    return TrainerState(step, step + 1, 0, 0.05, "fingerprint")
+    return TrainerState(step, step + 1, 0, "fingerprint", {"kl": {"coefficient": 0.05}})
 
 
 def test_resumed_learning_equals_learning_without_a_break(
     policy: PolicyWithValue, make_rollouts: Make, tmp_path: Path
 ) -> None:
     learner = learner_of(policy)
-    learner.learn(make_rollouts(seed=1), 0, 1.0, 0.05, StepTimer())
+    learner.learn(make_rollouts(seed=1), 0, StepControls(1.0, 0.05, 0.0), StepTimer())
     save_checkpoint(tmp_path, learner, state_at(1), keep=1)
-    learner.learn(make_rollouts(seed=2), 1, 0.5, 0.05, StepTimer())
+    learner.learn(make_rollouts(seed=2), 1, StepControls(0.5, 0.05, 0.0), StepTimer())
     straight = [parameter.detach().clone() for parameter in policy.parameters()]
 
     with torch.no_grad():
@@ -43,7 +45,7 @@ def test_resumed_learning_equals_learning_without_a_break(
             parameter.normal_()
     resumed = learner_of(policy)
     assert load_checkpoint(tmp_path, resumed, "fingerprint") == state_at(1)
-    resumed.learn(make_rollouts(seed=2), 1, 0.5, 0.05, StepTimer())
+    resumed.learn(make_rollouts(seed=2), 1, StepControls(0.5, 0.05, 0.0), StepTimer())
     assert all(torch.equal(a, b) for a, b in zip(straight, policy.parameters(), strict=True))
 
 

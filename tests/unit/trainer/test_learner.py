@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from ppod_trainer.algorithms import build_estimator
 from ppod_trainer.config import AdvantagesConfig, KlConfig, OptimizerConfig, PpoConfig, RewardsConfig
+from ppod_trainer.controls import StepControls, learning_rate_at
 from ppod_trainer.errors import NonFiniteLossError
 from ppod_trainer.experience import ExperienceRules
-from ppod_trainer.learner import Learner, build_learner, learning_rate_at
+from ppod_trainer.learner import Learner, build_learner
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.off_policy import measure_off_policy
 from ppod_trainer.policy import PolicyWithValue
@@ -21,9 +23,18 @@ from ppod_trainer.rollouts import ScoredRollout
 Make = Callable[..., list[ScoredRollout]]
 
 
-def learner_of(policy: PolicyWithValue, ppo: PpoConfig | None = None, **rules: object) -> Learner:
-    parts = {"rewards": RewardsConfig(), "kl": KlConfig(), "advantages": AdvantagesConfig(), **rules}
-    made = ExperienceRules(**parts)  # pyright: ignore[reportArgumentType]
+def learner_of(
+    policy: PolicyWithValue,
+    ppo: PpoConfig | None = None,
+    *,
+    rewards: RewardsConfig | None = None,
+    kl: KlConfig | None = None,
+    advantages: AdvantagesConfig | None = None,
+) -> Learner:
+    advantages = advantages or AdvantagesConfig()
+    made = ExperienceRules(
+        rewards or RewardsConfig(), kl or KlConfig(), build_estimator(advantages), whiten=advantages.whiten
+    )
     return build_learner(policy, ppo or PpoConfig(), made, OptimizerConfig(learning_rate=1e-3), seed=0)
 
 
@@ -42,14 +53,16 @@ def test_ratio_is_exactly_one_in_the_first_minibatch(
     policy: PolicyWithValue, make_rollouts: Make, compute: torch.dtype
 ) -> None:
     made = PolicyWithValue(policy.model, temperature=0.7, compute_dtype=compute)
-    _, stats = learner_of(made, PpoConfig(epochs=1, minibatches=1)).learn(make_rollouts(), 0, 1.0, 0.05, StepTimer())
+    _, stats = learner_of(made, PpoConfig(epochs=1, minibatches=1)).learn(
+        make_rollouts(), 0, StepControls(1.0, 0.05, 0.0), StepTimer()
+    )
     assert stats.first_ratio_error == 0.0
     assert stats.clip_fraction == 0.0
     assert stats.approx_kl == 0.0
 
 
 def test_later_minibatches_see_a_moved_policy(policy: PolicyWithValue, make_rollouts: Make) -> None:
-    _, stats = learner_of(policy).learn(make_rollouts(), 0, 1.0, 0.05, StepTimer())
+    _, stats = learner_of(policy).learn(make_rollouts(), 0, StepControls(1.0, 0.05, 0.0), StepTimer())
     assert stats.first_ratio_error == 0.0
     assert stats.approx_kl > 0
     assert stats.optimizer_steps == 4
@@ -63,7 +76,7 @@ def test_micro_batches_change_nothing(policy: PolicyWithValue, make_rollouts: Ma
         ppo = PpoConfig.model_validate(
             {"epochs": 1, "minibatches": 1, "micro_batch_size": micro, "aggregation": aggregation}
         )
-        _, stats = learner_of(policy, ppo).learn(make_rollouts(), 0, 1.0, 0.05, StepTimer())
+        _, stats = learner_of(policy, ppo).learn(make_rollouts(), 0, StepControls(1.0, 0.05, 0.0), StepTimer())
         results.append((stats.grad_norm, stats.policy_loss, stats.value_loss, stats.entropy))
     assert results[1] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
     assert results[2] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
@@ -74,7 +87,7 @@ def test_order_of_the_samples_does_not_matter_to_the_gradient(policy: PolicyWith
     for order in (1, -1):
         reset(policy, saved)
         ppo = PpoConfig(epochs=1, minibatches=1)
-        _, stats = learner_of(policy, ppo).learn(make_rollouts()[::order], 0, 1.0, 0.05, StepTimer())
+        _, stats = learner_of(policy, ppo).learn(make_rollouts()[::order], 0, StepControls(1.0, 0.05, 0.0), StepTimer())
         norms.append(stats.grad_norm)
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
@@ -89,8 +102,8 @@ def test_the_update_raises_the_logprob_of_good_samples(policy: PolicyWithValue, 
         advantages=AdvantagesConfig(kind="sequence"),
         kl=KlConfig(coefficient=0),
     )
-    before, _ = learner.learn(rollouts, 0, 1.0, 0.0, StepTimer())
-    after, _ = learner.learn(rollouts, 1, 1e-9, 0.0, StepTimer())
+    before, _ = learner.learn(rollouts, 0, StepControls(1.0, 0.0, 0.0), StepTimer())
+    after, _ = learner.learn(rollouts, 1, StepControls(1e-9, 0.0, 0.0), StepTimer())
     change = (after.old_logprobs - before.old_logprobs).sum(dim=1)
     assert change[2] > 0
     assert change.argmax() == 2
@@ -100,14 +113,14 @@ def test_same_seed_same_weights(policy: PolicyWithValue, make_rollouts: Make) ->
     saved, ends = parameters_of(policy), []
     for _ in range(2):
         reset(policy, saved)
-        learner_of(policy).learn(make_rollouts(), 3, 1.0, 0.05, StepTimer())
+        learner_of(policy).learn(make_rollouts(), 3, StepControls(1.0, 0.05, 0.0), StepTimer())
         ends.append(parameters_of(policy))
     assert all(torch.equal(first, second) for first, second in zip(*ends, strict=True))
 
 
 def test_update_stops_early_on_kl(policy: PolicyWithValue, make_rollouts: Make) -> None:
     ppo = PpoConfig(epochs=5, minibatches=2, stop_kl=1e-9)
-    _, stats = learner_of(policy, ppo).learn(make_rollouts(), 0, 1.0, 0.05, StepTimer())
+    _, stats = learner_of(policy, ppo).learn(make_rollouts(), 0, StepControls(1.0, 0.05, 0.0), StepTimer())
     assert stats.stopped_early
     assert stats.optimizer_steps == 1
 
@@ -117,7 +130,7 @@ def test_nan_is_refused_and_the_weights_stay(policy: PolicyWithValue, make_rollo
     rollouts = make_rollouts()
     rollouts[3] = replace(rollouts[3], score=float("nan"))
     with pytest.raises(NonFiniteLossError, match="step 8, epoch 1, minibatch 1"):
-        learner_of(policy).learn(rollouts, 7, 1.0, 0.05, StepTimer())
+        learner_of(policy).learn(rollouts, 7, StepControls(1.0, 0.05, 0.0), StepTimer())
     assert all(torch.equal(first, second) for first, second in zip(saved, parameters_of(policy), strict=True))
 
 
@@ -128,7 +141,7 @@ def test_masked_truncated_samples_do_not_train(policy: PolicyWithValue, make_rol
         reset(policy, saved)
         rollouts = [replace(one, score=score) if one.rollout.truncated else one for one in make_rollouts()]
         learner = learner_of(policy, PpoConfig(epochs=1, minibatches=1), rewards=RewardsConfig(mask_truncated=True))
-        _, stats = learner.learn(rollouts, 0, 1.0, 0.05, StepTimer())
+        _, stats = learner.learn(rollouts, 0, StepControls(1.0, 0.05, 0.0), StepTimer())
         results.append((stats.policy_loss, stats.value_loss, stats.grad_norm))
     assert results[0] == results[1]
 
@@ -139,8 +152,8 @@ def test_kl_in_the_loss_pulls_to_the_reference(policy: PolicyWithValue, make_rol
     learner = learner_of(
         policy, PpoConfig(epochs=1, minibatches=1, value_coefficient=0), kl=KlConfig(placement="loss", estimator="k2")
     )
-    before, stats = learner.learn(rollouts, 0, 1.0, 10.0, StepTimer())
-    after, _ = learner.learn(rollouts, 1, 1e-9, 10.0, StepTimer())
+    before, stats = learner.learn(rollouts, 0, StepControls(1.0, 10.0, 0.0), StepTimer())
+    after, _ = learner.learn(rollouts, 1, StepControls(1e-9, 10.0, 0.0), StepTimer())
     mask = before.loss_mask
 
     def distance(logprobs: torch.Tensor) -> float:
@@ -154,7 +167,7 @@ def test_the_gap_to_the_sampler_is_measured_on_tokens_of_the_same_weights(
     policy: PolicyWithValue, make_rollouts: Make
 ) -> None:
     rollouts = make_rollouts()
-    batch, _ = learner_of(policy).learn(rollouts, 0, 1.0, 0.05, StepTimer())
+    batch, _ = learner_of(policy).learn(rollouts, 0, StepControls(1.0, 0.05, 0.0), StepTimer())
     difference = (batch.old_logprobs - batch.sampler_logprobs).abs()
     of_all = difference[batch.responses.response_mask]
     figures = measure_off_policy(batch, rollouts, 1)
@@ -188,6 +201,7 @@ def observed(one: ScoredRollout, at: int, tokens: list[int]) -> ScoredRollout:
         action_mask=mask,
         sampler_logprobs=put(rollout.sampler_logprobs),
         versions=put(rollout.versions),
+        turns=np.insert(rollout.turns, [at] * len(tokens), -1),
         rewards=put(rollout.rewards),
     )
     return replace(one, rollout=changed, ref_logprobs=np.insert(one.ref_logprobs, [at] * len(tokens), -99.0))
@@ -197,7 +211,7 @@ def test_observations_are_read_and_never_trained_on(policy: PolicyWithValue, mak
     """No loss, KL, advantage or gradient at an environment's tokens; but what follows is conditioned on them."""
     plain = [one for one in make_rollouts(12) if len(one.rollout.response) >= 3]
     rollouts = [observed(one, 2, [41, 42, 43]) for one in plain]
-    batch, _ = learner_of(policy).learn(rollouts, 0, 1e-9, 0.05, StepTimer())
+    batch, _ = learner_of(policy).learn(rollouts, 0, StepControls(1e-9, 0.05, 0.0), StepTimer())
     holes = batch.responses.response_mask & ~batch.responses.action_mask
     assert int(holes.sum()) == 3 * len(rollouts)
     for values in (batch.old_logprobs, batch.ref_logprobs, batch.old_values, batch.advantages, batch.returns):
@@ -222,7 +236,9 @@ def test_gradients_do_not_depend_on_what_is_observed_last(policy: PolicyWithValu
     for tokens in ([41, 42], [7, 9]):
         reset(policy, saved)
         rollouts = [observed(one, len(one.rollout.response), tokens) for one in make_rollouts()]
-        learner_of(policy, PpoConfig(epochs=1, minibatches=1)).learn(rollouts, 0, 1.0, 0.05, StepTimer())
+        learner_of(policy, PpoConfig(epochs=1, minibatches=1)).learn(
+            rollouts, 0, StepControls(1.0, 0.05, 0.0), StepTimer()
+        )
         ends.append(parameters_of(policy))
     assert all(torch.equal(first, second) for first, second in zip(*ends, strict=True))
 
@@ -232,7 +248,7 @@ def test_importance_weights_scale_the_policy_loss(policy: PolicyWithValue, make_
     saved, losses = parameters_of(policy), []
     plain = PpoConfig(epochs=1, minibatches=1)
     raw = AdvantagesConfig(whiten=False)  # whitened advantages have a loss of 0 at ratio 1
-    view, _ = learner_of(policy, plain).learn(make_rollouts(), 0, 1e-9, 0.05, StepTimer())
+    view, _ = learner_of(policy, plain).learn(make_rollouts(), 0, StepControls(1e-9, 0.05, 0.0), StepTimer())
     shifted = [
         replace(
             one, rollout=replace(one.rollout, sampler_logprobs=(view.old_logprobs[row, :length] - 0.6931472).numpy())
@@ -243,7 +259,7 @@ def test_importance_weights_scale_the_policy_loss(policy: PolicyWithValue, make_
     for cap in (None, 1.5, 4.0):
         reset(policy, saved)
         ppo = PpoConfig(epochs=1, minibatches=1, importance_cap=cap)
-        _, stats = learner_of(policy, ppo, advantages=raw).learn(shifted, 0, 1.0, 0.05, StepTimer())
+        _, stats = learner_of(policy, ppo, advantages=raw).learn(shifted, 0, StepControls(1.0, 0.05, 0.0), StepTimer())
         losses.append(stats.policy_loss)
     assert losses[1] == pytest.approx(1.5 * losses[0], rel=1e-4)
     assert losses[2] == pytest.approx(2.0 * losses[0], rel=1e-4)
@@ -262,7 +278,7 @@ def test_adam_epsilon_and_rates(policy: PolicyWithValue) -> None:
     made = build_learner(
         policy,
         PpoConfig(),
-        ExperienceRules(RewardsConfig(), KlConfig(), AdvantagesConfig()),
+        ExperienceRules(RewardsConfig(), KlConfig(), build_estimator(AdvantagesConfig()), whiten=True),
         OptimizerConfig(learning_rate=1e-5, value_learning_rate=1e-3),
         seed=0,
     )

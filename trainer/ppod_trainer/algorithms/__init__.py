@@ -1,0 +1,19 @@
+"""How advantages come from a step's experience: one file an algorithm, each with its paper and its equation."""
+
+from __future__ import annotations
+
+from ppod_trainer.algorithms.base import AdvantageEstimator, Experience
+from ppod_trainer.algorithms.gae import Gae
+from ppod_trainer.algorithms.sequence import SequenceAdvantage
+from ppod_trainer.config import AdvantagesConfig
+
+__all__ = ["AdvantageEstimator", "Experience", "build_estimator"]
+
+
+def build_estimator(config: AdvantagesConfig) -> AdvantageEstimator:
+    """The estimator that the configuration names."""
+    match config.kind:
+        case "gae":
+            return Gae(config.gamma, config.lam, config.bootstrap_truncated)
+        case "sequence":
+            return SequenceAdvantage()

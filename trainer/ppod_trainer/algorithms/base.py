@@ -1,0 +1,52 @@
+"""What an algorithm reads and what it gives.
+
+Shape legend: B sequences, T response tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ppod_trainer.advantages import Advantages
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """One step's samples, all of them: statistics over it are those of the whole batch, on however many ranks.
+
+    Attributes:
+        rewards: float32 [B, T], token rewards, the KL penalty included where it is paid in the reward; 0 where the mask
+            is false.
+        outcomes: float32 [B], all that was paid for the response, the KL penalty left out.
+        values: float32 [B, T]; position t holds the value of the state before token t. Zeros without a critic.
+        next_values: float32 [B], the value of the state after the last token.
+        mask: bool [B, T], true on action tokens.
+        truncated: bool [B], cut off at a limit: the policy did not end it.
+        groups: int64 [B]; samples of one prompt share a number.
+        turns: int64 [B, T], number of the policy's turn that a token belongs to, from 0; -1 where it is no action.
+    """
+
+    rewards: torch.Tensor
+    outcomes: torch.Tensor
+    values: torch.Tensor
+    next_values: torch.Tensor
+    mask: torch.Tensor
+    truncated: torch.Tensor
+    groups: torch.Tensor
+    turns: torch.Tensor
+
+
+class AdvantageEstimator(Protocol):
+    """Turns experience into advantages and value targets, without gradients."""
+
+    @property
+    def critic(self) -> bool:
+        """Whether it reads values, so that a critic has to be trained."""
+        ...
+
+    def estimate(self, experience: Experience) -> Advantages:
+        """Advantages and returns, not yet whitened; returns are zeros without a critic."""
+        ...

@@ -1,0 +1,106 @@
+"""Where the services are, and how weights reach generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ppod_models.configuration import ClientTlsConfig, ConfigModel
+
+Target = str
+
+
+def has_replicas(target: Target) -> bool:
+    """Whether a target may be more than one server."""
+    return "," in target or target.startswith("dns:")
+
+
+class ServicesConfig(ConfigModel):
+    """Where the services listen, as gRPC targets `host:port`.
+
+    Replicas share each step's work: `a:1,b:2`, or for reward and reference `dns:///host:port`, every address of a
+    headless service. Every replica of generation needs its address in generation_admin. The team's token comes from
+    PPOD_TOKEN, or from the file that PPOD_TOKEN_FILE names.
+    """
+
+    reward: Target = "127.0.0.1:50051"
+    reference: Target = "127.0.0.1:50052"
+    generation: Target = "127.0.0.1:50053"
+    reference_admin: Target = Field(default="127.0.0.1:50062", description="port on which the reference takes weights")
+    generation_admin: Target = Field(
+        default="127.0.0.1:50063", description="ports on which the replicas of generation take weights"
+    )
+    reward_model: str = Field(default="", description="name of the reward model; empty: the service's first")
+    judge_model: str | None = Field(default=None, description="name of the held-out judge; none: no judge")
+    timeout_s: float = Field(default=120.0, gt=0, description="deadline of each call")
+    ready_timeout_s: float = Field(default=120.0, gt=0, description="how long to wait for the services at the start")
+    recovery_timeout_s: float = Field(
+        default=300.0, ge=0, description="how long to wait for a service that went away in the run; 0: stop at once"
+    )
+    tls: ClientTlsConfig | None = Field(default=None, description="none: plain text")
+    plain_text_token: bool = Field(
+        default=False, description="send the token without TLS to other machines, as inside a mesh that encrypts itself"
+    )
+
+    @property
+    def generation_admins(self) -> list[str]:
+        """One administration port for each replica of generation."""
+        return [one.strip() for one in self.generation_admin.split(",")]
+
+    @model_validator(mode="after")
+    def _weights_reach_all(self) -> Self:
+        if has_replicas(self.reference_admin):
+            raise ValueError(
+                f"reference_admin is {self.reference_admin!r}: its weights are pushed to one server, so it must be one "
+                "host:port"
+            )
+        for key in ("generation", "generation_admin"):
+            target: Target = getattr(self, key)
+            if target.startswith("dns:"):
+                raise ValueError(f"{key} is {target!r}: weights are pushed to each server, so list every host:port")
+        replicas, admins = self.generation.count(",") + 1, len(self.generation_admins)
+        if replicas != admins:
+            raise ValueError(
+                f"generation lists {replicas} and generation_admin {admins} addresses: every replica must get weights"
+            )
+        return self
+
+
+class WeightTransferConfig(ConfigModel):
+    """How new weights reach generation; services/ppod_services/README.md tells which to take when."""
+
+    plane: Literal["grpc", "shared"] = Field(
+        default="grpc", description="grpc: a stream of chunks, works everywhere; shared: files that both sides see"
+    )
+    directory: Path | None = Field(
+        default=None,
+        description="shared: where files are written, at the same path for the services, which allow it by "
+        "weights.shared_directories; /dev/shm/... on one host, else a volume",
+    )
+    encoding: Literal["full", "delta"] = Field(
+        default="full", description="delta: only elements that changed since the last version, exactly"
+    )
+    relay: Literal["none", "chain", "tree"] = Field(
+        default="none",
+        description="how several replicas get them: each from the trainer, or from each other, which they allow by "
+        "weights.relay_targets",
+    )
+    relay_fanout: int = Field(default=2, ge=2, le=64, description="tree: servers that one server sends to")
+    pause: Literal["wait", "keep", "abort"] = Field(
+        default="wait", description="what a commit does about running sequences; see WeightPause in weights.proto"
+    )
+    lost_replicas: Literal["stop", "skip"] = Field(
+        default="stop", description="what a replica that did not get its weights does to the run, while others did"
+    )
+
+    @model_validator(mode="after")
+    def _directory_is_used(self) -> Self:
+        if (self.plane == "shared") != (self.directory is not None):
+            raise ValueError(
+                f"plane is {self.plane!r}, directory {str(self.directory)!r}: give one for shared, else none"
+            )
+        if self.directory is not None and not self.directory.is_absolute():
+            raise ValueError(f"directory is {str(self.directory)!r}: it must be absolute, the services open it too")
+        return self

@@ -1,0 +1,53 @@
+"""The reference that follows the policy: kept on disk, where a resumed run finds it, and pushed to its service."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ppod_models.loading import DTYPES, load_causal_lm
+from ppod_trainer.connections import Connections
+from ppod_trainer.weight_sync import push_weights
+
+
+class ReferencePolicy:
+    """The references of a run, of which the service serves the newest.
+
+    Args:
+        directory: where they are kept.
+        connections: the reference service's clients.
+    """
+
+    def __init__(self, directory: Path, connections: Connections) -> None:
+        self._directory = directory
+        self._client = connections.reference
+        self._weights = connections.reference_weights
+
+    def keep(self, model: PreTrainedModel, version: int) -> None:
+        """Save a policy as the reference of a version."""
+        model.save_pretrained(self._path(version))
+        # The newest checkpoint, made before this refresh, still needs the one before.
+        for old in sorted(self._directory.iterdir())[:-2]:
+            shutil.rmtree(old)
+
+    def serve(self, version: int) -> None:
+        """Push the kept reference of a version and pin it. Raises PpodError: the service does not take it."""
+        model = load_causal_lm(self._path(version), device=torch.device("cpu"), dtype=torch.float32)
+        dtype = DTYPES[self._client.describe().limits.dtype]
+        serving = self._weights.status().state.weight_version
+        # A reference that outlived an earlier run may be further on; versions only ever grow.
+        pushed = max(version, serving + 1)
+        push_weights(self._weights, model, dtype, pushed)
+        self._client.pin = replace(self._client.pin, weight_version=pushed)
+
+    def lost(self) -> bool:
+        """Whether the service lost the reference that it was given, as one that was started again has."""
+        pinned = self._client.pin.weight_version
+        return pinned is not None and self._weights.status().state.weight_version != pinned
+
+    def _path(self, version: int) -> Path:
+        return self._directory / f"version_{version:06d}"

@@ -1,0 +1,37 @@
+"""The rollouts of one step: which prompts and seeds it has, how many samples of each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ppod_trainer.collector import RolloutCollector
+from ppod_trainer.config import TrainerConfig
+from ppod_trainer.metrics import StepTimer
+from ppod_trainer.prompts import PromptSet
+from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
+
+
+class StepRollouts:
+    """The `Collects` of a run.
+
+    Args:
+        config: batch size and seed.
+        prompts: of training.
+        collector: asks the services.
+    """
+
+    def __init__(self, config: TrainerConfig, prompts: PromptSet, collector: RolloutCollector) -> None:
+        self._config = config
+        self._prompts = prompts
+        self._collector = collector
+
+    def generate(self, step: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
+        """Sample the step's prompts."""
+        config = self._config
+        prompts = self._prompts.for_step(step, config.rollout.batch_size, config.seed)
+        seeds = [sample_seed(config.seed, "rollout", step, index) for index in range(len(prompts))]
+        return self._collector.generate(prompts, seeds, policy_version, timer)
+
+    def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
+        """Ask reward and reference."""
+        return self._collector.score(rollouts, timer)
