@@ -3,6 +3,7 @@
 from ppod_trainer.config.advantages import AdvantagesConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
+from ppod_trainer.config.ranks import RanksConfig
 from ppod_trainer.config.rewards import AdaptiveKlConfig, KlConfig, RewardsConfig
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
 from ppod_trainer.config.services import ServicesConfig, WeightTransferConfig, has_replicas
@@ -19,6 +20,7 @@ __all__ = [
     "OptimizerConfig",
     "PpoConfig",
     "PromptsConfig",
+    "RanksConfig",
     "RewardsConfig",
     "RolloutConfig",
     "ServicesConfig",
