@@ -26,6 +26,7 @@ from ppod_deploy.processes import (
     shell_exit_code,
     stop_all,
 )
+from ppod_deploy.ranks import rank_environments
 from ppod_deploy.run_config import RunConfig, busy_ports, target_of
 from ppod_models.configuration import ConfigModel, dump_config
 
@@ -34,6 +35,9 @@ POLL_S = 0.05
 
 TRAINER_GRACE_S = 300.0
 """Time for the trainer to finish its step and write a checkpoint; a step of a large model takes minutes."""
+
+FOLLOWER_GRACE_S = 10.0
+"""Time for the trainer's other ranks to notice that rank 0 has ended."""
 
 RUN_FILE = "run.yaml"
 """The resolved run file, kept in the run directory: what `--resume` starts from."""
@@ -125,6 +129,7 @@ class Launcher:
         self._interrupts = Interrupts()
         self._services: list[Child] = []
         self._trainer: Child | None = None
+        self._followers: list[Child] = []
 
     def run(self) -> int:
         """Services, then the trainer to its end. Returns the exit code for the shell: the trainer's.
@@ -140,6 +145,7 @@ class Launcher:
             while (code := self._trainer.exit_code()) is None:
                 self._interrupts.check()
                 self._check_services()
+                self._check_followers()
                 time.sleep(POLL_S)
             if code != 0:
                 # A trainer that fails because a service died may be seen first; the cause is what to name.
@@ -160,8 +166,20 @@ class Launcher:
                 time.sleep(POLL_S)
 
     def _start_trainer(self) -> None:
-        command = ChildCommand("trainer", "ppod_trainer", self._config_file("trainer"), None, TRAINER_DEATH_SIGNAL)
-        self._trainer = Child(command)
+        ranks = [
+            Child(
+                ChildCommand(
+                    "trainer" if rank == 0 else f"trainer's rank {rank}",
+                    "ppod_trainer",
+                    self._config_file("trainer"),
+                    None,
+                    TRAINER_DEATH_SIGNAL,
+                    environment,
+                )
+            )
+            for rank, environment in enumerate(rank_environments(self._config.trainer.ranks.local))
+        ]
+        self._trainer, self._followers = ranks[0], ranks[1:]
 
     def _start_services(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         problems = busy_ports(self._config)
@@ -210,6 +228,14 @@ class Launcher:
             if code is not None:
                 raise LaunchError(f"service {child.name} ended: {describe_exit(code)}{_last_words(child)}")
 
+    def _check_followers(self) -> None:
+        """Rank 0 notices the loss of another rank only when it next needs it, which may be minutes later."""
+        for child in self._followers:
+            code = child.exit_code()
+            # With exit code 0 the run is over, and rank 0 about to end.
+            if code:
+                raise LaunchError(f"{child.name} ended: {describe_exit(code)}")
+
     @contextmanager
     def _everything_stopped_after(self) -> Generator[None]:
         """Hold the run directory and the signals; at the end, however it comes, stop trainer, then services."""
@@ -235,6 +261,7 @@ class Launcher:
         killed: list[str] = []
         if self._trainer is not None:
             killed += stop_all([self._trainer], TRAINER_GRACE_S, self._interrupts.repeated)
+            killed += stop_all(self._followers, FOLLOWER_GRACE_S, self._interrupts.repeated)
         graces = [service.drain_grace_s for _, service in self._config.services.items()]
         # A second more than a service gives itself, so that its own clean end comes first.
         killed += stop_all(self._services, max(graces) + 1.0, self._interrupts.repeated)

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, cast
 
@@ -53,6 +53,7 @@ class ChildCommand:
         config: its configuration file.
         log: file that takes stdout and stderr, appended to; None: the launcher's own.
         death_signal: sent to the child when the launcher dies.
+        environment: variables of its own.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ChildCommand:
     config: Path
     log: Path | None
     death_signal: signal.Signals
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class Child:
@@ -83,7 +85,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT if output is not None else None,
                 start_new_session=True,
-                env={**CHILD_ENVIRONMENT, **os.environ},
+                env={**CHILD_ENVIRONMENT, **os.environ, **command.environment},
             )
         finally:
             if output is not None:

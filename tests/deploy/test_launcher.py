@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.conftest import PpodProcess, StartPpod, children_of_run, eventually_no_children
+from deploy.conftest import PpodProcess, StartPpod, children_of_run, eventually_no_children, processes_naming
 from support.processes import ROOT, environment
 
 CHILDREN = {"reward", "reference", "generation", "trainer"}
@@ -118,6 +118,39 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on_from_it(
     assert resumed.wait(120) == 0, resumed.stderr
     recorded = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert sorted({record["step"] for record in recorded if "seconds/step" in record})[-1] in {steps - 1, steps}
+    assert not children_of_run(run_dir)
+
+
+def ranks_of_run(run_dir: Path) -> list[int]:
+    """Process ids of the trainer's ranks, rank 0 first."""
+    config = f"{run_dir}/config/trainer.yaml"
+    return sorted(pid for pid, command in processes_naming(run_dir).items() if config in command)
+
+
+def test_a_trainer_of_two_ranks_stops_and_resumes_with_one(
+    start_ppod: StartPpod, run_file: Path, run_dir: Path
+) -> None:
+    ppod = start_ppod("run", "--config", str(run_file), "--trainer.steps", "6", "--trainer.ranks.local", "2")
+    wait_for_steps(ppod, run_dir, 2)
+    assert len(ranks_of_run(run_dir)) == 2
+    ppod.signal(signal.SIGTERM)
+    assert ppod.wait() == 143, ppod.stderr
+    assert "killed" not in ppod.stderr
+    assert not children_of_run(run_dir)
+    assert newest_checkpoint(run_dir) is not None
+
+    resumed = start_ppod("run", "--resume", str(run_dir), "--trainer.ranks.local", "1")
+    assert resumed.wait(120) == 0, resumed.stderr
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4, 5, 6, 6]
+
+
+def test_a_rank_that_is_killed_is_named_and_all_end(start_ppod: StartPpod, run_file: Path, run_dir: Path) -> None:
+    ppod = start_ppod("run", "--config", str(run_file), "--trainer.ranks.local", "2")
+    wait_for_steps(ppod, run_dir, 2)
+    os.kill(ranks_of_run(run_dir)[1], signal.SIGKILL)
+    assert ppod.wait() == 1
+    assert "trainer's rank 1 ended: killed by SIGKILL" in ppod.stderr
     assert not children_of_run(run_dir)
 
 
