@@ -5,13 +5,14 @@ from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, Metr
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
 from ppod_trainer.config.rewards import AdaptiveKlConfig, KlConfig, RewardsConfig
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
-from ppod_trainer.config.services import ServicesConfig, WeightTransferConfig, has_replicas
+from ppod_trainer.config.services import CollectiveConfig, ServicesConfig, WeightTransferConfig, has_replicas
 from ppod_trainer.config.trainer import TrainerConfig
 
 __all__ = [
     "AdaptiveKlConfig",
     "AdvantagesConfig",
     "CheckpointConfig",
+    "CollectiveConfig",
     "EnvironmentConfig",
     "EvaluationConfig",
     "KlConfig",
