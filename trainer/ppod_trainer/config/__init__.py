@@ -2,6 +2,7 @@
 
 from ppod_trainer.config.advantages import AdvantagesConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
+from ppod_trainer.config.policy import CriticConfig, LoraConfig, PolicyConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
 from ppod_trainer.config.rewards import AdaptiveKlConfig, KlConfig, RewardsConfig
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
@@ -13,11 +14,14 @@ __all__ = [
     "AdvantagesConfig",
     "CheckpointConfig",
     "CollectiveConfig",
+    "CriticConfig",
     "EnvironmentConfig",
     "EvaluationConfig",
     "KlConfig",
+    "LoraConfig",
     "MetricsConfig",
     "OptimizerConfig",
+    "PolicyConfig",
     "PpoConfig",
     "PromptsConfig",
     "RewardsConfig",
