@@ -2,7 +2,7 @@
 
 from ppod_trainer.config.advantages import AdvantagesConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
-from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
+from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig, RatioMaskConfig
 from ppod_trainer.config.rewards import AdaptiveKlConfig, KlConfig, RewardsConfig
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
 from ppod_trainer.config.services import ServicesConfig, WeightTransferConfig, has_replicas
@@ -19,6 +19,7 @@ __all__ = [
     "OptimizerConfig",
     "PpoConfig",
     "PromptsConfig",
+    "RatioMaskConfig",
     "RewardsConfig",
     "RolloutConfig",
     "ServicesConfig",
