@@ -149,7 +149,13 @@ def _load_learner(config: TrainerConfig, path: Path) -> Learner:
         temperature=config.rollout.temperature,
         compute_dtype=loading.pick_dtype(config.policy.dtype, device),
     )
-    rules = ExperienceRules(config.rewards, config.kl, build_estimator(config.advantages), config.advantages.whiten)
+    rules = ExperienceRules(
+        config.rewards,
+        config.kl,
+        build_estimator(config.advantages),
+        config.advantages.whiten,
+        config.ppo.ratio_mask,
+    )
     return build_learner(policy, config.ppo, rules, config.optimizer, config.seed)
 
 

@@ -13,11 +13,12 @@ import numpy.typing as npt
 import torch
 
 from ppod_trainer.algorithms import AdvantageEstimator, Experience
-from ppod_trainer.config import KlConfig, RewardsConfig
+from ppod_trainer.config import KlConfig, RatioMaskConfig, RewardsConfig
 from ppod_trainer.kl import estimate_kl
 from ppod_trainer.masking import masked_sum, whiten
 from ppod_trainer.policy import PolicyWithValue, ResponseBatch
 from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.sampler_mismatch import tokens_within
 from ppod_trainer.token_rewards import shape_scores, token_rewards
 
 
@@ -45,6 +46,7 @@ class PpoBatch:
         returns: value targets.
         mean_kl: mean over samples of the summed k1 estimate against the reference, nats a response.
         mean_return: mean over samples of the summed token rewards.
+        mismatched: share of action tokens left out for their ratio trainer / sampler.
     """
 
     responses: ResponseBatch
@@ -57,6 +59,7 @@ class PpoBatch:
     returns: torch.Tensor
     mean_kl: float
     mean_return: float
+    mismatched: float = 0.0
 
 
 @torch.no_grad()
@@ -79,12 +82,20 @@ def view_policy(policy: PolicyWithValue, batch: ResponseBatch, micro_batches: Se
 
 @dataclass(frozen=True, slots=True)
 class ExperienceRules:
-    """How rewards and advantages are made; `whiten`: advantages to mean 0 and variance 1 over the loss's tokens."""
+    """How rewards and advantages are made.
+
+    Attributes:
+        rewards, kl: what is paid.
+        estimator: of advantages.
+        whiten: advantages to mean 0 and variance 1 over the loss's tokens.
+        ratio_mask: what to leave out of the loss for the sampler's mismatch; None: nothing.
+    """
 
     rewards: RewardsConfig
     kl: KlConfig
     estimator: AdvantageEstimator
     whiten: bool
+    ratio_mask: RatioMaskConfig | None = None
 
 
 @torch.no_grad()
@@ -127,6 +138,12 @@ def build_ppo_batch(
     )
     result = rules.estimator.estimate(experience)
     loss_mask = mask & ~truncated.unsqueeze(1) if rules.rewards.mask_truncated else mask
+    mismatched = 0.0
+    if rules.ratio_mask is not None:
+        bounds = (rules.ratio_mask.low, rules.ratio_mask.high)
+        kept = tokens_within(view.logprobs, sampler_logprobs, mask, bounds, rules.ratio_mask.level)
+        mismatched = 1 - float(kept.sum() / mask.sum())
+        loss_mask = loss_mask & kept
     advantages = whiten(result.advantages, loss_mask) if rules.whiten else result.advantages
     kl = estimate_kl(view.logprobs, ref_logprobs, "k1")
     return PpoBatch(
@@ -140,6 +157,7 @@ def build_ppo_batch(
         returns=result.returns,
         mean_kl=float(masked_sum(kl, mask)) / len(rollouts),
         mean_return=float(rewards.sum()) / len(rollouts),
+        mismatched=mismatched,
     )
 
 

@@ -3,7 +3,7 @@
 from ppod_trainer.config.advantages import AdvantagesConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.policy import CriticConfig, LoraConfig, PolicyConfig
-from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
+from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig, RatioMaskConfig
 from ppod_trainer.config.rewards import AdaptiveKlConfig, KlConfig, RewardsConfig
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
 from ppod_trainer.config.services import CollectiveConfig, ServicesConfig, WeightTransferConfig, has_replicas
@@ -24,6 +24,7 @@ __all__ = [
     "PolicyConfig",
     "PpoConfig",
     "PromptsConfig",
+    "RatioMaskConfig",
     "RewardsConfig",
     "RolloutConfig",
     "ServicesConfig",

@@ -33,10 +33,20 @@ class KlConfig(ConfigModel):
     coefficient: float = Field(default=0.05, ge=0, description="starting, or fixed, coefficient")
     placement: Literal["reward", "loss"] = "reward"
     estimator: Literal["k1", "k2", "k3"] = "k1"
+    importance_weighted: bool = Field(
+        default=False,
+        description="in the loss: weigh the estimate with policy / old policy, so that its gradient is KL's for every "
+        "estimator, in later minibatches, too",
+    )
     adaptive: AdaptiveKlConfig | None = None
 
     @model_validator(mode="after")
     def _refuse_k1_loss(self) -> Self:
-        if self.placement == "loss" and self.estimator == "k1":
-            raise ValueError("estimator k1 in the loss has a gradient of mean zero; use k2 (KL's gradient) or k3")
+        if self.placement == "loss" and self.estimator == "k1" and not self.importance_weighted:
+            raise ValueError(
+                "estimator k1 in the loss has a gradient of mean zero; use k2 (KL's gradient) or k3, or set "
+                "importance_weighted"
+            )
+        if self.placement == "reward" and self.importance_weighted:
+            raise ValueError("importance_weighted is for a penalty in the loss; placement is 'reward'")
         return self
