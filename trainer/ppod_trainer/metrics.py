@@ -24,6 +24,7 @@ Record = Mapping[str, float]
 GAUGES = {
     "score/mean": ("ppod_reward_score_mean", "Mean reward-model score of the step's samples"),
     "score/std": ("ppod_reward_score_std", "Standard deviation of the step's scores"),
+    "groups/uniform": ("ppod_groups_uniform_ratio", "Share of prompts whose samples were all paid the same"),
     "judge/mean": ("ppod_judge_score_mean", "Mean held-out judge score of the step's samples, when last judged"),
     "kl/reference": ("ppod_kl_reference_nats", "Mean KL to the reference, nats a response (k1)"),
     "kl/coefficient": ("ppod_kl_coefficient", "Coefficient of the KL penalty"),

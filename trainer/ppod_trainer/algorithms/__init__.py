@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from ppod_trainer.algorithms.base import AdvantageEstimator, Experience
 from ppod_trainer.algorithms.gae import Gae
+from ppod_trainer.algorithms.grpo import Grpo
+from ppod_trainer.algorithms.reinforce_pp import ReinforcePlusPlus
 from ppod_trainer.algorithms.returns import MonteCarlo, OneStep
+from ppod_trainer.algorithms.rloo import Rloo
 from ppod_trainer.algorithms.sequence import SequenceAdvantage
 from ppod_trainer.config import AdvantagesConfig
 
@@ -22,3 +25,9 @@ def build_estimator(config: AdvantagesConfig) -> AdvantageEstimator:
             return OneStep(config.gamma, config.bootstrap_truncated)
         case "sequence":
             return SequenceAdvantage(config.bootstrap_truncated)
+        case "grpo" | "dr_grpo":
+            return Grpo(scaled=config.kind == "grpo")
+        case "rloo":
+            return Rloo()
+        case "reinforce_pp" | "reinforce_pp_baseline":
+            return ReinforcePlusPlus(config.gamma, baseline=config.kind == "reinforce_pp_baseline")

@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from ppod_models.configuration import ConfigModel, ModelConfig, TracingConfig
-from ppod_trainer.config.advantages import AdvantagesConfig
+from ppod_trainer.config.advantages import LEAVES_OUT_KL, NEEDS_GROUPS, AdvantagesConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
 from ppod_trainer.config.rewards import KlConfig, RewardsConfig
@@ -64,6 +64,21 @@ class TrainerConfig(ConfigModel):
             raise ValueError(
                 f"rollout.max_staleness is {self.rollout.max_staleness}: samples of older weights need importance "
                 "weights; set ppo.importance_cap, such as 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_has_what_it_reads(self) -> Self:
+        kind = self.advantages.kind
+        if kind in NEEDS_GROUPS and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"advantages.kind {kind} compares the samples of one prompt, and rollout.samples_per_prompt is "
+                f"{self.rollout.samples_per_prompt}; set it to 2 or more, such as 8"
+            )
+        if kind in LEAVES_OUT_KL and self.kl.placement == "reward" and self.kl.coefficient:
+            raise ValueError(
+                f"advantages.kind {kind} reads outcomes, which a KL penalty in the reward is no part of; set "
+                "kl.placement to loss (with kl.estimator k3, as in the paper, or k2), or kl.coefficient to 0"
             )
         return self
 
