@@ -16,8 +16,8 @@ what counts is the expectation of its gradient over x sampled from the policy, s
 
 From the second minibatch on, x was sampled by the old policy, not by this one, and even these are off. Weighted with
 r = policy(x) / old(x), with gradient for k1 and k3, without for k2, all three have the gradient of
-KL(policy, reference), however far the policies are apart: for k1 and k3, E_old[r k] is that KL itself (DeepSeek-AI 2025,
-V3.2, 3.1).
+KL(policy, reference), however far the policies are apart: for k1 and k3, E_old[r k] is that KL itself (DeepSeek-AI
+2025, V3.2, 3.1).
 """
 
 from __future__ import annotations

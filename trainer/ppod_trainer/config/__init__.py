@@ -3,8 +3,17 @@
 from ppod_trainer.config.advantages import AdvantagesConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig, RatioMaskConfig
-from ppod_trainer.config.rewards import AdaptiveKlConfig, KlConfig, RewardsConfig
+from ppod_trainer.config.rewards import (
+    AdaptiveKlConfig,
+    FiltersConfig,
+    KlConfig,
+    LengthPenaltyConfig,
+    OverlongConfig,
+    RewardsConfig,
+    SafetyFilterConfig,
+)
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
+from ppod_trainer.config.schedules import LinearSchedule, SchedulesConfig
 from ppod_trainer.config.services import ServicesConfig, WeightTransferConfig, has_replicas
 from ppod_trainer.config.trainer import TrainerConfig
 
@@ -14,14 +23,20 @@ __all__ = [
     "CheckpointConfig",
     "EnvironmentConfig",
     "EvaluationConfig",
+    "FiltersConfig",
     "KlConfig",
+    "LengthPenaltyConfig",
+    "LinearSchedule",
     "MetricsConfig",
     "OptimizerConfig",
+    "OverlongConfig",
     "PpoConfig",
     "PromptsConfig",
     "RatioMaskConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "SafetyFilterConfig",
+    "SchedulesConfig",
     "ServicesConfig",
     "TrainerConfig",
     "WeightTransferConfig",
