@@ -83,7 +83,7 @@ class Learner:
         with timer.phase("old_logprobs"):
             first = [micro for minibatch in self._minibatches(len(rollouts), step, 0) for micro in minibatch]
             view = view_policy(self.policy, responses, first)
-        batch = build_ppo_batch(rollouts, responses, view, self.rules, controls.kl_coefficient)
+        batch = build_ppo_batch(rollouts, responses, view, self.rules, controls)
         with timer.phase("update"):
             stats = self._update(batch, step, controls)
         mask = batch.loss_mask

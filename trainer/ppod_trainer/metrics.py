@@ -25,9 +25,12 @@ GAUGES = {
     "score/mean": ("ppod_reward_score_mean", "Mean reward-model score of the step's samples"),
     "score/std": ("ppod_reward_score_std", "Standard deviation of the step's scores"),
     "groups/uniform": ("ppod_groups_uniform_ratio", "Share of prompts whose samples were all paid the same"),
+    "score/running_mean": ("ppod_reward_score_running_mean", "Mean of all scores of the run so far"),
+    "score/running_std": ("ppod_reward_score_running_std", "Standard deviation of all scores of the run so far"),
     "judge/mean": ("ppod_judge_score_mean", "Mean held-out judge score of the step's samples, when last judged"),
     "kl/reference": ("ppod_kl_reference_nats", "Mean KL to the reference, nats a response (k1)"),
     "kl/coefficient": ("ppod_kl_coefficient", "Coefficient of the KL penalty"),
+    "entropy/coefficient": ("ppod_entropy_coefficient", "Coefficient of the entropy bonus"),
     "policy/entropy": ("ppod_policy_entropy_nats", "Mean entropy of the policy, nats a token"),
     "policy/clip_fraction": ("ppod_policy_clip_fraction_ratio", "Share of tokens whose gradient was clipped away"),
     "policy/dual_clip_fraction": ("ppod_policy_dual_clip_ratio", "Share of tokens whose gradient the dual clip took"),
@@ -53,6 +56,9 @@ GAUGES = {
     "tokens_per_second": ("ppod_tokens_per_second", "Response tokens trained on, per second of the step"),
     "samples/dropped": ("ppod_samples_dropped", "Samples dropped in the step for a typed error"),
     "samples/stale": ("ppod_samples_stale", "Samples dropped in the step for the age of their weights"),
+    "samples/rejected_short": ("ppod_samples_rejected_short", "Samples of the step that were too short to train on"),
+    "samples/rejected_repetitive": ("ppod_samples_rejected_repetitive", "Samples of the step that repeat themselves"),
+    "samples/rejected_unsafe": ("ppod_samples_rejected_unsafe", "Samples of the step that the safety reward rejects"),
     "step": ("ppod_step", "Steps done"),
 }
 

@@ -4,8 +4,17 @@ from ppod_trainer.config.advantages import AdvantagesConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.policy import CriticConfig, LoraConfig, PolicyConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig, RatioMaskConfig
-from ppod_trainer.config.rewards import AdaptiveKlConfig, KlConfig, RewardsConfig
+from ppod_trainer.config.rewards import (
+    AdaptiveKlConfig,
+    FiltersConfig,
+    KlConfig,
+    LengthPenaltyConfig,
+    OverlongConfig,
+    RewardsConfig,
+    SafetyFilterConfig,
+)
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
+from ppod_trainer.config.schedules import LinearSchedule, SchedulesConfig
 from ppod_trainer.config.services import CollectiveConfig, ServicesConfig, WeightTransferConfig, has_replicas
 from ppod_trainer.config.trainer import TrainerConfig
 
@@ -17,16 +26,22 @@ __all__ = [
     "CriticConfig",
     "EnvironmentConfig",
     "EvaluationConfig",
+    "FiltersConfig",
     "KlConfig",
+    "LengthPenaltyConfig",
+    "LinearSchedule",
     "LoraConfig",
     "MetricsConfig",
     "OptimizerConfig",
+    "OverlongConfig",
     "PolicyConfig",
     "PpoConfig",
     "PromptsConfig",
     "RatioMaskConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "SafetyFilterConfig",
+    "SchedulesConfig",
     "ServicesConfig",
     "TrainerConfig",
     "WeightTransferConfig",

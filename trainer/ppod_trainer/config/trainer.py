@@ -13,6 +13,7 @@ from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, Metr
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
 from ppod_trainer.config.rewards import KlConfig, RewardsConfig
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
+from ppod_trainer.config.schedules import SchedulesConfig
 from ppod_trainer.config.services import ServicesConfig, WeightTransferConfig, has_replicas
 
 
@@ -34,6 +35,7 @@ class TrainerConfig(ConfigModel):
     advantages: AdvantagesConfig = AdvantagesConfig()
     ppo: PpoConfig = PpoConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    schedules: SchedulesConfig = SchedulesConfig()
     reference_refresh_steps: int | None = Field(
         default=None, ge=1, description="steps after which the reference becomes the policy; none: never"
     )
@@ -56,6 +58,12 @@ class TrainerConfig(ConfigModel):
             raise ValueError("rewards.model is false and there is no environment: nothing would pay a reward")
         if not self.rewards.model and self.services.judge_model is not None:
             raise ValueError("services.judge_model needs the reward service, which rewards.model false leaves out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_steers_the_kl(self) -> Self:
+        if self.schedules.kl_coefficient is not None and self.kl.adaptive is not None:
+            raise ValueError("schedules.kl_coefficient and kl.adaptive would both steer the coefficient: choose one")
         return self
 
     @model_validator(mode="after")
