@@ -1,5 +1,7 @@
 """`python -m ppod_trainer --config FILE`: one PPO run against services that are already up.
 
+Started by torchrun it is one of several ranks, which divide the policy among them.
+
 Exit codes: 0 done; 1 something failed, named in one line; 2 the configuration is wrong; 128 + signal after a
 clean stop.
 """
@@ -9,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +26,7 @@ from ppod_trainer.config import TrainerConfig
 from ppod_trainer.errors import StopRequestedError, TrainerError
 
 if TYPE_CHECKING:
+    from ppod_trainer.ranks import Ranks
     from ppod_trainer.training import TrainingRun
 
 
@@ -43,6 +48,30 @@ def main(arguments: list[str] | None = None) -> int:
 def run(config: TrainerConfig) -> int:
     """Train with a checked configuration; returns the exit code."""
     # Heavy imports wait until the configuration is known to be right.
+    from ppod_trainer.ranks import open_ranks  # noqa: PLC0415
+
+    ranks = None
+    try:
+        with open_ranks(config.policy.device, config.ranks.timeout_s) as ranks:
+            return _lead(config, ranks) if ranks.rank == 0 else _follow(config, ranks)
+    except (TrainerError, PpodError, ModelSourceError) as error:
+        _complain(ranks, str(error))
+        return 1
+    except RuntimeError as error:
+        # What collectives raise when another rank is gone, and our own bugs: those need their traceback.
+        if ranks is None or ranks.size == 1:
+            raise
+        traceback.print_exc()
+        _complain(ranks, f"{str(error).splitlines()[0]}; all ranks end; the first that failed says why")
+        return 1
+
+
+def _complain(ranks: Ranks | None, message: str) -> None:
+    place = "" if ranks is None or ranks.size == 1 else f"rank {ranks.rank} of {ranks.size}: "
+    print(f"ppod train: {place}{message}", file=sys.stderr, flush=True)
+
+
+def _lead(config: TrainerConfig, ranks: Ranks) -> int:
     from ppod_trainer.assembly import open_run  # noqa: PLC0415
     from ppod_trainer.stopping import StopSignal  # noqa: PLC0415
 
@@ -50,7 +79,7 @@ def run(config: TrainerConfig) -> int:
     stop = StopSignal()
     stop.install()
     try:
-        with open_run(config, stop) as training_run:
+        with open_run(config, stop, ranks) as training_run:
             try:
                 _train(training_run)
             except StopRequestedError as error:
@@ -63,9 +92,18 @@ def run(config: TrainerConfig) -> int:
     except StopRequestedError as error:
         print(f"{error}: stopped before the first step", flush=True)
         return 128 + (stop.received or 0)
-    except (TrainerError, PpodError, ModelSourceError) as error:
-        print(f"ppod train: {error}", file=sys.stderr, flush=True)
-        return 1
+    return 0
+
+
+def _follow(config: TrainerConfig, ranks: Ranks) -> int:
+    from ppod_trainer.assembly import load_leader  # noqa: PLC0415
+    from ppod_trainer.follower import follow  # noqa: PLC0415
+
+    # A signal to the whole group is rank 0's to obey: it finishes the step, and needs the others for its checkpoint.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    leader, _ = load_leader(config, ranks)
+    follow(leader.learner)
     return 0
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -27,15 +26,20 @@ from ppod_trainer.episodes import EpisodeRules, EpisodeSampler, TextCodec
 from ppod_trainer.evaluation import Evaluator
 from ppod_trainer.experience import ExperienceRules
 from ppod_trainer.kl import AdaptiveKl, FixedKl, KlController
-from ppod_trainer.learner import Learner, build_learner
+from ppod_trainer.leader import Leader
+from ppod_trainer.learner import build_learner
 from ppod_trainer.metrics import MetricsLog
 from ppod_trainer.policy import PolicyWithValue
 from ppod_trainer.prompts import Encode, PromptSet, load_prompts, split_prompts
+from ppod_trainer.ranks import Ranks
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
+from ppod_trainer.sharding import hollow_copy, shard_policy
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import Parts, TrainingRun
 
-_FREE_SECTIONS = {"run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation"}
+_FREE_SECTIONS = {
+    *("run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation", "ranks")
+}
 
 
 def configuration_fingerprint(config: TrainerConfig) -> str:
@@ -52,34 +56,28 @@ def build_kl_controller(config: KlConfig) -> KlController:
 
 
 @contextmanager
-def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
-    """Load the policy, connect the services and yield the run at its first, or its resumed, step.
+def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator[TrainingRun]:
+    """Rank 0: load the policy, connect the services and yield the run at its first, or its resumed, step.
 
     Raises:
         TrainerError, PpodError, ModelSourceError: something needed is missing or does not fit.
     """
-    if config.policy.threads is not None:
-        torch.set_num_threads(config.policy.threads)
-    torch.manual_seed(config.seed)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    source = resolve(config.policy.source)
-    tokenizer = loading.load_tokenizer(source.path)
+    tokenizer = loading.load_tokenizer(resolve(config.policy.source).path)
 
     codec = _codec(tokenizer)
     environment = _load_environment(config.environment)
     prompts = _load_prompts(config, environment, codec.encode)
-    learner = _load_learner(config, source.path)
-    state = TrainerState(0, 0, 0, configuration_fingerprint(config))
-    if config.resume:
-        state = load_checkpoint(config.run_dir / "checkpoints", learner, state.configuration)
-    metrics = MetricsLog(config.run_dir, config.metrics, state.step)
+    leader, state = load_leader(config, ranks)
     connections = None
     collector = None
+    metrics = None
     try:
+        metrics = MetricsLog(config.run_dir, config.metrics, state.step)
         with stop.interruptible():
             connections = connect(config, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc)
-            served = check_services(connections, config.rollout, loading.vocab_size(learner.policy.model))
+            served = check_services(connections, config.rollout, loading.vocab_size(leader.learner.policy.model))
         bad_samples = BadSamples(config.rollout.on_bad_sample)
         sampler = _build_sampler(config, connections.generation, served.limits.max_sequence_tokens, environment, codec)
         collector = RolloutCollector(
@@ -87,7 +85,7 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
         )
         evaluator = Evaluator(collector, connections.judge, prompts.heldout, codec.decode)
         kl = build_kl_controller(config.kl)
-        parts = Parts(connections, collector, evaluator, learner, kl, prompts, tokenizer, metrics, stop)
+        parts = Parts(connections, collector, evaluator, leader, kl, prompts, tokenizer, metrics, stop)
         restore_components(parts.stateful, state)
         run = TrainingRun(config, parts, state)
         try:
@@ -96,7 +94,9 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
         finally:
             run.close()
     finally:
-        metrics.close()
+        leader.close()
+        if metrics is not None:
+            metrics.close()
         if connections is not None:
             connections.close()
         if collector is not None:
@@ -141,14 +141,30 @@ def _build_sampler(
     return EpisodeSampler(turns, environment, codec, rules, bad_samples)
 
 
-def _load_learner(config: TrainerConfig, path: Path) -> Learner:
-    device = loading.pick_device(config.policy.device)
+def load_leader(config: TrainerConfig, ranks: Ranks) -> tuple[Leader, TrainerState]:
+    """All ranks: load the policy, or this rank's part of it, and where the run is. Only rank 0 leads with it.
+
+    Raises:
+        CheckpointError: the run cannot be resumed.
+    """
+    if config.policy.threads is not None:
+        torch.set_num_threads(config.policy.threads)
+    torch.manual_seed(config.seed)
+    if ranks.rank:
+        ranks.wait_for_all()
+    # What has to be fetched or converted is so by rank 0 first.
+    path = resolve(config.policy.source).path
+    if not ranks.rank:
+        ranks.wait_for_all()
+    compute_dtype = loading.pick_dtype(config.policy.dtype, ranks.device)
+    # Divided ranks take one layer after the other from the CPU to their devices.
+    device = ranks.device if ranks.mesh is None else torch.device("cpu")
     model = loading.load_causal_lm(path, device=device, dtype=torch.float32, attention=config.policy.attention)
-    policy = PolicyWithValue(
-        model,
-        temperature=config.rollout.temperature,
-        compute_dtype=loading.pick_dtype(config.policy.dtype, device),
-    )
+    policy = PolicyWithValue(model, temperature=config.rollout.temperature, compute_dtype=compute_dtype)
+    hollow = None
+    if ranks.mesh is not None:
+        hollow = hollow_copy(model)
+        shard_policy(policy, ranks.mesh, compute_dtype)
     rules = ExperienceRules(
         config.rewards,
         config.kl,
@@ -156,7 +172,11 @@ def _load_learner(config: TrainerConfig, path: Path) -> Learner:
         config.advantages.whiten,
         config.ppo.ratio_mask,
     )
-    return build_learner(policy, config.ppo, rules, config.optimizer, config.seed)
+    learner = build_learner(policy, config.ppo, rules, config.optimizer, config.seed, ranks)
+    state = TrainerState(0, 0, 0, configuration_fingerprint(config))
+    if config.resume:
+        state = load_checkpoint(config.run_dir / "checkpoints", learner, state.configuration)
+    return Leader(learner, hollow), state
 
 
 def _synchronise(run: TrainingRun) -> None:

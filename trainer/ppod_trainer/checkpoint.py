@@ -1,28 +1,31 @@
-"""Checkpoints: written aside and renamed, so that one that exists is whole. No pickle: safetensors and JSON.
+"""Checkpoints: written aside, synced and renamed, so that one that exists is whole. No pickle: safetensors and JSON.
 
-A step's prompts, seeds and minibatches follow from (seed, step) alone, so no random state needs to be kept.
+The tensors are written by torch.distributed.checkpoint as safetensors files, by each rank what it holds, and read by
+however many ranks there are then. A step's prompts, seeds and minibatches follow from (seed, step) alone, so no random
+state needs to be kept.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
+from ppod_trainer.checkpoint_tensors import check_files, describe_files, read_tensors, write_tensors
 from ppod_trainer.errors import CheckpointError
 from ppod_trainer.learner import Learner
+from ppod_trainer.ranks import Ranks
 from ppod_trainer.stateful import JsonState, Stateful
 
+_LOGGER = logging.getLogger(__name__)
 _STATE = "trainer.json"
-_WEIGHTS = "policy.safetensors"
-_OPTIMIZER = "optimizer.safetensors"
 _PREFIX = "step_"
+_WRITING = ".writing-"
+_REPLACED = ".replaced-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +48,26 @@ class TrainerState:
 
 
 def save_checkpoint(directory: Path, learner: Learner, state: TrainerState, keep: int) -> Path:
-    """Write a checkpoint under `directory/step_NNNNNN` and delete all but the `keep` newest."""
+    """Write a checkpoint under `directory/step_NNNNNN` and delete all but the `keep` newest. All ranks call it.
+
+    Raises:
+        CheckpointError: a rank could not write; the checkpoints that were there are still there.
+    """
     target = directory / f"{_PREFIX}{state.step:06d}"
-    aside = directory / f".writing-{target.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    policy, optimizer = _tensors(learner)
-    save_file(policy, aside / _WEIGHTS)
-    save_file(optimizer, aside / _OPTIMIZER)
-    (aside / _STATE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
-    if target.is_dir():
-        shutil.rmtree(target)
-    aside.rename(target)
-    for old in list_checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
+    aside = directory / f"{_WRITING}{target.name}"
+    leads = learner.ranks.rank == 0
+    if leads:
+        _tidy(directory)
+        aside.mkdir(parents=True)
+    learner.ranks.wait_for_all()
+    write_tensors(aside, learner)
+    files = describe_files(aside, learner.ranks)
+    if leads:
+        _write_synced(aside / _STATE, json.dumps({**asdict(state), "files": files}, indent=2))
+        _replace(target, aside)
+        for old in list_checkpoints(directory)[:-keep]:
+            shutil.rmtree(old)
+    learner.ranks.wait_for_all()
     return target
 
 
@@ -68,28 +77,27 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def load_checkpoint(directory: Path, learner: Learner, configuration: str) -> TrainerState:
-    """Load the newest checkpoint into the learner.
+    """Load the newest checkpoint that can be read into the learner; warn of newer ones. All ranks call it.
 
     Raises:
-        CheckpointError: there is none, it cannot be read, or another configuration made it.
+        CheckpointError: there is none, none can be read, or another configuration made it.
     """
-    found = list_checkpoints(directory)
+    ranks = learner.ranks
+    if ranks.rank == 0:
+        _tidy(directory)
+    found = ranks.agree(list_checkpoints(directory))
     if not found:
         raise CheckpointError(f"resume: {directory} holds no checkpoint; start without resume")
-    path = found[-1]
-    try:
-        state = TrainerState(**json.loads((path / _STATE).read_text(encoding="utf-8")))
-        weights = load_file(path / _WEIGHTS)
-        optimizer = load_file(path / _OPTIMIZER)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"resume: {path} cannot be read: {error}") from error
-    if state.configuration != configuration:
-        raise CheckpointError(
-            f"resume: {path} was made with another configuration ({state.configuration}, now {configuration}); "
-            "resume with the configuration in the run directory, or start a new run directory"
-        )
-    _restore(learner, weights, optimizer)
-    return state
+    faults: list[str] = []
+    for path in reversed(found):
+        outcome = _examine(path, configuration, ranks)
+        if isinstance(outcome, TrainerState):
+            for fault in faults:
+                _LOGGER.warning("resume: %s; going on from %s", fault, path)
+            read_tensors(path, learner)
+            return outcome
+        faults.append(outcome)
+    raise CheckpointError("resume: " + "; ".join(faults))
 
 
 def restore_components(components: Mapping[str, Stateful], state: TrainerState) -> None:
@@ -110,31 +118,63 @@ def restore_components(components: Mapping[str, Stateful], state: TrainerState) 
             ) from error
 
 
-def _named_parameters(learner: Learner) -> dict[str, torch.nn.Parameter]:
-    return dict(learner.policy.named_parameters())
+def _examine(path: Path, configuration: str, ranks: Ranks) -> TrainerState | str:
+    """A checkpoint's state where all of it can be read, else what is wrong with it; the same on all ranks."""
+    outcome: TrainerState | str
+    try:
+        values = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        files = values.pop("files")
+        outcome = TrainerState(**values)
+        _check_configuration(path, outcome, configuration)
+        check_files(path, files, ranks)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        outcome = f"{path} cannot be read: {error}"
+    # One rank's disk may hold what another's does not.
+    return next((one for one in ranks.collect(outcome) if isinstance(one, str)), outcome)
 
 
-def _tensors(learner: Learner) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    parameters = _named_parameters(learner)
-    optimizer: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
-        for key, value in learner.optimizer.state.get(parameter, {}).items():
-            optimizer[f"{name}/{key}"] = value.contiguous()
-    return {name: parameter.detach().contiguous() for name, parameter in parameters.items()}, optimizer
+def _check_configuration(path: Path, state: TrainerState, configuration: str) -> None:
+    if state.configuration != configuration:
+        raise CheckpointError(
+            f"resume: {path} was made with another configuration ({state.configuration}, now {configuration}); "
+            "resume with the configuration in the run directory, or start a new run directory"
+        )
 
 
-@torch.no_grad()
-def _restore(learner: Learner, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> None:
-    parameters = _named_parameters(learner)
-    if weights.keys() != parameters.keys():
-        different = sorted(weights.keys() ^ parameters.keys())
-        raise CheckpointError(f"resume: the checkpoint's tensors are not the policy's; first difference {different[0]}")
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
-        state = {
-            key.rsplit("/", maxsplit=1)[1]: value.to(parameter.device)
-            for key, value in optimizer.items()
-            if key.rsplit("/", maxsplit=1)[0] == name
-        }
-        if state:
-            learner.optimizer.state[parameter] = state
+def _tidy(directory: Path) -> None:
+    """Finish what a process that was killed left half done."""
+    for path in directory.glob(f"{_WRITING}*"):
+        shutil.rmtree(path)
+    for path in directory.glob(f"{_REPLACED}*"):
+        target = directory / path.name.removeprefix(_REPLACED)
+        if target.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(target)
+
+
+def _replace(target: Path, aside: Path) -> None:
+    """Put a directory in the place of another, so that after a crash one of them is there, whole."""
+    _sync_directory(aside)
+    replaced = target.with_name(f"{_REPLACED}{target.name}")
+    if target.is_dir():
+        target.rename(replaced)
+    aside.rename(target)
+    _sync_directory(target.parent)
+    if replaced.is_dir():
+        shutil.rmtree(replaced)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

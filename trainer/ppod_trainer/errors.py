@@ -51,5 +51,9 @@ class CheckpointError(TrainerError):
     """A checkpoint is missing, unreadable or of another configuration."""
 
 
+class RanksError(TrainerError):
+    """The ranks of the trainer did not find each other, or lost each other."""
+
+
 class StopRequestedError(TrainerError):
     """SIGINT or SIGTERM came in; the run ends at the last whole step."""

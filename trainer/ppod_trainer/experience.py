@@ -18,9 +18,11 @@ from ppod_trainer.controls import StepControls
 from ppod_trainer.kl import estimate_kl
 from ppod_trainer.masking import masked_sum, whiten
 from ppod_trainer.policy import PolicyWithValue, ResponseBatch
+from ppod_trainer.ranks import Ranks
 from ppod_trainer.rollouts import ScoredRollout
 from ppod_trainer.sampler_mismatch import tokens_within
 from ppod_trainer.score_shaping import shape_scores
+from ppod_trainer.sharding import free_gathered
 from ppod_trainer.token_rewards import token_rewards
 
 
@@ -65,8 +67,10 @@ class PpoBatch:
 
 
 @torch.no_grad()
-def view_policy(policy: PolicyWithValue, batch: ResponseBatch, micro_batches: Sequence[torch.Tensor]) -> PolicyView:
-    """Run the policy over a batch in the given micro-batches (int64 row positions).
+def view_policy(
+    policy: PolicyWithValue, batch: ResponseBatch, micro_batches: Sequence[torch.Tensor], ranks: Ranks
+) -> PolicyView:
+    """Run the policy over a batch, each rank over its micro-batches (int64 row positions), and put them together.
 
     They are those of the first epoch, so that its first minibatch sees bit-equal logprobs and a ratio of exactly 1.
     """
@@ -74,11 +78,18 @@ def view_policy(policy: PolicyWithValue, batch: ResponseBatch, micro_batches: Se
     values = torch.zeros_like(logprobs)
     next_values = torch.zeros(len(logprobs), device=logprobs.device)
     for index in micro_batches:
+        if not len(index):
+            # The other ranks gather layers of which this one holds a part.
+            policy(batch.rows(torch.zeros(1, dtype=torch.int64)))
+            continue
         output = policy(batch.rows(index))
         width = output.logprobs.shape[1]
         logprobs[index, :width] = output.logprobs
         values[index, :width] = output.values
         next_values[index] = output.next_values
+    free_gathered(policy)
+    # Each row is one rank's, and 0 on the others: the sum is exact.
+    ranks.sum_in_place([logprobs, values, next_values])
     return PolicyView(logprobs, values, next_values)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 
@@ -15,10 +15,12 @@ from ppod_trainer.experience import ExperienceRules, PpoBatch, build_ppo_batch, 
 from ppod_trainer.loss import LossFigures, LossRows, Objective, minibatch_loss
 from ppod_trainer.masking import loss_weights
 from ppod_trainer.metrics import StepTimer
-from ppod_trainer.minibatches import minibatches
+from ppod_trainer.minibatches import Minibatch, plan_minibatches
 from ppod_trainer.objective import explained_variance
 from ppod_trainer.policy import PolicyWithValue, build_response_batch
+from ppod_trainer.ranks import Ranks
 from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.sharding import whole
 
 
 @dataclass(slots=True)
@@ -60,13 +62,17 @@ _MEANS = (
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """Owns the policy's optimizer. All configuration that the update obeys is here."""
+    """Owns the policy's optimizer. All configuration that the update obeys is here.
+
+    Among several ranks each has one, and all must do the same at the same time, with the same rollouts.
+    """
 
     policy: PolicyWithValue
     optimizer: torch.optim.Optimizer
     ppo: PpoConfig
     rules: ExperienceRules
     seed: int
+    ranks: Ranks
     base_rates: list[float] = field(default_factory=list[float])
 
     def learn(
@@ -79,10 +85,12 @@ class Learner:
         """
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * controls.rate_factor
-        responses = build_response_batch(rollouts, self.policy.value_head.weight.device)
+        responses = build_response_batch(rollouts, self.ranks.device)
         with timer.phase("old_logprobs"):
-            first = [micro for minibatch in self._minibatches(len(rollouts), step, 0) for micro in minibatch]
-            view = view_policy(self.policy, responses, first)
+            first = [
+                micro for one in self._minibatches(len(rollouts), step, 0) for micro in one.shares[self.ranks.rank]
+            ]
+            view = view_policy(self.policy, responses, first, self.ranks)
         batch = build_ppo_batch(rollouts, responses, view, self.rules, controls)
         with timer.phase("update"):
             stats = self._update(batch, step, controls)
@@ -108,7 +116,7 @@ class Learner:
 
     def _apply(self, stats: UpdateStats, sums: LossFigures, where: str) -> None:
         """Clip the gradient, take the optimizer's step, add to the statistics."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.ppo.max_grad_norm))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.ppo.max_grad_norm)))
         if not math.isfinite(norm):
             self.optimizer.zero_grad()
             raise NonFiniteLossError(
@@ -127,29 +135,45 @@ class Learner:
         stats.dual_clip_fraction += sums.dual_clipped
         stats.ratio_bounded += sums.bounded
 
-    def _accumulate(self, batch: PpoBatch, minibatch: Sequence[torch.Tensor], controls: StepControls) -> LossFigures:
-        """Add the gradients of a minibatch's micro-batches; the loss is normalised over the whole minibatch."""
+    def _accumulate(self, batch: PpoBatch, minibatch: Minibatch, controls: StepControls) -> LossFigures:
+        """Add the gradients of this rank's micro-batches; the loss is normalised over the whole minibatch."""
         sums = LossFigures()
-        rows = torch.cat(list(minibatch))
         weights = torch.zeros_like(batch.old_logprobs)
-        weights[rows] = loss_weights(batch.loss_mask[rows], self.ppo.aggregation, self.ppo.constant_tokens)
+        weights[minibatch.rows] = loss_weights(
+            batch.loss_mask[minibatch.rows], self.ppo.aggregation, self.ppo.constant_tokens
+        )
         objective = Objective(self.ppo, self.rules.kl, self.rules.estimator.critic)
-        for index in minibatch:
-            output = self.policy(batch.responses.rows(index))
+        for index in minibatch.shares[self.ranks.rank]:
+            # A rank without samples takes part all the same, with one that counts nothing: it has part of each layer.
+            counted, rows = (weights, index) if len(index) else (torch.zeros_like(weights), minibatch.rows[:1])
+            output = self.policy(batch.responses.rows(rows))
             width = output.logprobs.shape[1]
-            loss, figures = minibatch_loss(output, LossRows.of(batch, index, weights, width), objective, controls)
+            loss, figures = minibatch_loss(output, LossRows.of(batch, rows, counted, width), objective, controls)
             loss.backward()
             sums.add(figures)
-        return sums
+        return self._over_ranks(sums)
 
-    def _minibatches(self, samples: int, step: int, epoch: int) -> list[list[torch.Tensor]]:
-        return list(minibatches(samples, self.seed, step, epoch, self.ppo))
+    def _over_ranks(self, sums: LossFigures) -> LossFigures:
+        total = LossFigures(*self.ranks.sums(astuple(sums)))
+        total.ratio_error = self.ranks.largest(sums.ratio_error)
+        return total
+
+    def _minibatches(self, samples: int, step: int, epoch: int) -> list[Minibatch]:
+        return list(plan_minibatches(samples, self.seed, step, epoch, self.ppo, self.ranks.size))
 
 
 def build_learner(
-    policy: PolicyWithValue, ppo: PpoConfig, rules: ExperienceRules, optimizer: OptimizerConfig, seed: int
+    policy: PolicyWithValue,
+    ppo: PpoConfig,
+    rules: ExperienceRules,
+    optimizer: OptimizerConfig,
+    seed: int,
+    ranks: Ranks | None = None,
 ) -> Learner:
-    """Make a learner with Adam: epsilon 1e-5 by default, as PPO implementations use (Huang et al. 2022, detail 3)."""
+    """Make a learner with Adam: epsilon 1e-5 by default, as PPO implementations use (Huang et al. 2022, detail 3).
+
+    Without `ranks` it is alone, on the device where the policy is.
+    """
     rates = [optimizer.learning_rate, optimizer.value_learning_rate or optimizer.learning_rate]
     adam = torch.optim.AdamW(
         [
@@ -161,7 +185,7 @@ def build_learner(
         weight_decay=optimizer.weight_decay,
         fused=True,
     )
-    return Learner(policy, adam, ppo, rules, seed, rates)
+    return Learner(policy, adam, ppo, rules, seed, ranks or Ranks(policy.value_head.weight.device), rates)
 
 
 def _mean_of(stats: UpdateStats) -> UpdateStats:

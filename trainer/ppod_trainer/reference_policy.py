@@ -20,18 +20,20 @@ class ReferencePolicy:
     Args:
         directory: where they are kept.
         connections: the reference service's clients.
+        keep: how many checkpoints are kept, each of which needs its reference.
     """
 
-    def __init__(self, directory: Path, connections: Connections) -> None:
+    def __init__(self, directory: Path, connections: Connections, keep: int) -> None:
         self._directory = directory
+        self._keep = keep
         self._client = connections.reference
         self._weights = connections.reference_weights
 
     def keep(self, model: PreTrainedModel, version: int) -> None:
         """Save a policy as the reference of a version."""
         model.save_pretrained(self._path(version))
-        # The newest checkpoint, made before this refresh, still needs the one before.
-        for old in sorted(self._directory.iterdir())[:-2]:
+        # The checkpoints, all made before this refresh, still need theirs.
+        for old in sorted(self._directory.iterdir())[: -self._keep - 1]:
             shutil.rmtree(old)
 
     def serve(self, version: int) -> None:

@@ -42,6 +42,17 @@ class StopSignal:
             self._interruptible = False
         self.check()
 
+    @contextmanager
+    def deferred(self) -> Generator[None]:
+        """Keep a signal from breaking off the block, which is inside `interruptible`; it does so afterwards."""
+        before, self._interruptible = self._interruptible, False
+        try:
+            yield
+        finally:
+            self._interruptible = before
+        if before:
+            self.check()
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.received is not None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ppod import FailedPrecondition, Unavailable
 from ppod_models.loading import DTYPES
-from ppod_trainer.checkpoint import TrainerState, save_checkpoint
+from ppod_trainer.checkpoint import TrainerState
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.connections import Connections
@@ -26,7 +26,7 @@ from ppod_trainer.controls import StepControls, learning_rate_at
 from ppod_trainer.errors import TrainerError, WeightPushError
 from ppod_trainer.evaluation import Evaluation, Evaluator, write_samples
 from ppod_trainer.kl import KlController
-from ppod_trainer.learner import Learner
+from ppod_trainer.leader import Leader
 from ppod_trainer.metrics import MetricsLog, StepTimer, finite_record
 from ppod_trainer.off_policy import measure_off_policy
 from ppod_trainer.pipeline import Collected, RolloutPipeline
@@ -57,7 +57,7 @@ class Parts:
     connections: Connections
     collector: RolloutCollector
     evaluator: Evaluator
-    learner: Learner
+    learner: Leader
     kl: KlController
     prompts: PromptSet
     tokenizer: PreTrainedTokenizerFast
@@ -97,7 +97,7 @@ class TrainingRun:
             steps=config.steps,
             mixes=config.weight_transfer.pause != "wait",
         )
-        self._reference = ReferencePolicy(config.run_dir / "reference", parts.connections)
+        self._reference = ReferencePolicy(config.run_dir / "reference", parts.connections, config.checkpoint.keep)
         self._recovery = Recovery(parts.connections, config.services.recovery_timeout_s)
 
     def close(self) -> None:
@@ -127,14 +127,12 @@ class TrainingRun:
         """Write a checkpoint of the last whole step."""
         components = {name: one.state() for name, one in self.parts.stateful.items()}
         state = replace(self.state, components=components)
-        return save_checkpoint(
-            self.config.run_dir / "checkpoints", self.parts.learner, state, self.config.checkpoint.keep
-        )
+        return self.parts.learner.save(self.config.run_dir / "checkpoints", state, self.config.checkpoint.keep)
 
     def save_final_model(self) -> Path:
         """Write the policy as a directory that `AutoModelForCausalLM.from_pretrained` loads."""
         target = self.config.run_dir / "final_model"
-        self.parts.learner.policy.model.save_pretrained(target)
+        self.parts.learner.whole_model().save_pretrained(target)
         self.parts.tokenizer.save_pretrained(target)
         return target
 
@@ -151,8 +149,11 @@ class TrainingRun:
 
     def _push(self, weight_version: int) -> None:
         generation = self.parts.connections.generation_weights
+        dtype = self._wire_dtype()
+        with self.parts.stop.deferred():
+            model = self.parts.learner.whole_model(dtype)
         with self._pipeline.new_weights(weight_version):
-            generation.push(self.parts.learner.policy.model, self._wire_dtype(), weight_version)
+            generation.push(model, dtype, weight_version)
         self.state = replace(self.state, policy_version=weight_version)
 
     def _restore(self) -> None:
@@ -274,7 +275,7 @@ class TrainingRun:
     def _refresh_reference(self) -> None:
         """Make the present policy the reference."""
         version = self.state.policy_version
-        self._reference.keep(self.parts.learner.policy.model, version)
+        self._reference.keep(self.parts.learner.whole_model(), version)
         self.state = replace(self.state, reference_version=version)
         self.restore_reference()
         print(f"the reference is now the policy of step {self.state.step} (version {version})", flush=True)

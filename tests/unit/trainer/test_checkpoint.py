@@ -64,6 +64,47 @@ def test_what_does_not_fit_is_refused(policy: PolicyWithValue, tmp_path: Path) -
     path = save_checkpoint(tmp_path, learner, state_at(3), keep=1)
     with pytest.raises(CheckpointError, match="another configuration"):
         load_checkpoint(tmp_path, learner, "other")
-    (path / "policy.safetensors").write_bytes(b"half")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    (path / "trainer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="step_000003 cannot be read"):
         load_checkpoint(tmp_path, learner, "fingerprint")
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    policy: PolicyWithValue, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    learner = learner_of(policy)
+    save_checkpoint(tmp_path, learner, state_at(3), keep=2)
+    kept = [parameter.detach().clone() for parameter in policy.parameters()]
+    with torch.no_grad():
+        policy.value_head.bias.add_(1)
+    newest = save_checkpoint(tmp_path, learner, state_at(4), keep=2)
+    (file,) = newest.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    match damage:
+        case "cut":
+            file.write_bytes(content[:-1])
+        case "changed":
+            file.write_bytes(content)
+        case _:
+            file.unlink()
+    assert load_checkpoint(tmp_path, learner, "fingerprint") == state_at(3)
+    assert all(torch.equal(a, b) for a, b in zip(kept, policy.parameters(), strict=True))
+    (warning,) = (one for one in caplog.records if one.levelname == "WARNING")
+    assert "step_000004 cannot be read" in warning.getMessage()
+    assert "going on from" in warning.getMessage()
+
+
+def test_what_a_killed_process_left_is_tidied(policy: PolicyWithValue, tmp_path: Path) -> None:
+    """Killed while it wrote, and while it put one checkpoint in the place of another."""
+    learner = learner_of(policy)
+    path = save_checkpoint(tmp_path, learner, state_at(3), keep=1)
+    (tmp_path / ".writing-step_000004").mkdir()
+    path.rename(tmp_path / ".replaced-step_000003")
+    assert load_checkpoint(tmp_path, learner, "fingerprint") == state_at(3)
+    assert [one.name for one in tmp_path.iterdir()] == ["step_000003"]
+    # Killed before the one that was replaced could be deleted.
+    (tmp_path / ".replaced-step_000003").mkdir()
+    assert load_checkpoint(tmp_path, learner, "fingerprint") == state_at(3)
+    assert [one.name for one in tmp_path.iterdir()] == ["step_000003"]

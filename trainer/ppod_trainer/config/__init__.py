@@ -4,6 +4,7 @@ from ppod_trainer.config.advantages import AdvantagesConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.policy import CriticConfig, LoraConfig, PolicyConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig, RatioMaskConfig
+from ppod_trainer.config.ranks import RanksConfig
 from ppod_trainer.config.rewards import (
     AdaptiveKlConfig,
     FiltersConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "PolicyConfig",
     "PpoConfig",
     "PromptsConfig",
+    "RanksConfig",
     "RatioMaskConfig",
     "RewardsConfig",
     "RolloutConfig",

@@ -11,6 +11,7 @@ from ppod_models.configuration import ConfigModel, ModelConfig, TracingConfig
 from ppod_trainer.config.advantages import LEAVES_OUT_KL, NEEDS_GROUPS, AdvantagesConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
+from ppod_trainer.config.ranks import RanksConfig
 from ppod_trainer.config.rewards import KlConfig, RewardsConfig
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
 from ppod_trainer.config.schedules import SchedulesConfig
@@ -41,6 +42,7 @@ class TrainerConfig(ConfigModel):
     )
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    ranks: RanksConfig = RanksConfig()
     metrics: MetricsConfig = MetricsConfig()
     tracing: TracingConfig = TracingConfig()
 

@@ -1,0 +1,172 @@
+"""Several ranks, as real processes: they learn what one learns, and end together."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from support.forked import ForkedProcess
+from support.processes import ROOT, environment, free_ports, write_config
+from support.ranks import start_ranks, wait_for_ranks
+from support.services import tiny_model_config
+
+from .conftest import Config, System, records_of, wait_for_step
+
+Figures = list[dict[str, object]]
+LEARNING = "support.ranked_learning"
+
+
+def learn(
+    directory: Path, model_dir: Path, ranks: int, name: str, *, resume: bool = False, steps: int = 3, **ppo: object
+) -> tuple[Figures, dict[str, torch.Tensor]]:
+    """Let this many ranks learn; figures of each step, and the final weights."""
+    values = {
+        "run_dir": str(directory / name),
+        "policy": tiny_model_config(model_dir),
+        "steps": steps,
+        "resume": resume,
+        # Three minibatches of 4, 4 and 3 samples: the fourth of four ranks has none in the last.
+        "rollout": {"batch_size": 11},
+        "ppo": {"epochs": 2, "minibatches": 3, **ppo},
+        "optimizer": {"learning_rate": 1e-3},
+        "ranks": {"timeout_s": 60},
+    }
+    (directory / name).mkdir(exist_ok=True)
+    config = write_config(directory / f"{name}.yaml", values)
+    processes = start_ranks(LEARNING, "--config", str(config), ranks=ranks, directory=directory, name=name)
+    for code, _, stderr in wait_for_ranks(processes, 100):
+        assert code == 0, stderr
+    figures = json.loads((directory / name / "figures.json").read_text())
+    return figures, load_file(directory / name / "model.safetensors")
+
+
+def assert_close_figures(found: Figures, expected: Figures) -> None:
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        for name, value in theirs.items():
+            if name != "seconds":
+                assert torch.tensor(mine[name]).double().numpy() == pytest.approx(
+                    torch.tensor(value).double().numpy(), rel=1e-3, abs=1e-5
+                ), name
+
+
+def assert_close_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_ranks_learn_what_one_learns(tiny_model_dir: Path, tmp_path: Path) -> None:
+    expected, weights = learn(tmp_path, tiny_model_dir, 1, "one")
+    for ranks in (2, 4):
+        figures, found = learn(tmp_path, tiny_model_dir, ranks, f"of-{ranks}")
+        assert all(step["first_ratio_error"] == 0 for step in figures)
+        assert_close_figures(figures, expected)
+        assert_close_weights(found, weights)
+
+
+def test_ranks_with_micro_batches_learn_what_one_without_learns(tiny_model_dir: Path, tmp_path: Path) -> None:
+    ppo = {"aggregation": "sequence_mean", "entropy_coefficient": 0.01, "minibatches": 2}
+    expected, weights = learn(tmp_path, tiny_model_dir, 1, "one", **ppo)
+    # Six and five samples: the ranks have two micro-batches each, one of them with a single sample.
+    figures, found = learn(tmp_path, tiny_model_dir, 2, "two", **ppo, micro_batch_size=2)
+    assert all(step["first_ratio_error"] == 0 for step in figures)
+    assert_close_figures(figures, expected)
+    assert_close_weights(found, weights)
+
+
+def train(system: System, config: Config, ranks: int = 2) -> list[tuple[int, str, str]]:
+    """Run a trainer of several ranks to its end; exit code, stdout and stderr of each."""
+    return wait_for_ranks(start(system, config, ranks), 120)
+
+
+def start(system: System, config: Config, ranks: int = 2) -> list[ForkedProcess]:
+    name = Path(str(config["run_dir"])).name
+    path = write_config(system.directory / f"{name}.yaml", config)
+    return start_ranks("ppod_trainer", "--config", str(path), ranks=ranks, directory=system.directory, name=name)
+
+
+def torchrun(system: System, config: Config) -> subprocess.CompletedProcess[str]:
+    path = write_config(system.directory / "torchrun.yaml", config)
+    (port,) = free_ports(1)
+    command = ["--nproc-per-node", "2", "--master-port", str(port), "-m", "ppod_trainer", "--config", str(path)]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *command],
+        env={**environment(), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_run_of_two_ranks_is_a_run_of_one(system: System) -> None:
+    """Rollouts, pushes, evaluation and the final model; all but rounding as with one rank."""
+    one, two = (system.config(name, optimizer={"learning_rate": 1e-4}) for name in ("one-rank", "two-ranks"))
+    assert system.train(one).returncode == 0
+    done = torchrun(system, two)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("step 4/4") == 1, "rank 0 alone speaks"
+    expected, found = (records_of(Path(str(config["run_dir"]))) for config in (one, two))
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    assert_close_weights(
+        *(load_file(Path(str(config["run_dir"])) / "final_model" / "model.safetensors") for config in (two, one))
+    )
+
+
+def test_all_ranks_end_when_one_is_killed(system: System) -> None:
+    for victim in (0, 1):
+        config = system.config(f"killed-{victim}", steps=200)
+        processes = start(system, config)
+        wait_for_step(processes[0], Path(str(config["run_dir"])), 2)
+        processes[victim].kill()
+        processes[victim].wait(10)
+        other = processes[1 - victim]
+        other.wait(20)
+        _, stderr = other.communicate()
+        assert other.returncode == 1
+        assert f"ppod train: rank {1 - victim} of 2: " in stderr
+        assert "all ranks end" in stderr
+
+
+def test_a_signal_to_all_ranks_ends_the_run_after_a_checkpoint(system: System) -> None:
+    config = system.config("stopped-ranks", steps=200)
+    run_dir = Path(str(config["run_dir"]))
+    processes = start(system, config)
+    wait_for_step(processes[0], run_dir, 2)
+    for process in processes:
+        process.terminate()
+    (code, stdout, stderr), (other, _, _) = wait_for_ranks(processes, 30)
+    assert (code, other) == (128 + signal.SIGTERM, 0), stderr
+    assert "resume from" in stdout
+    assert list((run_dir / "checkpoints").iterdir()) != []
+
+
+def test_a_fault_of_the_run_is_told_by_rank_0_and_ends_all(system: System) -> None:
+    config = system.config("missing", prompts={"path": "/no/such/file.txt"})
+    (code, _, stderr), (other, _, _) = train(system, config)
+    assert (code, other) == (1, 1)
+    assert "/no/such/file.txt" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_ranks_refresh_the_reference(system: System) -> None:
+    """The last of this file: the service keeps the new reference."""
+    config = system.config("refreshed-ranks", steps=3, reference_refresh_steps=1)
+    for code, _, stderr in train(system, config):
+        assert code == 0, stderr
+    kl = [record["kl/reference"] for record in records_of(Path(str(config["run_dir"]))) if "kl/reference" in record]
+    assert kl == pytest.approx([0, 0, 0], abs=1e-4)

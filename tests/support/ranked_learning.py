@@ -1,0 +1,69 @@
+"""A rank of a trainer that learns from random rollouts, without services: `python -m support.ranked_learning`.
+
+Rank 0 leaves in the run directory figures.json, one entry a step, model.safetensors and a checkpoint of the last step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from ppod_models.configuration import load_config
+from ppod_trainer.assembly import load_leader
+from ppod_trainer.checkpoint import TrainerState
+from ppod_trainer.config import TrainerConfig
+from ppod_trainer.controls import StepControls
+from ppod_trainer.follower import follow
+from ppod_trainer.leader import Leader
+from ppod_trainer.metrics import StepTimer
+from ppod_trainer.ranks import open_ranks
+from support.random_rollouts import random_rollouts
+
+
+def lead(leader: Leader, state: TrainerState, config: TrainerConfig) -> None:
+    figures: list[dict[str, object]] = []
+    for step in range(state.step, config.steps):
+        timer = StepTimer()
+        controls = StepControls(1.0, 0.05, config.ppo.entropy_coefficient)
+        rollouts = random_rollouts(config.rollout.batch_size, seed=step)
+        batch, stats = leader.learn(rollouts, step, controls, timer)
+        tensors = {
+            name: getattr(batch, name).tolist() for name in ("old_logprobs", "old_values", "advantages", "returns")
+        }
+        figures.append({**asdict(stats), **tensors, "mean_kl": batch.mean_kl, "seconds": timer.seconds})
+    leader.whole_model().save_pretrained(config.run_dir)
+    leader.save(config.run_dir / "checkpoints", replace(state, step=config.steps), keep=1)
+    (config.run_dir / "figures.json").write_text(json.dumps(figures))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--die-as", type=int, help="this rank kills itself instead of following")
+    options = parser.parse_args()
+    config = load_config(TrainerConfig, options.config)
+    with open_ranks(config.policy.device, config.ranks.timeout_s) as ranks:
+        leader, state = load_leader(config, ranks)
+        # Values that are not all 0, and the same on all ranks.
+        if not config.resume:
+            with torch.no_grad():
+                leader.learner.policy.value_head.bias.fill_(0.5)
+        if ranks.rank == options.die_as:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if ranks.rank:
+            follow(leader.learner)
+        else:
+            lead(leader, state, config)
+            leader.close()
+
+
+if __name__ == "__main__":
+    main()

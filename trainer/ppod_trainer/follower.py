@@ -1,0 +1,26 @@
+"""What every rank but the first does: follow rank 0's orders."""
+
+from __future__ import annotations
+
+from ppod_trainer.checkpoint import save_checkpoint
+from ppod_trainer.leader import End, Gather, Learn, Save
+from ppod_trainer.learner import Learner
+from ppod_trainer.metrics import StepTimer
+from ppod_trainer.sharding import gather_parameters
+
+
+def follow(learner: Learner) -> None:
+    """Take part in all that rank 0 does, until it says that the run is over."""
+    while True:
+        match learner.ranks.hear():
+            case Learn(rollouts, step, controls):
+                learner.learn(rollouts, step, controls, StepTimer())
+            case Gather(dtype):
+                for _ in gather_parameters(learner.policy.model, dtype):
+                    pass
+            case Save(directory, state, keep):
+                save_checkpoint(directory, learner, state, keep)
+            case End():
+                return
+            case unknown:
+                raise TypeError(f"rank 0 gave an unknown order: {unknown!r}")

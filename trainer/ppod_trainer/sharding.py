@@ -1,0 +1,87 @@
+"""A policy whose weights, gradients and optimizer state are divided among ranks, by FSDP2.
+
+Parameters are DTensors in float32, cut along their first dimension. A layer's are gathered, in the dtype of the forward
+pass, while it computes. Gradients are summed, not averaged: the loss of a minibatch is the sum over its tokens with
+weights over the whole of it, on whichever rank they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from ppod_trainer.policy import PolicyWithValue
+
+
+def decoder_layers(policy: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of the transformers models in a module, by the class names that these declare."""
+    names: set[str] = set()
+    for module in policy.modules():
+        if isinstance(module, PreTrainedModel):
+            names.update(module._no_split_modules or ())  # pyright: ignore[reportPrivateUsage]
+    return [module for module in policy.modules() if type(module).__name__ in names]
+
+
+def shard_policy(policy: PolicyWithValue, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """Divide a policy that all ranks hold whole; each keeps its part, on the mesh's device.
+
+    Layers compute in `compute_dtype`; what they pass on stays as it is in one process under autocast, float32.
+    Embeddings and heads are gathered in float32.
+    """
+    layer_policy = MixedPrecisionPolicy(
+        param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for layer in decoder_layers(policy):
+        fully_shard(layer, mesh=mesh, mp_policy=layer_policy)
+    fully_shard(policy, mesh=mesh)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Without this a factor of 1 asks for PREMUL_SUM, which only NCCL has.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def free_gathered(policy: nn.Module) -> None:
+    """Drop gathered weights that a forward pass without a backward pass leaves behind; they would be used again."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, gathered from all ranks where it is divided."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def hollow_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with parameters on the meta device: all of a model but its weights."""
+    memo: dict[int, object] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
+def gather_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each parameter whole, in `dtype` on the CPU, one after the other. All ranks must take all of them."""
+    for name, parameter in model.named_parameters():
+        yield name, whole(parameter.detach().to(dtype)).cpu()
+
+
+def fill(hollow: PreTrainedModel, parameters: Iterator[tuple[str, torch.Tensor]]) -> PreTrainedModel:
+    """A whole model from a hollow one, which stays hollow; ties between parameters stay."""
+    model = copy.deepcopy(hollow)
+    named = dict(model.named_parameters())
+    filled = {id(named[name]): nn.Parameter(tensor, requires_grad=False) for name, tensor in parameters}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            module.register_parameter(name, filled[id(parameter)])
+    return model
