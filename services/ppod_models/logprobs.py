@@ -131,8 +131,9 @@ class _TokenLogprobs(torch.autograd.Function):
         of_logprobs, of_entropy = gradients
         cast_weight = weight.to(hidden.dtype)
         hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight)
-        bias_gradient = None if bias is None else torch.zeros_like(bias)
+        # The head of a model that is trained by an adapter stands still.
+        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        bias_gradient = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         # A constant entropy, as in most runs, has a gradient of zeros; its passes over the vocabulary are saved.
         through_entropy = ctx.with_entropy and bool(of_entropy.any())
         for rows in _chunks(len(hidden)):
@@ -151,7 +152,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 bias_gradient += slope.sum(dim=0)
             narrow = slope.to(hidden.dtype)
             hidden_gradient[rows] = narrow @ cast_weight
-            weight_gradient += narrow.T @ hidden[rows]
+            if weight_gradient is not None:
+                weight_gradient += narrow.T @ hidden[rows]
         return hidden_gradient, weight_gradient, bias_gradient, None, None, None
 
 

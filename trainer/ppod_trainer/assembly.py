@@ -165,7 +165,13 @@ def load_leader(config: TrainerConfig, ranks: Ranks) -> tuple[Leader, TrainerSta
     if ranks.mesh is not None:
         hollow = hollow_copy(model)
         shard_policy(policy, ranks.mesh, compute_dtype)
-    rules = ExperienceRules(config.rewards, config.kl, build_estimator(config.advantages), config.advantages.whiten)
+    rules = ExperienceRules(
+        config.rewards,
+        config.kl,
+        build_estimator(config.advantages),
+        config.advantages.whiten,
+        config.ppo.ratio_mask,
+    )
     learner = build_learner(policy, config.ppo, rules, config.optimizer, config.seed, ranks)
     state = TrainerState(0, 0, 0, configuration_fingerprint(config))
     if config.resume:

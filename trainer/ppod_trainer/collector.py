@@ -12,8 +12,11 @@ from ppod.tensors import FloatArray
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt
+from ppod_trainer.reward_components import component_scores
 from ppod_trainer.rollouts import Rollout, ScoredRollout
 from ppod_trainer.sampling import Sampler
+
+Components = dict[str, float]
 
 
 class RolloutCollector:
@@ -75,19 +78,19 @@ class RolloutCollector:
             judged, ref_logprobs = pending.result()
         by_seed = dict(zip((rollout.seed for rollout in judged), ref_logprobs, strict=True))
         return [
-            ScoredRollout(rollout, score, by_seed[rollout.seed])
-            for rollout, score in zip(scored, scores, strict=True)
+            ScoredRollout(rollout, score, by_seed[rollout.seed], components)
+            for rollout, (score, components) in zip(scored, scores, strict=True)
             if rollout.seed in by_seed
         ]
 
-    def _ask_reward(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[float]]:
+    def _ask_reward(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[tuple[float, Components]]]:
         client = self._reward
         if client is None:
-            return list(rollouts), [0.0] * len(rollouts)
+            return list(rollouts), [(0.0, {}) for _ in rollouts]
 
-        def score(kept: Sequence[Rollout]) -> list[float]:
+        def score(kept: Sequence[Rollout]) -> list[tuple[float, Components]]:
             scores = client.score([rollout.visible_tokens for rollout in kept], truncation=Truncation.NONE)
-            return scores.values.tolist()
+            return list(zip(scores.values.tolist(), component_scores(scores), strict=True))
 
         return self._bad_samples.call(rollouts, score)
 

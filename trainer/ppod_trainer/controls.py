@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ppod_trainer.config import OptimizerConfig
+from ppod_trainer.score_shaping import ScoreScale
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +16,13 @@ class StepControls:
         rate_factor: factor on the peak learning rates.
         kl_coefficient: of the KL penalty, wherever it is paid.
         entropy_coefficient: of the entropy bonus.
+        score: normalisation of the scores.
     """
 
     rate_factor: float
     kl_coefficient: float
     entropy_coefficient: float
+    score: ScoreScale = field(default_factory=ScoreScale)
 
 
 def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -13,14 +13,17 @@ import numpy.typing as npt
 import torch
 
 from ppod_trainer.algorithms import AdvantageEstimator, Experience
-from ppod_trainer.config import KlConfig, RewardsConfig
+from ppod_trainer.config import KlConfig, RatioMaskConfig, RewardsConfig
+from ppod_trainer.controls import StepControls
 from ppod_trainer.kl import estimate_kl
 from ppod_trainer.masking import masked_sum, whiten
 from ppod_trainer.policy import PolicyWithValue, ResponseBatch
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.sampler_mismatch import tokens_within
+from ppod_trainer.score_shaping import shape_scores
 from ppod_trainer.sharding import free_gathered
-from ppod_trainer.token_rewards import shape_scores, token_rewards
+from ppod_trainer.token_rewards import token_rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class PpoBatch:
         returns: value targets.
         mean_kl: mean over samples of the summed k1 estimate against the reference, nats a response.
         mean_return: mean over samples of the summed token rewards.
+        mismatched: share of action tokens left out for their ratio trainer / sampler.
     """
 
     responses: ResponseBatch
@@ -59,6 +63,7 @@ class PpoBatch:
     returns: torch.Tensor
     mean_kl: float
     mean_return: float
+    mismatched: float = 0.0
 
 
 @torch.no_grad()
@@ -90,12 +95,20 @@ def view_policy(
 
 @dataclass(frozen=True, slots=True)
 class ExperienceRules:
-    """How rewards and advantages are made; `whiten`: advantages to mean 0 and variance 1 over the loss's tokens."""
+    """How rewards and advantages are made.
+
+    Attributes:
+        rewards, kl: what is paid.
+        estimator: of advantages.
+        whiten: advantages to mean 0 and variance 1 over the loss's tokens.
+        ratio_mask: what to leave out of the loss for the sampler's mismatch; None: nothing.
+    """
 
     rewards: RewardsConfig
     kl: KlConfig
     estimator: AdvantageEstimator
     whiten: bool
+    ratio_mask: RatioMaskConfig | None = None
 
 
 @torch.no_grad()
@@ -104,7 +117,7 @@ def build_ppo_batch(
     responses: ResponseBatch,
     view: PolicyView,
     rules: ExperienceRules,
-    kl_coefficient: float,
+    controls: StepControls,
 ) -> PpoBatch:
     """Turn scores into token rewards, and those into advantages and returns."""
     device = responses.input_ids.device
@@ -117,14 +130,10 @@ def build_ppo_batch(
     sampler_logprobs = pad([scored.rollout.sampler_logprobs for scored in rollouts])
     turn_rewards = pad([scored.rollout.rewards for scored in rollouts])
     truncated = torch.tensor([scored.rollout.truncated for scored in rollouts], device=device)
-    scores = shape_scores(
-        torch.tensor([scored.score for scored in rollouts], device=device),
-        truncated,
-        clip=rules.rewards.clip,
-        missing_eos_penalty=rules.rewards.missing_eos_penalty,
-    )
+    scores = torch.tensor([scored.score for scored in rollouts], device=device)
+    scores = shape_scores(scores, truncated, mask.sum(dim=1), rules.rewards, controls.score)
     penalty = estimate_kl(view.logprobs, ref_logprobs, rules.kl.estimator) if rules.kl.placement == "reward" else None
-    rewards = token_rewards(scores, penalty, mask, kl_coefficient, turn_rewards)
+    rewards = token_rewards(scores, penalty, mask, controls.kl_coefficient, turn_rewards)
     turns = _pad([scored.rollout.turns for scored in rollouts], responses.response_mask)
     experience = Experience(
         rewards=rewards,
@@ -137,7 +146,8 @@ def build_ppo_batch(
         turns=torch.where(mask, turns, -1).long(),
     )
     result = rules.estimator.estimate(experience)
-    loss_mask = mask & ~truncated.unsqueeze(1) if rules.rewards.mask_truncated else mask
+    matched = _matched_tokens(view.logprobs, sampler_logprobs, mask, rules.ratio_mask)
+    loss_mask = matched & ~truncated.unsqueeze(1) if rules.rewards.mask_truncated else matched
     advantages = whiten(result.advantages, loss_mask) if rules.whiten else result.advantages
     kl = estimate_kl(view.logprobs, ref_logprobs, "k1")
     return PpoBatch(
@@ -151,7 +161,17 @@ def build_ppo_batch(
         returns=result.returns,
         mean_kl=float(masked_sum(kl, mask)) / len(rollouts),
         mean_return=float(rewards.sum()) / len(rollouts),
+        mismatched=1 - float(matched.sum() / mask.sum()),
     )
+
+
+def _matched_tokens(
+    old_logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, mask: torch.Tensor, config: RatioMaskConfig | None
+) -> torch.Tensor:
+    """The action tokens, bool [B, T], that trainer and sampler agree about enough to learn from."""
+    if config is None:
+        return mask
+    return tokens_within(old_logprobs, sampler_logprobs, mask, (config.low, config.high), config.level)
 
 
 def _pad(rows: Sequence[npt.NDArray[np.float32] | npt.NDArray[np.int64]], mask: torch.Tensor) -> torch.Tensor:

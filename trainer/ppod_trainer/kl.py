@@ -4,8 +4,20 @@ Source of k1, k2, k3: J. Schulman, "Approximating KL Divergence" (2020). With x 
 d = log policy(x) - log reference(x):
 
     k1 = d                    unbiased, high variance, may be negative
-    k2 = d^2 / 2              biased, never negative; its gradient through the policy is that of KL in expectation
-    k3 = exp(-d) - 1 + d      unbiased, never negative; its gradient is NOT that of KL(policy, reference)
+    k2 = d^2 / 2              biased, never negative
+    k3 = exp(-d) - 1 + d      unbiased, never negative
+
+In the reward an estimate is a number, and the policy gradient sees to the rest. In the loss it is differentiated, and
+what counts is the expectation of its gradient over x sampled from the policy, s = grad log policy(x):
+
+    k1: E[s] = 0                                          nothing at all
+    k2: E[d s] = grad KL(policy, reference)
+    k3: E[(1 - reference(x) / policy(x)) s] = grad KL(reference, policy), the other direction
+
+From the second minibatch on, x was sampled by the old policy, not by this one, and even these are off. Weighted with
+r = policy(x) / old(x), with gradient for k1 and k3, without for k2, all three have the gradient of
+KL(policy, reference), however far the policies are apart: for k1 and k3, E_old[r k] is that KL itself (DeepSeek-AI
+2025, V3.2, 3.1).
 """
 
 from __future__ import annotations
@@ -15,6 +27,7 @@ from typing import Literal, cast
 
 import torch
 
+from ppod_trainer.ratios import bounded_exp, bounded_expm1
 from ppod_trainer.stateful import JsonState
 
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -30,7 +43,23 @@ def estimate_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: K
         return difference
     if estimator == "k2":
         return difference.square() / 2
-    return torch.expm1(-difference) + difference
+    return bounded_expm1(-difference) + difference
+
+
+def kl_token_loss(
+    new_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    estimator: KlEstimator,
+    *,
+    importance_weighted: bool,
+) -> torch.Tensor:
+    """The estimate to be minimised, weighted with policy / old or not (see above); same shape as the inputs."""
+    estimate = estimate_kl(new_logprobs, ref_logprobs, estimator)
+    if not importance_weighted:
+        return estimate
+    log_ratios = new_logprobs - old_logprobs
+    return estimate * bounded_exp(log_ratios.detach() if estimator == "k2" else log_ratios)
 
 
 @dataclass(slots=True)

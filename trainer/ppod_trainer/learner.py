@@ -38,12 +38,26 @@ class UpdateStats:
     kl_loss: float = 0.0
     entropy: float = 0.0
     clip_fraction: float = 0.0
+    dual_clip_fraction: float = 0.0
+    ratio_bounded: float = 0.0
     grad_norm: float = 0.0
     first_ratio_error: float = 0.0
     approx_kl: float = 0.0
     explained_variance: float = 0.0
     stopped_early: bool = False
     optimizer_steps: int = 0
+
+
+_MEANS = (
+    "policy_loss",
+    "value_loss",
+    "kl_loss",
+    "entropy",
+    "clip_fraction",
+    "dual_clip_fraction",
+    "ratio_bounded",
+    "grad_norm",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +91,7 @@ class Learner:
                 micro for one in self._minibatches(len(rollouts), step, 0) for micro in one.shares[self.ranks.rank]
             ]
             view = view_policy(self.policy, responses, first, self.ranks)
-        batch = build_ppo_batch(rollouts, responses, view, self.rules, controls.kl_coefficient)
+        batch = build_ppo_batch(rollouts, responses, view, self.rules, controls)
         with timer.phase("update"):
             stats = self._update(batch, step, controls)
         mask = batch.loss_mask
@@ -118,12 +132,16 @@ class Learner:
         stats.kl_loss += sums.kl
         stats.entropy += sums.entropy
         stats.clip_fraction += sums.clipped
+        stats.dual_clip_fraction += sums.dual_clipped
+        stats.ratio_bounded += sums.bounded
 
     def _accumulate(self, batch: PpoBatch, minibatch: Minibatch, controls: StepControls) -> LossFigures:
         """Add the gradients of this rank's micro-batches; the loss is normalised over the whole minibatch."""
         sums = LossFigures()
         weights = torch.zeros_like(batch.old_logprobs)
-        weights[minibatch.rows] = loss_weights(batch.loss_mask[minibatch.rows], self.ppo.aggregation)
+        weights[minibatch.rows] = loss_weights(
+            batch.loss_mask[minibatch.rows], self.ppo.aggregation, self.ppo.constant_tokens
+        )
         objective = Objective(self.ppo, self.rules.kl, self.rules.estimator.critic)
         for index in minibatch.shares[self.ranks.rank]:
             # A rank without samples takes part all the same, with one that counts nothing: it has part of each layer.
@@ -173,6 +191,6 @@ def build_learner(
 def _mean_of(stats: UpdateStats) -> UpdateStats:
     """Turn the sums over minibatches into means."""
     count = max(stats.optimizer_steps, 1)
-    for name in ("policy_loss", "value_loss", "kl_loss", "entropy", "clip_fraction", "grad_norm"):
+    for name in _MEANS:
         setattr(stats, name, getattr(stats, name) / count)
     return stats

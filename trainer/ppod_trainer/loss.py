@@ -1,9 +1,23 @@
 """The whole objective over some rows of a minibatch, minimised:
 
-    L = L_policy + c1 * L_value - c2 * H + c3 * KL
+    L = -L_clip + c1 L_value - c2 H + c3 KL
 
-Each term is sum(weight * token loss) with `masking.loss_weights` over the whole minibatch, so that the gradients of its
-micro-batches, on however many ranks, add up to the minibatch's.
+    L_clip  = sum_t w_t rho_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t)      `objective.policy_token_loss`
+              and where A_t < 0 at least w_t rho_t dual A_t                       (dual clip)
+    L_value = sum_t w_t max((V_t - R_t)^2, (clip(V_t, V_old,t +- e) - R_t)^2) / 2 `objective.value_token_loss`
+    H       = sum_t w_t H(pi(. | s_t)), the entropy of the whole distribution at the sampling temperature
+    KL      = sum_t w_t k_t, an estimate of KL(pi, reference)                     `kl.kl_token_loss`
+
+    r_t     = pi(t) / pi_old(t) of the token or of its sequence                   `ratios.policy_log_ratios`
+    rho_t   = min(pi_old(t) / pi_sampler(t), cap), or 1, without gradient         `sampler_mismatch.importance_weights`
+    w_t     = the share of the token in the loss: the aggregation                 `masking.loss_weights`
+
+c1 is `ppo.value_coefficient`, c2 the step's entropy coefficient, c3 the step's KL coefficient where the penalty is in
+the loss; in the reward it is part of A_t and R_t instead, and c3 is 0. rho_t weighs the policy's term alone: values
+and entropy have no action that was sampled. What `ppo.ratio_mask` leaves out has w_t = 0 in every term.
+
+The weights are over the whole minibatch, so that the gradients of its micro-batches, on however many ranks, add up to
+the minibatch's.
 """
 
 from __future__ import annotations
@@ -15,10 +29,18 @@ import torch
 from ppod_trainer.config import KlConfig, PpoConfig
 from ppod_trainer.controls import StepControls
 from ppod_trainer.experience import PpoBatch
-from ppod_trainer.kl import estimate_kl
+from ppod_trainer.kl import estimate_kl, kl_token_loss
 from ppod_trainer.masking import weighted_sum
-from ppod_trainer.objective import clipped_tokens, importance_weights, policy_token_loss, value_token_loss
+from ppod_trainer.objective import (
+    ClipRange,
+    clipped_tokens,
+    dual_clipped_tokens,
+    policy_token_loss,
+    value_token_loss,
+)
 from ppod_trainer.policy import PolicyOutput
+from ppod_trainer.ratios import BOUND, bounded_expm1, policy_log_ratios
+from ppod_trainer.sampler_mismatch import importance_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +97,8 @@ class LossFigures:
     Attributes:
         policy, value, kl, entropy: the terms, before their coefficients.
         clipped: share of tokens whose gradient was clipped away.
+        dual_clipped: share of tokens whose gradient the dual clip took.
+        bounded: share of tokens whose ratio was held, see `ratios`; 0 in a sound run.
         approx_kl: KL(old, new) by k3, nats a token.
         ratio_error: largest |ratio - 1|; the only one that is a maximum.
     """
@@ -84,6 +108,8 @@ class LossFigures:
     kl: float = 0.0
     entropy: float = 0.0
     clipped: float = 0.0
+    dual_clipped: float = 0.0
+    bounded: float = 0.0
     approx_kl: float = 0.0
     ratio_error: float = 0.0
 
@@ -99,10 +125,7 @@ def minibatch_loss(
 ) -> tuple[torch.Tensor, LossFigures]:
     """The loss of some rows, a scalar with gradient, and its figures."""
     ppo, weights = objective.ppo, rows.weights
-    losses = policy_token_loss(output.logprobs, rows.old_logprobs, rows.advantages, ppo.clip)
-    if ppo.importance_cap is not None:
-        losses = losses * importance_weights(rows.old_logprobs, rows.sampler_logprobs, ppo.importance_cap)
-    policy = weighted_sum(losses, weights)
+    policy = _policy_loss(output.logprobs, rows, ppo)
     entropy = weighted_sum(output.entropy, weights)
     loss, figures = policy, LossFigures(policy=float(policy.detach()), entropy=float(entropy.detach()))
     if objective.critic:
@@ -112,16 +135,43 @@ def minibatch_loss(
     if controls.entropy_coefficient:
         loss = loss - controls.entropy_coefficient * entropy
     if objective.kl.placement == "loss":
-        kl = weighted_sum(estimate_kl(output.logprobs, rows.ref_logprobs, objective.kl.estimator), weights)
+        kl = weighted_sum(
+            kl_token_loss(
+                output.logprobs,
+                rows.old_logprobs,
+                rows.ref_logprobs,
+                objective.kl.estimator,
+                importance_weighted=objective.kl.importance_weighted,
+            ),
+            weights,
+        )
         loss = loss + controls.kl_coefficient * kl
         figures.kl = float(kl.detach())
     _measure_change(output.logprobs.detach(), rows, ppo, figures)
     return loss, figures
 
 
+def _policy_loss(logprobs: torch.Tensor, rows: LossRows, ppo: PpoConfig) -> torch.Tensor:
+    mask = rows.weights > 0
+    log_ratios = policy_log_ratios(logprobs, rows.old_logprobs, mask, ppo.ratio)
+    losses = policy_token_loss(log_ratios, rows.advantages, _clip_range(ppo))
+    if ppo.importance_cap is not None:
+        losses = losses * importance_weights(
+            rows.old_logprobs, rows.sampler_logprobs, mask, ppo.importance_cap, ppo.importance_level
+        )
+    return weighted_sum(losses, rows.weights)
+
+
+def _clip_range(ppo: PpoConfig) -> ClipRange:
+    return ClipRange(low=ppo.clip, high=ppo.highest_ratio, dual=ppo.dual_clip)
+
+
 def _measure_change(logprobs: torch.Tensor, rows: LossRows, ppo: PpoConfig, figures: LossFigures) -> None:
-    clipped = clipped_tokens(logprobs, rows.old_logprobs, rows.advantages, ppo.clip)
-    figures.clipped = float(weighted_sum(clipped.float(), rows.weights))
-    figures.approx_kl = float(weighted_sum(estimate_kl(rows.old_logprobs, logprobs, "k3"), rows.weights))
-    error = torch.exp(logprobs - rows.old_logprobs) - 1
-    figures.ratio_error = float(torch.where(rows.weights > 0, error.abs(), 0.0).max())
+    weights, mask, clip = rows.weights, rows.weights > 0, _clip_range(ppo)
+    log_ratios = policy_log_ratios(logprobs, rows.old_logprobs, mask, ppo.ratio)
+    figures.clipped = float(weighted_sum(clipped_tokens(log_ratios, rows.advantages, clip).float(), weights))
+    figures.dual_clipped = float(weighted_sum(dual_clipped_tokens(log_ratios, rows.advantages, clip).float(), weights))
+    figures.bounded = float(weighted_sum((log_ratios > BOUND).float(), weights))
+    figures.approx_kl = float(weighted_sum(estimate_kl(rows.old_logprobs, logprobs, "k3"), weights))
+    error = bounded_expm1(logprobs - rows.old_logprobs)
+    figures.ratio_error = float(torch.where(mask, error.abs(), 0.0).max())

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-Aggregation = Literal["token_mean", "sequence_mean"]
+Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -35,20 +35,27 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool = True)
     return torch.where(mask, whitened, torch.zeros_like(values))
 
 
-def loss_weights(mask: torch.Tensor, aggregation: Aggregation) -> torch.Tensor:
+def loss_weights(mask: torch.Tensor, aggregation: Aggregation, constant_tokens: int | None = None) -> torch.Tensor:
     """Weight of each token so that a minibatch's loss is sum(weight * token loss), float32 [B, T].
 
     token_mean: 1 / (response tokens of the minibatch). sequence_mean: 1 / (sequences * tokens of the sequence).
+    constant: 1 / (sequences * constant_tokens), so that neither a sequence's length nor its neighbours' changes
+    what its tokens weigh (Liu et al. 2025, "Understanding R1-Zero-Like Training", Dr. GRPO, 3.2).
     The weights are taken over the whole minibatch before it is cut into micro-batches, so that accumulation changes
     nothing. Sequences without a token do not count.
+
+    Raises:
+        ValueError: constant without `constant_tokens`.
     """
     lengths = mask.sum(dim=1, keepdim=True)
     if aggregation == "token_mean":
-        weights = mask.float() / lengths.sum().clamp(min=1)
-    else:
-        sequences = (lengths > 0).sum().clamp(min=1)
-        weights = mask.float() / lengths.clamp(min=1) / sequences
-    return weights
+        return mask.float() / lengths.sum().clamp(min=1)
+    sequences = (lengths > 0).sum().clamp(min=1)
+    if aggregation == "sequence_mean":
+        return mask.float() / lengths.clamp(min=1) / sequences
+    if constant_tokens is None:
+        raise ValueError("aggregation 'constant' needs constant_tokens, such as the longest response's")
+    return mask.float() / (sequences * constant_tokens)
 
 
 def weighted_sum(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

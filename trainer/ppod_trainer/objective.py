@@ -1,6 +1,4 @@
-"""PPO's objective for language models, as token losses and their sum.
-
-    L = L_policy + c1 * L_value - c2 * H + c3 * KL            (minimised)
+"""The terms of PPO's objective for language models, as token losses; `loss` puts them together.
 
 Shape legend: B sequences, T response tokens. Every function takes and gives float32 [B, T], unreduced: reduction is
 `masking.weighted_sum`, with weights over the whole minibatch.
@@ -8,15 +6,43 @@ Shape legend: B sequences, T response tokens. Every function takes and gives flo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from ppod_trainer.ratios import bounded_exp
 
-def policy_token_loss(
-    new_logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: float
-) -> torch.Tensor:
-    """Clipped surrogate, negated (Schulman et al. 2017, equation 7): max(-A * ratio, -A * clip(ratio, 1 +- clip))."""
-    ratio = torch.exp(new_logprobs - old_logprobs)
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+@dataclass(frozen=True, slots=True)
+class ClipRange:
+    """Where the surrogate is clipped.
+
+    Attributes:
+        low: the ratio counts no lower than 1 - low where A < 0.
+        high: no higher than 1 + high where A > 0; larger than `low` it leaves unlikely tokens room to grow
+            (clip-higher: Yu et al. 2025, DAPO, equation 10).
+        dual: no higher than this where A < 0, > 1; None: without bound (Ye et al. 2020, equation 5).
+    """
+
+    low: float
+    high: float
+    dual: float | None = None
+
+
+def policy_token_loss(log_ratios: torch.Tensor, advantages: torch.Tensor, clip: ClipRange) -> torch.Tensor:
+    """Clipped surrogate, negated (Schulman et al. 2017, equation 7): max(-A * r, -A * clip(r, 1 - low, 1 + high)).
+
+    With dual clip, where A < 0, no more than -A * dual: a token that the policy has come to find much likelier although
+    it was bad would otherwise have a loss, and a gradient, without bound.
+
+    Args:
+        log_ratios: log r, see `ratios.policy_log_ratios`.
+    """
+    ratio = bounded_exp(log_ratios)
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip.low, 1 + clip.high))
+    if clip.dual is None:
+        return loss
+    return torch.where(advantages < 0, torch.minimum(loss, -advantages * clip.dual), loss)
 
 
 def value_token_loss(
@@ -30,24 +56,23 @@ def value_token_loss(
     return torch.maximum(errors, (clipped - returns).square()) / 2
 
 
-def importance_weights(old_logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
-    """Truncated importance weights min(pi_old / pi_sampler, cap) that correct the sampler's mismatch; no gradient.
-
-    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
-    """
-    return torch.exp((old_logprobs - sampler_logprobs).detach()).clamp(max=cap)
+def clipped_tokens(log_ratios: torch.Tensor, advantages: torch.Tensor, clip: ClipRange) -> torch.Tensor:
+    """True where clipping took the gradient away: r above 1 + high with A > 0, below 1 - low with A < 0."""
+    ratio = bounded_exp(log_ratios)
+    return ((advantages > 0) & (ratio > 1 + clip.high)) | ((advantages < 0) & (ratio < 1 - clip.low))
 
 
-def clipped_tokens(
-    new_logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: float
-) -> torch.Tensor:
-    """True where clipping took the gradient away: ratio above 1 + clip with A > 0, below 1 - clip with A < 0."""
-    ratio = torch.exp(new_logprobs - old_logprobs)
-    return ((advantages > 0) & (ratio > 1 + clip)) | ((advantages < 0) & (ratio < 1 - clip))
+def dual_clipped_tokens(log_ratios: torch.Tensor, advantages: torch.Tensor, clip: ClipRange) -> torch.Tensor:
+    """True where the dual clip took the gradient away: r above `dual` with A < 0."""
+    if clip.dual is None:
+        return torch.zeros_like(advantages, dtype=torch.bool)
+    return (advantages < 0) & (bounded_exp(log_ratios) > clip.dual)
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over flat real tokens; 0 where the returns do not vary."""
+    if not returns.numel():
+        return 0.0
     spread = returns.var(unbiased=False)
     if spread <= 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""The policy with a value head on its trunk, and the batches that it reads.
+"""The policy with its critic, and the batches that they read.
 
 Shape legend: B sequences, P prompt tokens (left-padded), T response tokens (right-padded), H hidden size. Action tokens
 are the response tokens that the policy sampled; between them an environment may have written others.
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ppod_models.logprobs import token_logprobs
 from ppod_models.padding import position_ids
+from ppod_trainer.critic import ValueModel, zero_head
 from ppod_trainer.rollouts import ScoredRollout
 
 
@@ -106,46 +107,75 @@ class PolicyOutput:
 
 
 class PolicyWithValue(nn.Module):
-    """A causal language model and a linear value head on its last hidden state.
+    """A causal language model and its critic: a linear value head on its last hidden state, or a model of its own.
 
-    The value head starts at zero weight, so that the first advantages are the rewards themselves, not noise.
     Parameters are float32 (small updates would vanish in bfloat16); the forward pass runs in `compute_dtype`.
 
     Args:
         model: the language model, in float32 and evaluation mode.
         temperature: divides the logits, as it does in sampling.
         compute_dtype: dtype of the forward pass's matrix products.
+        value_model: a critic of its own; None: a head of zeros on the model's trunk.
+        detach_values: without a value model, keep the gradient of the values from the trunk.
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float,
+        compute_dtype: torch.dtype,
+        value_model: ValueModel | None = None,
+        detach_values: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.value_head = nn.Linear(int(model.config.hidden_size), 1, device=model.device, dtype=torch.float32)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.value_trunk = None if value_model is None else value_model.trunk
+        head = zero_head(int(model.config.hidden_size), model.device) if value_model is None else value_model.head
+        self.value_head = head
         self._temperature = temperature
         self._compute_dtype = compute_dtype
+        self._detach_values = detach_values
 
-    def forward(self, batch: ResponseBatch) -> PolicyOutput:
-        """Logprobs, entropy and values of the action tokens; the vocabulary is touched at those alone."""
+    @property
+    def device(self) -> torch.device:
+        """Where batches must be."""
+        return self.value_head.weight.device
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What the policy learns; a shared trunk belongs to it."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What the critic learns alone."""
+        trunk = [] if self.value_trunk is None else list(self.value_trunk.parameters())
+        return [*trunk, *self.value_head.parameters()]
+
+    def forward(self, batch: ResponseBatch, *, values_only: bool = False) -> PolicyOutput:
+        """Logprobs, entropy and values of the action tokens; the vocabulary is touched at those alone.
+
+        With `values_only` the gradient of the values reaches the critic's own parameters and no others.
+        """
         width = batch.prompt_width
-        with self._autocast(batch.input_ids.device):
-            hidden = self.model.base_model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-            ).last_hidden_state
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not values_only):
+            with self._autocast(batch.input_ids.device):
+                states = _states(cast(PreTrainedModel, self.model.base_model), batch)
             # The state before response token t is at column P - 1 + t: logits and values are shifted by one.
-            before = hidden[:, width - 1 : -1][batch.action_mask]
-        tokens = batch.responses[batch.action_mask]
-        head = cast(nn.Module, self.model.get_output_embeddings())
-        logprobs, entropy = token_logprobs(before.to(self._compute_dtype), head, tokens, self._temperature)
+            before = states[:, width - 1 : -1][batch.action_mask]
+            tokens = batch.responses[batch.action_mask]
+            head = cast(nn.Module, self.model.get_output_embeddings())
+            logprobs, entropy = token_logprobs(before.to(self._compute_dtype), head, tokens, self._temperature)
+        if self.value_trunk is not None:
+            with self._autocast(batch.input_ids.device):
+                states = _states(self.value_trunk, batch)
+        elif self._detach_values:
+            states = states.detach()
+        values = self.value_head(states[:, width - 1 : -1][batch.action_mask].float()).squeeze(-1)
         return PolicyOutput(
             logprobs=_scatter(logprobs, batch.action_mask),
             entropy=_scatter(entropy, batch.action_mask),
-            values=_scatter(self.value_head(before.float()).squeeze(-1), batch.action_mask),
-            next_values=self._next_values(hidden, batch),
+            values=_scatter(values, batch.action_mask),
+            next_values=self._next_values(states, batch),
         )
 
     @torch.no_grad()
@@ -158,6 +188,16 @@ class PolicyWithValue(nn.Module):
         if self._compute_dtype == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, self._compute_dtype)
+
+
+def _states(trunk: PreTrainedModel, batch: ResponseBatch) -> torch.Tensor:
+    """The trunk's last hidden states [B, P + T, H]."""
+    return trunk(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
 
 
 def _scatter(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

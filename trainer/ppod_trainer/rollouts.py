@@ -6,8 +6,8 @@ Shape legend: T tokens behind the prompt.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -108,11 +108,19 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredRollout:
-    """A rollout with the reward model's score (0 where none is asked) and the reference's logprobs, float32 [T]."""
+    """A rollout that was judged.
+
+    Attributes:
+        rollout: the rollout.
+        score: the reward model's; 0 where none is asked.
+        ref_logprobs: float32 [T], the reference's.
+        components: scores of all rewards that the score is made of, by name; empty where the service does not tell.
+    """
 
     rollout: Rollout
     score: float
     ref_logprobs: FloatArray
+    components: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def outcome(self) -> float:

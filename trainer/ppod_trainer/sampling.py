@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
-from ppod import GenerationClient, Sampling
+from ppod import GenerationClient, PpodError, Sampling
 from ppod.client import Completion, FinishReason
 from ppod.tensors import FloatArray, TokenArray
 from ppod_trainer.bad_samples import BadSamples
@@ -50,19 +50,37 @@ class TurnSampler:
         begun = [_Begun() for _ in contexts]
         left = list(range(len(contexts)))
         while left:
-            completions = self._client.generate(
-                [np.concatenate([contexts[index].tokens, *begun[index].tokens]) for index in left],
-                self._sampling,
-                seeds=[contexts[index].seed for index in left],
-                weight_version=policy_version,
-                resumed_tokens=[begun[index].length for index in left],
-            )
+            completions = self._ask(contexts, begun, left, policy_version)
             for index, completion in zip(left, completions, strict=True):
                 if completion.finish_reason is FinishReason.FILTERED:
                     raise WithheldError(completion.filter_reason, index)
                 begun[index].add(completion)
             left = [index for index in left if begun[index].ending is FinishReason.ABORTED]
         return [one.turn() for one in begun]
+
+    def _ask(
+        self, contexts: Sequence[Context], begun: Sequence[_Begun], left: Sequence[int], policy_version: int | None
+    ) -> list[Completion]:
+        """One completion of each context that is left, behind what is begun of it."""
+        prompts = [np.concatenate([contexts[index].tokens, *begun[index].tokens]) for index in left]
+        resumed = [begun[index].length for index in left]
+        # Equal neighbours, such as a group's, go as one prompt, which is run once for all of them. The contract takes
+        # no resumed tokens with several completions of a prompt.
+        copies = 1 if any(resumed) else equal_runs(prompts)
+        try:
+            return self._client.generate(
+                prompts[::copies],
+                replace(self._sampling, n=copies),
+                seeds=[contexts[index].seed for index in left],
+                weight_version=policy_version,
+                resumed_tokens=resumed[::copies],
+            )
+        except PpodError as error:
+            sample: int | None = getattr(error, "sample", None)
+            if sample is not None:
+                # Of the contexts that share the prompt take the first; those that stay will be asked one by one.
+                error.sample = left[sample * copies]  # pyright: ignore[reportAttributeAccessIssue]
+            raise
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +113,17 @@ class _Begun:
             truncated=self.ending is FinishReason.LENGTH,
             stop_token=self.ending is FinishReason.STOP,
         )
+
+
+def equal_runs(sequences: Sequence[TokenArray]) -> int:
+    """Length of the runs of equal neighbours, where all have the same; else 1."""
+    starts = [
+        index
+        for index, sequence in enumerate(sequences)
+        if index == 0 or not np.array_equal(sequence, sequences[index - 1])
+    ]
+    lengths = {end - start for start, end in zip(starts, [*starts[1:], len(sequences)], strict=True)}
+    return lengths.pop() if len(lengths) == 1 else 1
 
 
 class ResponseSampler:

@@ -12,11 +12,15 @@ from ppod_trainer.rollouts import ScoredRollout
 
 
 def rollout_figures(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
-    """Outcomes and lengths."""
+    """Outcomes, groups and lengths."""
     outcomes = np.array([one.outcome for one in rollouts])
+    groups: dict[int, list[float]] = {}
+    for one in rollouts:
+        groups.setdefault(one.rollout.group, []).append(one.outcome)
     return {
         "score/mean": float(outcomes.mean()),
         "score/std": float(outcomes.std()),
+        "groups/uniform": float(np.mean([max(group) == min(group) for group in groups.values()])),
         "response/length": float(np.mean([one.rollout.sampled for one in rollouts])),
         "response/truncated": float(np.mean([one.rollout.truncated for one in rollouts])),
     }
@@ -29,6 +33,9 @@ def update_figures(batch: PpoBatch, stats: UpdateStats) -> dict[str, float]:
         "kl/reference": batch.mean_kl,
         "policy/entropy": stats.entropy,
         "policy/clip_fraction": stats.clip_fraction,
+        "policy/dual_clip_fraction": stats.dual_clip_fraction,
+        "policy/ratio_bounded": stats.ratio_bounded,
+        "sampler/mismatched": batch.mismatched,
         "policy/approx_kl": stats.approx_kl,
         "policy/first_ratio_error": stats.first_ratio_error,
         "policy/grad_norm": stats.grad_norm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
@@ -26,11 +27,16 @@ class StepRollouts:
         self._collector = collector
 
     def generate(self, step: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
-        """Sample the step's prompts."""
+        """Sample the step's prompts, each several times; the samples of a prompt are a group."""
         config = self._config
-        prompts = self._prompts.for_step(step, config.rollout.batch_size, config.seed)
-        seeds = [sample_seed(config.seed, "rollout", step, index) for index in range(len(prompts))]
-        return self._collector.generate(prompts, seeds, policy_version, timer)
+        size = config.rollout.samples_per_prompt
+        prompts = self._prompts.for_step(step, config.rollout.batch_size // size, config.seed)
+        repeated = [prompt for prompt in prompts for _ in range(size)]
+        seeds = [sample_seed(config.seed, "rollout", step, index) for index in range(len(repeated))]
+        rollouts = self._collector.generate(repeated, seeds, policy_version, timer)
+        # By its seed: some may be missing.
+        groups = {seed: index // size for index, seed in enumerate(seeds)}
+        return [replace(rollout, group=groups[rollout.seed]) for rollout in rollouts]
 
     def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
         """Ask reward and reference."""

@@ -5,14 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def shape_scores(
-    scores: torch.Tensor, truncated: torch.Tensor, *, clip: float | None, missing_eos_penalty: float
-) -> torch.Tensor:
-    """Clip scores [B], then take the penalty off those whose response was cut off (truncated: bool [B])."""
-    shaped = scores if clip is None else scores.clamp(-clip, clip)
-    return shaped - missing_eos_penalty * truncated.to(shaped.dtype)
-
-
 def token_rewards(
     scores: torch.Tensor,
     kl: torch.Tensor | None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +35,10 @@ from ppod_trainer.recovery import Recovery
 from ppod_trainer.reference_policy import ReferencePolicy
 from ppod_trainer.report import format_evaluation, format_step
 from ppod_trainer.rollouts import ScoredRollout, keep_fresh
+from ppod_trainer.sample_filters import keep_trainable
+from ppod_trainer.schedules import entropy_coefficient_at, kl_coefficient_at
+from ppod_trainer.score_shaping import score_scale
+from ppod_trainer.score_statistics import ScoreStatistics
 from ppod_trainer.stateful import Stateful
 from ppod_trainer.step_figures import rollout_figures, update_figures
 from ppod_trainer.step_rollouts import StepRollouts
@@ -59,11 +63,12 @@ class Parts:
     tokenizer: PreTrainedTokenizerFast
     metrics: MetricsLog
     stop: StopSignal
+    scores: ScoreStatistics = field(default_factory=ScoreStatistics)
 
     @property
     def stateful(self) -> dict[str, Stateful]:
         """What a checkpoint keeps of them, besides the learner."""
-        return {"kl": self.kl}
+        return {"kl": self.kl, "scores": self.scores}
 
 
 class TrainingRun:
@@ -180,16 +185,18 @@ class TrainingRun:
                 rollouts, stale = keep_fresh(
                     collected.rollouts, self.state.policy_version, config.rollout.max_staleness
                 )
+                rollouts, rejected = keep_trainable(rollouts, config.rewards.filters, step + 1)
                 self._judge(rollouts, timer)
             if len(rollouts) < config.ppo.minibatches:
                 raise TrainerError(
                     f"step {step + 1}: {len(rollouts)} of {config.rollout.batch_size} samples are left ({stale} were "
-                    f"too old, the others were refused), fewer than ppo.minibatches, {config.ppo.minibatches}; look "
-                    "at the warnings above"
+                    f"too old, {sum(rejected.values())} rejected by rewards.filters, the others were refused), fewer "
+                    f"than ppo.minibatches, {config.ppo.minibatches}; look at the warnings above"
                 )
-            controls = self._controls()
             trained_version = self.state.policy_version
             self.whole = False
+            parts.scores.update([one.score for one in rollouts])
+            controls = self._controls()
             batch, stats = parts.learner.learn(rollouts, step, controls, timer)
             parts.kl.update(batch.mean_kl, len(rollouts))
             with timer.phase("push"):
@@ -201,17 +208,19 @@ class TrainingRun:
             | measure_off_policy(batch, rollouts, trained_version)
             | update_figures(batch, stats)
             | self._run_figures(collected, stale, timer, controls)
+            | {f"samples/rejected_{reason}": float(count) for reason, count in rejected.items()}
         )
         tokens = int(batch.responses.action_mask.sum())
         parts.metrics.write(step + 1, record, samples=len(rollouts), tokens=tokens)
         return record
 
     def _controls(self) -> StepControls:
-        config = self.config
+        config, step = self.config, self.state.step
         return StepControls(
-            rate_factor=learning_rate_at(self.state.step, config.steps, config.optimizer),
-            kl_coefficient=self.parts.kl.coefficient,
-            entropy_coefficient=config.ppo.entropy_coefficient,
+            rate_factor=learning_rate_at(step, config.steps, config.optimizer),
+            kl_coefficient=kl_coefficient_at(step, config, self.parts.kl.coefficient),
+            entropy_coefficient=entropy_coefficient_at(step, config),
+            score=score_scale(config.rewards, self.parts.scores),
         )
 
     def _run_figures(
@@ -220,6 +229,9 @@ class TrainingRun:
         """What the run itself did."""
         figures = {
             "kl/coefficient": controls.kl_coefficient,
+            "entropy/coefficient": controls.entropy_coefficient,
+            "score/running_mean": self.parts.scores.mean,
+            "score/running_std": self.parts.scores.std,
             "policy/version": float(self.state.policy_version),
             "reference/version": float(self.state.reference_version),
             "learning_rate": self.config.optimizer.learning_rate * controls.rate_factor,

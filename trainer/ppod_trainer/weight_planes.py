@@ -34,6 +34,10 @@ class WeightPlane(Protocol):
         """All tensors, as changes against a base version."""
         ...
 
+    def refused(self) -> None:
+        """A replica refuses what is being pushed to all; called from the thread that asked it."""
+        ...
+
     def close(self) -> None:
         """Leave nothing behind."""
         ...
@@ -52,6 +56,9 @@ class GrpcPlane:
     def changes(self, outgoing: Outgoing, base_version: int, tensors: Sequence[WeightTensor]) -> Generator[WeightPush]:
         """See `WeightPlane`."""
         yield WeightPush(outgoing.weight_version, tensors, base_version=base_version)
+
+    def refused(self) -> None:
+        """Each replica is on its own."""
 
     def close(self) -> None:
         """See `WeightPlane`."""
@@ -88,6 +95,9 @@ class SharedPlane:
             yield WeightPush(outgoing.weight_version, tensors, base_version=base_version, uri=path.as_uri())
         finally:
             self._directory.remove(path)
+
+    def refused(self) -> None:
+        """Each replica is on its own."""
 
     def close(self) -> None:
         """Remove all files."""

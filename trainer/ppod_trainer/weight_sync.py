@@ -23,6 +23,7 @@ from ppod import (
     WeightClient,
 )
 from ppod.client import ReplicaOutcome, WeightPause, WeightPush, WeightStatus, WireImage, relay_tree
+from ppod_trainer.collective_plane import CollectivePlane
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import ServiceMismatchError, WeightPushError
 from ppod_trainer.held_files import HeldFiles
@@ -99,9 +100,7 @@ class WeightSync:
         self._config = config
         self._pool = ThreadPoolExecutor(len(clients), thread_name_prefix="replicas")
         self._held = HeldFiles(self._clients)
-        self._plane: WeightPlane = (
-            GrpcPlane() if config.directory is None else SharedPlane(config.directory, self._held.uris)
-        )
+        self._plane = self._make_plane()
         self._committed: _Committed | None = None
         self._retired: WireImage | None = None
         self._sent_bytes = 0
@@ -192,8 +191,17 @@ class WeightSync:
     def _send_directly(self, push: WeightPush, targets: Sequence[str]) -> Outcomes:
         """Push to each of these; a relay's results are all of its tree's."""
         outcomes: Outcomes = {}
-        self._sent_bytes += push.wire_bytes * (len(targets) if not push.uri else 1)
-        for target, answer in self._ask(targets, lambda client: client.push(push).replicas).items():
+        once = bool(push.uri) or push.collective is not None
+        self._sent_bytes += push.wire_bytes * (1 if once else len(targets))
+
+        def ask(client: WeightClient) -> tuple[ReplicaOutcome, ...]:
+            try:
+                return client.push(push).replicas
+            except PpodError:
+                self._plane.refused()
+                raise
+
+        for target, answer in self._ask(targets, ask).items():
             found = (ReplicaOutcome(target, answer),) if isinstance(answer, PpodError) else answer
             outcomes |= {one.target: one.error for one in found}
         if push.uri:
@@ -244,6 +252,13 @@ class WeightSync:
             if isinstance(answer, PpodError) and (self._config.lost_replicas == "stop" or not found):
                 raise WeightPushError(f"{target} does not tell which weights it has: {answer}") from answer
         return found
+
+    def _make_plane(self) -> WeightPlane:
+        if self._config.directory is not None:
+            return SharedPlane(self._config.directory, self._held.uris)
+        if self._config.plane == "collective":
+            return CollectivePlane(self._config.collective, list(self._clients))
+        return GrpcPlane()
 
     def _free_image(self, policy: PolicyTensors) -> WireImage:
         image, self._retired = self._retired, None

@@ -27,6 +27,7 @@ from ppod.client.shared_weights import Segment, SharedDirectory
 from ppod.client.weight_image import TensorLayout, WireImage
 from ppod.client.weights import (
     AsyncWeightClient,
+    CollectiveGroup,
     LoraAdapter,
     PreparedWeights,
     RelayHop,
@@ -49,6 +50,7 @@ __all__ = [
     "AsyncWeightClient",
     "ChatTurn",
     "ClientSecurity",
+    "CollectiveGroup",
     "Completion",
     "Delivery",
     "FinishReason",

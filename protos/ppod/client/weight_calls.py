@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -89,6 +89,25 @@ class RelayHop:
 
 
 @dataclass(frozen=True, slots=True)
+class CollectiveGroup:
+    """A process group that carries the bytes of a push; see CollectiveGroup in weights.proto.
+
+    Attributes:
+        name: of the group.
+        address: the sender's TCPStore, `host:port`.
+        backend: `nccl` or `gloo`.
+        ranks: of each server, by its target, from 1; the sender is 0.
+        bucket_bytes: what is broadcast at once.
+    """
+
+    name: str
+    address: str
+    backend: str
+    ranks: Mapping[str, int]
+    bucket_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class WeightPush:
     """One version on its way.
 
@@ -99,6 +118,7 @@ class WeightPush:
         adapter: what the tensors belong to; None: the model itself.
         uri: a shared file that holds the bytes already; empty: they are sent.
         relay: servers that get the same from this one.
+        collective: a process group that brings the bytes; None: they come otherwise.
     """
 
     weight_version: int
@@ -107,6 +127,7 @@ class WeightPush:
     adapter: LoraAdapter | None = None
     uri: str = ""
     relay: tuple[RelayHop, ...] = ()
+    collective: CollectiveGroup | None = None
 
     @property
     def wire_bytes(self) -> int:
@@ -201,10 +222,13 @@ def with_checksums(tensors: Sequence[WeightTensor]) -> list[WeightTensor]:
         return list(pool.map(_with_checksum, tensors))
 
 
-def messages(push: WeightPush) -> Iterator[bytes]:
-    """The messages of a push: the manifest, then the bytes of all tensors, cut into chunks that span small tensors."""
-    yield weights_pb2.PrepareWeightsRequest(manifest=_manifest(push)).SerializeToString()
-    if push.uri:
+def messages(push: WeightPush, target: str = "") -> Iterator[bytes]:
+    """The messages of a push: the manifest, then the bytes of all tensors, cut into chunks that span small tensors.
+
+    `target` is whom they are for, where that decides a rank.
+    """
+    yield weights_pb2.PrepareWeightsRequest(manifest=_manifest(push, target)).SerializeToString()
+    if push.uri or push.collective is not None:
         return
     pieces: list[memoryview] = []
     size = 0
@@ -236,7 +260,7 @@ def _with_checksum(tensor: WeightTensor) -> WeightTensor:
     return tensor if tensor.xxh3 is not None else replace(tensor, xxh3=xxhash.xxh3_64_intdigest(tensor.data))
 
 
-def _manifest(push: WeightPush) -> weights_pb2.WeightManifest:
+def _manifest(push: WeightPush, target: str) -> weights_pb2.WeightManifest:
     manifest = weights_pb2.WeightManifest(
         weight_version=push.weight_version,
         base_version=push.base_version,
@@ -248,6 +272,13 @@ def _manifest(push: WeightPush) -> weights_pb2.WeightManifest:
         manifest.adapter.alpha = push.adapter.alpha
         manifest.adapter.rank_stabilized = push.adapter.rank_stabilized
         manifest.adapter.target_modules.extend(push.adapter.target_modules)
+    if (group := push.collective) is not None:
+        manifest.collective.name = group.name
+        manifest.collective.address = group.address
+        manifest.collective.backend = group.backend
+        manifest.collective.rank = group.ranks[target]
+        manifest.collective.world_size = len(group.ranks) + 1
+        manifest.collective.bucket_bytes = group.bucket_bytes
     for tensor in with_checksums(push.tensors):
         dense = tensor.encoding is TensorEncoding.DENSE
         manifest.tensors.add(

@@ -8,6 +8,7 @@ from ppod.client import weight_calls as calls
 from ppod.client.base import AsyncServiceClient, ServiceClient
 from ppod.client.core import ClientCore
 from ppod.client.weight_calls import (
+    CollectiveGroup,
     LoraAdapter,
     PreparedWeights,
     RelayHop,
@@ -22,6 +23,7 @@ from ppod.errors import InvalidArgument
 
 __all__ = [
     "AsyncWeightClient",
+    "CollectiveGroup",
     "LoraAdapter",
     "PreparedWeights",
     "RelayHop",
@@ -60,7 +62,7 @@ class WeightClient(ServiceClient):
             another base. PermissionDenied, NotFound: the shared file is out of bounds, or not there. With a relay the
             replies of all servers are results, not errors, those of the first one too.
         """
-        reply = self._driver.upload(calls.PREPARE_METHOD, calls.messages(push), timeout_s)
+        reply = self._driver.upload(calls.PREPARE_METHOD, calls.messages(push, self.target), timeout_s)
         return calls.read_prepared(reply, self.target, push)
 
     def commit(
@@ -91,7 +93,7 @@ class AsyncWeightClient(AsyncServiceClient):
 
     async def push(self, push: WeightPush, *, timeout_s: float | None = None) -> PreparedWeights:
         """Send weights of any kind. Errors as for `WeightClient.push`."""
-        reply = await self._driver.upload(calls.PREPARE_METHOD, calls.messages(push), timeout_s)
+        reply = await self._driver.upload(calls.PREPARE_METHOD, calls.messages(push, self.target), timeout_s)
         return calls.read_prepared(reply, self.target, push)
 
     async def commit(

@@ -77,21 +77,39 @@ class RelayHop(_message.Message):
     hops: _containers.RepeatedCompositeFieldContainer[RelayHop]
     def __init__(self, target: _Optional[str] = ..., hops: _Optional[_Iterable[_Union[RelayHop, _Mapping]]] = ...) -> None: ...
 
+class CollectiveGroup(_message.Message):
+    __slots__ = ("name", "address", "backend", "rank", "world_size", "bucket_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    address: str
+    backend: str
+    rank: int
+    world_size: int
+    bucket_bytes: int
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., bucket_bytes: _Optional[int] = ...) -> None: ...
+
 class WeightManifest(_message.Message):
-    __slots__ = ("weight_version", "tensors", "base_version", "uri", "relay", "adapter")
+    __slots__ = ("weight_version", "tensors", "base_version", "uri", "relay", "adapter", "collective")
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     URI_FIELD_NUMBER: _ClassVar[int]
     RELAY_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_FIELD_NUMBER: _ClassVar[int]
     weight_version: int
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     base_version: int
     uri: str
     relay: _containers.RepeatedCompositeFieldContainer[RelayHop]
     adapter: LoraAdapter
-    def __init__(self, weight_version: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., base_version: _Optional[int] = ..., uri: _Optional[str] = ..., relay: _Optional[_Iterable[_Union[RelayHop, _Mapping]]] = ..., adapter: _Optional[_Union[LoraAdapter, _Mapping]] = ...) -> None: ...
+    collective: CollectiveGroup
+    def __init__(self, weight_version: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., base_version: _Optional[int] = ..., uri: _Optional[str] = ..., relay: _Optional[_Iterable[_Union[RelayHop, _Mapping]]] = ..., adapter: _Optional[_Union[LoraAdapter, _Mapping]] = ..., collective: _Optional[_Union[CollectiveGroup, _Mapping]] = ...) -> None: ...
 
 class PrepareWeightsRequest(_message.Message):
     __slots__ = ("manifest", "chunk")

@@ -194,6 +194,11 @@ class WeightsConfig(ConfigModel):
         description="serve from the memory of a shared file itself where data types agree: no copy, but whoever "
         "shortens the file kills the service; for /dev/shm, not for network volumes",
     )
+    collective_addresses: tuple[str, ...] = Field(
+        default=(),
+        description="stores of senders that weights may come from by a process group (NCCL, gloo), as patterns: "
+        "`trainer-0.trainer:29600`; none: from nobody",
+    )
     relay_targets: tuple[str, ...] = Field(
         default=(),
         description="administration ports that weights may be relayed to, as patterns: `policy-*.policy:50063`; none: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ppod.errors import InvalidArgument
 from ppod.v1 import weights_pb2
@@ -17,6 +18,9 @@ _DTYPES = {
 }
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element of the data types that travel."""
+
+
+_BUCKET_BYTES = (64 * 1024, 1024**3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,26 @@ class LoraAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class IncomingGroup:
+    """The process group that brings the bytes.
+
+    Attributes:
+        name: of the group.
+        address: the sender's store, `host:port`.
+        backend: of torch.distributed.
+        rank, world_size: this server's, and how many there are.
+        bucket_bytes: what is broadcast at once.
+    """
+
+    name: str
+    address: str
+    backend: Literal["nccl", "gloo"]
+    rank: int
+    world_size: int
+    bucket_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class IncomingManifest:
     """All that one transfer brings.
 
@@ -74,7 +98,8 @@ class IncomingManifest:
         tensors: in the order of their bytes.
         base_version: version that changes or an adapter refer to; checked where it is given.
         adapter: what the tensors belong to; None: the model itself.
-        uri: file that holds the bytes; empty where they come in chunks.
+        uri: file that holds the bytes; empty where there is none.
+        collective: process group that brings the bytes; with neither they come in chunks.
     """
 
     weight_version: int
@@ -82,6 +107,7 @@ class IncomingManifest:
     base_version: int | None = None
     adapter: LoraAdapter | None = None
     uri: str = ""
+    collective: IncomingGroup | None = None
 
     @property
     def encoded(self) -> bool:
@@ -102,12 +128,41 @@ def read_manifest(message: weights_pb2.WeightManifest) -> IncomingManifest:
         base_version=message.base_version if message.HasField("base_version") else None,
         adapter=adapter,
         uri=message.uri,
+        collective=_read_group(message) if message.HasField("collective") else None,
     )
     if adapter is not None and manifest.encoded:
         raise InvalidArgument("manifest.tensors.encoding", "changes of an adapter's tensors", "dense tensors")
     if manifest.base_version is None and (adapter is not None or manifest.encoded):
         raise InvalidArgument("manifest.base_version", "none", "the version that changes or the adapter are against")
     return manifest
+
+
+def _read_group(message: weights_pb2.WeightManifest) -> IncomingGroup:
+    group = message.collective
+    field = "manifest.collective"
+    if message.uri or message.relay:
+        raise InvalidArgument(field, "a group beside a file or a relay", "one way for the bytes to come")
+    if any(_is_encoded(spec) for spec in message.tensors):
+        raise InvalidArgument(f"{field}", "changes of tensors", "dense tensors")
+    backend = group.backend
+    if backend not in ("nccl", "gloo"):
+        raise InvalidArgument(f"{field}.backend", repr(backend), "nccl or gloo")
+    if not 1 <= group.rank < group.world_size:
+        raise InvalidArgument(f"{field}.rank", str(group.rank), f"1 to {int(group.world_size) - 1}")
+    low, high = _BUCKET_BYTES
+    if not low <= group.bucket_bytes <= high:
+        raise InvalidArgument(f"{field}.bucket_bytes", str(group.bucket_bytes), f"{low} to {high}")
+    host, _, port = group.address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InvalidArgument(f"{field}.address", repr(group.address), "host:port")
+    if not group.name:
+        raise InvalidArgument(f"{field}.name", "none", "a name of the sender's")
+    return IncomingGroup(group.name, group.address, backend, group.rank, group.world_size, group.bucket_bytes)
+
+
+def _is_encoded(spec: weights_pb2.TensorSpec) -> bool:
+    dense = (weights_pb2.TENSOR_ENCODING_UNSPECIFIED, weights_pb2.TENSOR_ENCODING_DENSE)
+    return spec.encoding not in dense
 
 
 def check_tensors(tensors: Sequence[IncomingTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

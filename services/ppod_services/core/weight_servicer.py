@@ -25,7 +25,6 @@ from ppod_services.core.weight_stream import WeightStream, read_chunk
 
 if TYPE_CHECKING:
     # Importing torch would delay the binding of the ports by seconds.
-    from ppod_services.core.shared_weights import SharedFiles
     from ppod_services.core.weight_transfer import WeightTransfer
     from ppod_services.core.weights import ServedWeights
 
@@ -49,6 +48,14 @@ class Exclusive(Protocol):
         ...
 
 
+class WeightSource(Protocol):
+    """Brings a version by another way than the stream."""
+
+    def prepare(self, weights: ServedWeights, manifest: IncomingManifest, gone: threading.Event) -> int:
+        """Prepare the version of a manifest, unless the caller is gone; blocks. Returns the bytes received."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class WeightTarget:
     """The loaded model that new weights go to."""
@@ -68,7 +75,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         self._scheduler = scheduler
         self._config = config
         self._relay = WeightRelay(config)
-        self._files: SharedFiles | None = None
+        self._files: WeightSource | None = None
+        self._groups: WeightSource | None = None
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         """Register all methods."""
@@ -160,8 +168,9 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         self, weights: ServedWeights, manifest: IncomingManifest, stream: WeightStream, relay: RelayedTransfer
     ) -> int:
         """Returns the bytes received."""
-        if manifest.uri:
-            return await self._prepare_shared(weights, manifest)
+        source = self._source(manifest)
+        if source is not None:
+            return await _prepare_from(source, weights, manifest)
         # Not in a thread: a caller that went away in between would leave the transfer open for ever.
         transfer = weights.begin(manifest)
         staged: Install | None = None
@@ -173,18 +182,31 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             weights.end(transfer, staged)
         return transfer.received_bytes
 
-    async def _prepare_shared(self, weights: ServedWeights, manifest: IncomingManifest) -> int:
-        if self._files is None:
-            from ppod_services.core.shared_weights import SharedFiles  # noqa: PLC0415 - it needs torch
+    def _source(self, manifest: IncomingManifest) -> WeightSource | None:
+        """Where the bytes are or come from; None: from the stream. Its modules need torch."""
+        config = self._config
+        if manifest.uri:
+            if self._files is None:
+                from ppod_services.core.shared_weights import SharedFiles  # noqa: PLC0415
 
-            config = self._config
-            self._files = SharedFiles(config.shared_directories, map_files=config.map_shared_files)
-        gone = threading.Event()
-        try:
-            return await asyncio.to_thread(self._files.prepare, weights, manifest, gone)
-        finally:
-            # The thread goes on when the caller goes away: it must not keep what nobody waits for.
-            gone.set()
+                self._files = SharedFiles(config.shared_directories, map_files=config.map_shared_files)
+            return self._files
+        if manifest.collective is not None:
+            if self._groups is None:
+                from ppod_services.core.collective_weights import CollectiveReceiver  # noqa: PLC0415
+
+                self._groups = CollectiveReceiver(config.collective_addresses, config.idle_timeout_s)
+            return self._groups
+        return None
+
+
+async def _prepare_from(source: WeightSource, weights: ServedWeights, manifest: IncomingManifest) -> int:
+    gone = threading.Event()
+    try:
+        return await asyncio.to_thread(source.prepare, weights, manifest, gone)
+    finally:
+        # The thread goes on when the caller goes away: it must not keep what nobody waits for.
+        gone.set()
 
 
 async def _receive(transfer: WeightTransfer, stream: WeightStream, relay: RelayedTransfer) -> None:

@@ -6,6 +6,7 @@ Run as `python -m benchmarks.weights` with tests/ on the path; parts by name, al
     shared   the same through shared memory, against a memcpy of the same bytes
     pause    how long decoding stands still while weights are pushed
     relay    eight replicas of a small model against one
+    uplinks  the same where every sender's uplink has a fixed speed
     delta    changes after real PPO steps, of a short `ppod run`, or of the checkpoints that --checkpoints names
 """
 
@@ -19,9 +20,9 @@ from pathlib import Path
 from benchmarks.weights.delta import measure_delta, train
 from benchmarks.weights.figures import say
 from benchmarks.weights.push import measure_grpc, measure_pause, measure_shared
-from benchmarks.weights.relays import measure_relays
+from benchmarks.weights.relays import measure_relays, measure_uplinks
 
-PARTS = ("grpc", "shared", "pause", "relay", "delta")
+PARTS = ("grpc", "shared", "pause", "relay", "uplinks", "delta")
 
 
 def main() -> int:
@@ -47,6 +48,8 @@ def main() -> int:
                 met &= measure_pause(arguments.rounds, shared, out)
             elif part == "relay":
                 met &= measure_relays(arguments.rounds, shared, out, arguments.hidden_size)
+            elif part == "uplinks":
+                met &= measure_uplinks(arguments.rounds, shared, out, arguments.hidden_size)
             else:
                 checkpoints: Path | None = arguments.checkpoints
                 if checkpoints is None:

@@ -58,7 +58,7 @@ def measure_delta(checkpoints: Path, shared: Path, out: Path) -> bool:
         model = load_policy(torch.float32)
         seconds: list[float] = []
         sent: list[int] = []
-        with generation(target, shared) as service, syncing([service], config) as sync:
+        with generation(target, shared) as service, syncing([service.admin_target], config) as sync:
             sync.push(model, torch.bfloat16, 1)
             for version, path in enumerate(found, start=2):
                 _load(model, path)

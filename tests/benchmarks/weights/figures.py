@@ -84,6 +84,7 @@ def generation(
         "weights": {
             "shared_directories": [str(shared)],
             "map_shared_files": map_files,
+            "collective_addresses": ["127.0.0.1:*"],
             "relay_targets": ["127.0.0.1:*"] if relay else [],
         },
     }
@@ -95,9 +96,9 @@ def generation(
 
 
 @contextmanager
-def syncing(services: Sequence[ServiceProcess], config: WeightTransferConfig) -> Iterator[WeightSync]:
-    """The trainer's side of these services."""
-    sync = WeightSync([WeightClient(service.admin_target, timeout_s=60) for service in services], config)
+def syncing(targets: Sequence[str], config: WeightTransferConfig) -> Iterator[WeightSync]:
+    """The trainer's side of the services with these administration ports."""
+    sync = WeightSync([WeightClient(target, timeout_s=60) for target in targets], config)
     try:
         yield sync
     finally:

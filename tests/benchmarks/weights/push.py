@@ -30,21 +30,30 @@ def measure_grpc(rounds: int, shared: Path, out: Path) -> bool:
     bare: list[float] = []
     blocking: list[float] = []
     pushes: list[float] = []
+    broadcasts: list[float] = []
     with bare_server() as target, generation(BFLOAT16, shared) as service:
         clients = BareClient(target), BlockingBareClient(target)
-        with syncing([service], WeightTransferConfig()) as sync:
+        replica = [service.admin_target]
+        collective = WeightTransferConfig(plane="collective")
+        with syncing(replica, WeightTransferConfig()) as sync, syncing(replica, collective) as group:
             for number in range(rounds + 1):
-                seconds = clients[0].send(chunks), clients[1].send(chunks), _timed_push(sync, policy)[0]
+                seconds = (
+                    clients[0].send(chunks),
+                    clients[1].send(chunks),
+                    _timed_push(sync, policy)[0],
+                    _timed_push(group, policy)[0],
+                )
                 if number:
-                    for kept, value in zip((bare, blocking, pushes), seconds, strict=True):
+                    for kept, value in zip((bare, blocking, pushes, broadcasts), seconds, strict=True):
                         kept.append(value)
-                say(f"    round {number}: bare {seconds[0]:.3f} s, blocking {seconds[1]:.3f}, push {seconds[2]:.3f}")
+                say("    round {}: bare {:.3f} s, blocking {:.3f}, push {:.3f}, gloo {:.3f}".format(number, *seconds))
         for client in clients:
             client.close()
     timings = [
         Timing("bare byte stream, grpc.aio", size, bare),
         Timing("bare byte stream, blocking client", size, blocking),
         Timing("push over gRPC, prepared, verified and committed", size, pushes),
+        Timing("push by a group's broadcast (gloo), prepared, verified and committed", size, broadcasts),
     ]
     reference = min(timings[0].median_s, timings[1].median_s)
     bars = [Bar("push over gRPC / the faster bare byte stream", timings[2].median_s / reference, 1.25)]
@@ -60,7 +69,7 @@ def measure_shared(rounds: int, shared: Path, out: Path) -> bool:
     config = WeightTransferConfig(plane="shared", directory=shared)
     timings = [Timing("memcpy", size, _rounds(rounds, lambda: _timed(lambda: np.copyto(target, source))))]
     for name, mapped in (("mapped", True), ("copied", False)):
-        with generation(BFLOAT16, shared, map_files=mapped) as service, syncing([service], config) as sync:
+        with generation(BFLOAT16, shared, map_files=mapped) as service, syncing([service.admin_target], config) as sync:
             _timed_push(sync, policy)
             _timed_push(sync, policy)
             copies: list[float] = []
@@ -75,7 +84,7 @@ def measure_shared(rounds: int, shared: Path, out: Path) -> bool:
                 Timing(f"push by a {name} file, prepared, verified and committed", size, pushes),
             ]
     master = load_policy(torch.float32)
-    with generation(BFLOAT16, shared, map_files=True) as service, syncing([service], config) as sync:
+    with generation(BFLOAT16, shared, map_files=True) as service, syncing([service.admin_target], config) as sync:
         _timed_push(sync, master)
         _timed_push(sync, master)
         pushes = _rounds(rounds, lambda: _timed_push(sync, master)[0])
@@ -99,7 +108,7 @@ def measure_pause(rounds: int, shared: Path, out: Path) -> bool:
         ("gRPC", WeightTransferConfig(pause="keep")),
         ("mapped file", WeightTransferConfig(pause="keep", plane="shared", directory=shared)),
     ):
-        with generation(model, shared, map_files=True) as service, syncing([service], config) as sync:
+        with generation(model, shared, map_files=True) as service, syncing([service.admin_target], config) as sync:
             _timed_push(sync, policy)
             with _Generating(service) as load:
                 reports = [_while_generating(sync, policy, load) for _ in range(rounds)]

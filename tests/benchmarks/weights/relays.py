@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.weights.figures import Bar, Timing, generation, report, say, syncing
+from benchmarks.weights.slow_link import slow_links
 from ppod_trainer.config import WeightTransferConfig
 from support.processes import ServiceProcess
 from support.tiny_model import VOCAB_SIZE, build_tokenizer
 
 REPLICAS = 8
+UPLINK_BYTES_PER_S = 25e6
 
 
 def small_model(hidden_size: int) -> LlamaForCausalLM:
@@ -39,12 +42,7 @@ def small_model(hidden_size: int) -> LlamaForCausalLM:
 
 def measure_relays(rounds: int, shared: Path, out: Path, hidden_size: int) -> bool:
     """Alternate one replica and eight."""
-    policy = small_model(hidden_size)
-    directory = shared / "model"
-    policy.save_pretrained(directory)
-    build_tokenizer().save_pretrained(directory)
-    model = {"source": str(directory), "device": "cpu", "dtype": "bfloat16", "threads": 1}
-    size = sum(parameter.numel() * 2 for parameter in policy.parameters())
+    policy, model, size = _saved(shared, hidden_size)
     ways = {
         "chain": WeightTransferConfig(relay="chain"),
         "tree of 2": WeightTransferConfig(relay="tree", relay_fanout=2),
@@ -54,15 +52,16 @@ def measure_relays(rounds: int, shared: Path, out: Path, hidden_size: int) -> bo
     }
     with ExitStack() as stack:
         services = [stack.enter_context(generation(model, shared, map_files=True, relay=True)) for _ in range(REPLICAS)]
+        targets = [service.admin_target for service in services]
         alone: list[float] = []
         timings: list[Timing] = []
         computed: dict[str, float] = {}
         for name, config in ways.items():
             seconds: list[float] = []
             for number in range(rounds + 1):
-                one = _push(services[:1], WeightTransferConfig(), policy)
+                one = _push(targets[:1], WeightTransferConfig(), policy)
                 before = _cpu_s(services)
-                eight = _push(services, config, policy)
+                eight = _push(targets, config, policy)
                 if number:
                     alone.append(one)
                     seconds.append(eight)
@@ -78,6 +77,43 @@ def measure_relays(rounds: int, shared: Path, out: Path, hidden_size: int) -> bo
     return report("relay", out, timings, bars, figures)
 
 
+def measure_uplinks(rounds: int, shared: Path, out: Path, hidden_size: int) -> bool:
+    """The same where every sender's uplink carries so many bytes a second, which is what a relay is for."""
+    policy, model, size = _saved(shared, hidden_size)
+    relay = WeightTransferConfig(relay="chain")
+    with ExitStack() as stack:
+        services = [stack.enter_context(generation(model, shared, relay=True)) for _ in range(REPLICAS)]
+        ports = [service.admin_port for service in services]
+        own = stack.enter_context(slow_links(ports, UPLINK_BYTES_PER_S, one_uplink=False))
+        trainers = stack.enter_context(slow_links(ports, UPLINK_BYTES_PER_S, one_uplink=True))
+        ways = {
+            "one replica": (own[:1], WeightTransferConfig()),
+            "eight replicas, chain": (own, relay),
+            "eight replicas, each from the trainer": (trainers, WeightTransferConfig()),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(rounds + 1):
+            for name, (targets, config) in ways.items():
+                took = _push(targets, config, policy)
+                if number:
+                    seconds[name].append(took)
+    timings = [
+        Timing(f"{name}, uplinks of {UPLINK_BYTES_PER_S / 1e6:g} MB/s", size, took) for name, took in seconds.items()
+    ]
+    bars = [Bar("eight replicas by relay / one, by slow uplinks", timings[1].median_s / timings[0].median_s, 2.0)]
+    return report("uplinks", out, timings, bars, {"bytes": size, "replicas": REPLICAS})
+
+
+def _saved(shared: Path, hidden_size: int) -> tuple[LlamaForCausalLM, dict[str, object], int]:
+    """The small model, what a service loads it by, and its bytes."""
+    policy = small_model(hidden_size)
+    directory = shared / "model"
+    policy.save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
+    model: dict[str, object] = {"source": str(directory), "device": "cpu", "dtype": "bfloat16", "threads": 1}
+    return policy, model, sum(parameter.numel() * 2 for parameter in policy.parameters())
+
+
 def _cpu_s(services: list[ServiceProcess]) -> float:
     """Processor seconds that these have used."""
     ticks = 0
@@ -87,8 +123,8 @@ def _cpu_s(services: list[ServiceProcess]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _push(services: list[ServiceProcess], config: WeightTransferConfig, policy: LlamaForCausalLM) -> float:
-    with syncing(services, config) as sync:
+def _push(targets: Sequence[str], config: WeightTransferConfig, policy: LlamaForCausalLM) -> float:
+    with syncing(targets, config) as sync:
         version = max(sync.serving_versions()) + 1
         start = time.perf_counter()
         done = sync.push(policy, torch.bfloat16, version)

@@ -43,6 +43,7 @@ class Pool:
         values: dict[str, object] = {
             "model": {**tiny_model_config(self._model_dir), "dtype": dtype},
             "limits": {"max_request_sequences": 64},
+            "weights": {"collective_addresses": ["127.0.0.1:*"]},
             **backend.values,
         }
         if backend.slow_start:

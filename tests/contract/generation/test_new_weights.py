@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +11,12 @@ import torch
 
 from ppod import Completion, FailedPrecondition, FinishReason, GenerationClient, Sampling, WeightClient
 from ppod.client import SeedPromise, WeightPause
+from ppod_trainer.collective_plane import CollectivePlane
+from ppod_trainer.config import CollectiveConfig
+from ppod_trainer.policy_weights import PolicyTensors
+from ppod_trainer.weight_planes import Outgoing
 from support.generation_requests import PROMPTS
+from support.processes import free_ports
 from support.recomputed import chosen_logprobs, distributions, tokens_of
 from support.sampling_reference import Rules
 from support.tiny_model import MAX_TOKENS, build_model
@@ -84,13 +89,28 @@ def long_greedy(seed: int) -> list[list[int]]:
     return greedy_tokens(seed, tuple(tuple(prompt) for prompt in LONG), 110)
 
 
+def serve_by_group(weights: WeightClient, seed: int) -> int:
+    """Put the weights of that model into service by a broadcast."""
+    version = weights.status().state.weight_version + 1
+    config = CollectiveConfig(port=free_ports(1)[0], bucket_mib=1)
+    plane = CollectivePlane(config, [weights.target])
+    try:
+        with plane.whole(Outgoing(version, PolicyTensors(MODELS[seed], torch.float32), None)) as push:
+            weights.push(push)
+    finally:
+        plane.close()
+    weights.commit(version)
+    return version
+
+
+@pytest.mark.parametrize("put", [serve, serve_by_group])
 def test_new_weights_change_outputs_and_tags_and_leave_no_cached_prompt(
-    client: GenerationClient, weights: WeightClient
+    client: GenerationClient, weights: WeightClient, put: Callable[[WeightClient, int], int]
 ) -> None:
     """The same prompts before and after: a prefix cache that outlived the commit would show in the logprobs."""
     sampling = Sampling(max_tokens=20, temperature=0.0, ignore_eos=True)
     for seed in (5, 6):
-        version = serve(weights, seed)
+        version = put(weights, seed)
         for prompt, done in zip(PROMPTS, client.generate(PROMPTS, sampling), strict=True):
             tokens = done.token_ids.tolist()
             assert [tokens] == greedy_tokens(seed, (tuple(prompt),), 20)

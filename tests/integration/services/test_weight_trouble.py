@@ -25,7 +25,7 @@ from ppod.client import NO_RETRY, Delivery, RelayHop, WeightPush
 from support.forked import ForkedProcess
 from support.processes import ServiceProcess, running_service, start_module
 from support.services import tiny_model_config
-from support.tiny_model import build_model
+from support.tiny_model import MAX_TOKENS, build_model
 from support.weight_checks import assert_serves, assert_takes_next, retry_busy
 from support.weight_tensors import weight_tensors
 
@@ -192,6 +192,30 @@ def test_a_service_killed_in_the_middle_of_a_commit_is_named_and_starts_whole(
         with WeightClient(again.admin_target) as weights, pytest.raises(FailedPrecondition, match="none prepared"):
             weights.commit(2)
         assert_takes_next(again, 2, seed=91)
+
+
+def test_a_service_killed_in_the_middle_of_a_stream_gives_no_sample_of_another_version(
+    fragile: ServiceProcess, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """What was streamed before is whole and of its version; the rest is an error, also where a retry finds a service
+    that was started again without the version that the caller insists on."""
+    long = Sampling(max_tokens=110, temperature=0.0, ignore_eos=True)
+    prompts = [[3] * (MAX_TOKENS - 2), *([5 + index, 6, 7] for index in range(12))]
+    with GenerationClient(fragile.target, timeout_s=30) as client:
+        stream = client.stream(prompts, long, weight_version=1)
+        first = next(stream)
+        assert (first.index, [span.weight_version for span in first.weight_spans]) == (0, [1])
+        fragile.process.kill()
+        fragile.wait(10)
+        listen = {"port": fragile.port, "admin_port": fragile.admin_port, "metrics_port": fragile.metrics_port}
+        values = {"model": tiny_model_config(tiny_model_dir), "listen": listen}
+        with running_service("ppod_services.generation", tmp_path, values):
+            with pytest.raises((Unavailable, FailedPrecondition)):
+                list(stream)
+            with pytest.raises(FailedPrecondition, match="weight_version"):
+                client.generate(prompts, long, weight_version=1)
+            again = client.generate(prompts[1:], long)
+    assert {span.weight_version for done in again for span in done.weight_spans} == {0}
 
 
 def test_a_hop_that_hangs_is_named_and_the_others_go_on(

@@ -41,6 +41,7 @@ def generator(model_dir: Path, directory: Path, shared: Path) -> Iterator[Servic
         "shared_directories": [str(shared)],
         "map_shared_files": True,
         "relay_targets": ["127.0.0.1:*"],
+        "collective_addresses": ["127.0.0.1:*"],
         "idle_timeout_s": 2,
     }
     values = {"model": tiny_model_config(model_dir), "weights": weights}

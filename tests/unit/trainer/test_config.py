@@ -34,6 +34,20 @@ def test_k1_in_the_loss_is_refused() -> None:
     assert parse_config(TrainerConfig, {"kl": {"placement": "loss", "estimator": "k2"}}, "test").kl.estimator == "k2"
 
 
+def test_k1_in_the_loss_is_right_once_it_is_weighted() -> None:
+    weighted = {"kl": {"placement": "loss", "importance_weighted": True}}
+    assert parse_config(TrainerConfig, weighted, "test").kl.estimator == "k1"
+    assert "placement is 'reward'" in problems({"kl": {"importance_weighted": True}})[0]
+
+
+def test_parts_of_the_objective_go_together() -> None:
+    assert "give the latter for constant" in problems({"ppo": {"aggregation": "constant"}})[0]
+    assert "else leave it out" in problems({"ppo": {"constant_tokens": 8}})[0]
+    assert "needs importance_cap" in problems({"ppo": {"importance_level": "sequence"}})[0]
+    assert problems({"ppo": {"dual_clip": 1.0}})[0].startswith("ppo.dual_clip")
+    assert problems({"ppo": {"ratio_mask": {"low": 1.5}}})[0].startswith("ppo.ratio_mask.low")
+
+
 def test_nan_is_no_number() -> None:
     assert problems({"optimizer": {"learning_rate": float("nan")}})[0].startswith("optimizer.learning_rate")
 

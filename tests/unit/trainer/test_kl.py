@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ppod_trainer.kl import AdaptiveKl, FixedKl, KlEstimator, estimate_kl
+from ppod_trainer.kl import AdaptiveKl, FixedKl, KlEstimator, estimate_kl, kl_token_loss
 
 LOGITS = torch.tensor([0.3, -1.2, 0.9, 0.1], dtype=torch.float64)
 REFERENCE = torch.log_softmax(torch.tensor([-0.4, 0.2, 0.5, 1.0], dtype=torch.float64), dim=0)
@@ -53,6 +53,38 @@ def test_only_k2_has_the_gradient_of_kl_in_the_loss() -> None:
     torch.testing.assert_close(expected_gradient("k2"), gradient)
     torch.testing.assert_close(expected_gradient("k1"), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
     assert (expected_gradient("k3") - gradient).abs().max() > 0.05
+
+
+def test_the_gradient_of_k3_in_the_loss_is_that_of_the_other_direction() -> None:
+    logits = LOGITS.clone().requires_grad_()
+    reverse = (REFERENCE.exp() * (REFERENCE - torch.log_softmax(logits, dim=0))).sum()
+    (gradient,) = torch.autograd.grad(reverse, logits)
+    torch.testing.assert_close(expected_gradient("k3"), gradient)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_weighted_with_the_ratio_the_gradient_is_that_of_kl_whoever_sampled(estimator: KlEstimator) -> None:
+    old = torch.log_softmax(torch.tensor([1.0, 0.4, -0.9, 0.2], dtype=torch.float64), dim=0)
+    logits = LOGITS.clone().requires_grad_()
+    (expected_of_kl,) = torch.autograd.grad(exact_kl(logits), logits)
+
+    def gradient(importance_weighted: bool) -> torch.Tensor:
+        logprobs = torch.log_softmax(logits, dim=0)
+        losses = kl_token_loss(logprobs, old, REFERENCE, estimator, importance_weighted=importance_weighted)
+        return torch.autograd.grad((old.exp() * losses).sum(), logits)[0]
+
+    torch.testing.assert_close(gradient(True), expected_of_kl)
+    assert (gradient(False) - expected_of_kl).abs().max() > 0.05
+
+
+def test_k3_of_a_token_that_the_reference_finds_far_likelier_stays_finite() -> None:
+    logprobs = torch.tensor([-120.0], requires_grad=True)
+    estimate = estimate_kl(logprobs, torch.tensor([-1.0]), "k3")
+    estimate.backward()
+    assert logprobs.grad is not None
+    assert math.isfinite(float(estimate.detach()))
+    assert math.isfinite(float(logprobs.grad))
+    assert float(logprobs.grad) < -1e8
 
 
 def test_adaptive_controller_by_hand() -> None:

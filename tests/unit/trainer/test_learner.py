@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppod_trainer.algorithms import build_estimator
-from ppod_trainer.config import AdvantagesConfig, KlConfig, OptimizerConfig, PpoConfig, RewardsConfig
+from ppod_trainer.config import AdvantagesConfig, KlConfig, OptimizerConfig, PpoConfig, RatioMaskConfig, RewardsConfig
 from ppod_trainer.controls import StepControls, learning_rate_at
 from ppod_trainer.errors import NonFiniteLossError
 from ppod_trainer.experience import ExperienceRules
@@ -32,10 +32,15 @@ def learner_of(
     advantages: AdvantagesConfig | None = None,
 ) -> Learner:
     advantages = advantages or AdvantagesConfig()
+    ppo = ppo or PpoConfig()
     made = ExperienceRules(
-        rewards or RewardsConfig(), kl or KlConfig(), build_estimator(advantages), whiten=advantages.whiten
+        rewards or RewardsConfig(),
+        kl or KlConfig(),
+        build_estimator(advantages),
+        whiten=advantages.whiten,
+        ratio_mask=ppo.ratio_mask,
     )
-    return build_learner(policy, ppo or PpoConfig(), made, OptimizerConfig(learning_rate=1e-3), seed=0)
+    return build_learner(policy, ppo, made, OptimizerConfig(learning_rate=1e-3), seed=0)
 
 
 def parameters_of(policy: PolicyWithValue) -> list[torch.Tensor]:
@@ -68,14 +73,22 @@ def test_later_minibatches_see_a_moved_policy(policy: PolicyWithValue, make_roll
     assert stats.optimizer_steps == 4
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_micro_batches_change_nothing(policy: PolicyWithValue, make_rollouts: Make, aggregation: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"aggregation": "token_mean"},
+        {"aggregation": "sequence_mean"},
+        {"aggregation": "constant", "constant_tokens": 16},
+        {"aggregation": "sequence_mean", "ratio": "sequence"},
+        {"ratio": "sequence_token", "importance_cap": 2.0, "importance_level": "sequence"},
+        {"ratio_mask": {"low": 0.5, "high": 5.0}},
+    ],
+)
+def test_micro_batches_change_nothing(policy: PolicyWithValue, make_rollouts: Make, changes: dict[str, object]) -> None:
     saved, results = parameters_of(policy), []
     for micro in (None, 1, 2):
         reset(policy, saved)
-        ppo = PpoConfig.model_validate(
-            {"epochs": 1, "minibatches": 1, "micro_batch_size": micro, "aggregation": aggregation}
-        )
+        ppo = PpoConfig.model_validate({"epochs": 1, "minibatches": 1, "micro_batch_size": micro, **changes})
         _, stats = learner_of(policy, ppo).learn(make_rollouts(), 0, StepControls(1.0, 0.05, 0.0), StepTimer())
         results.append((stats.grad_norm, stats.policy_loss, stats.value_loss, stats.entropy))
     assert results[1] == pytest.approx(results[0], rel=1e-4, abs=1e-6)
@@ -263,6 +276,46 @@ def test_importance_weights_scale_the_policy_loss(policy: PolicyWithValue, make_
         losses.append(stats.policy_loss)
     assert losses[1] == pytest.approx(1.5 * losses[0], rel=1e-4)
     assert losses[2] == pytest.approx(2.0 * losses[0], rel=1e-4)
+
+
+def with_sampler(policy: PolicyWithValue, rollouts: list[ScoredRollout], shift: list[float]) -> list[ScoredRollout]:
+    """Rollouts whose sampler's logprobs are `shift` [rollouts] below the trainer's, on every token."""
+    view, _ = learner_of(policy).learn(rollouts, 0, StepControls(1e-9, 0.05, 0.0), StepTimer())
+    made: list[ScoredRollout] = []
+    for row, one in enumerate(rollouts):
+        logprobs = view.old_logprobs[row, : len(one.rollout.response)] - shift[row]
+        made.append(replace(one, rollout=replace(one.rollout, sampler_logprobs=logprobs.numpy())))
+    return made
+
+
+def test_tokens_that_sampler_and_trainer_disagree_about_do_not_train(
+    policy: PolicyWithValue, make_rollouts: Make
+) -> None:
+    """A sequence outside the bounds changes nothing, whatever its score; figures count its tokens."""
+    saved, results = parameters_of(policy), []
+    ppo = PpoConfig(epochs=1, minibatches=1, ratio_mask=RatioMaskConfig(low=0.5, high=2.0, level="geometric"))
+    for score in (0.0, 100.0):
+        reset(policy, saved)
+        rollouts = with_sampler(policy, make_rollouts(), [0.0, 1.0, 0.0, -1.0, 0.6, -0.6])
+        reset(policy, saved)
+        rollouts[1] = replace(rollouts[1], score=score)
+        rollouts[3] = replace(rollouts[3], score=-score)
+        batch, stats = learner_of(policy, ppo).learn(rollouts, 0, StepControls(1.0, 0.05, 0.0), StepTimer())
+        results.append((stats.policy_loss, stats.value_loss, stats.grad_norm))
+        lengths = [len(one.rollout.response) for one in rollouts]
+        assert batch.mismatched == pytest.approx((lengths[1] + lengths[3]) / sum(lengths))
+        assert batch.loss_mask.sum(dim=1).tolist() == [n if row not in {1, 3} else 0 for row, n in enumerate(lengths)]
+    assert results[0] == results[1]
+
+
+def test_a_step_of_which_nothing_is_left_changes_no_weight(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    saved = parameters_of(policy)
+    rollouts = with_sampler(policy, make_rollouts(), [3.0] * 6)
+    reset(policy, saved)
+    ppo = PpoConfig(epochs=1, minibatches=2, ratio_mask=RatioMaskConfig())
+    batch, stats = learner_of(policy, ppo).learn(rollouts, 0, StepControls(1.0, 0.05, 0.0), StepTimer())
+    assert batch.mismatched == 1.0
+    assert (stats.grad_norm, stats.policy_loss, stats.explained_variance) == (0.0, 0.0, 0.0)
 
 
 def test_learning_rate_warms_up_and_decays_linearly() -> None:

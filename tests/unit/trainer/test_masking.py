@@ -42,8 +42,16 @@ def test_loss_weights_by_hand() -> None:
     torch.testing.assert_close(loss_weights(MASK, "sequence_mean"), torch.tensor([[0.25, 0.25, 0.0], [0.5, 0.0, 0.0]]))
 
 
+def test_constant_weights_depend_on_no_length() -> None:
+    weights = loss_weights(MASK, "constant", constant_tokens=4)
+    torch.testing.assert_close(weights, torch.tensor([[1 / 8, 1 / 8, 0.0], [1 / 8, 0.0, 0.0]]))
+    with pytest.raises(ValueError, match="needs constant_tokens"):
+        loss_weights(MASK, "constant")
+
+
 def test_a_sequence_without_a_token_does_not_count() -> None:
     mask = torch.tensor([[True, True], [False, False]])
+    torch.testing.assert_close(loss_weights(mask, "constant", 5), torch.tensor([[0.2, 0.2], [0.0, 0.0]]))
     torch.testing.assert_close(loss_weights(mask, "sequence_mean"), torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
 
 

@@ -58,6 +58,7 @@ def test_seeds_depend_on_place_alone_and_differ() -> None:
 @dataclass
 class Values:
     values: Any
+    breakdown: None = None
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ppod_trainer.token_rewards import shape_scores, token_rewards
+from ppod_trainer.token_rewards import token_rewards
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
@@ -26,10 +26,3 @@ def test_the_score_lands_on_the_last_action_and_rewards_of_turns_where_they_were
     turns = torch.tensor([[0.5, 0.0, 0.0, 0.0], [0.0, 0.25, 0.0, 0.0]])
     rewards = token_rewards(torch.tensor([2.0, -1.0]), kl, mask, 0.1, turns)
     torch.testing.assert_close(rewards, torch.tensor([[0.4, 0.0, 1.8, 0.0], [0.0, -0.75, 0.0, 0.0]]))
-
-
-def test_score_is_clipped_before_the_missing_eos_penalty() -> None:
-    shaped = shape_scores(
-        torch.tensor([5.0, -5.0, 1.0]), torch.tensor([False, True, True]), clip=3.0, missing_eos_penalty=0.5
-    )
-    torch.testing.assert_close(shaped, torch.tensor([3.0, -3.5, 0.5]))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from ppod_trainer.algorithms.base import AdvantageEstimator, Experience
 from ppod_trainer.algorithms.gae import Gae
+from ppod_trainer.algorithms.grpo import Grpo
+from ppod_trainer.algorithms.reinforce_pp import ReinforcePlusPlus
+from ppod_trainer.algorithms.returns import MonteCarlo, OneStep
+from ppod_trainer.algorithms.rloo import Rloo
 from ppod_trainer.algorithms.sequence import SequenceAdvantage
 from ppod_trainer.config import AdvantagesConfig
 
@@ -14,6 +18,16 @@ def build_estimator(config: AdvantagesConfig) -> AdvantageEstimator:
     """The estimator that the configuration names."""
     match config.kind:
         case "gae":
-            return Gae(config.gamma, config.lam, config.bootstrap_truncated)
+            return Gae(config.gamma, config.lam, config.bootstrap_truncated, config.value_lam, config.lam_length_alpha)
+        case "monte_carlo":
+            return MonteCarlo(config.gamma, config.bootstrap_truncated)
+        case "one_step":
+            return OneStep(config.gamma, config.bootstrap_truncated)
         case "sequence":
-            return SequenceAdvantage()
+            return SequenceAdvantage(config.bootstrap_truncated)
+        case "grpo" | "dr_grpo":
+            return Grpo(scaled=config.kind == "grpo")
+        case "rloo":
+            return Rloo()
+        case "reinforce_pp" | "reinforce_pp_baseline":
+            return ReinforcePlusPlus(config.gamma, baseline=config.kind == "reinforce_pp_baseline")

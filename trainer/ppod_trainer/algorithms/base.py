@@ -38,6 +38,10 @@ class Experience:
     groups: torch.Tensor
     turns: torch.Tensor
 
+    def bootstrap_values(self) -> torch.Tensor:
+        """What follows the last token, float32 [B]: the next state's value where the response was cut off, else 0."""
+        return torch.where(self.truncated, self.next_values, 0.0)
+
 
 class AdvantageEstimator(Protocol):
     """Turns experience into advantages and value targets, without gradients."""

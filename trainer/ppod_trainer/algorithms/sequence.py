@@ -10,7 +10,13 @@ from ppod_trainer.algorithms.base import Experience
 
 @dataclass(frozen=True, slots=True)
 class SequenceAdvantage:
-    """A = R - V(s) for every token, with the value before the first."""
+    """A = R - V(s) for every token, with the value before the first.
+
+    Attributes:
+        bootstrap_truncated: a response that was cut off goes on with the value of its next state, which adds to R.
+    """
+
+    bootstrap_truncated: bool = False
 
     @property
     def critic(self) -> bool:
@@ -19,4 +25,6 @@ class SequenceAdvantage:
 
     def estimate(self, experience: Experience) -> Advantages:
         """See `AdvantageEstimator`."""
-        return sequence_advantages(experience.rewards, experience.values, experience.mask)
+        one = experience
+        bootstrap = one.bootstrap_values() if self.bootstrap_truncated else None
+        return sequence_advantages(one.rewards, one.values, one.mask, bootstrap_values=bootstrap)

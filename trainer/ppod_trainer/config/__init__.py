@@ -2,27 +2,48 @@
 
 from ppod_trainer.config.advantages import AdvantagesConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
-from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
+from ppod_trainer.config.policy import CriticConfig, LoraConfig, PolicyConfig
+from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig, RatioMaskConfig
 from ppod_trainer.config.ranks import RanksConfig
-from ppod_trainer.config.rewards import AdaptiveKlConfig, KlConfig, RewardsConfig
+from ppod_trainer.config.rewards import (
+    AdaptiveKlConfig,
+    FiltersConfig,
+    KlConfig,
+    LengthPenaltyConfig,
+    OverlongConfig,
+    RewardsConfig,
+    SafetyFilterConfig,
+)
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
-from ppod_trainer.config.services import ServicesConfig, WeightTransferConfig, has_replicas
+from ppod_trainer.config.schedules import LinearSchedule, SchedulesConfig
+from ppod_trainer.config.services import CollectiveConfig, ServicesConfig, WeightTransferConfig, has_replicas
 from ppod_trainer.config.trainer import TrainerConfig
 
 __all__ = [
     "AdaptiveKlConfig",
     "AdvantagesConfig",
     "CheckpointConfig",
+    "CollectiveConfig",
+    "CriticConfig",
     "EnvironmentConfig",
     "EvaluationConfig",
+    "FiltersConfig",
     "KlConfig",
+    "LengthPenaltyConfig",
+    "LinearSchedule",
+    "LoraConfig",
     "MetricsConfig",
     "OptimizerConfig",
+    "OverlongConfig",
+    "PolicyConfig",
     "PpoConfig",
     "PromptsConfig",
     "RanksConfig",
+    "RatioMaskConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "SafetyFilterConfig",
+    "SchedulesConfig",
     "ServicesConfig",
     "TrainerConfig",
     "WeightTransferConfig",

@@ -1,23 +1,79 @@
-"""How advantages come from rewards and values."""
+"""How advantages come from rewards, values and groups of samples."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ppod_models.configuration import ConfigModel
 
+AdvantageKind = Literal[
+    "gae",
+    "monte_carlo",
+    "one_step",
+    "sequence",
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+]
+
+NEEDS_CRITIC: frozenset[AdvantageKind] = frozenset({"gae", "monte_carlo", "one_step", "sequence"})
+"""These read values."""
+
+NEEDS_GROUPS: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"})
+"""These compare the samples of one prompt."""
+
+LEAVES_OUT_KL: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo"})
+"""These read what was paid for a response, not its token rewards, of which a KL penalty may be a part."""
+
+_WHITENED = NEEDS_CRITIC | {"reinforce_pp", "reinforce_pp_baseline"}
+
+
+def _whitened(values: Mapping[str, object]) -> bool:
+    return values.get("kind", "gae") in _WHITENED
+
 
 class AdvantagesConfig(ConfigModel):
-    """How advantages come from rewards and values."""
+    """How advantages come from rewards, values and groups of samples."""
 
-    kind: Literal["gae", "sequence"] = Field(
-        default="gae", description="sequence: A = R - V(s), the same for all tokens"
+    kind: AdvantageKind = Field(
+        default="gae",
+        description="gae; monte_carlo: discounted return - V; one_step: r + gamma V(next) - V; sequence: A = R - V(s), "
+        "the same for all tokens; the others need no critic: see ppod_trainer/algorithms",
     )
-    gamma: float = Field(default=1.0, ge=0, le=1)
+    gamma: float = Field(default=1.0, ge=0, le=1, description="discount; of gae and the reinforce_pp kinds")
     lam: float = Field(default=0.95, ge=0, le=1, description="lambda of GAE")
-    whiten: bool = Field(default=True, description="mean 0 and variance 1 over the batch's response tokens")
+    value_lam: float | None = Field(
+        default=None, ge=0, le=1, description="lambda of GAE's value targets, such as 1; none: that of the advantages"
+    )
+    lam_length_alpha: float | None = Field(
+        default=None,
+        gt=0,
+        description="GAE's lambda by length, in place of lam: 1 - 1 / (this * action tokens), such as 0.05 (VAPO); "
+        "none: off",
+    )
+    whiten: bool = Field(
+        default_factory=_whitened,
+        description="mean 0 and variance 1 over the batch's response tokens; by default as the kind's paper does it: "
+        "yes with a critic and for the reinforce_pp kinds",
+    )
     bootstrap_truncated: bool = Field(
         default=False, description="a response cut off continues with V(next state); its score is still paid"
     )
+
+    @model_validator(mode="after")
+    def _lambdas_are_read(self) -> Self:
+        for key in ("value_lam", "lam_length_alpha"):
+            if self.kind != "gae" and getattr(self, key) is not None:
+                raise ValueError(f"{key} belongs to GAE; kind {self.kind!r} does not read it: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _bootstrap_has_values(self) -> Self:
+        if self.bootstrap_truncated and self.kind not in NEEDS_CRITIC:
+            raise ValueError(f"bootstrap_truncated is true, and kind {self.kind} has no values to go on with; use gae")
+        return self

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ppod_models.configuration import ConfigModel
+
+
+class RatioMaskConfig(ConfigModel):
+    """Leaves out of the loss what trainer and sampler disagree about: ratio trainer / sampler outside [low, high]."""
+
+    low: float = Field(default=0.5, ge=0, le=1)
+    high: float = Field(default=5.0, ge=1)
+    level: Literal["token", "sequence", "geometric"] = Field(
+        default="token",
+        description="tokens by their own ratio; whole sequences by the product, or the geometric mean, of theirs",
+    )
 
 
 class PpoConfig(ConfigModel):
@@ -17,13 +28,27 @@ class PpoConfig(ConfigModel):
     micro_batch_size: int | None = Field(
         default=None, ge=1, description="samples in a forward pass; gradients accumulate; none: the minibatch"
     )
-    clip: float = Field(default=0.2, gt=0, description="epsilon of the policy ratio")
+    ratio: Literal["token", "sequence", "sequence_token"] = Field(
+        default="token",
+        description="what is clipped: each token's ratio, the geometric mean of the sequence's (GSPO), or that with "
+        "gradients of tokens (GSPO-token); clip is then some 1e-4, not 0.2",
+    )
+    clip: float = Field(default=0.2, gt=0, description="epsilon of the policy ratio; with clip_high, downwards")
+    clip_high: float | None = Field(default=None, gt=0, description="epsilon upwards, such as 0.28; none: clip")
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="bound on the ratio where the advantage is negative, such as 3; none: off"
+    )
     value_clip: float | None = Field(
         default=0.2, gt=0, description="bound on the move from the old value; none: no clip"
     )
     value_coefficient: float = Field(default=0.1, ge=0)
     entropy_coefficient: float = Field(default=0.0, ge=0)
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
+        default="token_mean", description="constant: sum over tokens / (sequences * constant_tokens) (Dr. GRPO)"
+    )
+    constant_tokens: int | None = Field(
+        default=None, ge=1, description="for aggregation constant, such as rollout.max_tokens"
+    )
     max_grad_norm: float = Field(default=1.0, gt=0)
     stop_kl: float | None = Field(
         default=None, gt=0, description="end the step's update when KL(old, new) exceeds this, nats a token"
@@ -31,6 +56,26 @@ class PpoConfig(ConfigModel):
     importance_cap: float | None = Field(
         default=None, gt=0, description="truncated importance sampling of the sampler's mismatch; none: off"
     )
+    importance_level: Literal["token", "sequence"] = Field(
+        default="token", description="importance weights of tokens, or the product over the sequence"
+    )
+    ratio_mask: RatioMaskConfig | None = Field(default=None, description="none: all tokens count, whatever their ratio")
+
+    @property
+    def highest_ratio(self) -> float:
+        """Epsilon of the ratio upwards."""
+        return self.clip if self.clip_high is None else self.clip_high
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if (self.aggregation == "constant") != (self.constant_tokens is not None):
+            raise ValueError(
+                f"aggregation is {self.aggregation!r}, constant_tokens {self.constant_tokens}: give the latter for "
+                "constant, else leave it out"
+            )
+        if self.importance_level == "sequence" and self.importance_cap is None:
+            raise ValueError("importance_level needs importance_cap, such as 2")
+        return self
 
 
 class OptimizerConfig(ConfigModel):

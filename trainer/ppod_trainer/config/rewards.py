@@ -9,15 +9,70 @@ from pydantic import Field, model_validator
 from ppod_models.configuration import ConfigModel
 
 
+class LengthPenaltyConfig(ConfigModel):
+    """Taken off the score for each token above a budget."""
+
+    budget_tokens: int = Field(ge=0)
+    per_token: float = Field(gt=0)
+
+
+class OverlongConfig(ConfigModel):
+    """Soft overlong punishment (DAPO, equation 13): from 0 at max_tokens - cache_tokens to `penalty` at max_tokens."""
+
+    max_tokens: int = Field(ge=1, description="such as rollout.max_tokens")
+    cache_tokens: int = Field(ge=1, description="length of the slope")
+    penalty: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _slope_fits(self) -> Self:
+        if self.cache_tokens > self.max_tokens:
+            raise ValueError(f"cache_tokens is {self.cache_tokens}, more than max_tokens, {self.max_tokens}")
+        return self
+
+
+class SafetyFilterConfig(ConfigModel):
+    """Samples that a safety reward scores low are not trained on."""
+
+    reward: str = Field(min_length=1, description="a part of the reward that is asked, such as a term of its sum")
+    at_least: float = Field(description="lowest score of that part that is trained on")
+
+
+class FiltersConfig(ConfigModel):
+    """What is never trained on, whatever its score. Rejected samples are counted and logged."""
+
+    min_tokens: int | None = Field(default=None, ge=1, description="shorter responses; none: any length")
+    max_repetition: float | None = Field(
+        default=None, ge=0, lt=1, description="responses of which a larger share of n-grams stood in them before"
+    )
+    repetition_ngram: int = Field(default=4, ge=1)
+    safety: SafetyFilterConfig | None = None
+
+
 class RewardsConfig(ConfigModel):
-    """From the reward model's score to token rewards."""
+    """From the reward model's score to token rewards: normalised, then clipped, then penalties taken off."""
 
     model: bool = Field(
         default=True, description="pay the reward model's score; false: the environment's rewards alone"
     )
+    normalize: Literal["none", "scale", "whiten"] = Field(
+        default="none",
+        description="by the statistics of all scores of the run so far. scale: divide by their standard deviation; "
+        "whiten: take their mean off first",
+    )
     clip: float | None = Field(default=None, gt=0, description="bounds the score to [-clip, clip]")
     missing_eos_penalty: float = Field(default=0.0, ge=0, description="taken off the score of a response cut off")
+    length_penalty: LengthPenaltyConfig | None = Field(default=None, description="none: length costs nothing")
+    overlong: OverlongConfig | None = Field(default=None, description="none: as long as it may be costs nothing")
     mask_truncated: bool = Field(default=False, description="leave responses that were cut off out of the loss")
+    filters: FiltersConfig = FiltersConfig()
+
+    @model_validator(mode="after")
+    def _scores_are_there(self) -> Self:
+        if not self.model and (self.normalize != "none" or self.filters.safety is not None):
+            raise ValueError(
+                "normalize and filters.safety read the reward model's scores, which model false leaves out"
+            )
+        return self
 
 
 class AdaptiveKlConfig(ConfigModel):
@@ -33,10 +88,20 @@ class KlConfig(ConfigModel):
     coefficient: float = Field(default=0.05, ge=0, description="starting, or fixed, coefficient")
     placement: Literal["reward", "loss"] = "reward"
     estimator: Literal["k1", "k2", "k3"] = "k1"
+    importance_weighted: bool = Field(
+        default=False,
+        description="in the loss: weigh the estimate with policy / old policy, so that its gradient is KL's for every "
+        "estimator, in later minibatches, too",
+    )
     adaptive: AdaptiveKlConfig | None = None
 
     @model_validator(mode="after")
     def _refuse_k1_loss(self) -> Self:
-        if self.placement == "loss" and self.estimator == "k1":
-            raise ValueError("estimator k1 in the loss has a gradient of mean zero; use k2 (KL's gradient) or k3")
+        if self.placement == "loss" and self.estimator == "k1" and not self.importance_weighted:
+            raise ValueError(
+                "estimator k1 in the loss has a gradient of mean zero; use k2 (KL's gradient) or k3, or set "
+                "importance_weighted"
+            )
+        if self.placement == "reward" and self.importance_weighted:
+            raise ValueError("importance_weighted is for a penalty in the loss; placement is 'reward'")
         return self

@@ -25,6 +25,11 @@ class RolloutConfig(ConfigModel):
     """How samples are drawn. top-p and top-k are refused in training: the old policy's support would differ."""
 
     batch_size: int = Field(default=32, ge=1, description="samples in a step")
+    samples_per_prompt: int = Field(
+        default=1,
+        ge=1,
+        description="samples of each prompt, a group; a step has batch_size / samples_per_prompt prompts",
+    )
     max_tokens: int = Field(default=24, ge=1, description="longest response")
     temperature: float = Field(default=1.0, gt=0, description="divides sampler, policy and reference logits alike")
     top_p: float = Field(default=1.0, description="must be 1 in training")
@@ -45,6 +50,15 @@ class RolloutConfig(ConfigModel):
             raise ValueError(
                 "top_p must be 1 and top_k 0 in training: the sampler would draw from a smaller support than the "
                 "trainer's and the reference's logprobs are computed on"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_broken_groups(self) -> Self:
+        if self.batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"batch_size is {self.batch_size}: it must be a multiple of samples_per_prompt, "
+                f"{self.samples_per_prompt}, so that all groups are whole"
             )
         return self
 

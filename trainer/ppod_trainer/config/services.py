@@ -68,12 +68,30 @@ class ServicesConfig(ConfigModel):
         return self
 
 
+class CollectiveConfig(ConfigModel):
+    """The process group of the trainer and all replicas of generation."""
+
+    backend: Literal["auto", "nccl", "gloo"] = Field(
+        default="auto", description="auto: NCCL with a CUDA device, else gloo"
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        description="where the replicas reach this trainer; they allow it by weights.collective_addresses",
+    )
+    port: int = Field(default=29600, ge=1, le=65535, description="on which the parties meet")
+    bucket_mib: int = Field(default=16, ge=1, le=1024, description="what is broadcast at once")
+    timeout_s: float = Field(default=30.0, gt=0, description="longest wait for a replica to join, or to take a bucket")
+
+
 class WeightTransferConfig(ConfigModel):
     """How new weights reach generation; services/ppod_services/README.md tells which to take when."""
 
-    plane: Literal["grpc", "shared"] = Field(
-        default="grpc", description="grpc: a stream of chunks, works everywhere; shared: files that both sides see"
+    plane: Literal["grpc", "shared", "collective"] = Field(
+        default="grpc",
+        description="grpc: a stream of chunks, works everywhere; shared: files that both sides see; collective: "
+        "broadcast to all replicas at once, by NCCL between GPU nodes",
     )
+    collective: CollectiveConfig = CollectiveConfig()
     directory: Path | None = Field(
         default=None,
         description="shared: where files are written, at the same path for the services, which allow it by "
@@ -100,6 +118,12 @@ class WeightTransferConfig(ConfigModel):
         if (self.plane == "shared") != (self.directory is not None):
             raise ValueError(
                 f"plane is {self.plane!r}, directory {str(self.directory)!r}: give one for shared, else none"
+            )
+        others = (self.encoding, self.relay, self.lost_replicas)
+        if self.plane == "collective" and others != ("full", "none", "stop"):
+            raise ValueError(
+                f"plane is 'collective' with encoding, relay, lost_replicas {', '.join(others)}: it broadcasts "
+                "whole weights to all replicas or to none; leave these at full, none, stop"
             )
         if self.directory is not None and not self.directory.is_absolute():
             raise ValueError(f"directory is {str(self.directory)!r}: it must be absolute, the services open it too")

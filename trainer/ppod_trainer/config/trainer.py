@@ -8,12 +8,13 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from ppod_models.configuration import ConfigModel, ModelConfig, TracingConfig
-from ppod_trainer.config.advantages import AdvantagesConfig
+from ppod_trainer.config.advantages import LEAVES_OUT_KL, NEEDS_GROUPS, AdvantagesConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
 from ppod_trainer.config.ranks import RanksConfig
 from ppod_trainer.config.rewards import KlConfig, RewardsConfig
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
+from ppod_trainer.config.schedules import SchedulesConfig
 from ppod_trainer.config.services import ServicesConfig, WeightTransferConfig, has_replicas
 
 
@@ -35,6 +36,7 @@ class TrainerConfig(ConfigModel):
     advantages: AdvantagesConfig = AdvantagesConfig()
     ppo: PpoConfig = PpoConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    schedules: SchedulesConfig = SchedulesConfig()
     reference_refresh_steps: int | None = Field(
         default=None, ge=1, description="steps after which the reference becomes the policy; none: never"
     )
@@ -61,11 +63,32 @@ class TrainerConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
+    def _one_steers_the_kl(self) -> Self:
+        if self.schedules.kl_coefficient is not None and self.kl.adaptive is not None:
+            raise ValueError("schedules.kl_coefficient and kl.adaptive would both steer the coefficient: choose one")
+        return self
+
+    @model_validator(mode="after")
     def _correct_stale_samples(self) -> Self:
         if self.rollout.max_staleness and self.ppo.importance_cap is None:
             raise ValueError(
                 f"rollout.max_staleness is {self.rollout.max_staleness}: samples of older weights need importance "
                 "weights; set ppo.importance_cap, such as 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_has_what_it_reads(self) -> Self:
+        kind = self.advantages.kind
+        if kind in NEEDS_GROUPS and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"advantages.kind {kind} compares the samples of one prompt, and rollout.samples_per_prompt is "
+                f"{self.rollout.samples_per_prompt}; set it to 2 or more, such as 8"
+            )
+        if kind in LEAVES_OUT_KL and self.kl.placement == "reward" and self.kl.coefficient:
+            raise ValueError(
+                f"advantages.kind {kind} reads outcomes, which a KL penalty in the reward is no part of; set "
+                "kl.placement to loss (with kl.estimator k3, as in the paper, or k2), or kl.coefficient to 0"
             )
         return self
 

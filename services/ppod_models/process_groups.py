@@ -1,0 +1,138 @@
+"""Process groups beside torch's default one: a sender and receivers that meet at the sender's store.
+
+They are made of torch.distributed's backends directly, so that a process may be in a default group of its own, or in
+none, and may leave one group for another.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import distributed
+
+# Where they are defined; torch.distributed only passes them on.
+from torch._C._distributed_c10d import BroadcastOptions, ProcessGroupGloo, Store, TCPStore, Work
+
+GroupBackend = Literal["nccl", "gloo"]
+
+
+class GroupError(Exception):
+    """A group could not be made, or broke: a party is gone or late."""
+
+
+def usable_backends() -> tuple[GroupBackend, ...]:
+    """The backends that this process has, the fastest first."""
+    if torch.cuda.is_available() and distributed.is_nccl_available():
+        return ("nccl", "gloo")
+    return ("gloo",)
+
+
+def open_store(host: str, port: int, *, master: bool, timeout_s: float) -> TCPStore:
+    """The store where parties meet; `master` listens, on a free port if `port` is 0.
+
+    Raises:
+        GroupError: nothing listens there, or the port is in use.
+    """
+    try:
+        return TCPStore(host, port, is_master=master, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise GroupError(f"the store at {host}:{port} cannot be reached or opened: {_first_line(error)}") from error
+
+
+def wait_for(store: Store, key: str, timeout_s: float) -> bytes:
+    """The value of a key, once it is set. Raises GroupError after `timeout_s`."""
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+        return store.get(key)
+    except RuntimeError as error:
+        raise GroupError(f"{key} was not told within {timeout_s:g} s: {_first_line(error)}") from error
+
+
+class _Members(Protocol):
+    """A backend of torch.distributed; its own stubs leave these out."""
+
+    def broadcast(self, tensors: list[torch.Tensor], options: BroadcastOptions) -> Work: ...
+    def abort(self) -> None: ...
+
+
+class BroadcastGroup:
+    """Rank 0 sends, all others receive.
+
+    Args:
+        backend: one of `usable_backends`.
+        store: where the parties meet; of no other group.
+        rank: this party's.
+        world_size: number of parties.
+        timeout_s: longest that one broadcast, or a party at the start, may take.
+
+    Raises:
+        GroupError: not all parties came in time.
+    """
+
+    def __init__(self, backend: GroupBackend, store: Store, rank: int, world_size: int, timeout_s: float) -> None:
+        timeout = timedelta(seconds=timeout_s)
+        self.device = torch.device("cpu")
+        try:
+            if backend == "nccl":
+                self.device = torch.device("cuda", torch.cuda.current_device())
+                self._members = _nccl(store, rank, world_size, timeout)
+            else:
+                self._members = cast(_Members, ProcessGroupGloo(store, rank, world_size, timeout))
+        except RuntimeError as error:
+            raise GroupError(f"not all of {world_size} parties came: {_first_line(error)}") from error
+        self._timeout = timeout
+
+    def broadcast(self, bucket: torch.Tensor) -> Work:
+        """Begin to send, or to receive into, a flat uint8 tensor on `device`; `finish` ends it. Raises GroupError."""
+        options = BroadcastOptions()
+        options.rootRank = 0
+        options.rootTensor = 0
+        try:
+            return self._members.broadcast([bucket], options)
+        except RuntimeError as error:
+            raise GroupError(_first_line(error)) from error
+
+    def finish(self, work: Work) -> None:
+        """Wait until a broadcast is done. Raises GroupError: a party is gone, or took too long."""
+        try:
+            work.wait(self._timeout)
+        except RuntimeError as error:
+            raise GroupError(_first_line(error)) from error
+
+    def close(self) -> None:
+        """Leave the group, also one that hangs."""
+        self._members.abort()
+
+
+def _nccl(store: Store, rank: int, world_size: int, timeout: timedelta) -> _Members:
+    # Only builds of torch for CUDA have it.
+    from torch._C._distributed_c10d import ProcessGroupNCCL  # noqa: PLC0415
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timeout  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    with _blocking_nccl():
+        return cast(_Members, ProcessGroupNCCL(store, rank, world_size, options))
+
+
+@contextmanager
+def _blocking_nccl() -> Generator[None]:
+    """Have waits of a group that is made within block and raise: the watchdog would end the whole process instead."""
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n", maxsplit=1)[0]

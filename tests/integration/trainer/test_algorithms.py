@@ -1,0 +1,55 @@
+"""Whole runs of the algorithms that compare the samples of a prompt, with real services."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .conftest import Config, System, records_of
+
+GROUPS = {"batch_size": 8, "samples_per_prompt": 4, "max_tokens": 8}
+IN_LOSS = {"placement": "loss", "estimator": "k3"}
+RECIPES: dict[str, Config] = {
+    "grpo": {"kl": IN_LOSS, "rollout": GROUPS},
+    "dr_grpo": {"kl": IN_LOSS, "rollout": GROUPS},
+    "rloo": {"rollout": GROUPS},
+    "reinforce_pp": {"rollout": {**GROUPS, "samples_per_prompt": 1}},
+    "reinforce_pp_baseline": {"kl": {**IN_LOSS, "estimator": "k2"}, "rollout": GROUPS},
+}
+
+
+def steps_of(config: Config) -> list[dict[str, float]]:
+    return [record for record in records_of(Path(str(config["run_dir"]))) if "score/mean" in record]
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_each_algorithm_moves_the_policy_without_a_critic(system: System, kind: str) -> None:
+    config = system.config(kind, steps=4, advantages={"kind": kind}, **RECIPES[kind])
+    result = system.train(config)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    records = steps_of(config)
+    assert all(record["policy/first_ratio_error"] == 0 for record in records)
+    assert all(record["loss/value"] == 0 for record in records)
+    assert all(record["policy/grad_norm"] > 0 for record in records)
+    assert all(record["samples/dropped"] == 0 for record in records)
+    assert all(record["groups/uniform"] == (1 if kind == "reinforce_pp" else 0) for record in records)
+    assert abs(records[-1]["kl/reference"]) > 1e-3
+
+
+def test_groups_go_with_overlapped_steps_and_evaluation_has_none(system: System) -> None:
+    config = system.config(
+        "ahead-groups",
+        steps=5,
+        advantages={"kind": "grpo"},
+        kl=IN_LOSS,
+        rollout={**GROUPS, "max_staleness": 1},
+        ppo={"importance_cap": 2.0},
+    )
+    result = system.train(config)
+    assert result.returncode == 0, result.stderr
+    assert [record["sampler/staleness_max"] for record in steps_of(config)] == [0, 1, 1, 1, 1]
+    samples = (Path(str(config["run_dir"])) / "samples" / "step_000005.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["prompt"] for line in samples}) == len(samples) == 6

@@ -1,0 +1,256 @@
+"""Weights by a process group's broadcasts: the same checks and errors as by a stream, and groups that are made anew."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch._C._distributed_c10d import PrefixStore
+
+from ppod import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable, WeightClient
+from ppod.client import CollectiveGroup, WeightPush
+from ppod_models.process_groups import BroadcastGroup, GroupError, open_store, wait_for
+from ppod_trainer.collective_plane import CollectivePlane
+from ppod_trainer.config import CollectiveConfig, WeightTransferConfig
+from ppod_trainer.errors import TrainerError, WeightPushError
+from ppod_trainer.weight_sync import WeightSync
+from support.processes import ServiceProcess, running_service
+from support.services import tiny_model_config
+from support.tiny_model import build_model
+from support.weight_checks import assert_serves, assert_takes_next
+from support.weight_tensors import weight_tensors
+
+BUCKET = 64 * 1024
+FULL_BYTES = sum(parameter.numel() * 4 for parameter in build_model().parameters())
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def generator(model_dir: Path, directory: Path, allowed: str = "127.0.0.1:*") -> Iterator[ServiceProcess]:
+    weights = {"collective_addresses": [allowed], "idle_timeout_s": 3}
+    values = {"model": tiny_model_config(model_dir), "weights": weights}
+    with running_service("ppod_services.generation", directory, values) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def replicas(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServiceProcess]]:
+    directory = tmp_path_factory.mktemp("replicas")
+    with ExitStack() as stack:
+        yield [stack.enter_context(generator(tiny_model_dir, directory)) for _ in range(2)]
+
+
+@contextmanager
+def syncing(replicas: Sequence[ServiceProcess], port: int) -> Iterator[WeightSync]:
+    config = WeightTransferConfig(plane="collective", collective=CollectiveConfig(port=port, bucket_mib=1, timeout_s=4))
+    sync = WeightSync([WeightClient(one.admin_target, timeout_s=20) for one in replicas], config)
+    try:
+        yield sync
+    finally:
+        sync.close()
+
+
+def test_one_group_brings_version_after_version(replicas: list[ServiceProcess], port: int) -> None:
+    with syncing(replicas, port) as sync:
+        version = max(sync.serving_versions())
+        for step in (1, 2, 3):
+            model = build_model(seed=step)
+            report = sync.push(model, torch.float32, version + step)
+            assert (report.sent_bytes, report.lost) == (FULL_BYTES, ())
+            for replica in replicas:
+                assert_serves(replica, version + step, model)
+        plane = sync._plane
+        assert isinstance(plane, CollectivePlane)
+        assert plane._epoch == 1
+
+
+def test_who_refuses_keeps_all_at_their_versions(replicas: list[ServiceProcess], port: int) -> None:
+    """One replica is further on than the other: nothing is broadcast, at once; the next version reaches both."""
+    first, second = build_model(seed=4), build_model(seed=5)
+    with syncing(replicas, port) as sync:
+        version = max(sync.serving_versions()) + 1
+        sync.push(first, torch.float32, version)
+        with WeightClient(replicas[1].admin_target) as other:
+            other.prepare(version + 5, weight_tensors(second))
+            other.commit(version + 5)
+        begun = time.monotonic()
+        with pytest.raises(WeightPushError, match="weight_version") as raised:
+            sync.push(build_model(seed=6), torch.float32, version + 1)
+        assert time.monotonic() - begun < 2.5
+        assert "the sender gave up" in str(raised.value)
+        assert_serves(replicas[0], version, first)
+        assert_serves(replicas[1], version + 5, second)
+        sync.push(first, torch.float32, version + 6)
+    for replica in replicas:
+        assert_serves(replica, version + 6, first)
+        assert_takes_next(replica, version + 7, seed=6)
+
+
+def test_a_replica_that_was_started_again_joins_a_new_group(
+    replicas: list[ServiceProcess], tiny_model_dir: Path, tmp_path: Path, port: int
+) -> None:
+    model = build_model(seed=7)
+    with ExitStack() as stack:
+        mortal = stack.enter_context(generator(tiny_model_dir, tmp_path))
+        sync = stack.enter_context(syncing([replicas[0], mortal], port))
+        version = max(sync.serving_versions()) + 1
+        sync.push(model, torch.float32, version)
+        mortal.process.kill()
+        mortal.wait()
+        with pytest.raises(WeightPushError, match=mortal.admin_target):
+            sync.push(build_model(seed=8), torch.float32, version + 1)
+        assert_serves(replicas[0], version, model)
+        again = stack.enter_context(restarted(mortal, tiny_model_dir, tmp_path))
+        sync.push(model, torch.float32, version + 2)
+        assert_serves(replicas[0], version + 2, model)
+        assert_serves(again, version + 2, model)
+
+
+@contextmanager
+def restarted(service: ServiceProcess, model_dir: Path, directory: Path) -> Iterator[ServiceProcess]:
+    """The same service on the same ports."""
+    values = {
+        "model": tiny_model_config(model_dir),
+        "weights": {"collective_addresses": ["127.0.0.1:*"], "idle_timeout_s": 3},
+        "listen": {"port": service.port, "admin_port": service.admin_port, "metrics_port": service.metrics_port},
+    }
+    with running_service("ppod_services.generation", directory, values):
+        yield service
+
+
+def ask(replica: ServiceProcess, group: CollectiveGroup) -> None:
+    with WeightClient(replica.admin_target, timeout_s=20) as client:
+        version = client.status().state.weight_version + 1
+        client.push(WeightPush(version, weight_tensors(build_model(seed=9)), collective=group))
+
+
+def group_of(replica: ServiceProcess, port: int, backend: str = "gloo") -> CollectiveGroup:
+    return CollectiveGroup("test", f"127.0.0.1:{port}", backend, {replica.admin_target: 1}, 1024 * 1024)
+
+
+def test_a_group_that_cannot_be_met_is_refused(
+    replicas: list[ServiceProcess], tiny_model_dir: Path, tmp_path: Path, port: int
+) -> None:
+    with pytest.raises(InvalidArgument, match="backend"):
+        ask(replicas[0], group_of(replicas[0], port, "mpi"))
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        ask(replicas[0], group_of(replicas[0], port))
+    if not torch.cuda.is_available():
+        with pytest.raises(FailedPrecondition, match="nccl"):
+            ask(replicas[0], group_of(replicas[0], port, "nccl"))
+    with (
+        generator(tiny_model_dir, tmp_path, "10.0.0.1:*") as strict,
+        pytest.raises(PermissionDenied, match=r"127\.0\.0\.1"),
+    ):
+        ask(strict, group_of(strict, port))
+    with WeightClient(replicas[0].admin_target) as client:
+        version = client.status().state.weight_version
+    assert_takes_next(replicas[0], version + 1, seed=6)
+
+
+@dataclass
+class Sender:
+    """The sender's side, bucket by bucket."""
+
+    replica: ServiceProcess
+    port: int
+    data: bytes
+    asking: Future[None]
+    members: BroadcastGroup
+
+    def send(self, count: int) -> None:
+        for begin in range(0, count * BUCKET, BUCKET):
+            bucket = torch.frombuffer(
+                bytearray(self.data[begin : begin + BUCKET].ljust(BUCKET, b"\0")), dtype=torch.uint8
+            )
+            self.members.finish(self.members.broadcast(bucket))
+
+
+@contextmanager
+def sending(replica: ServiceProcess, port: int) -> Iterator[Sender]:
+    """A push of which the test sends the buckets itself."""
+    group = CollectiveGroup("by hand", f"127.0.0.1:{port}", "gloo", {replica.admin_target: 1}, BUCKET)
+    with WeightClient(replica.admin_target) as client:
+        version = client.status().state.weight_version + 1
+    store = open_store("127.0.0.1", port, master=True, timeout_s=5)
+    prefix = PrefixStore("ppod/by hand", store)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask, replica, group)
+        assert wait_for(prefix, f"{version}/joined/1", 5) == b"0"
+        prefix.set(f"{version}/go", "1")
+        members = BroadcastGroup("gloo", PrefixStore("1", prefix), 0, 2, 5)
+        yield Sender(
+            replica, port, b"".join(bytes(one.data) for one in weight_tensors(build_model(seed=9))), asking, members
+        )
+        members.close()
+
+
+def test_a_sender_that_ends_in_the_middle_leaves_the_old_version(replicas: list[ServiceProcess], port: int) -> None:
+    model = build_model(seed=6)
+    with WeightClient(replicas[0].admin_target) as client:
+        version = client.status().state.weight_version + 1
+    assert_takes_next(replicas[0], version, seed=6)
+    with sending(replicas[0], port) as sender:
+        sender.send(2)
+        sender.members.close()
+        with pytest.raises(Unavailable, match="the group by hand"):
+            sender.asking.result(10)
+    assert_serves(replicas[0], version, model)
+    assert_takes_next(replicas[0], version + 1, seed=7)
+
+
+def test_a_damaged_bucket_is_named_by_its_tensor(replicas: list[ServiceProcess], port: int) -> None:
+    with sending(replicas[0], port) as sender:
+        damaged = bytearray(sender.data)
+        damaged[BUCKET + 5] ^= 1
+        sender.data = bytes(damaged)
+        with pytest.raises(GroupError):
+            sender.send(-(-len(damaged) // BUCKET))
+        with pytest.raises(InvalidArgument, match="xxh3"):
+            sender.asking.result(10)
+    with WeightClient(replicas[0].admin_target) as client:
+        version = client.status().state.weight_version
+    assert_takes_next(replicas[0], version + 1, seed=7)
+
+
+def test_a_replica_that_is_killed_in_the_middle_is_noticed_at_once(
+    tiny_model_dir: Path, tmp_path: Path, port: int
+) -> None:
+    with generator(tiny_model_dir, tmp_path) as mortal, sending(mortal, port) as sender:
+        sender.send(2)
+        mortal.process.kill()
+        begun = time.monotonic()
+        with pytest.raises(GroupError):
+            sender.send(3)
+        assert time.monotonic() - begun < 3
+        with pytest.raises(Unavailable):
+            sender.asking.result(10)
+
+
+def test_a_sender_that_never_comes_is_given_up(replicas: list[ServiceProcess], port: int) -> None:
+    """The store is there, the sender is not: the server gives up after its idle timeout."""
+    plane = CollectivePlane(CollectiveConfig(port=port, timeout_s=4), [replicas[0].admin_target])
+    with pytest.raises(Unavailable, match="was not told within 3 s"):
+        ask(replicas[0], group_of(replicas[0], port))
+    plane.close()
+
+
+def test_a_port_in_use_is_named(port: int) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with pytest.raises(TrainerError, match="set host and port"):
+            CollectivePlane(CollectiveConfig(port=port), ["127.0.0.1:1"])

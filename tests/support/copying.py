@@ -1,0 +1,77 @@
+"""A task that a random transformer learns by reinforcement alone within a minute: say the letters of the prompt again.
+
+Each letter in its place pays a part of 1, because no random policy would ever say all of them right: with 10 letters
+and 3 places it does so once in 1,000 answers, and once in 2,000 with the special tokens that it may say as well.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ppod_trainer.environments import Reply
+
+LETTERS = "abcdefghij"
+SIGN = ">"
+EOS = "<|end|>"
+PAD = "<|pad|>"
+
+
+class CopyingParameters(BaseModel):
+    """What is to be copied."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    length: int = Field(default=3, ge=1, le=8)
+
+
+class Copying:
+    """One word: the prompt is "bad>", the right answer "bad"."""
+
+    parameters_type = CopyingParameters
+    stop = ()
+
+    def __init__(self, parameters: CopyingParameters) -> None:
+        self._length = parameters.length
+        self._word = ""
+
+    def reset(self, seed: int) -> str:
+        draw = random.Random(seed)
+        self._word = "".join(draw.choice(LETTERS) for _ in range(self._length))
+        return self._word + SIGN
+
+    def step(self, action: str) -> Reply:
+        right = sum(said == wanted for said, wanted in zip(action, self._word, strict=False))
+        return Reply("", right / self._length, done=True)
+
+
+def save_copying_model(directory: Path, *, seed: int = 0) -> Path:
+    """Save a random transformer of one token a letter, which has never seen any text; returns the directory."""
+    vocabulary = {letter: index for index, letter in enumerate(LETTERS + SIGN)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(saved),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=saved.eos_token_id,
+        pad_token_id=saved.pad_token_id,
+    )
+    LlamaForCausalLM(config).eval().save_pretrained(directory)
+    saved.save_pretrained(directory)
+    return directory

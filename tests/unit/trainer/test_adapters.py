@@ -1,0 +1,98 @@
+"""LoRA and QLoRA policies against whole weights made by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+from ppod_trainer.adapters import PolicyAdapter, load_quantised
+from ppod_trainer.config import LoraConfig
+from ppod_trainer.errors import TrainerError
+from ppod_trainer.policy import PolicyWithValue, build_response_batch
+from ppod_trainer.rollouts import ScoredRollout
+from support.tiny_model import build_model
+
+CPU = torch.device("cpu")
+Make = Callable[..., list[ScoredRollout]]
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: it comes with ppod[qlora]"
+)
+
+
+def turned(model: PreTrainedModel) -> None:
+    """Give every adapter layer a change; LoRA begins with none."""
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.1)
+
+
+def logprobs(model: PreTrainedModel, rollouts: list[ScoredRollout]) -> torch.Tensor:
+    policy = PolicyWithValue(model, temperature=0.7, compute_dtype=torch.float32)
+    with torch.no_grad():
+        return policy(build_response_batch(rollouts, CPU)).logprobs
+
+
+def test_an_adapter_begins_as_its_base_and_is_all_that_learns(model: PreTrainedModel, make_rollouts: Make) -> None:
+    before = logprobs(model, make_rollouts())
+    names = dict(model.named_parameters()).keys()
+    adapter = PolicyAdapter(model, LoraConfig(rank=4, alpha=8))
+    assert torch.equal(logprobs(model, make_rollouts()), before)
+    policy = PolicyWithValue(model, temperature=0.7, compute_dtype=torch.float32)
+    policy(build_response_batch(make_rollouts(), CPU)).logprobs.sum().backward()
+    learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learning == {name for name in dict(model.named_parameters()) if ".lora_" in name}
+    assert len(policy.policy_parameters()) == len(learning)
+    base = dict(adapter.base_parameters())
+    assert base.keys() == names
+    for name, parameter in build_model().named_parameters():
+        assert torch.equal(base[name], parameter), name
+
+
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_merged_weights_are_the_base_and_the_scaled_product(
+    model: PreTrainedModel, make_rollouts: Make, stabilized: bool
+) -> None:
+    adapter = PolicyAdapter(model, LoraConfig(rank=4, alpha=8, target_modules=("q_proj",), rank_stabilized=stabilized))
+    turned(model)
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(layer, LoraLayer)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    base, merged = dict(adapter.base_parameters()), dict(adapter.merged_parameters())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    scaling = 8 / (4**0.5 if stabilized else 4)
+    torch.testing.assert_close(merged[name], base[name] + scaling * b @ a)
+    assert torch.equal(merged["model.norm.weight"], base["model.norm.weight"])
+    whole = build_model()
+    whole.load_state_dict(merged, strict=False)
+    torch.testing.assert_close(logprobs(whole, make_rollouts()), logprobs(model, make_rollouts()), atol=2e-5, rtol=1e-5)
+
+
+def test_layers_that_are_not_there_are_named(model: PreTrainedModel) -> None:
+    with pytest.raises(TrainerError, match="wq_proj"):
+        PolicyAdapter(model, LoraConfig(target_modules=("wq_proj",)))
+
+
+@needs_bitsandbytes
+def test_a_quantised_base_is_what_its_dense_weights_say(tiny_model_dir: Path, make_rollouts: Make) -> None:
+    """Generation and reference get the dense weights: they compute what the trainer does."""
+    model = load_quantised(tiny_model_dir, device=CPU, dtype=torch.float32, attention="sdpa")
+    assert model.get_submodule("model.layers.0.self_attn.q_proj").weight.dtype == torch.uint8
+    adapter = PolicyAdapter(model, LoraConfig(rank=4, alpha=8))
+    turned(model)
+    whole = build_model(seed=1)
+    whole.load_state_dict(dict(adapter.merged_parameters()), strict=False)
+    torch.testing.assert_close(logprobs(whole, make_rollouts()), logprobs(model, make_rollouts()), atol=1e-4, rtol=1e-4)
+    original = dict(build_model().named_parameters())
+    base = dict(adapter.base_parameters())
+    assert base.keys() == original.keys()
+    name = "model.layers.0.mlp.up_proj.weight"
+    error = (base[name] - original[name]).abs().mean() / original[name].abs().mean()
+    assert 0.01 < float(error.detach()) < 0.15

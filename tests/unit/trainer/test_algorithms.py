@@ -1,0 +1,162 @@
+"""Group-relative and leave-one-out advantages, and REINFORCE++, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppod_trainer.algorithms import Experience, build_estimator
+from ppod_trainer.algorithms.groups import group_statistics
+from ppod_trainer.config import AdvantagesConfig
+from ppod_trainer.masking import whiten
+
+
+def experience_of(
+    outcomes: Sequence[float],
+    groups: Sequence[int],
+    lengths: Sequence[int] | None = None,
+    *,
+    penalty: float = 0.0,
+) -> Experience:
+    """Outcomes on last tokens, less a penalty on every token; lengths of 2 if none are given."""
+    lengths = lengths or [2] * len(outcomes)
+    mask = torch.arange(max(lengths) + 1)[None] < torch.tensor(lengths)[:, None]
+    rewards = torch.where(mask, -penalty, 0.0)
+    rewards[torch.arange(len(outcomes)), torch.tensor(lengths) - 1] += torch.tensor(outcomes)
+    return Experience(
+        rewards=rewards,
+        outcomes=torch.tensor(outcomes),
+        values=torch.zeros_like(rewards),
+        next_values=torch.zeros(len(outcomes)),
+        mask=mask,
+        truncated=torch.zeros(len(outcomes), dtype=torch.bool),
+        groups=torch.tensor(groups),
+        turns=torch.where(mask, 0, -1),
+    )
+
+
+def estimate(kind: str, experience: Experience) -> torch.Tensor:
+    estimator = build_estimator(AdvantagesConfig.model_validate({"kind": kind}))
+    assert not estimator.critic
+    result = estimator.estimate(experience)
+    assert not result.returns.any()
+    assert result.advantages.dtype == torch.float32
+    assert not result.advantages[~experience.mask].any()
+    return result.advantages
+
+
+def test_grpo_by_hand() -> None:
+    # Group 0 holds 1, 0, 0, 1: mean 1/2, squares 4 * 1/4 = 1, over 3: std sqrt(1/3), A = +-0.5 * sqrt(3) = +-0.8660.
+    # Group 1 holds 2, 5: mean 3.5, squares 2 * 2.25 = 4.5, over 1: std 2.1213, A = -+1.5 / 2.1213 = -+0.7071.
+    result = estimate("grpo", experience_of([1, 2, 0, 0, 5, 1], [0, 1, 0, 0, 1, 0]))
+    expected = [math.sqrt(3) / 2, -1 / math.sqrt(2), -math.sqrt(3) / 2, -math.sqrt(3) / 2, 1 / math.sqrt(2)]
+    torch.testing.assert_close(result[:5, 0], torch.tensor(expected), atol=3e-6, rtol=0)
+    torch.testing.assert_close(result[:, 0], result[:, 1])
+
+
+def test_dr_grpo_by_hand() -> None:
+    # The same groups, not divided: 1 - 1/2, 2 - 3.5, 0 - 1/2, 0 - 1/2, 5 - 3.5, 1 - 1/2.
+    result = estimate("dr_grpo", experience_of([1, 2, 0, 0, 5, 1], [0, 1, 0, 0, 1, 0]))
+    torch.testing.assert_close(result[:, 0], torch.tensor([0.5, -1.5, -0.5, -0.5, 1.5, 0.5]))
+
+
+def test_rloo_by_hand() -> None:
+    # Returns with a penalty of 0.25 a token: 3 - 0.5 = 2.5, 1 - 0.25 = 0.75, 0.5 - 0.75 = -0.25.
+    # A_0 = 2.5 - (0.75 - 0.25) / 2 = 2.25; A_1 = 0.75 - (2.5 - 0.25) / 2 = -0.375; A_2 = -0.25 - 3.25 / 2 = -1.875.
+    result = estimate("rloo", experience_of([3, 1, 0.5], [4, 4, 4], [2, 1, 3], penalty=0.25))
+    expected = [[2.25, 2.25, 0, 0], [-0.375, 0, 0, 0], [-1.875, -1.875, -1.875, 0]]
+    torch.testing.assert_close(result, torch.tensor(expected))
+
+
+def test_reinforce_pp_by_hand() -> None:
+    # Penalty 0.5 a token, then sums from the token to the end: 2 - 1.5, 2 - 1, 2 - 0.5; and -1 - 0.5.
+    one = experience_of([2, -1], [0, 1], [3, 1], penalty=0.5)
+    result = estimate("reinforce_pp", one)
+    torch.testing.assert_close(result, torch.tensor([[0.5, 1.0, 1.5, 0.0], [-1.5, 0.0, 0.0, 0.0]]))
+    # Normalised over the four tokens: mean 1.5 / 4 = 0.375, squares 0.125^2 + 0.625^2 + 1.125^2 + 1.875^2 = 5.1875,
+    # over 3: std 1.31498.
+    assert AdvantagesConfig(kind="reinforce_pp").whiten
+    whitened = whiten(result, one.mask)
+    expected = torch.tensor([0.125, 0.625, 1.125]) / 1.31498
+    torch.testing.assert_close(whitened[0, :3], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whitened[1, 0], torch.tensor(-1.875 / 1.31498), atol=1e-5, rtol=0)
+
+
+def test_reinforce_pp_with_baseline_by_hand() -> None:
+    # Group means 1.5 and 4 come off the sums from the token to the end (penalty 0.5 a token).
+    result = estimate("reinforce_pp_baseline", experience_of([2, 1, 4], [0, 0, 1], [2, 1, 2], penalty=0.5))
+    torch.testing.assert_close(result, torch.tensor([[-0.5, 0.0, 0.0], [-1.0, 0.0, 0.0], [-1.0, -0.5, 0.0]]))
+
+
+def test_reinforce_pp_discounts() -> None:
+    # gamma 1/2: 4 / 4, 4 / 2, 4.
+    result = build_estimator(AdvantagesConfig(kind="reinforce_pp", gamma=0.5)).estimate(experience_of([4], [0], [3]))
+    torch.testing.assert_close(result.advantages, torch.tensor([[1.0, 2.0, 4.0, 0.0]]))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"])
+def test_groups_that_say_nothing_have_advantage_0(kind: str) -> None:
+    """Equal outcomes, in numbers that no mean hits exactly, and a sample that is alone: 0, and never NaN."""
+    result = estimate(kind, experience_of([0.1] * 3 + [1 / 3] * 7 + [5.0], [0] * 3 + [1] * 7 + [2]))
+    assert result.abs().max() == 0
+
+
+GROUPS = st.lists(st.integers(0, 3), min_size=1, max_size=12)
+
+
+@given(groups=GROUPS, seed=st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_statistics_equal_a_plain_loop(groups: list[int], seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=len(groups))
+    result = group_statistics(torch.tensor(values), torch.tensor(groups))
+    for row, group in enumerate(groups):
+        own = values[np.array(groups) == group]
+        assert result.size[row] == len(own)
+        assert float(result.mean[row]) == pytest.approx(own.mean(), abs=1e-12)
+        assert float(result.std[row]) == pytest.approx(own.std(ddof=1) if len(own) > 1 else 0.0, abs=1e-12)
+        assert bool(result.uniform[row]) == (len(own) == 1)
+
+
+@given(groups=GROUPS, shift=st.floats(-10, 10), scale=st.floats(0.1, 10), seed=st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_invariants_of_group_advantages(groups: list[int], shift: float, scale: float, seed: int) -> None:
+    """They sum to 0 in a group, no shift of the outcomes moves them, and GRPO's no scale does."""
+    outcomes = np.random.default_rng(seed).normal(size=len(groups)).tolist()
+    plain = {kind: estimate(kind, experience_of(outcomes, groups))[:, 0] for kind in ("grpo", "dr_grpo", "rloo")}
+    moved = experience_of([scale * value + shift for value in outcomes], groups)
+    for group in set(groups):
+        rows = torch.tensor(groups) == group
+        for advantages in plain.values():
+            assert float(advantages[rows].sum()) == pytest.approx(0, abs=1e-5)
+        # Leaving a sample out of the mean makes its distance from it larger by size / (size - 1).
+        size = int(rows.sum())
+        ratio = size / (size - 1) if size > 1 else 0.0
+        torch.testing.assert_close(plain["rloo"][rows], plain["dr_grpo"][rows] * ratio, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(estimate("grpo", moved)[:, 0], plain["grpo"], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(estimate("dr_grpo", moved)[:, 0], plain["dr_grpo"] * scale, atol=1e-4, rtol=1e-4)
+
+
+@given(groups=GROUPS, seed=st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_order_of_the_samples_does_not_matter(groups: list[int], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    outcomes, order = generator.normal(size=len(groups)), generator.permutation(len(groups))
+    for kind in ("grpo", "rloo", "reinforce_pp_baseline"):
+        straight = estimate(kind, experience_of(outcomes.tolist(), groups))
+        shuffled = estimate(kind, experience_of(outcomes[order].tolist(), [groups[place] for place in order]))
+        torch.testing.assert_close(shuffled, straight[torch.from_numpy(order)])
+
+
+def test_whitening_is_the_papers() -> None:
+    """Dividing group-relative advantages by the batch's deviation would be another algorithm."""
+    whitened = {
+        kind: AdvantagesConfig.model_validate({"kind": kind}).whiten for kind in ("gae", "sequence", "grpo", "rloo")
+    }
+    assert whitened == {"gae": True, "sequence": True, "grpo": False, "rloo": False}
+    assert not AdvantagesConfig.model_validate({"kind": "gae", "whiten": False}).whiten

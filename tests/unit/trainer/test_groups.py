@@ -1,0 +1,186 @@
+"""Several samples of a prompt: seeds and groups by place, prompts that are run once, samples that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from ppod import InvalidArgument, Sampling
+from ppod.client import Completion, FinishReason
+from ppod.client.completions import WeightSpan
+from ppod.client.identity import ModelState, Timing
+from ppod.tensors import TokenArray
+from ppod_models.configuration import ConfigError, parse_config
+from ppod_trainer.bad_samples import BadSamples
+from ppod_trainer.config import RolloutConfig, TrainerConfig
+from ppod_trainer.metrics import StepTimer
+from ppod_trainer.prompts import Prompt, PromptSet
+from ppod_trainer.rollouts import Rollout, ScoredRollout
+from ppod_trainer.sampling import Context, ResponseSampler, TurnSampler, equal_runs
+from ppod_trainer.step_figures import rollout_figures
+from ppod_trainer.step_rollouts import StepRollouts
+
+
+class Generation:
+    """Answers each completion with its prompt's first token and its seed; refuses prompts and aborts seeds as told."""
+
+    def __init__(self, refused: frozenset[int] = frozenset(), aborted: frozenset[int] = frozenset()) -> None:
+        self.refused = refused
+        self.aborted = set(aborted)
+        self.asked: list[tuple[int, int]] = []
+
+    def generate(
+        self,
+        prompts: Sequence[TokenArray],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int],
+        weight_version: int | None,
+        resumed_tokens: Sequence[int],
+    ) -> list[Completion]:
+        assert len(prompts) == len(resumed_tokens)
+        assert len(seeds) == len(prompts) * sampling.n
+        self.asked.append((len(prompts), sampling.n))
+        for index, prompt in enumerate(prompts):
+            if int(prompt[0]) in self.refused:
+                raise InvalidArgument("prompts", "x", "y", index)
+        return [
+            self._complete(prompts[number // sampling.n], number // sampling.n, seed, weight_version)
+            for number, seed in enumerate(seeds)
+        ]
+
+    def _complete(self, prompt: TokenArray, index: int, seed: int, version: int | None) -> Completion:
+        ending = FinishReason.ABORTED if seed in self.aborted else FinishReason.STOP
+        self.aborted.discard(seed)
+        return Completion(
+            index=index,
+            token_ids=np.array([prompt[0], seed % 1000], dtype=np.int32),
+            logprobs=np.zeros(2, dtype=np.float32),
+            finish_reason=ending,
+            seed=seed,
+            state=ModelState("policy", version or 0, ""),
+            timing=Timing(0.0, 0.0, 2),
+            weight_spans=(WeightSpan(version or 0, 2),),
+        )
+
+
+def turns_of(generation: Generation) -> TurnSampler:
+    return TurnSampler(generation, RolloutConfig())  # pyright: ignore[reportArgumentType]
+
+
+def contexts(*firsts: int) -> list[Context]:
+    return [Context(np.array([first, 1], dtype=np.int32), 50 + index) for index, first in enumerate(firsts)]
+
+
+def test_equal_neighbours_are_asked_for_as_one_prompt() -> None:
+    generation = Generation()
+    turns = turns_of(generation).sample(contexts(7, 7, 7, 9, 9, 9), 3)
+    assert generation.asked == [(2, 3)]
+    assert [turn.tokens.tolist() for turn in turns] == [[7, 50], [7, 51], [7, 52], [9, 53], [9, 54], [9, 55]]
+
+
+def test_runs_of_different_lengths_are_asked_for_one_by_one() -> None:
+    generation = Generation()
+    turns_of(generation).sample(contexts(7, 7, 9), 3)
+    assert generation.asked == [(3, 1)]
+    assert [equal_runs([np.array(list(text))]) for text in ("ab", "")] == [1, 1]
+    one, two = np.array([1]), np.array([2])
+    assert equal_runs([one, one, two, two]) == 2
+    # The same prompt twice in a row is a run of its own length.
+    assert equal_runs([one, one, one, one]) == 4
+    assert equal_runs([one, two, one]) == 1
+
+
+def test_what_was_begun_goes_on_one_by_one() -> None:
+    generation = Generation(aborted=frozenset({51, 53}))
+    turns = turns_of(generation).sample(contexts(7, 7, 9, 9), None)
+    assert generation.asked == [(2, 2), (2, 1)]
+    assert [turn.tokens.tolist() for turn in turns] == [[7, 50], [7, 51, 7, 51], [9, 52], [9, 53, 9, 53]]
+
+
+def test_a_prompt_that_is_refused_takes_its_whole_group_and_no_other() -> None:
+    generation = Generation(refused=frozenset({9}))
+    sampler = ResponseSampler(turns_of(generation), BadSamples("skip"))
+    prompts = [Prompt(first, np.array([first, 1], dtype=np.int32)) for first in (7, 9, 8) for _ in range(2)]
+    rollouts = sampler.sample(prompts, range(60, 66), 3)
+    assert [one.response.tolist() for one in rollouts] == [[7, 60], [7, 61], [8, 64], [8, 65]]
+
+
+class Collector:
+    """Makes a rollout for each seed but some; remembers what was asked."""
+
+    def __init__(self, lost: Sequence[int] = ()) -> None:
+        self.lost = lost
+        self.prompts: list[int] = []
+        self.seeds: list[int] = []
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], version: int | None, timer: StepTimer
+    ) -> list[Rollout]:
+        del timer
+        self.prompts, self.seeds = [prompt.index for prompt in prompts], list(seeds)
+        sampler = ResponseSampler(turns_of(Generation()), BadSamples("stop"))
+        made = sampler.sample(prompts, seeds, version)
+        return [one for index, one in enumerate(made) if index not in self.lost]
+
+
+def steps_of(collector: Collector, **rollout: int) -> StepRollouts:
+    config = parse_config(TrainerConfig, {"rollout": rollout, "ppo": {"minibatches": 1}}, "test")
+    prompts = PromptSet([Prompt(index, np.array([index], dtype=np.int32)) for index in range(5)], [])
+    return StepRollouts(config, prompts, collector)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_step_has_fewer_prompts_with_several_samples_each() -> None:
+    collector = Collector()
+    rollouts = steps_of(collector, batch_size=6, samples_per_prompt=3).generate(1, 4, StepTimer())
+    first, second = collector.prompts[0], collector.prompts[3]
+    assert collector.prompts == [first] * 3 + [second] * 3
+    assert first != second
+    assert len(set(collector.seeds)) == 6
+    assert [one.group for one in rollouts] == [0, 0, 0, 1, 1, 1]
+    assert [one.prompt.index for one in rollouts] == collector.prompts
+
+
+def test_one_sample_a_prompt_is_drawn_as_ever() -> None:
+    """Groups of one: the prompts and the seeds of a run without groups."""
+    collector = Collector()
+    rollouts = steps_of(collector, batch_size=3).generate(0, 4, StepTimer())
+    assert len(set(collector.prompts)) == 3
+    assert [one.group for one in rollouts] == [0, 1, 2]
+
+
+def test_groups_survive_what_is_dropped() -> None:
+    rollouts = steps_of(Collector(lost=(0, 1, 4)), batch_size=6, samples_per_prompt=2).generate(0, 4, StepTimer())
+    assert [one.group for one in rollouts] == [1, 1, 2]
+
+
+def test_the_share_of_groups_that_say_nothing_is_told() -> None:
+    made = steps_of(Collector(), batch_size=6, samples_per_prompt=2).generate(0, 4, StepTimer())
+    scored = [ScoredRollout(one, score, np.zeros(2)) for one, score in zip(made, (1, 1, 0, 1, 0, 0), strict=True)]
+    assert rollout_figures(scored)["groups/uniform"] == pytest.approx(2 / 3)
+
+
+def problems(values: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TrainerConfig, values, "test")
+    return "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"])
+def test_what_compares_samples_refuses_groups_of_one(kind: str) -> None:
+    values = {"advantages": {"kind": kind}, "kl": {"coefficient": 0}}
+    found = problems(values)
+    assert f"advantages.kind {kind}" in found
+    assert "rollout.samples_per_prompt is 1" in found
+    whole = {**values, "rollout": {"samples_per_prompt": 4}}
+    assert parse_config(TrainerConfig, whole, "test").rollout.samples_per_prompt == 4
+
+
+def test_contradictions_are_refused() -> None:
+    assert "batch_size is 9" in problems({"rollout": {"batch_size": 9, "samples_per_prompt": 2}})
+    grpo = {"advantages": {"kind": "grpo"}, "rollout": {"samples_per_prompt": 2}}
+    assert "kl.placement" in problems(grpo)
+    assert parse_config(TrainerConfig, {**grpo, "kl": {"placement": "loss", "estimator": "k3"}}, "test")
+    assert "no values to go on with" in problems({"advantages": {"kind": "rloo", "bootstrap_truncated": True}})

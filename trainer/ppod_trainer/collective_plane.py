@@ -1,0 +1,173 @@
+"""Weights that leave by a process group's broadcasts to all replicas at once: NCCL between GPU nodes, gloo elsewhere.
+
+Manifest, checks and commit go by gRPC, as with every plane; see CollectiveGroup in weights.proto.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Collection, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch._C._distributed_c10d import PrefixStore
+
+from ppod.client import CollectiveGroup, WeightPush, WeightTensor
+from ppod.client.weight_calls import with_checksums
+from ppod_models.process_groups import BroadcastGroup, GroupBackend, GroupError, open_store, usable_backends
+from ppod_trainer.config import CollectiveConfig
+from ppod_trainer.errors import TrainerError, WeightPushError
+from ppod_trainer.weight_planes import Outgoing
+
+_POLL_S = 0.002
+_GIVEN_UP = 0
+_MIB = 1024 * 1024
+
+
+class CollectivePlane:
+    """A `WeightPlane` of one group with all replicas, which lasts until a push fails or a replica lost it.
+
+    Args:
+        config: where the parties meet, and how.
+        targets: the replicas' administration ports; rank 1 is the first one's.
+
+    Raises:
+        TrainerError: the port is in use, or there is no such backend here.
+    """
+
+    def __init__(self, config: CollectiveConfig, targets: Sequence[str]) -> None:
+        self._config = config
+        self._backend: GroupBackend = usable_backends()[0] if config.backend == "auto" else config.backend
+        if self._backend not in usable_backends():
+            found, usable = self._backend, " or ".join(usable_backends())
+            raise TrainerError(f"weight_transfer.collective.backend is {found!r}; here there is {usable}")
+        try:
+            self._store = open_store(config.host, config.port, master=True, timeout_s=config.timeout_s)
+        except GroupError as error:
+            raise TrainerError(f"weight_transfer.collective: {error}; set host and port") from error
+        self._ranks = {target: rank for rank, target in enumerate(targets, start=1)}
+        self._name = secrets.token_hex(8)
+        self._epoch = 0
+        self._members: BroadcastGroup | None = None
+        self._refused = threading.Event()
+
+    @contextmanager
+    def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
+        """See `WeightPlane`: while the context lasts, all replicas are to be asked to take the push."""
+        tensors = with_checksums(outgoing.policy.tensors())
+        group = CollectiveGroup(
+            self._name,
+            f"{self._config.host}:{self._config.port}",
+            self._backend,
+            self._ranks,
+            self._config.bucket_mib * _MIB,
+        )
+        push = WeightPush(outgoing.weight_version, tensors, collective=group)
+        self._refused.clear()
+        with ThreadPoolExecutor(1, thread_name_prefix="broadcast") as pool:
+            sending = pool.submit(self._send, push)
+            try:
+                yield push
+            except BaseException:
+                self._refused.set()
+                raise
+            finally:
+                sending.exception()
+        # A replica's own error says more than that the group broke for it.
+        error = sending.exception()
+        if error is not None and not self._refused.is_set():
+            raise WeightPushError(f"version {push.weight_version} could not be broadcast: {error}") from error
+
+    @contextmanager
+    def changes(self, outgoing: Outgoing, base_version: int, tensors: Sequence[WeightTensor]) -> Generator[WeightPush]:
+        """Never asked for: the configuration refuses changes by this plane."""
+        del base_version, tensors
+        with self.whole(outgoing) as push:
+            yield push
+
+    def refused(self) -> None:
+        """See `WeightPlane`: nothing is broadcast unless all are there."""
+        self._refused.set()
+
+    def close(self) -> None:
+        """Leave the group; the port is free again."""
+        self._leave()
+        del self._store
+
+    def _send(self, push: WeightPush) -> None:
+        store = PrefixStore(f"ppod/{self._name}", self._store)
+        go = f"{push.weight_version}/go"
+        try:
+            epochs = self._gather(store, push.weight_version)
+        except GroupError:
+            store.set(go, str(_GIVEN_UP))
+            raise
+        if epochs != {self._epoch} or self._members is None:
+            self._leave()
+            self._epoch += 1
+        store.set(go, str(self._epoch))
+        try:
+            if self._members is None:
+                world = len(self._ranks) + 1
+                prefix = PrefixStore(str(self._epoch), store)
+                self._members = BroadcastGroup(self._backend, prefix, 0, world, self._config.timeout_s)
+            _broadcast(self._members, push.tensors, self._config.bucket_mib * _MIB)
+        except GroupError:
+            self._leave()
+            raise
+
+    def _gather(self, store: PrefixStore, weight_version: int) -> Collection[int]:
+        """Wait until all replicas are ready; the epochs of the groups that they are in."""
+        keys = [f"{weight_version}/joined/{rank}" for rank in self._ranks.values()]
+        deadline = time.monotonic() + self._config.timeout_s
+        while not store.check(keys):
+            if self._refused.is_set():
+                raise GroupError("a replica refused")
+            if time.monotonic() > deadline:
+                missing = [target for target, rank in self._ranks.items() if not store.check([keys[rank - 1]])]
+                raise GroupError(f"{', '.join(missing)} did not join within {self._config.timeout_s:g} s")
+            time.sleep(_POLL_S)
+        return {int(store.get(key)) for key in keys}
+
+    def _leave(self) -> None:
+        members, self._members = self._members, None
+        if members is not None:
+            members.close()
+
+
+def _broadcast(members: BroadcastGroup, tensors: Sequence[WeightTensor], bucket_bytes: int) -> None:
+    """Send all bytes; the next bucket is filled while one is on its way."""
+    host = [np.zeros(bucket_bytes, np.uint8) for _ in range(2)]
+    buckets = [torch.from_numpy(one).to(members.device) for one in host]
+    pending = None
+    for _ in _fill(host, [np.frombuffer(tensor.data, np.uint8) for tensor in tensors]):
+        if members.device.type != "cpu":
+            buckets[0].copy_(torch.from_numpy(host[0]))
+        if pending is not None:
+            members.finish(pending)
+        pending = members.broadcast(buckets[0])
+        host.reverse()
+        buckets.reverse()
+    if pending is not None:
+        members.finish(pending)
+
+
+def _fill(host: Sequence[np.ndarray], parts: Sequence[np.ndarray]) -> Iterator[None]:
+    """Fill `host[0]` with the next bytes, again and again; whoever iterates swaps it for another one."""
+    filled = 0
+    for part in parts:
+        left = part
+        while len(left):
+            taken = min(len(left), len(host[0]) - filled)
+            host[0][filled : filled + taken] = left[:taken]
+            left, filled = left[taken:], filled + taken
+            if filled == len(host[0]):
+                yield
+                filled = 0
+    if filled:
+        host[0][filled:] = 0
+        yield

@@ -1,0 +1,75 @@
+"""Samples that are never trained on: unsafe, degenerate, or too short to say anything. Each reason is counted."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ppod.tensors import TokenArray
+from ppod_trainer.config import FiltersConfig
+from ppod_trainer.errors import TrainerError
+from ppod_trainer.rollouts import ScoredRollout
+
+log = logging.getLogger(__name__)
+
+REASONS = ("short", "repetitive", "unsafe")
+
+
+def keep_trainable(
+    rollouts: Sequence[ScoredRollout], config: FiltersConfig, step: int
+) -> tuple[list[ScoredRollout], dict[str, int]]:
+    """The samples that no filter rejects, and how many were rejected for each of `REASONS`; a line in the log tells.
+
+    Raises:
+        TrainerError: a score is not finite, or the safety reward is no part of the scores.
+    """
+    kept: list[ScoredRollout] = []
+    counts: dict[str, int] = dict.fromkeys(REASONS, 0)
+    for number, one in enumerate(rollouts):
+        if not math.isfinite(one.score):
+            raise TrainerError(
+                f"step {step}, sample {number}: the score is {one.score}; expected a finite number; look at the reward "
+                "service's log"
+            )
+        reason = rejection(one, config)
+        if reason is None:
+            kept.append(one)
+        else:
+            counts[reason] += 1
+    if len(kept) < len(rollouts):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        log.warning(
+            "step %d: %d of %d samples are not trained on: %s", step, len(rollouts) - len(kept), len(rollouts), reasons
+        )
+    return kept, counts
+
+
+def rejection(scored: ScoredRollout, config: FiltersConfig) -> str | None:
+    """The first of `REASONS` that a sample is rejected for; None: it may be trained on."""
+    tokens = scored.rollout.response[scored.rollout.action_mask]
+    if config.min_tokens is not None and len(tokens) < config.min_tokens:
+        return "short"
+    if config.max_repetition is not None and repetition(tokens, config.repetition_ngram) > config.max_repetition:
+        return "repetitive"
+    safety = config.safety
+    if safety is not None:
+        if safety.reward not in scored.components:
+            found = ", ".join(sorted(scored.components)) or "none"
+            raise TrainerError(
+                f"rewards.filters.safety.reward is {safety.reward!r}, which is no part of the scores (their parts: "
+                f"{found}); name one of them, or make it a term of the reward, with weight 0 if it is not to be paid"
+            )
+        if scored.components[safety.reward] < safety.at_least:
+            return "unsafe"
+    return None
+
+
+def repetition(tokens: TokenArray, n: int) -> float:
+    """Share of a response's n-grams that stood in it before, in [0, 1); 0 where there is none."""
+    if len(tokens) < n:
+        return 0.0
+    ngrams = np.lib.stride_tricks.sliding_window_view(tokens, n)
+    return 1 - len(np.unique(ngrams, axis=0)) / len(ngrams)
