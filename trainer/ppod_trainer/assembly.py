@@ -33,12 +33,13 @@ from ppod_trainer.policy import PolicyWithValue
 from ppod_trainer.prompts import Encode, PromptSet, load_prompts, split_prompts
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
-from ppod_trainer.sharding import hollow_copy, shard_policy
+from ppod_trainer.sharding import checkpoint_layers, hollow_copy, shard_policy
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import Parts, TrainingRun
 
 _FREE_SECTIONS = {
-    *("run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation", "ranks")
+    *("run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation"),
+    *("ranks", "memory"),
 }
 
 
@@ -161,10 +162,11 @@ def load_leader(config: TrainerConfig, ranks: Ranks) -> tuple[Leader, TrainerSta
     device = ranks.device if ranks.mesh is None else torch.device("cpu")
     model = loading.load_causal_lm(path, device=device, dtype=torch.float32, attention=config.policy.attention)
     policy = PolicyWithValue(model, temperature=config.rollout.temperature, compute_dtype=compute_dtype)
-    hollow = None
+    hollow = None if ranks.mesh is None else hollow_copy(model)
+    if config.memory.gradient_checkpointing:
+        checkpoint_layers(policy)
     if ranks.mesh is not None:
-        hollow = hollow_copy(model)
-        shard_policy(policy, ranks.mesh, compute_dtype)
+        shard_policy(policy, ranks.mesh, compute_dtype, offload=config.memory.offload)
     rules = ExperienceRules(
         config.rewards,
         config.kl,

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ppod_models.configuration import ConfigModel, ModelConfig, TracingConfig
 from ppod_trainer.config.advantages import LEAVES_OUT_KL, NEEDS_GROUPS, AdvantagesConfig
+from ppod_trainer.config.memory import MemoryConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
 from ppod_trainer.config.ranks import RanksConfig
@@ -43,6 +44,7 @@ class TrainerConfig(ConfigModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ranks: RanksConfig = RanksConfig()
+    memory: MemoryConfig = MemoryConfig()
     metrics: MetricsConfig = MetricsConfig()
     tracing: TracingConfig = TracingConfig()
 
