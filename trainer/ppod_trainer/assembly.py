@@ -29,11 +29,10 @@ from ppod_trainer.kl import AdaptiveKl, FixedKl, KlController
 from ppod_trainer.leader import Leader
 from ppod_trainer.learner import build_learner
 from ppod_trainer.metrics import MetricsLog
-from ppod_trainer.policy import PolicyWithValue
+from ppod_trainer.policy_loading import load_policy
 from ppod_trainer.prompts import Encode, PromptSet, load_prompts, split_prompts
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
-from ppod_trainer.sharding import hollow_copy, shard_policy
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import Parts, TrainingRun
 
@@ -150,21 +149,7 @@ def load_leader(config: TrainerConfig, ranks: Ranks) -> tuple[Leader, TrainerSta
     if config.policy.threads is not None:
         torch.set_num_threads(config.policy.threads)
     torch.manual_seed(config.seed)
-    if ranks.rank:
-        ranks.wait_for_all()
-    # What has to be fetched or converted is so by rank 0 first.
-    path = resolve(config.policy.source).path
-    if not ranks.rank:
-        ranks.wait_for_all()
-    compute_dtype = loading.pick_dtype(config.policy.dtype, ranks.device)
-    # Divided ranks take one layer after the other from the CPU to their devices.
-    device = ranks.device if ranks.mesh is None else torch.device("cpu")
-    model = loading.load_causal_lm(path, device=device, dtype=torch.float32, attention=config.policy.attention)
-    policy = PolicyWithValue(model, temperature=config.rollout.temperature, compute_dtype=compute_dtype)
-    hollow = None
-    if ranks.mesh is not None:
-        hollow = hollow_copy(model)
-        shard_policy(policy, ranks.mesh, compute_dtype)
+    loaded = load_policy(config, ranks)
     rules = ExperienceRules(
         config.rewards,
         config.kl,
@@ -172,16 +157,20 @@ def load_leader(config: TrainerConfig, ranks: Ranks) -> tuple[Leader, TrainerSta
         config.advantages.whiten,
         config.ppo.ratio_mask,
     )
-    learner = build_learner(policy, config.ppo, rules, config.optimizer, config.seed, ranks)
+    learner = build_learner(loaded.policy, config.ppo, rules, config.optimizer, config.seed, ranks)
     state = TrainerState(0, 0, 0, configuration_fingerprint(config))
     if config.resume:
         state = load_checkpoint(config.run_dir / "checkpoints", learner, state.configuration)
-    return Leader(learner, hollow), state
+    return Leader(learner, loaded.hollow, loaded.adapter), state
 
 
 def _synchronise(run: TrainingRun) -> None:
     """Make generation and reference serve exactly what this run has, whatever they served before."""
     serving = max(run.parts.connections.generation_weights.serving_versions())
     run.push_policy(max(serving + 1, run.state.policy_version))
+    lora = run.config.policy.lora
     if run.state.reference_version:
         run.restore_reference()
+    elif lora is not None and lora.quantization != "none":
+        # The service has the model as it was before it was quantised.
+        run.adopt_reference(run.parts.learner.base_model())

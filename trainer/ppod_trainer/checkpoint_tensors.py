@@ -30,8 +30,9 @@ _CHUNK_BYTES = 1 << 24
 
 def write_tensors(directory: Path, learner: Learner) -> None:
     """Write and sync this rank's share. All ranks call it. Raises CheckpointError: a rank could not."""
-    tensors = {f"policy/{name}": parameter.detach() for name, parameter in learner.policy.named_parameters()}
-    for name, parameter in learner.policy.named_parameters():
+    parameters = _trained(learner)
+    tensors = {f"policy/{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
         for key, value in learner.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
@@ -48,7 +49,7 @@ def read_tensors(directory: Path, learner: Learner) -> None:
     reader = HuggingFaceStorageReader(str(directory))
     with _faults_of(f"resume: {directory} cannot be read"):
         found = reader.read_metadata().state_dict_metadata
-    parameters = dict(learner.policy.named_parameters())
+    parameters = _trained(learner)
     tensors: dict[str, torch.Tensor] = {f"policy/{name}": one.detach() for name, one in parameters.items()}
     _check_same(tensors, {name: one for name, one in found.items() if name.startswith("policy/")})
     learner.optimizer.state.clear()
@@ -76,6 +77,11 @@ def check_files(directory: Path, files: Files, ranks: Ranks) -> None:
             raise ValueError(f"{name} has {path.stat().st_size} bytes, {size} were written")
         if number % ranks.size == ranks.rank and _digest(path) != digest:
             raise ValueError(f"{name} is damaged: its digest is not the one of what was written")
+
+
+def _trained(learner: Learner) -> dict[str, torch.nn.Parameter]:
+    """What learning changes: what an adapter is on comes from the model's source again."""
+    return {name: one for name, one in learner.policy.named_parameters() if one.requires_grad}
 
 
 def _like(parameter: torch.Tensor, stored: TensorStorageMetadata) -> torch.Tensor:

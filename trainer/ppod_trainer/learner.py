@@ -146,7 +146,7 @@ class Learner:
         for index in minibatch.shares[self.ranks.rank]:
             # A rank without samples takes part all the same, with one that counts nothing: it has part of each layer.
             counted, rows = (weights, index) if len(index) else (torch.zeros_like(weights), minibatch.rows[:1])
-            output = self.policy(batch.responses.rows(rows))
+            output = self.policy(batch.responses.rows(rows), values_only=controls.critic_only)
             width = output.logprobs.shape[1]
             loss, figures = minibatch_loss(output, LossRows.of(batch, rows, counted, width), objective, controls)
             loss.backward()
@@ -177,15 +177,15 @@ def build_learner(
     rates = [optimizer.learning_rate, optimizer.value_learning_rate or optimizer.learning_rate]
     adam = torch.optim.AdamW(
         [
-            {"params": list(policy.model.parameters()), "lr": rates[0]},
-            {"params": list(policy.value_head.parameters()), "lr": rates[1]},
+            {"params": policy.policy_parameters(), "lr": rates[0]},
+            {"params": policy.critic_parameters(), "lr": rates[1]},
         ],
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.epsilon,
         weight_decay=optimizer.weight_decay,
         fused=True,
     )
-    return Learner(policy, adam, ppo, rules, seed, ranks or Ranks(policy.value_head.weight.device), rates)
+    return Learner(policy, adam, ppo, rules, seed, ranks or Ranks(policy.device), rates)
 
 
 def _mean_of(stats: UpdateStats) -> UpdateStats:
