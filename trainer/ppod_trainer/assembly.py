@@ -82,9 +82,7 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
             served = check_services(connections, config.rollout, loading.vocab_size(learner.policy.model))
         bad_samples = BadSamples(config.rollout.on_bad_sample)
         sampler = _build_sampler(config, connections.generation, served.limits.max_sequence_tokens, environment, codec)
-        collector = RolloutCollector(
-            sampler, connections.reward, connections.reference, config.rollout.temperature, bad_samples
-        )
+        collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
         evaluator = Evaluator(collector, connections.judge, prompts.heldout, codec.decode)
         kl = build_kl_controller(config.kl)
         parts = Parts(connections, collector, evaluator, learner, kl, prompts, tokenizer, metrics, stop)
@@ -146,7 +144,6 @@ def _load_learner(config: TrainerConfig, path: Path) -> Learner:
     model = loading.load_causal_lm(path, device=device, dtype=torch.float32, attention=config.policy.attention)
     policy = PolicyWithValue(
         model,
-        temperature=config.rollout.temperature,
         compute_dtype=loading.pick_dtype(config.policy.dtype, device),
     )
     rules = ExperienceRules(

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ppod_models.logprobs import token_logprobs
 from ppod_models.padding import position_ids
-from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.rollouts import ScoredRollout, common_temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class ResponseBatch:
         responses: int64 [B, T].
         response_mask: bool [B, T]; true on response tokens, the stop token included.
         action_mask: bool [B, T]; true on action tokens, each of which is a response token.
+        temperature: that the responses were sampled at; the policy divides its logits by it.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +41,7 @@ class ResponseBatch:
     responses: torch.Tensor
     response_mask: torch.Tensor
     action_mask: torch.Tensor
+    temperature: float
 
     @property
     def prompt_width(self) -> int:
@@ -60,11 +62,12 @@ class ResponseBatch:
             responses=self.responses[index, :longest],
             response_mask=self.response_mask[index, :longest],
             action_mask=self.action_mask[index, :longest],
+            temperature=self.temperature,
         )
 
 
 def build_response_batch(rollouts: Sequence[ScoredRollout], device: torch.device) -> ResponseBatch:
-    """Pad rollouts: prompts on the left, responses on the right."""
+    """Pad rollouts, all of one temperature: prompts on the left, responses on the right."""
     prompts = max(len(scored.rollout.prompt.token_ids) for scored in rollouts)
     responses = max(len(scored.rollout.response) for scored in rollouts)
     ids = np.zeros((len(rollouts), prompts + responses), dtype=np.int64)
@@ -85,6 +88,7 @@ def build_response_batch(rollouts: Sequence[ScoredRollout], device: torch.device
         responses=input_ids[:, prompts:],
         response_mask=attention_mask[:, prompts:].bool(),
         action_mask=torch.from_numpy(actions).to(device),
+        temperature=common_temperature([scored.rollout for scored in rollouts]),
     )
 
 
@@ -93,7 +97,7 @@ class PolicyOutput:
     """What the policy says of the action tokens of a response batch; all other positions hold 0.
 
     Attributes:
-        logprobs: float32 [B, T], natural log, at the sampling temperature.
+        logprobs: float32 [B, T], natural log, at the batch's temperature.
         entropy: float32 [B, T], nats.
         values: float32 [B, T]; position t is the value of the state before token t.
         next_values: float32 [B]; the value of the state after the last token, without gradient.
@@ -113,17 +117,15 @@ class PolicyWithValue(nn.Module):
 
     Args:
         model: the language model, in float32 and evaluation mode.
-        temperature: divides the logits, as it does in sampling.
         compute_dtype: dtype of the forward pass's matrix products.
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, compute_dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, *, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
         self.value_head = nn.Linear(int(model.config.hidden_size), 1, device=model.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self._temperature = temperature
         self._compute_dtype = compute_dtype
 
     def forward(self, batch: ResponseBatch) -> PolicyOutput:
@@ -140,7 +142,7 @@ class PolicyWithValue(nn.Module):
             before = hidden[:, width - 1 : -1][batch.action_mask]
         tokens = batch.responses[batch.action_mask]
         head = cast(nn.Module, self.model.get_output_embeddings())
-        logprobs, entropy = token_logprobs(before.to(self._compute_dtype), head, tokens, self._temperature)
+        logprobs, entropy = token_logprobs(before.to(self._compute_dtype), head, tokens, batch.temperature)
         return PolicyOutput(
             logprobs=_scatter(logprobs, batch.action_mask),
             entropy=_scatter(entropy, batch.action_mask),

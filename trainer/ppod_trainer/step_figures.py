@@ -8,7 +8,7 @@ import numpy as np
 
 from ppod_trainer.experience import PpoBatch
 from ppod_trainer.learner import UpdateStats
-from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.rollouts import ScoredRollout, common_temperature
 
 
 def rollout_figures(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
@@ -17,6 +17,7 @@ def rollout_figures(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
     return {
         "score/mean": float(outcomes.mean()),
         "score/std": float(outcomes.std()),
+        "sampler/temperature": common_temperature([one.rollout for one in rollouts]),
         "response/length": float(np.mean([one.rollout.sampled for one in rollouts])),
         "response/truncated": float(np.mean([one.rollout.truncated for one in rollouts])),
     }

@@ -9,6 +9,7 @@ from ppod_trainer.config import TrainerConfig
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import PromptSet
 from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
+from ppod_trainer.schedules import temperature_at
 
 
 class StepRollouts:
@@ -30,7 +31,7 @@ class StepRollouts:
         config = self._config
         prompts = self._prompts.for_step(step, config.rollout.batch_size, config.seed)
         seeds = [sample_seed(config.seed, "rollout", step, index) for index in range(len(prompts))]
-        return self._collector.generate(prompts, seeds, policy_version, timer)
+        return self._collector.generate(prompts, seeds, policy_version, timer, temperature_at(step, config))
 
     def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
         """Ask reward and reference."""

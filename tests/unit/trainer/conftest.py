@@ -26,7 +26,7 @@ def model(tiny_model_dir: Path) -> PreTrainedModel:
 
 @pytest.fixture
 def policy(model: PreTrainedModel) -> PolicyWithValue:
-    made = PolicyWithValue(model, temperature=TEMPERATURE, compute_dtype=torch.float32)
+    made = PolicyWithValue(model, compute_dtype=torch.float32)
     torch.manual_seed(1)
     torch.nn.init.normal_(made.value_head.weight, std=0.1)
     return made
@@ -42,7 +42,14 @@ def make_rollouts() -> Callable[..., list[ScoredRollout]]:
             response = generator.integers(0, 250, size=generator.integers(1, 8)).astype(np.int32)
             logprobs = generator.normal(-3, 0.5, size=len(response)).astype(np.float32)
             versions = np.ones(len(response), dtype=np.int64)
-            turn = Turn(response, logprobs, versions, truncated=bool(index % 2), stop_token=not index % 2)
+            turn = Turn(
+                response,
+                logprobs,
+                versions,
+                truncated=bool(index % 2),
+                stop_token=not index % 2,
+                temperature=TEMPERATURE,
+            )
             rollout = Rollout.of_turn(Prompt(index, prompt), turn, 100 + index)
             reference = (logprobs + generator.normal(0, 0.1, size=len(response))).astype(np.float32)
             made.append(ScoredRollout(rollout, float(generator.normal()), reference))
