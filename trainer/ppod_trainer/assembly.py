@@ -79,9 +79,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             served = check_services(connections, config.rollout, loading.vocab_size(leader.learner.policy.model))
         bad_samples = BadSamples(config.rollout.on_bad_sample)
         sampler = _build_sampler(config, connections.generation, served.limits.max_sequence_tokens, environment, codec)
-        collector = RolloutCollector(
-            sampler, connections.reward, connections.reference, config.rollout.temperature, bad_samples
-        )
+        collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
         evaluator = Evaluator(collector, connections.judge, prompts.heldout, codec.decode)
         kl = build_kl_controller(config.kl)
         parts = Parts(connections, collector, evaluator, leader, kl, prompts, tokenizer, metrics, stop)

@@ -51,6 +51,7 @@ GAUGES = {
     "sampler/divergence_max": ("ppod_sampler_divergence_max_nats", "Largest |trainer - sampler| logprob of all tokens"),
     "sampler/staleness_mean": ("ppod_sampler_staleness_mean_versions", "Mean age of the tokens' weights, in versions"),
     "sampler/staleness_max": ("ppod_sampler_staleness_max_versions", "Age of the oldest tokens' weights, in versions"),
+    "sampler/temperature": ("ppod_sampler_temperature", "Temperature that the step's samples were drawn at"),
     "sampler/mismatched": ("ppod_sampler_mismatched_ratio", "Share of tokens left out of the loss for their mismatch"),
     "learning_rate": ("ppod_learning_rate", "Learning rate of the policy"),
     "tokens_per_second": ("ppod_tokens_per_second", "Response tokens trained on, per second of the step"),

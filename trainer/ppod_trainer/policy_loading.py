@@ -62,7 +62,6 @@ def load_policy(config: TrainerConfig, ranks: Ranks) -> LoadedPolicy:
         value_model = load_value_model(critic_path, device=device, attention=attention, vocab_size=vocab_size)
     policy = PolicyWithValue(
         model,
-        temperature=config.rollout.temperature,
         compute_dtype=dtype,
         value_model=value_model,
         detach_values=config.critic.detach,

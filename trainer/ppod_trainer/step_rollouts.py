@@ -10,6 +10,7 @@ from ppod_trainer.config import TrainerConfig
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import PromptSet
 from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
+from ppod_trainer.schedules import temperature_at
 
 
 class StepRollouts:
@@ -33,7 +34,7 @@ class StepRollouts:
         prompts = self._prompts.for_step(step, config.rollout.batch_size // size, config.seed)
         repeated = [prompt for prompt in prompts for _ in range(size)]
         seeds = [sample_seed(config.seed, "rollout", step, index) for index in range(len(repeated))]
-        rollouts = self._collector.generate(repeated, seeds, policy_version, timer)
+        rollouts = self._collector.generate(repeated, seeds, policy_version, timer, temperature_at(step, config))
         # By its seed: some may be missing.
         groups = {seed: index // size for index, seed in enumerate(seeds)}
         return [replace(rollout, group=groups[rollout.seed]) for rollout in rollouts]

@@ -42,7 +42,7 @@ def parameters_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def logprobs(model: PreTrainedModel, rollouts: list[ScoredRollout]) -> torch.Tensor:
-    policy = PolicyWithValue(model, temperature=0.7, compute_dtype=torch.float32)
+    policy = PolicyWithValue(model, compute_dtype=torch.float32)
     with torch.no_grad():
         return policy(build_response_batch(rollouts, CPU)).logprobs
 
@@ -52,7 +52,7 @@ def test_an_adapter_begins_as_its_base_and_is_all_that_learns(model: PreTrainedM
     names = dict(model.named_parameters()).keys()
     adapter = PolicyAdapter(model, LoraConfig(rank=4, alpha=8))
     assert torch.equal(logprobs(model, make_rollouts()), before)
-    policy = PolicyWithValue(model, temperature=0.7, compute_dtype=torch.float32)
+    policy = PolicyWithValue(model, compute_dtype=torch.float32)
     policy(build_response_batch(make_rollouts(), CPU)).logprobs.sum().backward()
     learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert learning == {name for name in dict(model.named_parameters()) if ".lora_" in name}

@@ -117,12 +117,17 @@ class Collector:
         self.seeds: list[int] = []
 
     def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], version: int | None, timer: StepTimer
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        version: int | None,
+        timer: StepTimer,
+        temperature: float | None,
     ) -> list[Rollout]:
         del timer
         self.prompts, self.seeds = [prompt.index for prompt in prompts], list(seeds)
         sampler = ResponseSampler(turns_of(Generation()), BadSamples("stop"))
-        made = sampler.sample(prompts, seeds, version)
+        made = sampler.sample(prompts, seeds, version, temperature)
         return [one for index, one in enumerate(made) if index not in self.lost]
 
 

@@ -57,7 +57,7 @@ def reset(policy: PolicyWithValue, saved: list[torch.Tensor]) -> None:
 def test_ratio_is_exactly_one_in_the_first_minibatch(
     policy: PolicyWithValue, make_rollouts: Make, compute: torch.dtype
 ) -> None:
-    made = PolicyWithValue(policy.model, temperature=0.7, compute_dtype=compute)
+    made = PolicyWithValue(policy.model, compute_dtype=compute)
     _, stats = learner_of(made, PpoConfig(epochs=1, minibatches=1)).learn(
         make_rollouts(), 0, StepControls(1.0, 0.05, 0.0), StepTimer()
     )
