@@ -30,8 +30,10 @@ from ppod_trainer.kl import AdaptiveKl, FixedKl, KlController
 from ppod_trainer.learner import Learner, build_learner
 from ppod_trainer.metrics import MetricsLog
 from ppod_trainer.policy import PolicyWithValue
+from ppod_trainer.presampling import PreEstimates, keep_estimates, planned_prompts, presample
 from ppod_trainer.prompts import Encode, PromptSet, load_prompts, split_prompts
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
+from ppod_trainer.step_rollouts import build_step_rollouts
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import Parts, TrainingRun
 
@@ -69,7 +71,8 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
     codec = _codec(tokenizer)
     environment = _load_environment(config.environment)
     prompts = _load_prompts(config, environment, codec.encode)
-    learner = _load_learner(config, source.path)
+    estimates = PreEstimates()
+    learner = _load_learner(config, source.path, estimates)
     state = TrainerState(0, 0, 0, configuration_fingerprint(config))
     if config.resume:
         state = load_checkpoint(config.run_dir / "checkpoints", learner, state.configuration)
@@ -87,11 +90,17 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
         )
         evaluator = Evaluator(collector, connections.judge, prompts.heldout, codec.decode)
         kl = build_kl_controller(config.kl)
-        parts = Parts(connections, collector, evaluator, learner, kl, prompts, tokenizer, metrics, stop)
+        rollouts = build_step_rollouts(config, prompts, collector)
+        parts = Parts(
+            connections, collector, evaluator, learner, kl, prompts, tokenizer, metrics, stop, rollouts, estimates
+        )
         restore_components(parts.stateful, state)
         run = TrainingRun(config, parts, state)
         try:
             _synchronise(run)
+            if config.advantages.kind == "pvpo" and not estimates.values:
+                with stop.interruptible():
+                    _presample(run)
             yield run
         finally:
             run.close()
@@ -141,7 +150,7 @@ def _build_sampler(
     return EpisodeSampler(turns, environment, codec, rules, bad_samples)
 
 
-def _load_learner(config: TrainerConfig, path: Path) -> Learner:
+def _load_learner(config: TrainerConfig, path: Path, estimates: PreEstimates) -> Learner:
     device = loading.pick_device(config.policy.device)
     model = loading.load_causal_lm(path, device=device, dtype=torch.float32, attention=config.policy.attention)
     policy = PolicyWithValue(
@@ -149,8 +158,20 @@ def _load_learner(config: TrainerConfig, path: Path) -> Learner:
         temperature=config.rollout.temperature,
         compute_dtype=loading.pick_dtype(config.policy.dtype, device),
     )
-    rules = ExperienceRules(config.rewards, config.kl, build_estimator(config.advantages), config.advantages.whiten)
+    rules = ExperienceRules(
+        config.rewards, config.kl, build_estimator(config.advantages, estimates), config.advantages.whiten
+    )
     return build_learner(policy, config.ppo, rules, config.optimizer, config.seed)
+
+
+def _presample(run: TrainingRun) -> None:
+    """Estimate what the initial policy, which is served now, gets for each prompt."""
+    config, parts = run.config, run.parts
+    asked = planned_prompts(config, parts.prompts)
+    print(f"estimating {len(asked)} prompts by {config.advantages.presamples} samples each", flush=True)
+    found = presample(asked, config, parts.collector, run.state.policy_version)
+    parts.estimates.values.update(found.values)
+    keep_estimates(config.run_dir / "pre_estimates.json", parts.estimates)
 
 
 def _synchronise(run: TrainingRun) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ppod_trainer.algorithms import AdvantageEstimator, Experience
+from ppod_trainer.algorithms.anchors import read_anchors
 from ppod_trainer.config import KlConfig, RewardsConfig
 from ppod_trainer.kl import estimate_kl
 from ppod_trainer.masking import masked_sum, whiten
@@ -114,16 +115,25 @@ def build_ppo_batch(
     )
     penalty = estimate_kl(view.logprobs, ref_logprobs, rules.kl.estimator) if rules.kl.placement == "reward" else None
     rewards = token_rewards(scores, penalty, mask, kl_coefficient, turn_rewards)
-    turns = _pad([scored.rollout.turns for scored in rollouts], responses.response_mask)
+    paid = token_rewards(scores, None, mask, 0.0, turn_rewards)
+    anchors = read_anchors([scored.rollout for scored in rollouts])
+
+    def number(rows: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:
+        return torch.where(mask, _pad(rows, responses.response_mask), -1).long()
+
     experience = Experience(
         rewards=rewards,
-        outcomes=scores + turn_rewards.sum(dim=1),
+        paid=paid,
+        outcomes=paid.double().sum(dim=1).float(),
         values=view.values,
         next_values=view.next_values,
         mask=mask,
         truncated=truncated,
         groups=torch.tensor([scored.rollout.group for scored in rollouts], device=device),
-        turns=torch.where(mask, turns, -1).long(),
+        prompts=torch.tensor([scored.rollout.prompt.index for scored in rollouts], device=device),
+        turns=number([scored.rollout.turns for scored in rollouts]),
+        contexts=number(anchors.contexts),
+        observations=number(anchors.observations),
     )
     result = rules.estimator.estimate(experience)
     loss_mask = mask & ~truncated.unsqueeze(1) if rules.rewards.mask_truncated else mask

@@ -30,6 +30,7 @@ from ppod_trainer.learner import Learner
 from ppod_trainer.metrics import MetricsLog, StepTimer, finite_record
 from ppod_trainer.off_policy import measure_off_policy
 from ppod_trainer.pipeline import Collected, RolloutPipeline
+from ppod_trainer.presampling import PreEstimates
 from ppod_trainer.prompts import PromptSet
 from ppod_trainer.recovery import Recovery
 from ppod_trainer.reference_policy import ReferencePolicy
@@ -59,11 +60,13 @@ class Parts:
     tokenizer: PreTrainedTokenizerFast
     metrics: MetricsLog
     stop: StopSignal
+    rollouts: StepRollouts
+    estimates: PreEstimates
 
     @property
     def stateful(self) -> dict[str, Stateful]:
         """What a checkpoint keeps of them, besides the learner."""
-        return {"kl": self.kl}
+        return {"kl": self.kl, "prompts": self.rollouts.schedule, "pre_estimates": self.estimates}
 
 
 class TrainingRun:
@@ -87,7 +90,7 @@ class TrainingRun:
         self._judged: float | None = None
         rollout = config.rollout
         self._pipeline = RolloutPipeline(
-            StepRollouts(config, parts.prompts, parts.collector),
+            parts.rollouts,
             ahead=rollout.max_staleness,
             steps=config.steps,
             mixes=config.weight_transfer.pause != "wait",
@@ -194,6 +197,7 @@ class TrainingRun:
             with timer.phase("push"):
                 self.push_policy(trained_version + 1)
         self.state = replace(self.state, step=step + 1)
+        parts.rollouts.schedule.settle(step + 1)
         self.whole = True
         record = finite_record(
             rollout_figures(rollouts)
@@ -229,6 +233,7 @@ class TrainingRun:
         if self._judged is not None:
             figures["judge/mean"] = self._judged
         seconds = collected.seconds | timer.seconds
+        figures |= collected.figures
         return figures | {f"seconds/{phase}": value for phase, value in seconds.items()}
 
     def _judge(self, rollouts: Sequence[ScoredRollout], timer: StepTimer) -> None:

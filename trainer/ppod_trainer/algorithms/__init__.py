@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from ppod_trainer.algorithms.base import AdvantageEstimator, Experience
 from ppod_trainer.algorithms.gae import Gae
+from ppod_trainer.algorithms.gigpo import Gigpo
 from ppod_trainer.algorithms.grpo import Grpo
+from ppod_trainer.algorithms.pvpo import Pvpo
 from ppod_trainer.algorithms.reinforce_pp import ReinforcePlusPlus
 from ppod_trainer.algorithms.rloo import Rloo
 from ppod_trainer.algorithms.sequence import SequenceAdvantage
 from ppod_trainer.config import AdvantagesConfig
+from ppod_trainer.presampling import PreEstimates
 
 __all__ = ["AdvantageEstimator", "Experience", "build_estimator"]
 
 
-def build_estimator(config: AdvantagesConfig) -> AdvantageEstimator:
-    """The estimator that the configuration names."""
+def build_estimator(config: AdvantagesConfig, estimates: PreEstimates | None = None) -> AdvantageEstimator:
+    """The estimator that the configuration names; `estimates` are there once they are sampled."""
     match config.kind:
         case "gae":
             return Gae(config.gamma, config.lam, config.bootstrap_truncated)
@@ -24,5 +27,9 @@ def build_estimator(config: AdvantagesConfig) -> AdvantageEstimator:
             return Grpo(scaled=config.kind == "grpo")
         case "rloo":
             return Rloo()
+        case "pvpo":
+            return Pvpo(PreEstimates() if estimates is None else estimates)
+        case "gigpo":
+            return Gigpo(config.gigpo)
         case "reinforce_pp" | "reinforce_pp_baseline":
             return ReinforcePlusPlus(config.gamma, baseline=config.kind == "reinforce_pp_baseline")

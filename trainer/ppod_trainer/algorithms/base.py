@@ -20,23 +20,32 @@ class Experience:
     Attributes:
         rewards: float32 [B, T], token rewards, the KL penalty included where it is paid in the reward; 0 where the mask
             is false.
-        outcomes: float32 [B], all that was paid for the response, the KL penalty left out.
+        paid: float32 [B, T], token rewards without the KL penalty.
+        outcomes: float32 [B], all that was paid for the response: `paid`, summed up.
         values: float32 [B, T]; position t holds the value of the state before token t. Zeros without a critic.
         next_values: float32 [B], the value of the state after the last token.
         mask: bool [B, T], true on action tokens.
         truncated: bool [B], cut off at a limit: the policy did not end it.
         groups: int64 [B]; samples of one prompt share a number.
+        prompts: int64 [B], index of the prompt in its set.
         turns: int64 [B, T], number of the policy's turn that a token belongs to, from 0; -1 where it is no action.
+        contexts: int64 [B, T], number of what precedes the token's turn; -1 where it is no action. Equal contexts have
+            equal numbers.
+        observations: int64 [B, T], likewise of what the policy read since its last turn.
     """
 
     rewards: torch.Tensor
+    paid: torch.Tensor
     outcomes: torch.Tensor
     values: torch.Tensor
     next_values: torch.Tensor
     mask: torch.Tensor
     truncated: torch.Tensor
     groups: torch.Tensor
+    prompts: torch.Tensor
     turns: torch.Tensor
+    contexts: torch.Tensor
+    observations: torch.Tensor
 
 
 class AdvantageEstimator(Protocol):

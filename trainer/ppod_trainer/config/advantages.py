@@ -9,19 +9,34 @@ from pydantic import Field, model_validator
 
 from ppod_models.configuration import ConfigModel
 
-AdvantageKind = Literal["gae", "sequence", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+AdvantageKind = Literal[
+    "gae", "sequence", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "pvpo", "gigpo"
+]
 
-NEEDS_GROUPS: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"})
+NEEDS_GROUPS: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "gigpo"})
 """These compare the samples of one prompt."""
 
-LEAVES_OUT_KL: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo"})
+LEAVES_OUT_KL: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo", "pvpo", "gigpo"})
 """These read what was paid for a response, not its token rewards, of which a KL penalty may be a part."""
 
-_WHITENED = frozenset({"gae", "sequence", "reinforce_pp", "reinforce_pp_baseline"})
+_NOT_WHITENED = frozenset({"grpo", "dr_grpo", "rloo", "pvpo", "gigpo"})
+_WITHOUT_CRITIC = _NOT_WHITENED | {"reinforce_pp", "reinforce_pp_baseline"}
 
 
 def _whitened(values: Mapping[str, object]) -> bool:
-    return values.get("kind", "gae") in _WHITENED
+    return values.get("kind") not in _NOT_WHITENED
+
+
+class GigpoConfig(ConfigModel):
+    """Of kind gigpo."""
+
+    weight: float = Field(default=1.0, ge=0, description="omega: of advantages among turns from the same state")
+    gamma: float = Field(default=0.95, ge=0, le=1, description="discount a turn")
+    scaled: bool = Field(default=True, description="divide by the deviation of the group")
+    anchor: Literal["context", "observation"] = Field(
+        default="context",
+        description="what a state is: all that the policy has read, or what it read since its last turn",
+    )
 
 
 class AdvantagesConfig(ConfigModel):
@@ -37,14 +52,18 @@ class AdvantagesConfig(ConfigModel):
     whiten: bool = Field(
         default_factory=_whitened,
         description="mean 0 and variance 1 over the batch's response tokens; by default as the kind's paper does it: "
-        "yes for gae, sequence and the reinforce_pp kinds",
+        "no for grpo, dr_grpo, rloo, pvpo and gigpo",
     )
     bootstrap_truncated: bool = Field(
         default=False, description="a response cut off continues with V(next state); its score is still paid"
     )
+    presamples: int = Field(
+        default=4, ge=1, description="of kind pvpo: samples of each prompt that the initial policy makes beforehand"
+    )
+    gigpo: GigpoConfig = GigpoConfig()
 
     @model_validator(mode="after")
     def _bootstrap_has_values(self) -> Self:
-        if self.bootstrap_truncated and self.kind != "gae":
+        if self.bootstrap_truncated and self.kind in _WITHOUT_CRITIC:
             raise ValueError(f"bootstrap_truncated is true, and kind {self.kind} has no values to go on with; use gae")
         return self
