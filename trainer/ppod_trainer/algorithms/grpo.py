@@ -4,7 +4,7 @@ Shao et al. 2024, "DeepSeekMath", section 4.1.2, outcome supervision. With r_i p
 
     A_i,t = (r_i - mean(r)) / (std(r) + 1e-6)
 
-Dr. GRPO (Liu et al. 2025, "Understanding R1-Zero-Like Training: A Critical Perspective", section 3) leaves the deviation out, which weighs
+Dr. GRPO (Liu et al. 2025, "Understanding R1-Zero-Like Training", section 3) leaves the deviation out, which weighs
 prompts that are nearly solved, or nearly hopeless, more than others:
 
     A_i,t = r_i - mean(r)
