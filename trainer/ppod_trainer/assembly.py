@@ -159,7 +159,10 @@ def _load_learner(config: TrainerConfig, path: Path, estimates: PreEstimates) ->
         compute_dtype=loading.pick_dtype(config.policy.dtype, device),
     )
     rules = ExperienceRules(
-        config.rewards, config.kl, build_estimator(config.advantages, estimates), config.advantages.whiten
+        config.rewards,
+        config.kl,
+        build_estimator(config.advantages, int(model.config.hidden_size), estimates),
+        config.advantages.whiten,
     )
     return build_learner(policy, config.ppo, rules, config.optimizer, config.seed)
 

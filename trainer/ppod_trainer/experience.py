@@ -24,11 +24,15 @@ from ppod_trainer.token_rewards import shape_scores, token_rewards
 
 @dataclass(frozen=True, slots=True)
 class PolicyView:
-    """The policy before the update: logprobs and values float32 [B, T], next_values float32 [B]."""
+    """The policy before the update: logprobs and values float32 [B, T], next_values float32 [B].
+
+    turn_states: float32 [B, K, H], see `Experience`; None where nobody reads them.
+    """
 
     logprobs: torch.Tensor
     values: torch.Tensor
     next_values: torch.Tensor
+    turn_states: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +121,6 @@ def build_ppo_batch(
     rewards = token_rewards(scores, penalty, mask, kl_coefficient, turn_rewards)
     paid = token_rewards(scores, None, mask, 0.0, turn_rewards)
     anchors = read_anchors([scored.rollout for scored in rollouts])
-
-    def number(rows: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:
-        return torch.where(mask, _pad(rows, responses.response_mask), -1).long()
-
     experience = Experience(
         rewards=rewards,
         paid=paid,
@@ -131,9 +131,10 @@ def build_ppo_batch(
         truncated=truncated,
         groups=torch.tensor([scored.rollout.group for scored in rollouts], device=device),
         prompts=torch.tensor([scored.rollout.prompt.index for scored in rollouts], device=device),
-        turns=number([scored.rollout.turns for scored in rollouts]),
-        contexts=number(anchors.contexts),
-        observations=number(anchors.observations),
+        turns=pad_numbers([scored.rollout.turns for scored in rollouts], responses),
+        contexts=pad_numbers(anchors.contexts, responses),
+        observations=pad_numbers(anchors.observations, responses),
+        turn_states=view.turn_states,
     )
     result = rules.estimator.estimate(experience)
     loss_mask = mask & ~truncated.unsqueeze(1) if rules.rewards.mask_truncated else mask
@@ -151,6 +152,11 @@ def build_ppo_batch(
         mean_kl=float(masked_sum(kl, mask)) / len(rollouts),
         mean_return=float(rewards.sum()) / len(rollouts),
     )
+
+
+def pad_numbers(rows: Sequence[npt.NDArray[np.int64]], responses: ResponseBatch) -> torch.Tensor:
+    """Numbers of action tokens, below 2^24, as int64 [B, T]; -1 elsewhere."""
+    return torch.where(responses.action_mask, _pad(rows, responses.response_mask), -1).long()
 
 
 def _pad(rows: Sequence[npt.NDArray[np.float32] | npt.NDArray[np.int64]], mask: torch.Tensor) -> torch.Tensor:

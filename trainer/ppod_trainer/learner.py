@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from ppod_trainer.algorithms import LearnedEstimator
 from ppod_trainer.config import OptimizerConfig, PpoConfig
 from ppod_trainer.controls import StepControls
 from ppod_trainer.errors import NonFiniteLossError
-from ppod_trainer.experience import ExperienceRules, PpoBatch, build_ppo_batch, view_policy
+from ppod_trainer.experience import ExperienceRules, PpoBatch, build_ppo_batch, pad_numbers, view_policy
 from ppod_trainer.loss import LossFigures, LossRows, Objective, minibatch_loss
 from ppod_trainer.masking import loss_weights
 from ppod_trainer.metrics import StepTimer
@@ -19,6 +20,7 @@ from ppod_trainer.minibatches import minibatches
 from ppod_trainer.objective import explained_variance
 from ppod_trainer.policy import PolicyWithValue, build_response_batch
 from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.turn_states import read_turn_states
 
 
 @dataclass(slots=True)
@@ -69,6 +71,9 @@ class Learner:
         with timer.phase("old_logprobs"):
             first = [micro for minibatch in self._minibatches(len(rollouts), step, 0) for micro in minibatch]
             view = view_policy(self.policy, responses, first)
+            if isinstance(self.rules.estimator, LearnedEstimator):
+                turns = pad_numbers([one.rollout.turns for one in rollouts], responses)
+                view = replace(view, turn_states=read_turn_states(self.policy.model, responses, turns, first))
         batch = build_ppo_batch(rollouts, responses, view, self.rules, controls.kl_coefficient)
         with timer.phase("update"):
             stats = self._update(batch, step, controls)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ppod import FailedPrecondition, Unavailable
 from ppod_models.loading import DTYPES
+from ppod_trainer.algorithms import LearnedEstimator
 from ppod_trainer.checkpoint import TrainerState, save_checkpoint
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
@@ -66,7 +67,13 @@ class Parts:
     @property
     def stateful(self) -> dict[str, Stateful]:
         """What a checkpoint keeps of them, besides the learner."""
-        return {"kl": self.kl, "prompts": self.rollouts.schedule, "pre_estimates": self.estimates}
+        found: dict[str, Stateful] = {
+            "kl": self.kl,
+            "prompts": self.rollouts.schedule,
+            "pre_estimates": self.estimates,
+        }
+        estimator = self.learner.rules.estimator
+        return found | ({"estimator": estimator} if isinstance(estimator, LearnedEstimator) else {})
 
 
 class TrainingRun:

@@ -244,7 +244,7 @@ def test_gigpo_without_its_turns_is_grpo() -> None:
 
 def test_pvpo_by_hand() -> None:
     # Prompt 4 was worth 0.25 to the initial policy, prompt 6 was worth 2: 1 - 0.25, 0.25 - 0.25, 1.5 - 2.
-    estimator = build_estimator(AdvantagesConfig(kind="pvpo"), PreEstimates({4: 0.25, 6: 2.0}))
+    estimator = build_estimator(AdvantagesConfig(kind="pvpo"), estimates=PreEstimates({4: 0.25, 6: 2.0}))
     result = estimator.estimate(experience_of([1, 0.25, 1.5], [4, 4, 6], [1, 2, 2]))
     torch.testing.assert_close(result.advantages, torch.tensor([[0.75, 0.0, 0.0], [0.0, 0.0, 0.0], [-0.5, -0.5, 0.0]]))
     assert not estimator.critic

@@ -5,12 +5,13 @@ Shape legend: B sequences, T response tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from ppod_trainer.advantages import Advantages
+from ppod_trainer.stateful import JsonState
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class Experience:
         contexts: int64 [B, T], number of what precedes the token's turn; -1 where it is no action. Equal contexts have
             equal numbers.
         observations: int64 [B, T], likewise of what the policy read since its last turn.
+        turn_states: float32 [B, K, H], the policy's last hidden state at the last token of each of K turns, 0 for turns
+            that are not there; None unless the estimator is a `LearnedEstimator`.
     """
 
     rewards: torch.Tensor
@@ -46,6 +49,11 @@ class Experience:
     turns: torch.Tensor
     contexts: torch.Tensor
     observations: torch.Tensor
+    turn_states: torch.Tensor | None = None
+
+    def with_rewards(self, rewards: torch.Tensor) -> Experience:
+        """The same with other token rewards, float32 [B, T]."""
+        return replace(self, rewards=rewards)
 
 
 class AdvantageEstimator(Protocol):
@@ -58,4 +66,17 @@ class AdvantageEstimator(Protocol):
 
     def estimate(self, experience: Experience) -> Advantages:
         """Advantages and returns, not yet whitened; returns are zeros without a critic."""
+        ...
+
+
+@runtime_checkable
+class LearnedEstimator(AdvantageEstimator, Protocol):
+    """One that reads the policy's states and has parameters of its own, which a checkpoint keeps; a `Stateful`."""
+
+    def state(self) -> JsonState:
+        """See `Stateful`."""
+        ...
+
+    def restore(self, state: JsonState) -> None:
+        """See `Stateful`."""
         ...

@@ -1,6 +1,6 @@
 """Configuration of the trainer. Importing it needs neither torch nor a GPU."""
 
-from ppod_trainer.config.advantages import AdvantagesConfig, GigpoConfig
+from ppod_trainer.config.advantages import AdvantagesConfig, GigpoConfig, SpaConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
 from ppod_trainer.config.rewards import AdaptiveKlConfig, KlConfig, RewardsConfig
@@ -31,6 +31,7 @@ __all__ = [
     "RewardsConfig",
     "RolloutConfig",
     "ServicesConfig",
+    "SpaConfig",
     "TrainerConfig",
     "WeightTransferConfig",
     "has_replicas",

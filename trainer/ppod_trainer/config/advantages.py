@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from ppod_models.configuration import ConfigModel
 
 AdvantageKind = Literal[
-    "gae", "sequence", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "pvpo", "gigpo"
+    "gae", "sequence", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "pvpo", "gigpo", "spa"
 ]
 
 NEEDS_GROUPS: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "gigpo"})
@@ -39,16 +39,23 @@ class GigpoConfig(ConfigModel):
     )
 
 
+class SpaConfig(ConfigModel):
+    """Of kind spa: the progress estimator."""
+
+    hidden_units: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    updates: int = Field(default=4, ge=1, description="optimizer steps on each step's episodes")
+
+
 class AdvantagesConfig(ConfigModel):
     """How advantages come from rewards, values and groups of samples."""
 
     kind: AdvantageKind = Field(
         default="gae",
-        description="gae; sequence: A = R - V(s), the same for all tokens; the others need no critic: see "
-        "ppod_trainer/algorithms",
+        description="gae; sequence: A = R - V(s), the same for all tokens; for the others see ppod_trainer/algorithms",
     )
-    gamma: float = Field(default=1.0, ge=0, le=1, description="discount; of gae and the reinforce_pp kinds")
-    lam: float = Field(default=0.95, ge=0, le=1, description="lambda of GAE")
+    gamma: float = Field(default=1.0, ge=0, le=1, description="discount; of gae, spa and the reinforce_pp kinds")
+    lam: float = Field(default=0.95, ge=0, le=1, description="lambda of GAE, and of spa's")
     whiten: bool = Field(
         default_factory=_whitened,
         description="mean 0 and variance 1 over the batch's response tokens; by default as the kind's paper does it: "
@@ -61,6 +68,7 @@ class AdvantagesConfig(ConfigModel):
         default=4, ge=1, description="of kind pvpo: samples of each prompt that the initial policy makes beforehand"
     )
     gigpo: GigpoConfig = GigpoConfig()
+    spa: SpaConfig = SpaConfig()
 
     @model_validator(mode="after")
     def _bootstrap_has_values(self) -> Self:
