@@ -20,9 +20,11 @@ from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.checkpoint import TrainerState, load_checkpoint, restore_components
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig
+from ppod_trainer.config.advantages import ONE_RANK
 from ppod_trainer.connections import check_services, connect
 from ppod_trainer.environments.loading import LoadedEnvironment, load_environment
 from ppod_trainer.episodes import EpisodeRules, EpisodeSampler, TextCodec
+from ppod_trainer.errors import RanksError
 from ppod_trainer.evaluation import Evaluator
 from ppod_trainer.experience import ExperienceRules
 from ppod_trainer.kl import AdaptiveKl, FixedKl, KlController
@@ -30,9 +32,11 @@ from ppod_trainer.leader import Leader
 from ppod_trainer.learner import build_learner
 from ppod_trainer.metrics import MetricsLog
 from ppod_trainer.policy_loading import load_policy
+from ppod_trainer.presampling import PreEstimates, keep_estimates, planned_prompts, presample
 from ppod_trainer.prompts import Encode, PromptSet, load_prompts, split_prompts
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
+from ppod_trainer.step_rollouts import build_step_rollouts
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import Parts, TrainingRun
 
@@ -68,7 +72,8 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
     codec = _codec(tokenizer)
     environment = _load_environment(config.environment)
     prompts = _load_prompts(config, environment, codec.encode)
-    leader, state = load_leader(config, ranks)
+    estimates = PreEstimates()
+    leader, state = load_leader(config, ranks, estimates)
     connections = None
     collector = None
     metrics = None
@@ -82,11 +87,17 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
         evaluator = Evaluator(collector, connections.judge, prompts.heldout, codec.decode)
         kl = build_kl_controller(config.kl)
-        parts = Parts(connections, collector, evaluator, leader, kl, prompts, tokenizer, metrics, stop)
+        rollouts = build_step_rollouts(config, prompts, collector)
+        parts = Parts(
+            connections, collector, evaluator, leader, kl, prompts, tokenizer, metrics, stop, rollouts, estimates
+        )
         restore_components(parts.stateful, state)
         run = TrainingRun(config, parts, state)
         try:
             _synchronise(run)
+            if config.advantages.kind == "pvpo" and not estimates.values:
+                with stop.interruptible():
+                    _presample(run)
             yield run
         finally:
             run.close()
@@ -138,12 +149,19 @@ def _build_sampler(
     return EpisodeSampler(turns, environment, codec, rules, bad_samples)
 
 
-def load_leader(config: TrainerConfig, ranks: Ranks) -> tuple[Leader, TrainerState]:
+def load_leader(
+    config: TrainerConfig, ranks: Ranks, estimates: PreEstimates | None = None
+) -> tuple[Leader, TrainerState]:
     """All ranks: load the policy, or this rank's part of it, and where the run is. Only rank 0 leads with it.
 
     Raises:
-        CheckpointError: the run cannot be resumed.
+        CheckpointError: the run cannot be resumed. RanksError: the estimator of advantages needs one rank.
     """
+    if ranks.size > 1 and config.advantages.kind in ONE_RANK:
+        raise RanksError(
+            f"advantages.kind {config.advantages.kind} has a state of its own, which only one rank would have; found "
+            f"{ranks.size} ranks: use one, or another kind"
+        )
     if config.policy.threads is not None:
         torch.set_num_threads(config.policy.threads)
     torch.manual_seed(config.seed)
@@ -151,7 +169,7 @@ def load_leader(config: TrainerConfig, ranks: Ranks) -> tuple[Leader, TrainerSta
     rules = ExperienceRules(
         config.rewards,
         config.kl,
-        build_estimator(config.advantages),
+        build_estimator(config.advantages, int(loaded.policy.model.config.hidden_size), estimates or PreEstimates()),
         config.advantages.whiten,
         config.ppo.ratio_mask,
     )
@@ -160,6 +178,16 @@ def load_leader(config: TrainerConfig, ranks: Ranks) -> tuple[Leader, TrainerSta
     if config.resume:
         state = load_checkpoint(config.run_dir / "checkpoints", learner, state.configuration)
     return Leader(learner, loaded.hollow, loaded.adapter), state
+
+
+def _presample(run: TrainingRun) -> None:
+    """Estimate what the initial policy, which is served now, gets for each prompt."""
+    config, parts = run.config, run.parts
+    asked = planned_prompts(config, parts.prompts)
+    print(f"estimating {len(asked)} prompts by {config.advantages.presamples} samples each", flush=True)
+    found = presample(asked, config, parts.collector, run.state.policy_version)
+    parts.estimates.values.update(found.values)
+    keep_estimates(config.run_dir / "pre_estimates.json", parts.estimates)
 
 
 def _synchronise(run: TrainingRun) -> None:

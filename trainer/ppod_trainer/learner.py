@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 
+from ppod_trainer.algorithms import LearnedEstimator
 from ppod_trainer.config import OptimizerConfig, PpoConfig
 from ppod_trainer.controls import StepControls
 from ppod_trainer.errors import NonFiniteLossError
-from ppod_trainer.experience import ExperienceRules, PpoBatch, build_ppo_batch, view_policy
+from ppod_trainer.experience import ExperienceRules, PpoBatch, build_ppo_batch, pad_numbers, view_policy
 from ppod_trainer.loss import LossFigures, LossRows, Objective, minibatch_loss
 from ppod_trainer.masking import loss_weights
 from ppod_trainer.metrics import StepTimer
@@ -21,6 +22,7 @@ from ppod_trainer.policy import PolicyWithValue, build_response_batch
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.rollouts import ScoredRollout
 from ppod_trainer.sharding import whole
+from ppod_trainer.turn_states import read_turn_states
 
 
 @dataclass(slots=True)
@@ -91,6 +93,9 @@ class Learner:
                 micro for one in self._minibatches(len(rollouts), step, 0) for micro in one.shares[self.ranks.rank]
             ]
             view = view_policy(self.policy, responses, first, self.ranks)
+            if isinstance(self.rules.estimator, LearnedEstimator):
+                turns = pad_numbers([one.rollout.turns for one in rollouts], responses)
+                view = replace(view, turn_states=read_turn_states(self.policy.model, responses, turns, first))
         batch = build_ppo_batch(rollouts, responses, view, self.rules, controls)
         with timer.phase("update"):
             stats = self._update(batch, step, controls)

@@ -27,6 +27,19 @@ GAUGES = {
     "groups/uniform": ("ppod_groups_uniform_ratio", "Share of prompts whose samples were all paid the same"),
     "score/running_mean": ("ppod_reward_score_running_mean", "Mean of all scores of the run so far"),
     "score/running_std": ("ppod_reward_score_running_std", "Standard deviation of all scores of the run so far"),
+    "selection/rounds": ("ppod_selection_rounds", "Rounds of sampling in the step, with dynamic sampling"),
+    "selection/uniform_groups": (
+        "ppod_selection_uniform_groups",
+        "Groups of the step whose samples were all paid the same, with dynamic sampling",
+    ),
+    "selection/filled_groups": (
+        "ppod_selection_filled_groups",
+        "Uniform groups that the step trained on, because its rounds gave too few others",
+    ),
+    "selection/skipped_prompts": (
+        "ppod_selection_skipped_prompts",
+        "Prompts that the epoch leaves out as solved, with history resampling",
+    ),
     "judge/mean": ("ppod_judge_score_mean", "Mean held-out judge score of the step's samples, when last judged"),
     "kl/reference": ("ppod_kl_reference_nats", "Mean KL to the reference, nats a response (k1)"),
     "kl/coefficient": ("ppod_kl_coefficient", "Coefficient of the KL penalty"),

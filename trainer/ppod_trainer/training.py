@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ppod import FailedPrecondition, Unavailable
 from ppod_models.loading import DTYPES
+from ppod_trainer.algorithms import LearnedEstimator
 from ppod_trainer.checkpoint import TrainerState
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
@@ -31,6 +32,7 @@ from ppod_trainer.metrics import MetricsLog, StepTimer, finite_record
 from ppod_trainer.off_policy import measure_off_policy
 from ppod_trainer.pipeline import Collected, RolloutPipeline
 from ppod_trainer.policy_push import PolicyPush
+from ppod_trainer.presampling import PreEstimates
 from ppod_trainer.prompts import PromptSet
 from ppod_trainer.recovery import Recovery
 from ppod_trainer.reference_policy import ReferencePolicy
@@ -64,12 +66,21 @@ class Parts:
     tokenizer: PreTrainedTokenizerFast
     metrics: MetricsLog
     stop: StopSignal
+    rollouts: StepRollouts
+    estimates: PreEstimates
     scores: ScoreStatistics = field(default_factory=ScoreStatistics)
 
     @property
     def stateful(self) -> dict[str, Stateful]:
         """What a checkpoint keeps of them, besides the learner."""
-        return {"kl": self.kl, "scores": self.scores}
+        found: dict[str, Stateful] = {
+            "kl": self.kl,
+            "scores": self.scores,
+            "prompts": self.rollouts.schedule,
+            "pre_estimates": self.estimates,
+        }
+        estimator = self.learner.learner.rules.estimator
+        return found | ({"estimator": estimator} if isinstance(estimator, LearnedEstimator) else {})
 
 
 class TrainingRun:
@@ -93,7 +104,7 @@ class TrainingRun:
         self._judged: float | None = None
         rollout = config.rollout
         self._pipeline = RolloutPipeline(
-            StepRollouts(config, parts.prompts, parts.collector),
+            parts.rollouts,
             ahead=rollout.max_staleness,
             steps=config.steps,
             mixes=config.weight_transfer.pause != "wait",
@@ -202,6 +213,7 @@ class TrainingRun:
             with timer.phase("push"):
                 self.push_policy(trained_version + 1)
         self.state = replace(self.state, step=step + 1)
+        parts.rollouts.schedule.settle(step + 1)
         self.whole = True
         record = finite_record(
             rollout_figures(rollouts)
@@ -244,6 +256,7 @@ class TrainingRun:
         if self._judged is not None:
             figures["judge/mean"] = self._judged
         seconds = collected.seconds | timer.seconds
+        figures |= collected.figures
         return figures | {f"seconds/{phase}": value for phase, value in seconds.items()}
 
     def _judge(self, rollouts: Sequence[ScoredRollout], timer: StepTimer) -> None:
