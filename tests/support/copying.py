@@ -1,7 +1,7 @@
 """A task that a random transformer learns by reinforcement alone within a minute: say the letters of the prompt again.
 
-Each letter in its place pays a part of 1, because no random policy would ever say all of them right: with 10 letters
-and 3 places it does so once in 1,000 answers, and once in 2,000 with the special tokens that it may say as well.
+Each letter in its place pays a part of 1, because no random policy would ever say all of them right: of 13 tokens it
+says the right three once in 2,197 answers. That density is what makes the task one of a minute, not of a day.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
-from ppod.client import LoraAdapter, TensorDtype, WeightTensor
+from ppod.client import LoraAdapter, WeightTensor
 from ppod_trainer.errors import TrainerError
-from ppod_trainer.policy_weights import bytes_of
+from ppod_trainer.policy_weights import wire_tensors
 
 
 def adapter_tensors(model: PeftModel, adapter_name: str) -> tuple[LoraAdapter, list[WeightTensor]]:
@@ -23,18 +23,16 @@ def adapter_tensors(model: PeftModel, adapter_name: str) -> tuple[LoraAdapter, l
         raise TrainerError(f"adapter {adapter_name!r} is {config.peft_type}, only LoRA can be sent alone")
     _check_plain(adapter_name, config)
     state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors: list[WeightTensor] = []
     layers: dict[str, None] = {}
-    for name, tensor in state.items():
+    for name in state:
         layer, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
         if part not in ("A.weight", "B.weight"):
             raise TrainerError(
                 f"adapter {adapter_name!r} has {name}, only lora_A and lora_B of linear layers can be sent"
             )
         layers[layer] = None
-        data = tensor.detach().to("cpu", torch.float32).contiguous().view(-1)
-        tensors.append(WeightTensor(name, TensorDtype.FLOAT32, tuple(tensor.shape), bytes_of(data)))
-    return LoraAdapter(config.r, config.lora_alpha, tuple(layers), bool(config.use_rslora)), tensors
+    adapter = LoraAdapter(config.r, config.lora_alpha, tuple(layers), bool(config.use_rslora))
+    return adapter, wire_tensors(state)
 
 
 def _check_plain(name: str, config: LoraConfig) -> None:

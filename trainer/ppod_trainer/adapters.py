@@ -5,7 +5,7 @@ Source: Hu et al. 2021, "LoRA"; Dettmers et al. 2023, "QLoRA". PEFT does the wor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -13,14 +13,14 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
+from ppod.client import LoraAdapter
 from ppod_trainer.config import LoraConfig
 from ppod_trainer.errors import TrainerError
 
 _NAME = "default"
-_BASE_LAYER = ".base_layer."
 
 
 class PolicyAdapter:
@@ -49,63 +49,46 @@ class PolicyAdapter:
             self.peft = cast(PeftModel, get_peft_model(model, adapter, adapter_name=_NAME))
         except ValueError as error:
             raise TrainerError(f"policy.lora: {error}") from error
-        self._model = model
         # PEFT turns to training mode, which would turn dropout of the base on.
         self.peft.eval()
-
-    def base_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The base's parameters by the names that they have without adapter; quantised ones as what they stand for."""
-        for name, parameter in self._model.named_parameters():
-            if ".lora_" not in name:
-                yield name.replace(_BASE_LAYER, "."), _dense(parameter)
-
-    @torch.no_grad()
-    def merged_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's parameters as whole weights: W + scaling * B @ A where it is adapted."""
-        changes = {
-            f"{name}.weight": cast(torch.Tensor, module.get_delta_weight(_NAME))
-            for name, module in self._model.named_modules()
+        self._config = config
+        self._scalings = {
+            name: float(module.scaling[_NAME])
+            for name, module in model.named_modules()
             if isinstance(module, LoraLayer)
         }
-        for name, parameter in self.base_parameters():
-            change = changes.get(name)
-            yield name, parameter if change is None else parameter + change.to(parameter.dtype)
 
+    @property
+    def description(self) -> LoraAdapter:
+        """What the adapter is, for a service that merges it."""
+        return LoraAdapter(self._config.rank, self._config.alpha, tuple(self._scalings), self._config.rank_stabilized)
 
-def load_quantised(path: Path, *, device: torch.device, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """Load a causal language model whose linear layers are in 4-bit NormalFloat, in evaluation mode.
+    def base(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of the adapted model's parameters those of the base, by the names that they have without an adapter."""
+        return {
+            name.replace(".base_layer.", "."): tensor for name, tensor in parameters.items() if ".lora_" not in name
+        }
 
-    Args:
-        path: its directory, with safetensors.
-        device: where it computes; bitsandbytes has kernels for CUDA and for CPUs.
-        dtype: of all that is not quantised, and of what is computed.
-        attention: "sdpa" or "eager".
+    def merged(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The policy as whole weights: W + scaling * B @ A where it is adapted, in float32 and then W's dtype."""
+        whole = self.base(parameters)
+        for layer, scaling in self._scalings.items():
+            a, b = (parameters[f"{layer}.lora_{part}.{_NAME}.weight"].float() for part in "AB")
+            weight = whole[f"{layer}.weight"]
+            whole[f"{layer}.weight"] = (weight.float() + scaling * (b @ a)).to(weight.dtype)
+        return whole
 
-    Raises:
-        TrainerError: bitsandbytes is not installed.
-    """
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
-    )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            quantization_config=quantisation,
-            device_map={"": device},
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except ImportError as error:
-        raise TrainerError(f"policy.lora.quantization: {error}; install ppod[qlora]") from error
-    return model.eval()
+    def saved(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of the adapted model's parameters those of the adapter, by the names that PEFT saves them under."""
+        return {
+            f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": tensor.contiguous()
+            for name, tensor in parameters.items()
+            if ".lora_" in name
+        }
 
-
-def _dense(parameter: nn.Parameter) -> torch.Tensor:
-    state = getattr(parameter, "quant_state", None)
-    if state is None:
-        return parameter.detach()
-    from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - only quantised bases need it
-
-    return dequantize_4bit(parameter.data, state)
+    def save(self, directory: Path, tensors: Mapping[str, torch.Tensor], base: str) -> None:
+        """Write what `saved` gave as PEFT loads it, for the base that `base` names."""
+        config = self.peft.peft_config[_NAME]
+        config.base_model_name_or_path = base
+        config.save_pretrained(str(directory))
+        save_file(dict(tensors), directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -20,20 +20,23 @@ from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.checkpoint import TrainerState, load_checkpoint, restore_components
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig
+from ppod_trainer.config.advantages import ONE_RANK
 from ppod_trainer.connections import check_services, connect
 from ppod_trainer.environments.loading import LoadedEnvironment, load_environment
 from ppod_trainer.episodes import EpisodeRules, EpisodeSampler, TextCodec
+from ppod_trainer.errors import RanksError
 from ppod_trainer.evaluation import Evaluator
 from ppod_trainer.experience import ExperienceRules
 from ppod_trainer.kl import AdaptiveKl, FixedKl, KlController
 from ppod_trainer.leader import Leader
 from ppod_trainer.learner import build_learner
 from ppod_trainer.metrics import MetricsLog
-from ppod_trainer.policy import PolicyWithValue
+from ppod_trainer.policy_loading import load_policy
+from ppod_trainer.presampling import PreEstimates, keep_estimates, planned_prompts, presample
 from ppod_trainer.prompts import Encode, PromptSet, load_prompts, split_prompts
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
-from ppod_trainer.sharding import checkpoint_layers, hollow_copy, shard_policy
+from ppod_trainer.step_rollouts import build_step_rollouts
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import Parts, TrainingRun
 
@@ -70,7 +73,8 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
     codec = _codec(tokenizer)
     environment = _load_environment(config.environment)
     prompts = _load_prompts(config, environment, codec.encode)
-    leader, state = load_leader(config, ranks)
+    estimates = PreEstimates()
+    leader, state = load_leader(config, ranks, estimates)
     connections = None
     collector = None
     metrics = None
@@ -81,16 +85,20 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             served = check_services(connections, config.rollout, loading.vocab_size(leader.learner.policy.model))
         bad_samples = BadSamples(config.rollout.on_bad_sample)
         sampler = _build_sampler(config, connections.generation, served.limits.max_sequence_tokens, environment, codec)
-        collector = RolloutCollector(
-            sampler, connections.reward, connections.reference, config.rollout.temperature, bad_samples
-        )
+        collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
         evaluator = Evaluator(collector, connections.judge, prompts.heldout, codec.decode)
         kl = build_kl_controller(config.kl)
-        parts = Parts(connections, collector, evaluator, leader, kl, prompts, tokenizer, metrics, stop)
+        rollouts = build_step_rollouts(config, prompts, collector)
+        parts = Parts(
+            connections, collector, evaluator, leader, kl, prompts, tokenizer, metrics, stop, rollouts, estimates
+        )
         restore_components(parts.stateful, state)
         run = TrainingRun(config, parts, state)
         try:
             _synchronise(run)
+            if config.advantages.kind == "pvpo" and not estimates.values:
+                with stop.interruptible():
+                    _presample(run)
             yield run
         finally:
             run.close()
@@ -142,48 +150,54 @@ def _build_sampler(
     return EpisodeSampler(turns, environment, codec, rules, bad_samples)
 
 
-def load_leader(config: TrainerConfig, ranks: Ranks) -> tuple[Leader, TrainerState]:
+def load_leader(
+    config: TrainerConfig, ranks: Ranks, estimates: PreEstimates | None = None
+) -> tuple[Leader, TrainerState]:
     """All ranks: load the policy, or this rank's part of it, and where the run is. Only rank 0 leads with it.
 
     Raises:
-        CheckpointError: the run cannot be resumed.
+        CheckpointError: the run cannot be resumed. RanksError: the estimator of advantages needs one rank.
     """
+    if ranks.size > 1 and config.advantages.kind in ONE_RANK:
+        raise RanksError(
+            f"advantages.kind {config.advantages.kind} has a state of its own, which only one rank would have; found "
+            f"{ranks.size} ranks: use one, or another kind"
+        )
     if config.policy.threads is not None:
         torch.set_num_threads(config.policy.threads)
     torch.manual_seed(config.seed)
-    if ranks.rank:
-        ranks.wait_for_all()
-    # What has to be fetched or converted is so by rank 0 first.
-    path = resolve(config.policy.source).path
-    if not ranks.rank:
-        ranks.wait_for_all()
-    compute_dtype = loading.pick_dtype(config.policy.dtype, ranks.device)
-    # Divided ranks take one layer after the other from the CPU to their devices.
-    device = ranks.device if ranks.mesh is None else torch.device("cpu")
-    model = loading.load_causal_lm(path, device=device, dtype=torch.float32, attention=config.policy.attention)
-    policy = PolicyWithValue(model, temperature=config.rollout.temperature, compute_dtype=compute_dtype)
-    hollow = None if ranks.mesh is None else hollow_copy(model)
-    if config.memory.gradient_checkpointing:
-        checkpoint_layers(policy)
-    if ranks.mesh is not None:
-        shard_policy(policy, ranks.mesh, compute_dtype, offload=config.memory.offload)
+    loaded = load_policy(config, ranks)
     rules = ExperienceRules(
         config.rewards,
         config.kl,
-        build_estimator(config.advantages),
+        build_estimator(config.advantages, int(loaded.policy.model.config.hidden_size), estimates or PreEstimates()),
         config.advantages.whiten,
         config.ppo.ratio_mask,
     )
-    learner = build_learner(policy, config.ppo, rules, config.optimizer, config.seed, ranks)
+    learner = build_learner(loaded.policy, config.ppo, rules, config.optimizer, config.seed, ranks)
     state = TrainerState(0, 0, 0, configuration_fingerprint(config))
     if config.resume:
         state = load_checkpoint(config.run_dir / "checkpoints", learner, state.configuration)
-    return Leader(learner, hollow), state
+    return Leader(learner, loaded.hollow, loaded.adapter), state
+
+
+def _presample(run: TrainingRun) -> None:
+    """Estimate what the initial policy, which is served now, gets for each prompt."""
+    config, parts = run.config, run.parts
+    asked = planned_prompts(config, parts.prompts)
+    print(f"estimating {len(asked)} prompts by {config.advantages.presamples} samples each", flush=True)
+    found = presample(asked, config, parts.collector, run.state.policy_version)
+    parts.estimates.values.update(found.values)
+    keep_estimates(config.run_dir / "pre_estimates.json", parts.estimates)
 
 
 def _synchronise(run: TrainingRun) -> None:
     """Make generation and reference serve exactly what this run has, whatever they served before."""
     serving = max(run.parts.connections.generation_weights.serving_versions())
     run.push_policy(max(serving + 1, run.state.policy_version))
+    lora = run.config.policy.lora
     if run.state.reference_version:
         run.restore_reference()
+    elif lora is not None and lora.quantization != "none":
+        # The service has the model as it was before it was quantised.
+        run.adopt_reference(run.parts.learner.base_model())

@@ -80,7 +80,7 @@ def check_files(directory: Path, files: Files, ranks: Ranks) -> None:
 
 
 def _trained(learner: Learner) -> dict[str, torch.nn.Parameter]:
-    """What changes: a base that stands still under an adapter is in its source already."""
+    """What learning changes: what an adapter is on comes from the model's source again."""
     return {name: one for name, one in learner.policy.named_parameters() if one.requires_grad}
 
 

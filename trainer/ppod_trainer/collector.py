@@ -13,7 +13,7 @@ from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt
 from ppod_trainer.reward_components import component_scores
-from ppod_trainer.rollouts import Rollout, ScoredRollout
+from ppod_trainer.rollouts import Rollout, ScoredRollout, common_temperature
 from ppod_trainer.sampling import Sampler
 
 Components = dict[str, float]
@@ -26,7 +26,6 @@ class RolloutCollector:
         sampler: makes the rollouts.
         reward: client, pinned to the policy's tokenizer; None where the environment's rewards are all there is.
         reference: client, pinned likewise.
-        temperature: of the sampler, for the reference.
         bad_samples: what becomes of a sample that a service refuses.
     """
 
@@ -35,13 +34,11 @@ class RolloutCollector:
         sampler: Sampler,
         reward: RewardClient | None,
         reference: ReferenceClient,
-        temperature: float,
         bad_samples: BadSamples,
     ) -> None:
         self._sampler = sampler
         self._reward = reward
         self._reference = reference
-        self._temperature = temperature
         self._bad_samples = bad_samples
         # Two, because the rollouts of the next step and an evaluation of this one may both be scored now.
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="reference")
@@ -62,11 +59,16 @@ class RolloutCollector:
         return self.score(rollouts, timer)
 
     def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], policy_version: int | None, timer: StepTimer
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        policy_version: int | None,
+        timer: StepTimer,
+        temperature: float | None = None,
     ) -> list[Rollout]:
-        """Sample one response for each prompt; see `Sampler`."""
+        """Sample one response for each prompt, at the configured temperature where none is given; see `Sampler`."""
         with timer.phase("generate"):
-            return self._sampler.sample(prompts, seeds, policy_version)
+            return self._sampler.sample(prompts, seeds, policy_version, temperature)
 
     def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
         """Ask reward and reference at the same time; a sample that either refuses is dropped from both."""
@@ -99,7 +101,7 @@ class RolloutCollector:
             return self._reference.logprobs(
                 [rollout.tokens for rollout in kept],
                 [len(rollout.prompt.token_ids) for rollout in kept],
-                temperature=self._temperature,
+                temperature=common_temperature(kept),
             ).values
 
         with timer.phase("reference"):

@@ -17,12 +17,14 @@ class StepControls:
         kl_coefficient: of the KL penalty, wherever it is paid.
         entropy_coefficient: of the entropy bonus.
         score: normalisation of the scores.
+        critic_only: the critic learns, the policy stays as it is.
     """
 
     rate_factor: float
     kl_coefficient: float
     entropy_coefficient: float
     score: ScoreScale = field(default_factory=ScoreScale)
+    critic_only: bool = False
 
 
 def learning_rate_at(step: int, steps: int, config: OptimizerConfig) -> float:

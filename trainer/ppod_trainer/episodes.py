@@ -86,6 +86,7 @@ class _Episode:
             truncated=not self.done,
             stop_token=self.turns[-1].stop_token,
             seed=self.seed,
+            temperature=self.turns[0].temperature,
         )
 
 
@@ -114,11 +115,17 @@ class EpisodeSampler:
         self._rules = rules
         self._bad_samples = bad_samples
 
-    def sample(self, prompts: Sequence[Prompt], seeds: Sequence[int], policy_version: int | None) -> list[Rollout]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        policy_version: int | None,
+        temperature: float | None = None,
+    ) -> list[Rollout]:
         """Play an episode from each prompt."""
 
         def turns(asked: Sequence[_Episode]) -> list[Turn]:
-            return self._turns.sample([episode.context() for episode in asked], policy_version)
+            return self._turns.sample([episode.context() for episode in asked], policy_version, temperature)
 
         active = [self._begin(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         finished: dict[int, _Episode] = {}

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ppod_trainer.algorithms import AdvantageEstimator, Experience
+from ppod_trainer.algorithms.anchors import read_anchors
 from ppod_trainer.config import KlConfig, RatioMaskConfig, RewardsConfig
 from ppod_trainer.controls import StepControls
 from ppod_trainer.kl import estimate_kl
@@ -28,11 +29,15 @@ from ppod_trainer.token_rewards import token_rewards
 
 @dataclass(frozen=True, slots=True)
 class PolicyView:
-    """The policy before the update: logprobs and values float32 [B, T], next_values float32 [B]."""
+    """The policy before the update: logprobs and values float32 [B, T], next_values float32 [B].
+
+    turn_states: float32 [B, K, H], see `Experience`; None where nobody reads them.
+    """
 
     logprobs: torch.Tensor
     values: torch.Tensor
     next_values: torch.Tensor
+    turn_states: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +139,22 @@ def build_ppo_batch(
     scores = shape_scores(scores, truncated, mask.sum(dim=1), rules.rewards, controls.score)
     penalty = estimate_kl(view.logprobs, ref_logprobs, rules.kl.estimator) if rules.kl.placement == "reward" else None
     rewards = token_rewards(scores, penalty, mask, controls.kl_coefficient, turn_rewards)
-    turns = _pad([scored.rollout.turns for scored in rollouts], responses.response_mask)
+    paid = token_rewards(scores, None, mask, 0.0, turn_rewards)
+    anchors = read_anchors([scored.rollout for scored in rollouts])
     experience = Experience(
         rewards=rewards,
-        outcomes=scores + turn_rewards.sum(dim=1),
+        paid=paid,
+        outcomes=paid.double().sum(dim=1).float(),
         values=view.values,
         next_values=view.next_values,
         mask=mask,
         truncated=truncated,
         groups=torch.tensor([scored.rollout.group for scored in rollouts], device=device),
-        turns=torch.where(mask, turns, -1).long(),
+        prompts=torch.tensor([scored.rollout.prompt.index for scored in rollouts], device=device),
+        turns=pad_numbers([scored.rollout.turns for scored in rollouts], responses),
+        contexts=pad_numbers(anchors.contexts, responses),
+        observations=pad_numbers(anchors.observations, responses),
+        turn_states=view.turn_states,
     )
     result = rules.estimator.estimate(experience)
     matched = _matched_tokens(view.logprobs, sampler_logprobs, mask, rules.ratio_mask)
@@ -172,6 +183,11 @@ def _matched_tokens(
     if config is None:
         return mask
     return tokens_within(old_logprobs, sampler_logprobs, mask, (config.low, config.high), config.level)
+
+
+def pad_numbers(rows: Sequence[npt.NDArray[np.int64]], responses: ResponseBatch) -> torch.Tensor:
+    """Numbers of action tokens, below 2^24, as int64 [B, T]; -1 elsewhere."""
+    return torch.where(responses.action_mask, _pad(rows, responses.response_mask), -1).long()
 
 
 def _pad(rows: Sequence[npt.NDArray[np.float32] | npt.NDArray[np.int64]], mask: torch.Tensor) -> torch.Tensor:

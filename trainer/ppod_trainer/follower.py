@@ -15,8 +15,8 @@ def follow(learner: Learner) -> None:
         match learner.ranks.hear():
             case Learn(rollouts, step, controls):
                 learner.learn(rollouts, step, controls, StepTimer())
-            case Gather(dtype):
-                for _ in gather_parameters(learner.policy.model, dtype):
+            case Gather(dtype, only):
+                for _ in gather_parameters(learner.policy.model, dtype, only):
                     pass
             case Save(directory, state, keep):
                 save_checkpoint(directory, learner, state, keep)

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +18,10 @@ from ppod_trainer.learner import Learner, UpdateStats
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.rollouts import ScoredRollout
 from ppod_trainer.sharding import fill, gather_parameters
+
+if TYPE_CHECKING:
+    # It imports PEFT, which takes seconds that no other run should spend.
+    from ppod_trainer.adapters import PolicyAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +35,10 @@ class Learn:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Order: take part in gathering the policy's weights, in this dtype."""
+    """Order: take part in gathering the policy's weights whose names have this part, in this dtype."""
 
     dtype: torch.dtype
+    only: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +64,13 @@ class Leader:
 
     Attributes:
         learner: this rank's.
-        hollow: the policy's language model without weights; None where this rank holds them whole.
+        hollow: the policy's language model without weights; None where this rank holds them whole, and not adapted.
+        adapter: what of the model is trained; None: all of it.
     """
 
     learner: Learner
     hollow: PreTrainedModel | None = None
+    adapter: PolicyAdapter | None = None
     _in_step: bool = field(default=True, init=False)
 
     def learn(
@@ -73,14 +81,32 @@ class Leader:
             return self.learner.learn(rollouts, step, controls, timer)
 
     def whole_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The language model with all its weights.
+        """The language model with all its weights, an adapter merged into them.
 
         Where ranks divide them it is a copy on the CPU, gathered tensor by tensor in `dtype`; else the model itself.
         """
         if self.hollow is None:
             return self.learner.policy.model
-        with self._together(Gather(dtype)):
-            return fill(self.hollow, gather_parameters(self.learner.policy.model, dtype))
+        # What an adapter adds is smaller than what bfloat16 tells apart: it is merged before it is rounded.
+        gathered = self._gather(dtype if self.adapter is None else torch.float32)
+        if self.adapter is None:
+            return fill(self.hollow, gathered)
+        return fill(self.hollow, {name: one.to(dtype) for name, one in self.adapter.merged(gathered).items()})
+
+    def base_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """What the adapter is on, a copy on the CPU. There must be an adapter."""
+        assert self.hollow is not None
+        assert self.adapter is not None
+        return fill(self.hollow, self.adapter.base(self._gather(dtype)))
+
+    def adapter_weights(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors in float32, as PEFT saves them. There must be an adapter."""
+        assert self.adapter is not None
+        return self.adapter.saved(self._gather(torch.float32, only=".lora_"))
+
+    def _gather(self, dtype: torch.dtype, only: str = "") -> dict[str, torch.Tensor]:
+        with self._together(Gather(dtype, only)):
+            return dict(gather_parameters(self.learner.policy.model, dtype, only))
 
     def save(self, directory: Path, state: TrainerState, keep: int) -> Path:
         """See `save_checkpoint`."""

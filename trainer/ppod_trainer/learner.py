@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 
+from ppod_trainer.algorithms import LearnedEstimator
 from ppod_trainer.config import OptimizerConfig, PpoConfig
 from ppod_trainer.controls import StepControls
 from ppod_trainer.errors import NonFiniteLossError
-from ppod_trainer.experience import ExperienceRules, PpoBatch, build_ppo_batch, view_policy
+from ppod_trainer.experience import ExperienceRules, PpoBatch, build_ppo_batch, pad_numbers, view_policy
 from ppod_trainer.loss import LossFigures, LossRows, Objective, minibatch_loss
 from ppod_trainer.masking import loss_weights
 from ppod_trainer.metrics import StepTimer
@@ -21,6 +22,7 @@ from ppod_trainer.policy import PolicyWithValue, ResponseBatch, build_response_b
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.rollouts import ScoredRollout
 from ppod_trainer.sharding import whole
+from ppod_trainer.turn_states import read_turn_states
 
 
 @dataclass(slots=True)
@@ -89,6 +91,9 @@ class Learner:
         with timer.phase("old_logprobs"):
             first = [micro for one in self._minibatches(responses, step, 0) for micro in one.shares[self.ranks.rank]]
             view = view_policy(self.policy, responses, first, self.ranks)
+            if isinstance(self.rules.estimator, LearnedEstimator):
+                turns = pad_numbers([one.rollout.turns for one in rollouts], responses)
+                view = replace(view, turn_states=read_turn_states(self.policy.model, responses, turns, first))
         batch = build_ppo_batch(rollouts, responses, view, self.rules, controls)
         with timer.phase("update"):
             stats = self._update(batch, step, controls)
@@ -144,7 +149,7 @@ class Learner:
         for index in minibatch.shares[self.ranks.rank]:
             # A rank without samples takes part all the same, with one that counts nothing: it has part of each layer.
             counted, rows = (weights, index) if len(index) else (torch.zeros_like(weights), minibatch.rows[:1])
-            output = self.policy(batch.responses.rows(rows))
+            output = self.policy(batch.responses.rows(rows), values_only=controls.critic_only)
             width = output.logprobs.shape[1]
             loss, figures = minibatch_loss(output, LossRows.of(batch, rows, counted, width), objective, controls)
             loss.backward()
@@ -176,15 +181,15 @@ def build_learner(
     rates = [optimizer.learning_rate, optimizer.value_learning_rate or optimizer.learning_rate]
     adam = torch.optim.AdamW(
         [
-            {"params": list(policy.model.parameters()), "lr": rates[0]},
-            {"params": list(policy.value_head.parameters()), "lr": rates[1]},
+            {"params": policy.policy_parameters(), "lr": rates[0]},
+            {"params": policy.critic_parameters(), "lr": rates[1]},
         ],
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.epsilon,
         weight_decay=optimizer.weight_decay,
         fused=True,
     )
-    return Learner(policy, adam, ppo, rules, seed, ranks or Ranks(policy.value_head.weight.device), rates)
+    return Learner(policy, adam, ppo, rules, seed, ranks or Ranks(policy.device), rates)
 
 
 def _mean_of(stats: UpdateStats) -> UpdateStats:

@@ -27,6 +27,19 @@ GAUGES = {
     "groups/uniform": ("ppod_groups_uniform_ratio", "Share of prompts whose samples were all paid the same"),
     "score/running_mean": ("ppod_reward_score_running_mean", "Mean of all scores of the run so far"),
     "score/running_std": ("ppod_reward_score_running_std", "Standard deviation of all scores of the run so far"),
+    "selection/rounds": ("ppod_selection_rounds", "Rounds of sampling in the step, with dynamic sampling"),
+    "selection/uniform_groups": (
+        "ppod_selection_uniform_groups",
+        "Groups of the step whose samples were all paid the same, with dynamic sampling",
+    ),
+    "selection/filled_groups": (
+        "ppod_selection_filled_groups",
+        "Uniform groups that the step trained on, because its rounds gave too few others",
+    ),
+    "selection/skipped_prompts": (
+        "ppod_selection_skipped_prompts",
+        "Prompts that the epoch leaves out as solved, with history resampling",
+    ),
     "judge/mean": ("ppod_judge_score_mean", "Mean held-out judge score of the step's samples, when last judged"),
     "kl/reference": ("ppod_kl_reference_nats", "Mean KL to the reference, nats a response (k1)"),
     "kl/coefficient": ("ppod_kl_coefficient", "Coefficient of the KL penalty"),
@@ -51,6 +64,7 @@ GAUGES = {
     "sampler/divergence_max": ("ppod_sampler_divergence_max_nats", "Largest |trainer - sampler| logprob of all tokens"),
     "sampler/staleness_mean": ("ppod_sampler_staleness_mean_versions", "Mean age of the tokens' weights, in versions"),
     "sampler/staleness_max": ("ppod_sampler_staleness_max_versions", "Age of the oldest tokens' weights, in versions"),
+    "sampler/temperature": ("ppod_sampler_temperature", "Temperature that the step's samples were drawn at"),
     "sampler/mismatched": ("ppod_sampler_mismatched_ratio", "Share of tokens left out of the loss for their mismatch"),
     "learning_rate": ("ppod_learning_rate", "Learning rate of the policy"),
     "tokens_per_second": ("ppod_tokens_per_second", "Response tokens trained on, per second of the step"),

@@ -9,35 +9,46 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from opentelemetry import trace
 
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.rollouts import Rollout, ScoredRollout
+from ppod_trainer.selection import Selected
 
 
 class Collects(Protocol):
     """Makes the rollouts of a step; called in a thread of its own when steps overlap."""
 
-    def generate(self, step: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
-        """Sample with exactly this version, or with None of whichever serve."""
+    @property
+    def max_rounds(self) -> int:
+        """Most rounds of sampling in a step."""
+        ...
+
+    def generate(self, step: int, number: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
+        """Sample a step's round (0 is the first) with exactly this version, or with None of whichever serve."""
         ...
 
     def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
         """Ask reward and reference."""
         ...
 
+    def select(self, step: int, rounds: Sequence[Sequence[ScoredRollout]]) -> Selected:
+        """Of the rounds so far; where it is not full, another follows, up to `max_rounds`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """A step's rollouts, and the seconds of each phase of their making."""
+    """A step's rollouts, the seconds of each phase of their making, and figures of their selection."""
 
     rollouts: list[ScoredRollout]
     seconds: dict[str, float]
+    figures: dict[str, float] = field(default_factory=dict[str, float])
 
 
 class RolloutPipeline:
@@ -68,7 +79,11 @@ class RolloutPipeline:
         for coming in range(step, min(step + self._ahead + 1, self._steps)):
             if coming not in self._pending:
                 self._pending[coming] = self._pool.submit(self._make, coming)
-        return self._pending.pop(step).result()
+        future = self._pending.pop(step)
+        wait([future])
+        if future.exception() is not None:
+            self._discard()
+        return future.result()
 
     @contextmanager
     def new_weights(self, version: int) -> Generator[None]:
@@ -90,17 +105,34 @@ class RolloutPipeline:
         """Begin nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def _discard(self) -> None:
+        """Forget what was begun after a step that failed: it may depend on that step's samples."""
+        for future in self._pending.values():
+            future.cancel()
+        wait(self._pending.values())
+        self._pending.clear()
+
     def _make(self, step: int) -> Collected:
         timer = StepTimer()
         with timer.phase("rollout"):
             trace.get_current_span().set_attribute("ppo.step", step + 1)
-            rollouts = self._generate(step, timer)
-            with self._scoring:
-                scored = self._collects.score(rollouts, timer)
-        return Collected(scored, timer.seconds)
+            selected = self._sample(step, timer)
+        return Collected(selected.rollouts, timer.seconds, selected.figures)
 
-    def _generate(self, step: int, timer: StepTimer) -> list[Rollout]:
-        if self._mixes:
-            return self._collects.generate(step, None, timer)
-        with self._generating:
-            return self._collects.generate(step, self.version, timer)
+    def _sample(self, step: int, timer: StepTimer) -> Selected:
+        """Round after round until the step has what it wants; all of one version, unless versions may mix."""
+        rounds: list[list[ScoredRollout]] = []
+        with ExitStack() as generating:
+            if not self._mixes:
+                generating.enter_context(self._generating)
+            version = None if self._mixes else self.version
+            while True:
+                rollouts = self._collects.generate(step, len(rounds), version, timer)
+                last = len(rounds) + 1 == self._collects.max_rounds
+                if last:
+                    generating.close()
+                with self._scoring:
+                    rounds.append(self._collects.score(rollouts, timer))
+                selected = self._collects.select(step, rounds)
+                if selected.full or last:
+                    return selected

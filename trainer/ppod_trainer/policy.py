@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ppod_models.logprobs import token_logprobs
 from ppod_models.padding import position_ids
 from ppod_trainer.critic import ValueModel, zero_head
-from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.rollouts import ScoredRollout, common_temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class ResponseBatch:
         responses: int64 [B, T].
         response_mask: bool [B, T]; true on response tokens, the stop token included.
         action_mask: bool [B, T]; true on action tokens, each of which is a response token.
+        temperature: that the responses were sampled at; the policy divides its logits by it.
     """
 
     input_ids: torch.Tensor
@@ -41,6 +42,7 @@ class ResponseBatch:
     responses: torch.Tensor
     response_mask: torch.Tensor
     action_mask: torch.Tensor
+    temperature: float
 
     @property
     def prompt_width(self) -> int:
@@ -61,11 +63,12 @@ class ResponseBatch:
             responses=self.responses[index, :longest],
             response_mask=self.response_mask[index, :longest],
             action_mask=self.action_mask[index, :longest],
+            temperature=self.temperature,
         )
 
 
 def build_response_batch(rollouts: Sequence[ScoredRollout], device: torch.device) -> ResponseBatch:
-    """Pad rollouts: prompts on the left, responses on the right."""
+    """Pad rollouts, all of one temperature: prompts on the left, responses on the right."""
     prompts = max(len(scored.rollout.prompt.token_ids) for scored in rollouts)
     responses = max(len(scored.rollout.response) for scored in rollouts)
     ids = np.zeros((len(rollouts), prompts + responses), dtype=np.int64)
@@ -86,6 +89,7 @@ def build_response_batch(rollouts: Sequence[ScoredRollout], device: torch.device
         responses=input_ids[:, prompts:],
         response_mask=attention_mask[:, prompts:].bool(),
         action_mask=torch.from_numpy(actions).to(device),
+        temperature=common_temperature([scored.rollout for scored in rollouts]),
     )
 
 
@@ -94,7 +98,7 @@ class PolicyOutput:
     """What the policy says of the action tokens of a response batch; all other positions hold 0.
 
     Attributes:
-        logprobs: float32 [B, T], natural log, at the sampling temperature.
+        logprobs: float32 [B, T], natural log, at the batch's temperature.
         entropy: float32 [B, T], nats.
         values: float32 [B, T]; position t is the value of the state before token t.
         next_values: float32 [B]; the value of the state after the last token, without gradient.
@@ -113,7 +117,6 @@ class PolicyWithValue(nn.Module):
 
     Args:
         model: the language model, in float32 and evaluation mode.
-        temperature: divides the logits, as it does in sampling.
         compute_dtype: dtype of the forward pass's matrix products.
         value_model: a critic of its own; None: a head of zeros on the model's trunk.
         detach_values: without a value model, keep the gradient of the values from the trunk.
@@ -123,7 +126,6 @@ class PolicyWithValue(nn.Module):
         self,
         model: PreTrainedModel,
         *,
-        temperature: float,
         compute_dtype: torch.dtype,
         value_model: ValueModel | None = None,
         detach_values: bool = False,
@@ -133,7 +135,6 @@ class PolicyWithValue(nn.Module):
         self.value_trunk = None if value_model is None else value_model.trunk
         head = zero_head(int(model.config.hidden_size), model.device) if value_model is None else value_model.head
         self.value_head = head
-        self._temperature = temperature
         self._compute_dtype = compute_dtype
         self._detach_values = detach_values
 
@@ -164,7 +165,7 @@ class PolicyWithValue(nn.Module):
             before = states[:, width - 1 : -1][batch.action_mask]
             tokens = batch.responses[batch.action_mask]
             head = cast(nn.Module, self.model.get_output_embeddings())
-            logprobs, entropy = token_logprobs(before.to(self._compute_dtype), head, tokens, self._temperature)
+            logprobs, entropy = token_logprobs(before.to(self._compute_dtype), head, tokens, batch.temperature)
         if self.value_trunk is not None:
             with self._autocast(batch.input_ids.device):
                 states = _states(self.value_trunk, batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import nn
@@ -45,6 +47,15 @@ class PolicyTensors:
             WeightTensor(one.name, one.dtype, one.shape, bytes_of(flat.to("cpu", self._dtype)))
             for one, flat in zip(self.layout, self._parameters, strict=True)
         ]
+
+
+def wire_tensors(state: Mapping[str, torch.Tensor]) -> list[WeightTensor]:
+    """Tensors by their names in a saved adapter, as float32 bytes."""
+    tensors: list[WeightTensor] = []
+    for name, tensor in state.items():
+        data = tensor.detach().to("cpu", torch.float32).contiguous().view(-1)
+        tensors.append(WeightTensor(name, TensorDtype.FLOAT32, tuple(tensor.shape), bytes_of(data)))
+    return tensors
 
 
 def bytes_of(flat: torch.Tensor) -> memoryview:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ppod.tensors import FloatArray, TokenArray
+from ppod_trainer.errors import TrainerError
 from ppod_trainer.prompts import Prompt
 
 MaskArray = npt.NDArray[np.bool_]
@@ -30,6 +31,7 @@ class Turn:
         versions: int64 [T], version of the weights that sampled each token.
         truncated: it was cut off at a limit, the policy did not end it.
         stop_token: its last token is a stop token, which no user sees.
+        temperature: that it was sampled at.
     """
 
     tokens: TokenArray
@@ -37,6 +39,7 @@ class Turn:
     versions: VersionArray
     truncated: bool
     stop_token: bool
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +58,7 @@ class Rollout:
         stop_token: its last token is a stop token, which no user sees.
         seed: seed that it was sampled with.
         group: number of its group in the step; the samples of a group share their prompt.
+        temperature: that it was sampled at, and that all logprobs of it are taken at.
     """
 
     prompt: Prompt
@@ -68,6 +72,7 @@ class Rollout:
     stop_token: bool
     seed: int
     group: int = 0
+    temperature: float = 1.0
 
     @staticmethod
     def of_turn(prompt: Prompt, turn: Turn, seed: int) -> Rollout:
@@ -83,6 +88,7 @@ class Rollout:
             truncated=turn.truncated,
             stop_token=turn.stop_token,
             seed=seed,
+            temperature=turn.temperature,
         )
 
     @property
@@ -132,6 +138,21 @@ def sample_seed(run_seed: int, stream: str, step: int, index: int) -> int:
     """Seed of one sample, by its place alone: a retry or a resumed run draws the same sample. 63 bits."""
     digest = hashlib.sha256(f"{run_seed}/{stream}/{step}/{index}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def common_temperature(rollouts: Sequence[Rollout]) -> float:
+    """The temperature that all of them were sampled at.
+
+    Raises:
+        TrainerError: they have several; policy and reference would divide the logits of some by the wrong one.
+    """
+    found = {rollout.temperature for rollout in rollouts}
+    if len(found) != 1:
+        raise TrainerError(
+            f"a batch holds samples of the temperatures {sorted(found)}; expected one: train on samples of one step, "
+            "or leave schedules.temperature out"
+        )
+    return found.pop()
 
 
 def keep_fresh(

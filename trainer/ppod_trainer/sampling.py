@@ -21,8 +21,17 @@ from ppod_trainer.rollouts import Rollout, Turn, VersionArray
 class Sampler(Protocol):
     """Makes one rollout for each prompt."""
 
-    def sample(self, prompts: Sequence[Prompt], seeds: Sequence[int], policy_version: int | None) -> list[Rollout]:
-        """Sample with the weights of exactly this version, or with None of whichever serve."""
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        policy_version: int | None,
+        temperature: float | None = None,
+    ) -> list[Rollout]:
+        """Sample with the weights of exactly this version, or with None of whichever serve.
+
+        The temperature is the configured one where none is given; each rollout carries it.
+        """
         ...
 
 
@@ -45,21 +54,29 @@ class TurnSampler:
         self._client = client
         self._sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature, stop=stop)
 
-    def sample(self, contexts: Sequence[Context], policy_version: int | None) -> list[Turn]:
+    def sample(
+        self, contexts: Sequence[Context], policy_version: int | None, temperature: float | None = None
+    ) -> list[Turn]:
         """Raises PpodError: generation failed, serves another version, or withholds a completion."""
+        sampling = self._sampling if temperature is None else replace(self._sampling, temperature=temperature)
         begun = [_Begun() for _ in contexts]
         left = list(range(len(contexts)))
         while left:
-            completions = self._ask(contexts, begun, left, policy_version)
+            completions = self._ask(contexts, begun, left, policy_version, sampling)
             for index, completion in zip(left, completions, strict=True):
                 if completion.finish_reason is FinishReason.FILTERED:
                     raise WithheldError(completion.filter_reason, index)
                 begun[index].add(completion)
             left = [index for index in left if begun[index].ending is FinishReason.ABORTED]
-        return [one.turn() for one in begun]
+        return [one.turn(sampling.temperature) for one in begun]
 
     def _ask(
-        self, contexts: Sequence[Context], begun: Sequence[_Begun], left: Sequence[int], policy_version: int | None
+        self,
+        contexts: Sequence[Context],
+        begun: Sequence[_Begun],
+        left: Sequence[int],
+        policy_version: int | None,
+        sampling: Sampling,
     ) -> list[Completion]:
         """One completion of each context that is left, behind what is begun of it."""
         prompts = [np.concatenate([contexts[index].tokens, *begun[index].tokens]) for index in left]
@@ -70,7 +87,7 @@ class TurnSampler:
         try:
             return self._client.generate(
                 prompts[::copies],
-                replace(self._sampling, n=copies),
+                replace(sampling, n=copies),
                 seeds=[contexts[index].seed for index in left],
                 weight_version=policy_version,
                 resumed_tokens=resumed[::copies],
@@ -104,7 +121,7 @@ class _Begun:
         self.versions += [np.full(span.tokens, span.weight_version) for span in completion.weight_spans]
         self.ending = completion.finish_reason
 
-    def turn(self) -> Turn:
+    def turn(self, temperature: float) -> Turn:
         """All parts together."""
         return Turn(
             tokens=np.concatenate(self.tokens),
@@ -112,6 +129,7 @@ class _Begun:
             versions=np.concatenate(self.versions),
             truncated=self.ending is FinishReason.LENGTH,
             stop_token=self.ending is FinishReason.STOP,
+            temperature=temperature,
         )
 
 
@@ -133,11 +151,18 @@ class ResponseSampler:
         self._turns = turns
         self._bad_samples = bad_samples
 
-    def sample(self, prompts: Sequence[Prompt], seeds: Sequence[int], policy_version: int | None) -> list[Rollout]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        policy_version: int | None,
+        temperature: float | None = None,
+    ) -> list[Rollout]:
         """See `Sampler`."""
 
         def turns(kept: Sequence[tuple[Prompt, int]]) -> list[Turn]:
-            return self._turns.sample([Context(prompt.token_ids, seed) for prompt, seed in kept], policy_version)
+            contexts = [Context(prompt.token_ids, seed) for prompt, seed in kept]
+            return self._turns.sample(contexts, policy_version, temperature)
 
         kept, found = self._bad_samples.call(list(zip(prompts, seeds, strict=True)), turns)
         return [Rollout.of_turn(prompt, turn, seed) for (prompt, seed), turn in zip(kept, found, strict=True)]

@@ -9,7 +9,7 @@ are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ppod_trainer.policy import PolicyWithValue
+from ppod_trainer.quantisation import dense
 
 
 def decoder_layers(policy: nn.Module) -> list[nn.Module]:
@@ -87,17 +88,22 @@ def hollow_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def gather_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter whole, in `dtype` on the CPU, one after the other. All ranks must take all of them."""
+def gather_parameters(model: nn.Module, dtype: torch.dtype, only: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each parameter whose name has `only` in it, whole, in `dtype` on the CPU, one after the other.
+
+    All ranks must take all of them.
+    """
     for name, parameter in model.named_parameters():
-        yield name, whole(parameter.detach().to(dtype)).cpu()
+        if only not in name:
+            continue
+        yield name, whole(dense(parameter).to(dtype)).cpu()
 
 
-def fill(hollow: PreTrainedModel, parameters: Iterator[tuple[str, torch.Tensor]]) -> PreTrainedModel:
+def fill(hollow: PreTrainedModel, parameters: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     """A whole model from a hollow one, which stays hollow; ties between parameters stay."""
     model = copy.deepcopy(hollow)
     named = dict(model.named_parameters())
-    filled = {id(named[name]): nn.Parameter(tensor, requires_grad=False) for name, tensor in parameters}
+    filled = {id(named[name]): nn.Parameter(tensor, requires_grad=False) for name, tensor in parameters.items()}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             module.register_parameter(name, filled[id(parameter)])

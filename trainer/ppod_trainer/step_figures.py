@@ -8,7 +8,7 @@ import numpy as np
 
 from ppod_trainer.experience import PpoBatch
 from ppod_trainer.learner import UpdateStats
-from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.rollouts import ScoredRollout, common_temperature
 
 
 def rollout_figures(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
@@ -21,6 +21,7 @@ def rollout_figures(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
         "score/mean": float(outcomes.mean()),
         "score/std": float(outcomes.std()),
         "groups/uniform": float(np.mean([max(group) == min(group) for group in groups.values()])),
+        "sampler/temperature": common_temperature([one.rollout for one in rollouts]),
         "response/length": float(np.mean([one.rollout.sampled for one in rollouts])),
         "response/truncated": float(np.mean([one.rollout.truncated for one in rollouts])),
     }

@@ -1,43 +1,89 @@
-"""The rollouts of one step: which prompts and seeds it has, how many samples of each prompt."""
+"""The rollouts of one step: which prompts and seeds it has, how many samples of each, and which of them it keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import PromptSet
 from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
+from ppod_trainer.schedules import temperature_at
+from ppod_trainer.selection import (
+    AllRollouts,
+    DynamicSampling,
+    EpochSchedule,
+    HistorySchedule,
+    PromptSchedule,
+    Selected,
+    Selection,
+)
 
 
+@dataclass(frozen=True, slots=True)
 class StepRollouts:
     """The `Collects` of a run.
 
-    Args:
-        config: batch size and seed.
-        prompts: of training.
+    Attributes:
+        samples_per_prompt: the samples of a prompt are a group.
+        seed: of the run.
+        schedule: chooses the prompts.
+        selection: chooses among the samples.
+        temperature: that a step samples at.
         collector: asks the services.
     """
 
-    def __init__(self, config: TrainerConfig, prompts: PromptSet, collector: RolloutCollector) -> None:
-        self._config = config
-        self._prompts = prompts
-        self._collector = collector
+    samples_per_prompt: int
+    seed: int
+    schedule: PromptSchedule
+    selection: Selection
+    temperature: Callable[[int], float]
+    collector: RolloutCollector
 
-    def generate(self, step: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
-        """Sample the step's prompts, each several times; the samples of a prompt are a group."""
-        config = self._config
-        size = config.rollout.samples_per_prompt
-        prompts = self._prompts.for_step(step, config.rollout.batch_size // size, config.seed)
+    @property
+    def max_rounds(self) -> int:
+        """See `Collects`."""
+        return self.selection.max_rounds
+
+    def generate(self, step: int, number: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
+        """Sample the prompts of a step's round, each several times."""
+        size = self.samples_per_prompt
+        prompts = self.schedule.prompts(step, number)
         repeated = [prompt for prompt in prompts for _ in range(size)]
-        seeds = [sample_seed(config.seed, "rollout", step, index) for index in range(len(repeated))]
-        rollouts = self._collector.generate(repeated, seeds, policy_version, timer)
-        # By its seed: some may be missing.
-        groups = {seed: index // size for index, seed in enumerate(seeds)}
+        stream = f"rollout/{number}" if number else "rollout"
+        seeds = [sample_seed(self.seed, stream, step, index) for index in range(len(repeated))]
+        rollouts = self.collector.generate(repeated, seeds, policy_version, timer, self.temperature(step))
+        # By its seed: some may be missing. The groups of all rounds have different numbers.
+        groups = {seed: number * len(prompts) + index // size for index, seed in enumerate(seeds)}
         return [replace(rollout, group=groups[rollout.seed]) for rollout in rollouts]
 
     def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
         """Ask reward and reference."""
-        return self._collector.score(rollouts, timer)
+        return self.collector.score(rollouts, timer)
+
+    def select(self, step: int, rounds: Sequence[Sequence[ScoredRollout]]) -> Selected:
+        """Choose, and remember what was sampled once nothing more is."""
+        selected = self.selection.select(rounds)
+        if selected.full or len(rounds) == self.max_rounds:
+            figures = self.schedule.record(step, rounds)
+            return replace(selected, figures={**selected.figures, **figures})
+        return selected
+
+
+def build_step_rollouts(config: TrainerConfig, prompts: PromptSet, collector: RolloutCollector) -> StepRollouts:
+    """What the configuration asks for."""
+    rollout = config.rollout
+    groups = rollout.batch_size // rollout.samples_per_prompt
+    history, dynamic = rollout.history_resampling, rollout.dynamic_sampling
+    return StepRollouts(
+        samples_per_prompt=rollout.samples_per_prompt,
+        seed=config.seed,
+        schedule=EpochSchedule(prompts, groups, config.seed)
+        if history is None
+        else HistorySchedule(prompts, groups, config.seed, history.solved_outcome),
+        selection=AllRollouts() if dynamic is None else DynamicSampling(groups, dynamic.max_rounds),
+        temperature=lambda step: temperature_at(step, config),
+        collector=collector,
+    )

@@ -14,10 +14,11 @@ from typing import TypeVar
 
 import torch
 from opentelemetry import trace
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ppod import FailedPrecondition, Unavailable
 from ppod_models.loading import DTYPES
+from ppod_trainer.algorithms import LearnedEstimator
 from ppod_trainer.checkpoint import TrainerState
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
@@ -30,6 +31,8 @@ from ppod_trainer.leader import Leader
 from ppod_trainer.metrics import MetricsLog, StepTimer, finite_record
 from ppod_trainer.off_policy import measure_off_policy
 from ppod_trainer.pipeline import Collected, RolloutPipeline
+from ppod_trainer.policy_push import PolicyPush
+from ppod_trainer.presampling import PreEstimates
 from ppod_trainer.prompts import PromptSet
 from ppod_trainer.recovery import Recovery
 from ppod_trainer.reference_policy import ReferencePolicy
@@ -63,12 +66,21 @@ class Parts:
     tokenizer: PreTrainedTokenizerFast
     metrics: MetricsLog
     stop: StopSignal
+    rollouts: StepRollouts
+    estimates: PreEstimates
     scores: ScoreStatistics = field(default_factory=ScoreStatistics)
 
     @property
     def stateful(self) -> dict[str, Stateful]:
         """What a checkpoint keeps of them, besides the learner."""
-        return {"kl": self.kl, "scores": self.scores}
+        found: dict[str, Stateful] = {
+            "kl": self.kl,
+            "scores": self.scores,
+            "prompts": self.rollouts.schedule,
+            "pre_estimates": self.estimates,
+        }
+        estimator = self.learner.learner.rules.estimator
+        return found | ({"estimator": estimator} if isinstance(estimator, LearnedEstimator) else {})
 
 
 class TrainingRun:
@@ -92,12 +104,13 @@ class TrainingRun:
         self._judged: float | None = None
         rollout = config.rollout
         self._pipeline = RolloutPipeline(
-            StepRollouts(config, parts.prompts, parts.collector),
+            parts.rollouts,
             ahead=rollout.max_staleness,
             steps=config.steps,
             mixes=config.weight_transfer.pause != "wait",
         )
         self._reference = ReferencePolicy(config.run_dir / "reference", parts.connections, config.checkpoint.keep)
+        self._to_generation = PolicyPush(parts.learner, parts.connections.generation_weights, parts.stop)
         self._recovery = Recovery(parts.connections, config.services.recovery_timeout_s)
 
     def close(self) -> None:
@@ -130,10 +143,13 @@ class TrainingRun:
         return self.parts.learner.save(self.config.run_dir / "checkpoints", state, self.config.checkpoint.keep)
 
     def save_final_model(self) -> Path:
-        """Write the policy as a directory that `AutoModelForCausalLM.from_pretrained` loads."""
-        target = self.config.run_dir / "final_model"
-        self.parts.learner.whole_model().save_pretrained(target)
+        """Write the policy as a directory that `AutoModelForCausalLM.from_pretrained` loads, and its adapter if any."""
+        target, leader = self.config.run_dir / "final_model", self.parts.learner
+        leader.whole_model().save_pretrained(target)
         self.parts.tokenizer.save_pretrained(target)
+        if leader.adapter is not None:
+            base = self.config.policy.source
+            leader.adapter.save(self.config.run_dir / "final_adapter", leader.adapter_weights(), base)
         return target
 
     def push_policy(self, weight_version: int) -> None:
@@ -148,13 +164,8 @@ class TrainingRun:
             self._recovery.come_back(error, self._restore)
 
     def _push(self, weight_version: int) -> None:
-        generation = self.parts.connections.generation_weights
-        dtype = self._wire_dtype()
-        with self.parts.stop.deferred():
-            model = self.parts.learner.whole_model(dtype)
-        with self._pipeline.new_weights(weight_version):
-            generation.push(model, dtype, weight_version)
-        self.state = replace(self.state, policy_version=weight_version)
+        version = self._to_generation.push(self._wire_dtype(), weight_version, self._pipeline.new_weights)
+        self.state = replace(self.state, policy_version=version)
 
     def _restore(self) -> None:
         """Give services that came back without this run's weights what they lack."""
@@ -202,6 +213,7 @@ class TrainingRun:
             with timer.phase("push"):
                 self.push_policy(trained_version + 1)
         self.state = replace(self.state, step=step + 1)
+        parts.rollouts.schedule.settle(step + 1)
         self.whole = True
         record = finite_record(
             rollout_figures(rollouts)
@@ -221,6 +233,7 @@ class TrainingRun:
             kl_coefficient=kl_coefficient_at(step, config, self.parts.kl.coefficient),
             entropy_coefficient=entropy_coefficient_at(step, config),
             score=score_scale(config.rewards, self.parts.scores),
+            critic_only=step < config.critic.warm_up_steps,
         )
 
     def _run_figures(
@@ -234,6 +247,7 @@ class TrainingRun:
             "score/running_std": self.parts.scores.std,
             "policy/version": float(self.state.policy_version),
             "reference/version": float(self.state.reference_version),
+            "critic/warm_up": float(controls.critic_only),
             "learning_rate": self.config.optimizer.learning_rate * controls.rate_factor,
             "samples/dropped": float(self.config.rollout.batch_size - len(collected.rollouts)),
             "samples/stale": float(stale),
@@ -242,6 +256,7 @@ class TrainingRun:
         if self._judged is not None:
             figures["judge/mean"] = self._judged
         seconds = collected.seconds | timer.seconds
+        figures |= collected.figures
         return figures | {f"seconds/{phase}": value for phase, value in seconds.items()}
 
     def _judge(self, rollouts: Sequence[ScoredRollout], timer: StepTimer) -> None:
@@ -259,7 +274,8 @@ class TrainingRun:
         # Not after the last step: the final evaluation's KL would be to the policy itself.
         refreshed = refresh is not None and step % refresh == 0 and step < config.steps
         if refreshed:
-            self._refresh_reference()
+            self.adopt_reference(self.parts.learner.whole_model())
+            print(f"the reference is now the policy of step {step} (version {self.state.policy_version})", flush=True)
         interval = config.checkpoint.interval
         if refreshed or (interval is not None and step % interval == 0 and step < config.steps):
             self.save()
@@ -272,13 +288,12 @@ class TrainingRun:
         with self._pipeline.new_reference():
             self._reference.serve(self.state.reference_version)
 
-    def _refresh_reference(self) -> None:
-        """Make the present policy the reference."""
+    def adopt_reference(self, model: PreTrainedModel) -> None:
+        """Make a model the reference, under the policy's version."""
         version = self.state.policy_version
-        self._reference.keep(self.parts.learner.whole_model(), version)
+        self._reference.keep(model, version)
         self.state = replace(self.state, reference_version=version)
         self.restore_reference()
-        print(f"the reference is now the policy of step {self.state.step} (version {version})", flush=True)
 
     def _wire_dtype(self) -> torch.dtype:
         return DTYPES[self.parts.connections.generation.describe().limits.dtype]

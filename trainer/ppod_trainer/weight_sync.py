@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,16 +22,22 @@ from ppod import (
     Unavailable,
     WeightClient,
 )
-from ppod.client import ReplicaOutcome, WeightPause, WeightPush, WeightStatus, WireImage, relay_tree
+from ppod.client import (
+    LoraAdapter,
+    ReplicaOutcome,
+    WeightPause,
+    WeightPush,
+    WeightStatus,
+    WeightTensor,
+    WireImage,
+    relay_tree,
+)
 from ppod_trainer.collective_plane import CollectivePlane
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import ServiceMismatchError, WeightPushError
 from ppod_trainer.held_files import HeldFiles
 from ppod_trainer.policy_weights import PolicyTensors
 from ppod_trainer.weight_planes import GrpcPlane, Outgoing, SharedPlane, WeightPlane
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 _LOGGER = logging.getLogger(__name__)
 _PAUSES = {"wait": WeightPause.WAIT, "keep": WeightPause.KEEP, "abort": WeightPause.ABORT}
@@ -139,18 +145,18 @@ class WeightSync:
             self._committed = _Committed(weight_version, image)
         return report
 
-    def push_adapter(self, model: PeftModel, weight_version: int, adapter_name: str = "default") -> PushReport:
+    def base_versions(self) -> set[int]:
+        """The versions of whole weights that the replicas have, below their adapters."""
+        return {status.base_version for status in self._statuses().values()}
+
+    def push_adapter(self, adapter: LoraAdapter, tensors: Sequence[WeightTensor], weight_version: int) -> PushReport:
         """Put an adapter alone into service, on top of the whole weights that the replicas have.
 
         Raises:
-            WeightPushError: as for `push`. TrainerError: it is not plain LoRA.
+            WeightPushError: as for `push`. ServiceMismatchError: the replicas have different whole weights.
         """
-        # It imports PEFT, which takes seconds that no other run should spend.
-        from ppod_trainer.adapter_weights import adapter_tensors  # noqa: PLC0415
-
-        adapter, tensors = adapter_tensors(model, adapter_name)
         started = time.monotonic()
-        bases = {status.base_version for status in self._statuses().values()}
+        bases = self.base_versions()
         if len(bases) != 1:
             raise ServiceMismatchError(f"the replicas have whole weights of versions {sorted(bases)}; push those first")
         self._sent_bytes = 0

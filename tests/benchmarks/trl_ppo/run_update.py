@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     setting = SETTINGS[options.setting]
-    rollouts = read_rollouts(options.rollouts)
+    rollouts = read_rollouts(options.rollouts, setting.temperature)
     learner = make_learner(setting, options.critic)
     old, update = [], []
     for step in range(options.steps):
@@ -61,7 +61,7 @@ def main() -> None:
     print(f"ppod, {options.critic}: {result['median']:.2f} s, {result['peak_rss_mib']:.0f} MiB", flush=True)
 
 
-def read_rollouts(path: Path) -> list[ScoredRollout]:
+def read_rollouts(path: Path, temperature: float) -> list[ScoredRollout]:
     """TRL's samples as ppod's; what follows the end of sequence is cut off."""
     with np.load(path) as file:
         tokens, reference, scores = file["query_responses"], file["ref_logprobs"], file["scores"]
@@ -69,7 +69,7 @@ def read_rollouts(path: Path) -> list[ScoredRollout]:
     rollouts: list[ScoredRollout] = []
     for row, length in enumerate(lengths):
         response = tokens[row, width : width + length].astype(np.int32)
-        turn = Turn(response, reference[row, :length], np.ones(length, np.int64), truncated=False, stop_token=False)
+        turn = Turn(response, reference[row, :length], np.ones(length, np.int64), False, False, temperature)
         rollout = Rollout.of_turn(Prompt(row, tokens[row, :width].astype(np.int32)), turn, row)
         rollouts.append(ScoredRollout(rollout, float(scores[row]), reference[row, :length].astype(np.float32)))
     return rollouts
@@ -83,9 +83,7 @@ def make_learner(setting: Setting, critic: str) -> Learner:
     value_model = None
     if critic == "model":
         value_model = load_value_model(path, device=device, attention=side.attention, vocab_size=vocab_size(model))
-    policy = PolicyWithValue(
-        model, temperature=setting.temperature, compute_dtype=DTYPES[side.dtype], value_model=value_model
-    )
+    policy = PolicyWithValue(model, compute_dtype=DTYPES[side.dtype], value_model=value_model)
     advantages = AdvantagesConfig()
     rules = ExperienceRules(RewardsConfig(), KlConfig(), build_estimator(advantages), whiten=True)
     ppo = PpoConfig(epochs=setting.epochs, minibatches=setting.minibatches)

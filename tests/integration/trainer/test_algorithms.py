@@ -16,6 +16,8 @@ RECIPES: dict[str, Config] = {
     "dr_grpo": {"kl": IN_LOSS, "rollout": GROUPS},
     "rloo": {"rollout": GROUPS},
     "reinforce_pp": {"rollout": {**GROUPS, "samples_per_prompt": 1}},
+    "pvpo": {"kl": IN_LOSS, "rollout": {**GROUPS, "samples_per_prompt": 2}},
+    "gigpo": {"kl": IN_LOSS, "rollout": GROUPS},
     "reinforce_pp_baseline": {"kl": {**IN_LOSS, "estimator": "k2"}, "rollout": GROUPS},
 }
 
@@ -53,3 +55,23 @@ def test_groups_go_with_overlapped_steps_and_evaluation_has_none(system: System)
     assert [record["sampler/staleness_max"] for record in steps_of(config)] == [0, 1, 1, 1, 1]
     samples = (Path(str(config["run_dir"])) / "samples" / "step_000005.jsonl").read_text().splitlines()
     assert len({json.loads(line)["prompt"] for line in samples}) == len(samples) == 6
+
+
+def test_values_are_estimated_once_by_the_initial_policy_and_survive_a_stop(system: System) -> None:
+    config = system.config("estimated", steps=3, advantages={"kind": "pvpo", "presamples": 2}, **RECIPES["pvpo"])
+    run_dir = Path(str(config["run_dir"]))
+    result = system.train(config)
+    assert result.returncode == 0, result.stderr
+    estimates = json.loads((run_dir / "pre_estimates.json").read_text())
+    assert len(estimates) == 12, "four prompts in each of three steps, and no more"
+    # The same seeds with the same weights: another run estimates the same, to the bit.
+    again = system.train({**config, "run_dir": str(system.directory / "estimated-again")})
+    assert again.returncode == 0, again.stderr
+    assert json.loads((system.directory / "estimated-again" / "pre_estimates.json").read_text()) == estimates
+    # A run that goes on has what it was, whatever the policy is by now.
+    (run_dir / "pre_estimates.json").unlink()
+    resumed = system.train({**config, "resume": True})
+    assert resumed.returncode == 0, resumed.stderr
+    assert "estimating" not in resumed.stdout
+    [state] = [json.loads(path.read_text()) for path in run_dir.glob("checkpoints/*/trainer.json")]
+    assert state["components"]["pre_estimates"]["values"] == estimates

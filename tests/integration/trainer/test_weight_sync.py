@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ppod import WeightClient
+from ppod_trainer.adapter_weights import adapter_tensors
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import WeightPushError
 from ppod_trainer.weight_sync import WeightSync
@@ -132,7 +133,7 @@ def test_an_adapter_goes_on_top_of_what_was_pushed(replicas: list[ServiceProcess
     with syncing(replicas, WeightTransferConfig()) as sync:
         version = max(sync.serving_versions()) + 1
         sync.push(build_model(seed=0), torch.float32, version)
-        report = sync.push_adapter(build_adapted_model(seed=4), version + 1)
+        report = sync.push_adapter(*adapter_tensors(build_adapted_model(seed=4), "default"), version + 1)
     assert report.sent_bytes < 2 * FULL_BYTES / 10
     for replica in replicas:
         assert_serves(replica, version + 1, build_adapted_model(seed=4))

@@ -25,7 +25,7 @@ def model(tiny_model_dir: Path) -> PreTrainedModel:
 
 @pytest.fixture
 def policy(model: PreTrainedModel) -> PolicyWithValue:
-    made = PolicyWithValue(model, temperature=TEMPERATURE, compute_dtype=torch.float32)
+    made = PolicyWithValue(model, compute_dtype=torch.float32)
     torch.manual_seed(1)
     torch.nn.init.normal_(made.value_head.weight, std=0.1)
     return made

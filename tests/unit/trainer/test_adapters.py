@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
-from ppod_trainer.adapters import PolicyAdapter, load_quantised
+from ppod_trainer.adapters import PolicyAdapter
 from ppod_trainer.config import LoraConfig
 from ppod_trainer.errors import TrainerError
 from ppod_trainer.policy import PolicyWithValue, build_response_batch
+from ppod_trainer.quantisation import load_quantised
 from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.sharding import gather_parameters
 from support.tiny_model import build_model
 
 CPU = torch.device("cpu")
@@ -34,8 +37,12 @@ def turned(model: PreTrainedModel) -> None:
                 parameter.normal_(std=0.1)
 
 
+def parameters_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return dict(gather_parameters(model, torch.float32, ""))
+
+
 def logprobs(model: PreTrainedModel, rollouts: list[ScoredRollout]) -> torch.Tensor:
-    policy = PolicyWithValue(model, temperature=0.7, compute_dtype=torch.float32)
+    policy = PolicyWithValue(model, compute_dtype=torch.float32)
     with torch.no_grad():
         return policy(build_response_batch(rollouts, CPU)).logprobs
 
@@ -45,12 +52,12 @@ def test_an_adapter_begins_as_its_base_and_is_all_that_learns(model: PreTrainedM
     names = dict(model.named_parameters()).keys()
     adapter = PolicyAdapter(model, LoraConfig(rank=4, alpha=8))
     assert torch.equal(logprobs(model, make_rollouts()), before)
-    policy = PolicyWithValue(model, temperature=0.7, compute_dtype=torch.float32)
+    policy = PolicyWithValue(model, compute_dtype=torch.float32)
     policy(build_response_batch(make_rollouts(), CPU)).logprobs.sum().backward()
     learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert learning == {name for name in dict(model.named_parameters()) if ".lora_" in name}
     assert len(policy.policy_parameters()) == len(learning)
-    base = dict(adapter.base_parameters())
+    base = adapter.base(parameters_of(model))
     assert base.keys() == names
     for name, parameter in build_model().named_parameters():
         assert torch.equal(base[name], parameter), name
@@ -65,7 +72,7 @@ def test_merged_weights_are_the_base_and_the_scaled_product(
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     assert isinstance(layer, LoraLayer)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    base, merged = dict(adapter.base_parameters()), dict(adapter.merged_parameters())
+    base, merged = adapter.base(parameters_of(model)), adapter.merged(parameters_of(model))
     name = "model.layers.0.self_attn.q_proj.weight"
     scaling = 8 / (4**0.5 if stabilized else 4)
     torch.testing.assert_close(merged[name], base[name] + scaling * b @ a)
@@ -73,6 +80,14 @@ def test_merged_weights_are_the_base_and_the_scaled_product(
     whole = build_model()
     whole.load_state_dict(merged, strict=False)
     torch.testing.assert_close(logprobs(whole, make_rollouts()), logprobs(model, make_rollouts()), atol=2e-5, rtol=1e-5)
+
+
+def test_a_saved_adapter_is_one_that_peft_loads(model: PreTrainedModel, make_rollouts: Make, tmp_path: Path) -> None:
+    adapter = PolicyAdapter(model, LoraConfig(rank=4, alpha=8))
+    turned(model)
+    adapter.save(tmp_path, adapter.saved(parameters_of(model)), "somewhere")
+    loaded = PeftModel.from_pretrained(build_model(), tmp_path).get_base_model()
+    assert torch.equal(logprobs(loaded, make_rollouts()), logprobs(model, make_rollouts()))
 
 
 def test_layers_that_are_not_there_are_named(model: PreTrainedModel) -> None:
@@ -88,10 +103,10 @@ def test_a_quantised_base_is_what_its_dense_weights_say(tiny_model_dir: Path, ma
     adapter = PolicyAdapter(model, LoraConfig(rank=4, alpha=8))
     turned(model)
     whole = build_model(seed=1)
-    whole.load_state_dict(dict(adapter.merged_parameters()), strict=False)
+    whole.load_state_dict(adapter.merged(parameters_of(model)), strict=False)
     torch.testing.assert_close(logprobs(whole, make_rollouts()), logprobs(model, make_rollouts()), atol=1e-4, rtol=1e-4)
     original = dict(build_model().named_parameters())
-    base = dict(adapter.base_parameters())
+    base = adapter.base(parameters_of(model))
     assert base.keys() == original.keys()
     name = "model.layers.0.mlp.up_proj.weight"
     error = (base[name] - original[name]).abs().mean() / original[name].abs().mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -12,9 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppod_trainer.algorithms import Experience, build_estimator
+from ppod_trainer.algorithms.anchors import read_anchors
 from ppod_trainer.algorithms.groups import group_statistics
 from ppod_trainer.config import AdvantagesConfig
+from ppod_trainer.errors import TrainerError
 from ppod_trainer.masking import whiten
+from ppod_trainer.presampling import PreEstimates
+from ppod_trainer.prompts import Prompt
+from ppod_trainer.rollouts import Rollout
 
 
 def experience_of(
@@ -31,13 +37,17 @@ def experience_of(
     rewards[torch.arange(len(outcomes)), torch.tensor(lengths) - 1] += torch.tensor(outcomes)
     return Experience(
         rewards=rewards,
+        paid=torch.where(mask, rewards + penalty, 0.0),
         outcomes=torch.tensor(outcomes),
         values=torch.zeros_like(rewards),
         next_values=torch.zeros(len(outcomes)),
         mask=mask,
         truncated=torch.zeros(len(outcomes), dtype=torch.bool),
         groups=torch.tensor(groups),
+        prompts=torch.tensor(groups),
         turns=torch.where(mask, 0, -1),
+        contexts=torch.where(mask, torch.tensor(groups)[:, None], -1),
+        observations=torch.where(mask, torch.tensor(groups)[:, None], -1),
     )
 
 
@@ -160,3 +170,120 @@ def test_whitening_is_the_papers() -> None:
     }
     assert whitened == {"gae": True, "sequence": True, "grpo": False, "rloo": False}
     assert not AdvantagesConfig.model_validate({"kind": "gae", "whiten": False}).whiten
+
+
+def conversation_of(
+    turns: Sequence[Sequence[int]],
+    paid: Sequence[Sequence[float]],
+    *,
+    groups: Sequence[int],
+    contexts: Sequence[Sequence[int]],
+    observations: Sequence[Sequence[int]],
+) -> Experience:
+    """Episodes of several turns, token by token; -1 is what the environment said."""
+    numbers = torch.tensor(turns)
+    rewards = torch.tensor(paid)
+    return Experience(
+        rewards=rewards - torch.where(numbers >= 0, 7.0, 0.0),  # A penalty that nothing here may read.
+        paid=rewards,
+        outcomes=rewards.sum(dim=1),
+        values=torch.zeros_like(rewards),
+        next_values=torch.zeros(len(rewards)),
+        mask=numbers >= 0,
+        truncated=torch.zeros(len(rewards), dtype=torch.bool),
+        groups=torch.tensor(groups),
+        prompts=torch.tensor(groups),
+        turns=numbers,
+        contexts=torch.tensor(contexts),
+        observations=torch.tensor(observations),
+    )
+
+
+TURNS = [[0, 0, -1, 1], [0, -1, 1, 1], [0, -1, -1, -1]]
+PAID = [[0.0, 0.0, 0.0, 1.0], [0.5, 0.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]]
+CONTEXTS = [[5, 5, -1, 6], [5, -1, 7, 7], [5, -1, -1, -1]]
+OBSERVATIONS = [[4, 4, -1, 8], [4, -1, 8, 8], [4, -1, -1, -1]]
+
+
+def gigpo(**options: object) -> torch.Tensor:
+    experience = conversation_of(TURNS, PAID, groups=[0, 0, 1], contexts=CONTEXTS, observations=OBSERVATIONS)
+    config = AdvantagesConfig.model_validate({"kind": "gigpo", "gigpo": {"weight": 2, "gamma": 0.9, **options}})
+    result = build_estimator(config).estimate(experience)
+    assert not result.advantages[~experience.mask].any()
+    return result.advantages
+
+
+def test_gigpo_by_hand() -> None:
+    # Group 0 was paid 1 and 0.5: A^E = +-0.25. Its first turns are of one state, with returns 0.9 and 0.5:
+    # mean 0.7, A^S = +-0.2. Its second turns have states of their own: A^S = 0. The lone episode of group 1 began in
+    # the same state, but belongs to another group: 0 and 0.
+    result = gigpo(scaled=False)
+    first, second = [0.65, 0.65, 0.0, 0.25], [-0.65, 0.0, -0.25, -0.25]
+    torch.testing.assert_close(result, torch.tensor([first, second, [0.0, 0.0, 0.0, 0.0]]))
+
+
+def test_gigpo_by_observations() -> None:
+    # Now the second turns, which read the same, are of one state too: returns 1 and 0, A^S = +-0.5.
+    result = gigpo(scaled=False, anchor="observation")
+    assert result[0].tolist() == pytest.approx([0.65, 0.65, 0.0, 1.25])
+    assert result[1].tolist() == pytest.approx([-0.65, 0.0, -1.25, -1.25])
+
+
+def test_gigpo_by_deviations() -> None:
+    # Pairs: every deviation from the mean is 1 / sqrt(2) of the unbiased standard deviation.
+    half = 1 / math.sqrt(2)
+    assert gigpo()[0].tolist() == pytest.approx([3 * half, 3 * half, 0.0, half], abs=2e-5)
+    assert gigpo()[1].tolist() == pytest.approx([-3 * half, 0.0, -half, -half], abs=2e-5)
+    assert not gigpo()[2].any()
+
+
+def test_gigpo_without_its_turns_is_grpo() -> None:
+    experience = conversation_of(TURNS, PAID, groups=[0, 0, 1], contexts=CONTEXTS, observations=OBSERVATIONS)
+    torch.testing.assert_close(gigpo(weight=0.0), estimate("grpo", experience))
+
+
+def test_pvpo_by_hand() -> None:
+    # Prompt 4 was worth 0.25 to the initial policy, prompt 6 was worth 2: 1 - 0.25, 0.25 - 0.25, 1.5 - 2.
+    estimator = build_estimator(AdvantagesConfig(kind="pvpo"), estimates=PreEstimates({4: 0.25, 6: 2.0}))
+    result = estimator.estimate(experience_of([1, 0.25, 1.5], [4, 4, 6], [1, 2, 2]))
+    torch.testing.assert_close(result.advantages, torch.tensor([[0.75, 0.0, 0.0], [0.0, 0.0, 0.0], [-0.5, -0.5, 0.0]]))
+    assert not estimator.critic
+    with pytest.raises(TrainerError, match="prompt 5 has no pre-estimated value"):
+        estimator.estimate(experience_of([1], [5]))
+
+
+def test_pre_estimates_survive_a_checkpoint() -> None:
+    kept = PreEstimates({4: 1 / 3, 6: 2.0})
+    restored = PreEstimates({1: 1.0})
+    restored.restore(json.loads(json.dumps(kept.state())))
+    assert restored == kept
+
+
+def test_anchors_number_what_the_policy_read() -> None:
+    """Two episodes whose first turns differ, and whose environment then says the same; a third is as the first."""
+
+    def episode(said: Sequence[int]) -> Rollout:
+        response = np.array([*said, 9, 9, 3], dtype=np.int32)
+        turns = np.array([0] * len(said) + [-1, -1, 1])
+        return Rollout(
+            prompt=Prompt(0, np.array([1, 2], dtype=np.int32)),
+            response=response,
+            action_mask=turns >= 0,
+            sampler_logprobs=np.zeros(len(turns), dtype=np.float32),
+            versions=np.ones(len(turns), dtype=np.int64),
+            turns=turns,
+            rewards=np.zeros(len(turns), dtype=np.float32),
+            truncated=False,
+            stop_token=False,
+            seed=0,
+        )
+
+    found = read_anchors([episode([7]), episode([8, 8]), episode([7])])
+    one, two, same = found.contexts
+    assert one.tolist() == same.tolist()
+    assert [one[0], two[0], two[1]] == [one[0]] * 3
+    assert len({one[0], one[3], two[4]}) == 3
+    assert one[1] == one[2] == two[2] == -1
+    first, other, _ = found.observations
+    assert first[3] == other[4], "both read 9, 9"
+    assert first[0] == other[0] != first[3]

@@ -23,7 +23,7 @@ Make = Callable[..., list[ScoredRollout]]
 
 
 def policy_of(model: PreTrainedModel, **critic: object) -> PolicyWithValue:
-    return PolicyWithValue(model, temperature=0.7, compute_dtype=torch.float32, **critic)  # type: ignore[arg-type]
+    return PolicyWithValue(model, compute_dtype=torch.float32, **critic)  # type: ignore[arg-type]
 
 
 def load(path: Path, vocab_size: int = VOCAB_SIZE):

@@ -34,7 +34,10 @@ class Talker:
         self.contexts: list[tuple[str, int]] = []
         self.asked: list[int] = []
 
-    def sample(self, contexts: Sequence[Context], policy_version: int | None) -> list[Turn]:
+    def sample(
+        self, contexts: Sequence[Context], policy_version: int | None, temperature: float | None = None
+    ) -> list[Turn]:
+        assert temperature is None, "none was asked for"
         self.asked.append(len(contexts))
         turns: list[Turn] = []
         for number, context in enumerate(contexts):

@@ -20,7 +20,7 @@ from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.rollouts import Rollout, ScoredRollout
 from ppod_trainer.sampling import Context, ResponseSampler, TurnSampler, equal_runs
 from ppod_trainer.step_figures import rollout_figures
-from ppod_trainer.step_rollouts import StepRollouts
+from ppod_trainer.step_rollouts import StepRollouts, build_step_rollouts
 
 
 class Generation:
@@ -117,24 +117,29 @@ class Collector:
         self.seeds: list[int] = []
 
     def generate(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], version: int | None, timer: StepTimer
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        version: int | None,
+        timer: StepTimer,
+        temperature: float | None,
     ) -> list[Rollout]:
         del timer
         self.prompts, self.seeds = [prompt.index for prompt in prompts], list(seeds)
         sampler = ResponseSampler(turns_of(Generation()), BadSamples("stop"))
-        made = sampler.sample(prompts, seeds, version)
+        made = sampler.sample(prompts, seeds, version, temperature)
         return [one for index, one in enumerate(made) if index not in self.lost]
 
 
 def steps_of(collector: Collector, **rollout: int) -> StepRollouts:
     config = parse_config(TrainerConfig, {"rollout": rollout, "ppo": {"minibatches": 1}}, "test")
     prompts = PromptSet([Prompt(index, np.array([index], dtype=np.int32)) for index in range(5)], [])
-    return StepRollouts(config, prompts, collector)  # pyright: ignore[reportArgumentType]
+    return build_step_rollouts(config, prompts, collector)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_step_has_fewer_prompts_with_several_samples_each() -> None:
     collector = Collector()
-    rollouts = steps_of(collector, batch_size=6, samples_per_prompt=3).generate(1, 4, StepTimer())
+    rollouts = steps_of(collector, batch_size=6, samples_per_prompt=3).generate(1, 0, 4, StepTimer())
     first, second = collector.prompts[0], collector.prompts[3]
     assert collector.prompts == [first] * 3 + [second] * 3
     assert first != second
@@ -146,18 +151,18 @@ def test_a_step_has_fewer_prompts_with_several_samples_each() -> None:
 def test_one_sample_a_prompt_is_drawn_as_ever() -> None:
     """Groups of one: the prompts and the seeds of a run without groups."""
     collector = Collector()
-    rollouts = steps_of(collector, batch_size=3).generate(0, 4, StepTimer())
+    rollouts = steps_of(collector, batch_size=3).generate(0, 0, 4, StepTimer())
     assert len(set(collector.prompts)) == 3
     assert [one.group for one in rollouts] == [0, 1, 2]
 
 
 def test_groups_survive_what_is_dropped() -> None:
-    rollouts = steps_of(Collector(lost=(0, 1, 4)), batch_size=6, samples_per_prompt=2).generate(0, 4, StepTimer())
+    rollouts = steps_of(Collector(lost=(0, 1, 4)), batch_size=6, samples_per_prompt=2).generate(0, 0, 4, StepTimer())
     assert [one.group for one in rollouts] == [1, 1, 2]
 
 
 def test_the_share_of_groups_that_say_nothing_is_told() -> None:
-    made = steps_of(Collector(), batch_size=6, samples_per_prompt=2).generate(0, 4, StepTimer())
+    made = steps_of(Collector(), batch_size=6, samples_per_prompt=2).generate(0, 0, 4, StepTimer())
     scored = [ScoredRollout(one, score, np.zeros(2)) for one, score in zip(made, (1, 1, 0, 1, 0, 0), strict=True)]
     assert rollout_figures(scored)["groups/uniform"] == pytest.approx(2 / 3)
 

@@ -58,7 +58,7 @@ def reset(policy: PolicyWithValue, saved: list[torch.Tensor]) -> None:
 def test_ratio_is_exactly_one_in_the_first_minibatch(
     policy: PolicyWithValue, make_rollouts: Make, compute: torch.dtype, micro_batch_tokens: int | None
 ) -> None:
-    made = PolicyWithValue(policy.model, temperature=0.7, compute_dtype=compute)
+    made = PolicyWithValue(policy.model, compute_dtype=compute)
     ppo = PpoConfig(epochs=1, minibatches=1, micro_batch_tokens=micro_batch_tokens)
     _, stats = learner_of(made, ppo).learn(make_rollouts(), 0, StepControls(1.0, 0.05, 0.0), StepTimer())
     assert stats.first_ratio_error == 0.0

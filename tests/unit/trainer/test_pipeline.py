@@ -13,6 +13,7 @@ from ppod_trainer.metrics import StepTimer
 from ppod_trainer.pipeline import RolloutPipeline
 from ppod_trainer.prompts import Prompt
 from ppod_trainer.rollouts import Rollout, ScoredRollout, Turn
+from ppod_trainer.selection import Selected
 
 
 class Services:
@@ -24,9 +25,17 @@ class Services:
         self.scoring = False
         self.slow_s = 0.0
         self.broken = -1
+        self.further: dict[int, int] = {}
+        self.numbers: list[int] = []
+        self.never_full = False
 
-    def generate(self, step: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
+    @property
+    def max_rounds(self) -> int:
+        return 1 + max(self.further.values(), default=0)
+
+    def generate(self, step: int, number: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
         self.asked.append((step, policy_version))
+        self.numbers.append(number)
         with timer.phase("generate"), self._flag("generating"):
             time.sleep(self.slow_s)
             if step == self.broken:
@@ -39,6 +48,11 @@ class Services:
         with timer.phase("score"), self._flag("scoring"):
             time.sleep(self.slow_s)
         return [ScoredRollout(rollout, 0.0, np.zeros(1)) for rollout in rollouts]
+
+    def select(self, step: int, rounds: Sequence[Sequence[ScoredRollout]]) -> Selected:
+        kept = [one for samples in rounds for one in samples]
+        full = len(rounds) > self.further.get(step, 0) and not self.never_full
+        return Selected(kept, full, {"rounds": float(len(rounds))})
 
     @contextmanager
     def _flag(self, name: str) -> Iterator[None]:
@@ -140,3 +154,54 @@ def test_rollouts_and_update_overlap() -> None:
         elapsed = time.perf_counter() - start
     # One after the other would be 4 * (0.1 + 0.1).
     assert elapsed < 0.65
+
+
+def test_rounds_follow_until_there_is_enough() -> None:
+    services = Services()
+    services.further = {1: 2}
+    with pipeline(services, 0, 3) as made:
+        taken = [made.take(step) for step in range(3)]
+    assert [len(one.rollouts) for one in taken] == [1, 3, 1]
+    assert [one.figures["rounds"] for one in taken] == [1, 3, 1]
+    assert services.asked == [(0, 0), (1, 0), (1, 0), (1, 0), (2, 0)]
+    assert services.numbers == [0, 0, 1, 2, 0]
+
+
+def test_rounds_are_bounded() -> None:
+    services = Services()
+    services.further = {0: 2}
+    services.never_full = True
+    with pipeline(services, 0, 1) as made:
+        made.take(0)
+    assert services.numbers == [0, 1, 2]
+
+
+def test_new_weights_wait_until_all_rounds_of_a_step_are_generated() -> None:
+    """Whether a round has this version or the next must not depend on who is faster."""
+    services = Services()
+    services.slow_s = 0.1
+    services.further = {1: 1}
+    with pipeline(services, 1, 2) as made:
+        made.take(0)
+        until = time.monotonic() + 5
+        while (1, 0) not in services.asked and time.monotonic() < until:
+            time.sleep(0.005)
+        # The first round of step 1 is under way; its second is to follow.
+        with made.new_weights(7):
+            assert services.asked == [(0, 0), (1, 0), (1, 0)]
+        assert [one.rollout.oldest_version for one in made.take(1).rollouts] == [0, 0]
+
+
+def test_what_follows_a_step_that_failed_is_made_anew() -> None:
+    services = Services()
+    services.broken = 1
+    with pipeline(services, 2, 4) as made:
+        made.take(0)
+        with pytest.raises(RuntimeError, match="generation broke"):
+            made.take(1)
+        services.broken = -1
+        for step in (1, 2, 3):
+            assert made.take(step).rollouts[0].rollout.prompt.index == step
+    steps = [step for step, _ in services.asked]
+    # Step 2 was begun, or still waited, when step 1 was found to have failed.
+    assert steps in ([0, 1, 2, 1, 2, 3], [0, 1, 1, 2, 3])

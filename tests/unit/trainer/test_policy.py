@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import pytest
 import torch
 
+from ppod_trainer.errors import TrainerError
 from ppod_trainer.policy import PolicyWithValue, build_response_batch
 from ppod_trainer.rollouts import ScoredRollout
 
@@ -69,12 +72,12 @@ def test_prompts_and_padding_have_no_logits_and_no_gradient(policy: PolicyWithVa
 
 
 def test_value_head_starts_at_zero(policy: PolicyWithValue, make_rollouts: Make) -> None:
-    fresh = PolicyWithValue(policy.model, temperature=1.0, compute_dtype=torch.float32)
+    fresh = PolicyWithValue(policy.model, compute_dtype=torch.float32)
     assert fresh(build_response_batch(make_rollouts(), CPU)).values.abs().sum() == 0
 
 
 def test_bfloat16_compute_keeps_float32_parameters(policy: PolicyWithValue, make_rollouts: Make) -> None:
-    half = PolicyWithValue(policy.model, temperature=0.7, compute_dtype=torch.bfloat16)
+    half = PolicyWithValue(policy.model, compute_dtype=torch.bfloat16)
     batch = build_response_batch(make_rollouts(), CPU)
     with torch.no_grad():
         exact, rounded = policy(batch), half(batch)
@@ -86,3 +89,17 @@ def test_bfloat16_compute_keeps_float32_parameters(policy: PolicyWithValue, make
 
 def test_dropout_is_off(policy: PolicyWithValue) -> None:
     assert not policy.model.training
+
+
+def test_a_batch_has_one_temperature(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    """It comes with the samples: the same tokens at another temperature have other logprobs; two in one are refused."""
+    rollouts = make_rollouts(2)
+    warm = [replace(one, rollout=replace(one.rollout, temperature=1.3)) for one in rollouts]
+    batch = build_response_batch(warm, CPU)
+    assert batch.temperature == batch.rows(torch.tensor([1])).temperature == 1.3
+    with torch.no_grad():
+        expected, _, _, _ = naive(policy, warm[1], 1.3)
+        found = policy(batch.rows(torch.tensor([1]))).logprobs[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TrainerError, match=r"samples of the temperatures \[0.7, 1.3\]; expected one"):
+        build_response_batch([rollouts[0], warm[1]], CPU)

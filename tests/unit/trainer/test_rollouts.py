@@ -85,7 +85,7 @@ class Scripted:
 
 
 def collector(reward: Scripted, reference: Scripted, mode: Literal["stop", "skip"]) -> RolloutCollector:
-    return RolloutCollector(None, reward, reference, 1.0, BadSamples(mode))  # pyright: ignore[reportArgumentType]
+    return RolloutCollector(None, reward, reference, BadSamples(mode))  # pyright: ignore[reportArgumentType]
 
 
 def test_a_bad_sample_is_dropped_from_both_answers(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,7 +4,7 @@ Shao et al. 2024, "DeepSeekMath", section 4.1.2, outcome supervision. With r_i p
 
     A_i,t = (r_i - mean(r)) / (std(r) + 1e-6)
 
-Dr. GRPO (Liu et al. 2025, "Understanding R1-Zero-Like Training", equation 2) leaves the deviation out, which weighs
+Dr. GRPO (Liu et al. 2025, "Understanding R1-Zero-Like Training", section 3) leaves the deviation out, which weighs
 prompts that are nearly solved, or nearly hopeless, more than others:
 
     A_i,t = r_i - mean(r)
@@ -24,7 +24,7 @@ import torch
 
 from ppod_trainer.advantages import Advantages
 from ppod_trainer.algorithms.base import Experience
-from ppod_trainer.algorithms.groups import for_tokens, group_statistics
+from ppod_trainer.algorithms.groups import GroupStatistics, for_tokens, group_statistics
 
 _SMALLEST = 1e-6
 """Added to the deviation, so that outcomes that differ by rounding only have no large advantages."""
@@ -53,6 +53,10 @@ class Grpo:
 
 def relative_outcomes(experience: Experience, *, scaled: bool) -> torch.Tensor:
     """Outcomes less their group's mean, over its deviation if `scaled`: float64 [B], exactly 0 in uniform groups."""
-    group = group_statistics(experience.outcomes, experience.groups)
-    relative = experience.outcomes.double() - group.mean
-    return relative / (group.std + _SMALLEST) if scaled else relative
+    return relative(experience.outcomes, group_statistics(experience.outcomes, experience.groups), scaled=scaled)
+
+
+def relative(values: torch.Tensor, group: GroupStatistics, *, scaled: bool) -> torch.Tensor:
+    """Values less the mean of their group, over its deviation if `scaled`: float64, exactly 0 in uniform groups."""
+    difference = values.double() - group.mean
+    return difference / (group.std + _SMALLEST) if scaled else difference

@@ -1,7 +1,7 @@
 """REINFORCE leave-one-out: a sample's baseline is the mean of the others of its prompt.
 
 Ahmadian et al. 2024, "Back to Basics: Revisiting REINFORCE-Style Optimization for Learning from Human Feedback in
-LLMs", equation 6, after Kool et al. 2019. With R_i the return of sample i of a prompt's k, the KL penalty included:
+LLMs", RLOO, after Kool et al. 2019. With R_i the return of sample i of a prompt's k, the KL penalty included:
 
     A_i = R_i - sum over j != i of R_j / (k - 1)
 

@@ -1,6 +1,6 @@
 """Configuration of the trainer. Importing it needs neither torch nor a GPU."""
 
-from ppod_trainer.config.advantages import AdvantagesConfig
+from ppod_trainer.config.advantages import AdvantagesConfig, GigpoConfig, SpaConfig
 from ppod_trainer.config.memory import MemoryConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.policy import CriticConfig, LoraConfig, PolicyConfig
@@ -15,7 +15,13 @@ from ppod_trainer.config.rewards import (
     RewardsConfig,
     SafetyFilterConfig,
 )
-from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
+from ppod_trainer.config.rollouts import (
+    DynamicSamplingConfig,
+    EnvironmentConfig,
+    HistoryResamplingConfig,
+    PromptsConfig,
+    RolloutConfig,
+)
 from ppod_trainer.config.schedules import LinearSchedule, SchedulesConfig
 from ppod_trainer.config.services import CollectiveConfig, ServicesConfig, WeightTransferConfig, has_replicas
 from ppod_trainer.config.trainer import TrainerConfig
@@ -26,9 +32,12 @@ __all__ = [
     "CheckpointConfig",
     "CollectiveConfig",
     "CriticConfig",
+    "DynamicSamplingConfig",
     "EnvironmentConfig",
     "EvaluationConfig",
     "FiltersConfig",
+    "GigpoConfig",
+    "HistoryResamplingConfig",
     "KlConfig",
     "LengthPenaltyConfig",
     "LinearSchedule",
@@ -47,6 +56,7 @@ __all__ = [
     "SafetyFilterConfig",
     "SchedulesConfig",
     "ServicesConfig",
+    "SpaConfig",
     "TrainerConfig",
     "WeightTransferConfig",
     "has_replicas",

@@ -19,16 +19,22 @@ AdvantageKind = Literal[
     "rloo",
     "reinforce_pp",
     "reinforce_pp_baseline",
+    "pvpo",
+    "gigpo",
+    "spa",
 ]
 
-NEEDS_CRITIC: frozenset[AdvantageKind] = frozenset({"gae", "monte_carlo", "one_step", "sequence"})
+NEEDS_CRITIC: frozenset[AdvantageKind] = frozenset({"gae", "monte_carlo", "one_step", "sequence", "spa"})
 """These read values."""
 
-NEEDS_GROUPS: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"})
+NEEDS_GROUPS: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "gigpo"})
 """These compare the samples of one prompt."""
 
-LEAVES_OUT_KL: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo"})
+LEAVES_OUT_KL: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo", "pvpo", "gigpo"})
 """These read what was paid for a response, not its token rewards, of which a KL penalty may be a part."""
+
+ONE_RANK: frozenset[AdvantageKind] = frozenset({"pvpo", "spa"})
+"""These have a state that is not shared among ranks."""
 
 _WHITENED = NEEDS_CRITIC | {"reinforce_pp", "reinforce_pp_baseline"}
 
@@ -37,16 +43,38 @@ def _whitened(values: Mapping[str, object]) -> bool:
     return values.get("kind", "gae") in _WHITENED
 
 
+class GigpoConfig(ConfigModel):
+    """Of kind gigpo."""
+
+    weight: float = Field(default=1.0, ge=0, description="omega: of advantages among turns from the same state")
+    gamma: float = Field(default=0.95, ge=0, le=1, description="discount a turn")
+    scaled: bool = Field(default=True, description="divide by the deviation of the group")
+    anchor: Literal["context", "observation"] = Field(
+        default="context",
+        description="what a state is: all that the policy has read, or what it read since its last turn",
+    )
+
+
+class SpaConfig(ConfigModel):
+    """Of kind spa: the progress estimator."""
+
+    hidden_units: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    updates: int = Field(default=4, ge=1, description="optimizer steps on each step's episodes")
+
+
 class AdvantagesConfig(ConfigModel):
     """How advantages come from rewards, values and groups of samples."""
 
     kind: AdvantageKind = Field(
         default="gae",
         description="gae; monte_carlo: discounted return - V; one_step: r + gamma V(next) - V; sequence: A = R - V(s), "
-        "the same for all tokens; the others need no critic: see ppod_trainer/algorithms",
+        "the same for all tokens; for the others see ppod_trainer/algorithms",
     )
-    gamma: float = Field(default=1.0, ge=0, le=1, description="discount; of gae and the reinforce_pp kinds")
-    lam: float = Field(default=0.95, ge=0, le=1, description="lambda of GAE")
+    gamma: float = Field(
+        default=1.0, ge=0, le=1, description="discount; of the kinds with a critic, spa and the reinforce_pp kinds"
+    )
+    lam: float = Field(default=0.95, ge=0, le=1, description="lambda of GAE, and of spa's")
     value_lam: float | None = Field(
         default=None, ge=0, le=1, description="lambda of GAE's value targets, such as 1; none: that of the advantages"
     )
@@ -64,6 +92,11 @@ class AdvantagesConfig(ConfigModel):
     bootstrap_truncated: bool = Field(
         default=False, description="a response cut off continues with V(next state); its score is still paid"
     )
+    presamples: int = Field(
+        default=4, ge=1, description="of kind pvpo: samples of each prompt that the initial policy makes beforehand"
+    )
+    gigpo: GigpoConfig = GigpoConfig()
+    spa: SpaConfig = SpaConfig()
 
     @model_validator(mode="after")
     def _lambdas_are_read(self) -> Self:

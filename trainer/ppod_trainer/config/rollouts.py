@@ -21,6 +21,18 @@ class PromptsConfig(ConfigModel):
     heldout: int = Field(default=64, ge=1, description="prompts kept aside for evaluation")
 
 
+class DynamicSamplingConfig(ConfigModel):
+    """Dynamic sampling (DAPO): groups whose outcomes are all equal are replaced by those of further prompts."""
+
+    max_rounds: int = Field(default=4, ge=2, le=100, description="most rounds of batch_size samples in a step")
+
+
+class HistoryResamplingConfig(ConfigModel):
+    """History resampling (SRPO): prompts that were solved in an epoch are left out of the next."""
+
+    solved_outcome: float = Field(default=1.0, description="a prompt is solved if all its samples were paid this much")
+
+
 class RolloutConfig(ConfigModel):
     """How samples are drawn. top-p and top-k are refused in training: the old policy's support would differ."""
 
@@ -29,6 +41,12 @@ class RolloutConfig(ConfigModel):
         default=1,
         ge=1,
         description="samples of each prompt, a group; a step has batch_size / samples_per_prompt prompts",
+    )
+    dynamic_sampling: DynamicSamplingConfig | None = Field(
+        default=None, description="none: a step trains on all its samples"
+    )
+    history_resampling: HistoryResamplingConfig | None = Field(
+        default=None, description="none: epochs have all prompts"
     )
     max_tokens: int = Field(default=24, ge=1, description="longest response")
     temperature: float = Field(default=1.0, gt=0, description="divides sampler, policy and reference logits alike")
@@ -59,6 +77,11 @@ class RolloutConfig(ConfigModel):
             raise ValueError(
                 f"batch_size is {self.batch_size}: it must be a multiple of samples_per_prompt, "
                 f"{self.samples_per_prompt}, so that all groups are whole"
+            )
+        if self.dynamic_sampling is not None and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"dynamic_sampling compares the samples of one prompt, and samples_per_prompt is "
+                f"{self.samples_per_prompt}; set it to 2 or more, such as 8"
             )
         return self
 

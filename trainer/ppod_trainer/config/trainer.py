@@ -7,10 +7,11 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from ppod_models.configuration import ConfigModel, ModelConfig, TracingConfig
-from ppod_trainer.config.advantages import LEAVES_OUT_KL, NEEDS_GROUPS, AdvantagesConfig
+from ppod_models.configuration import ConfigModel, TracingConfig
+from ppod_trainer.config.advantages import LEAVES_OUT_KL, NEEDS_CRITIC, NEEDS_GROUPS, AdvantagesConfig
 from ppod_trainer.config.memory import MemoryConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
+from ppod_trainer.config.policy import CriticConfig, PolicyConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
 from ppod_trainer.config.ranks import RanksConfig
 from ppod_trainer.config.rewards import KlConfig, RewardsConfig
@@ -26,7 +27,8 @@ class TrainerConfig(ConfigModel):
     resume: bool = Field(default=False, description="go on from the newest checkpoint of run_dir")
     seed: int = Field(default=0, ge=0, lt=2**32)
     steps: int = Field(default=30, ge=1)
-    policy: ModelConfig = ModelConfig(source="packaged:smollm2-135m-instruct")
+    policy: PolicyConfig = PolicyConfig(source="packaged:smollm2-135m-instruct")
+    critic: CriticConfig = CriticConfig()
     services: ServicesConfig = ServicesConfig()
     weight_transfer: WeightTransferConfig = WeightTransferConfig()
     prompts: PromptsConfig = PromptsConfig()
@@ -92,6 +94,15 @@ class TrainerConfig(ConfigModel):
                 f"advantages.kind {kind} reads outcomes, which a KL penalty in the reward is no part of; set "
                 "kl.placement to loss (with kl.estimator k3, as in the paper, or k2), or kl.coefficient to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _critic_is_read(self) -> Self:
+        kind, critic = self.advantages.kind, self.critic
+        if kind not in NEEDS_CRITIC and (critic.kind != "head" or critic.warm_up_steps):
+            raise ValueError(f"advantages.kind {kind} reads no values: remove critic.kind and critic.warm_up_steps")
+        if critic.warm_up_steps >= self.steps:
+            raise ValueError(f"critic.warm_up_steps is {critic.warm_up_steps}; steps, {self.steps}, must be more")
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,63 @@
+"""The policy on its way to generation: whole, or as its adapter on a base that every replica has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from ppod_trainer.leader import Leader
+from ppod_trainer.policy_weights import wire_tensors
+from ppod_trainer.stopping import StopSignal
+from ppod_trainer.weight_sync import WeightSync
+
+InService = Callable[[int], AbstractContextManager[None]]
+"""Context in which weights of a version may come into service."""
+
+
+class PolicyPush:
+    """Gathers the policy and pushes it.
+
+    Args:
+        leader: has the policy.
+        generation: pushes to all replicas.
+        stop: a signal waits while all ranks gather.
+    """
+
+    def __init__(self, leader: Leader, generation: WeightSync, stop: StopSignal) -> None:
+        self._leader = leader
+        self._generation = generation
+        self._stop = stop
+        self._base_version: int | None = None
+
+    def push(self, dtype: torch.dtype, weight_version: int, in_service: InService) -> int:
+        """Put the policy into service under `weight_version`; returns the version that serves.
+
+        It is a later one where a replica lacks an adapter's base, which then goes first, with a version of its own.
+
+        Raises:
+            WeightPushError: a replica did not get it.
+        """
+        if self._leader.adapter is None:
+            with self._stop.deferred():
+                model = self._leader.whole_model(dtype)
+            with in_service(weight_version):
+                self._generation.push(model, dtype, weight_version)
+            return weight_version
+        if self._generation.base_versions() != {self._base_version}:
+            self._push_base(dtype, weight_version, in_service)
+            weight_version += 1
+        with self._stop.deferred():
+            tensors = wire_tensors(self._leader.adapter_weights())
+        with in_service(weight_version):
+            self._generation.push_adapter(self._leader.adapter.description, tensors, weight_version)
+        return weight_version
+
+    def _push_base(self, dtype: torch.dtype, weight_version: int, in_service: InService) -> None:
+        """Whatever the replicas were started with, the adapter goes on what it is trained on."""
+        with self._stop.deferred():
+            model = self._leader.base_model(dtype)
+        with in_service(weight_version):
+            self._generation.push(model, dtype, weight_version)
+        self._base_version = weight_version

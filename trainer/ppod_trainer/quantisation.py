@@ -1,0 +1,60 @@
+"""Bases in 4 bits: loading them, and what their parameters stand for.
+
+Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs"; bitsandbytes does the work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from ppod_trainer.errors import TrainerError
+
+
+def load_quantised(path: Path, *, device: torch.device, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Load a causal language model whose linear layers are in 4-bit NormalFloat, in evaluation mode.
+
+    Args:
+        path: its directory, with safetensors.
+        device: where it computes; bitsandbytes has kernels for CUDA and for CPUs.
+        dtype: of all that is not quantised, and of what is computed.
+        attention: "sdpa" or "eager".
+
+    Raises:
+        TrainerError: bitsandbytes is not installed.
+    """
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            quantization_config=quantisation,
+            device_map={"": device},
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except ImportError as error:
+        raise TrainerError(f"policy.lora.quantization: {error}; install ppod[qlora]") from error
+    return model.eval()
+
+
+def dense(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter, or what it stands for where bitsandbytes keeps it in 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter.detach()
+    from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - only quantised bases need it
+
+    return dequantize_4bit(parameter.detach(), state)
+
+
+def dense_copy(path: Path, *, attention: str) -> PreTrainedModel:
+    """The model of a directory as it is without quantisation, on the meta device: all of it but its weights."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
