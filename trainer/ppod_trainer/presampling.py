@@ -16,8 +16,8 @@ from ppod_trainer.errors import TrainerError
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.rollouts import ScoredRollout, sample_seed
+from ppod_trainer.score_shaping import ScoreScale, shape_scores
 from ppod_trainer.stateful import JsonState
-from ppod_trainer.token_rewards import shape_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,9 @@ def shaped_outcomes(rollouts: Sequence[ScoredRollout], rewards: RewardsConfig) -
     scores = shape_scores(
         torch.tensor([one.score for one in rollouts]),
         torch.tensor([one.rollout.truncated for one in rollouts]),
-        clip=rewards.clip,
-        missing_eos_penalty=rewards.missing_eos_penalty,
+        torch.tensor([one.rollout.sampled for one in rollouts]),
+        rewards,
+        ScoreScale(),
     )
     return [score + float(one.rollout.rewards.sum()) for score, one in zip(scores.tolist(), rollouts, strict=True)]
 

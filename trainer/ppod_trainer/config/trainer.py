@@ -87,6 +87,11 @@ class TrainerConfig(ConfigModel):
                 f"advantages.kind {kind} compares the samples of one prompt, and rollout.samples_per_prompt is "
                 f"{self.rollout.samples_per_prompt}; set it to 2 or more, such as 8"
             )
+        if kind == "pvpo" and self.rewards.normalize != "none":
+            raise ValueError(
+                f"advantages.kind pvpo judges by outcomes from before training, whose scale rewards.normalize "
+                f"{self.rewards.normalize} moves; set it to none"
+            )
         if kind in LEAVES_OUT_KL and self.kl.placement == "reward" and self.kl.coefficient:
             raise ValueError(
                 f"advantages.kind {kind} reads outcomes, which a KL penalty in the reward is no part of; set "
