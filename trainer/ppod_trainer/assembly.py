@@ -34,8 +34,19 @@ from ppod_trainer.prompts import Encode, PromptSet, load_prompts, split_prompts
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import Parts, TrainingRun
+from ppod_trainer.watch import build_watcher
 
-_FREE_SECTIONS = {"run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation"}
+_FREE_SECTIONS = {
+    "run_dir",
+    "resume",
+    "services",
+    "weight_transfer",
+    "metrics",
+    "tracing",
+    "checkpoint",
+    "evaluation",
+    "watch",
+}
 
 
 def configuration_fingerprint(config: TrainerConfig) -> str:
@@ -85,7 +96,8 @@ def open_run(config: TrainerConfig, stop: StopSignal) -> Generator[TrainingRun]:
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
         evaluator = Evaluator(collector, connections.judge, prompts.heldout, codec.decode)
         kl = build_kl_controller(config.kl)
-        parts = Parts(connections, collector, evaluator, learner, kl, prompts, tokenizer, metrics, stop)
+        watcher = build_watcher(config.watch, critic=learner.rules.estimator.critic)
+        parts = Parts(connections, collector, evaluator, learner, kl, prompts, tokenizer, metrics, stop, watcher)
         restore_components(parts.stateful, state)
         run = TrainingRun(config, parts, state)
         try:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from opentelemetry import trace
 from transformers import PreTrainedTokenizerFast
@@ -43,6 +45,7 @@ from ppod_trainer.stateful import Stateful
 from ppod_trainer.step_figures import rollout_figures, update_figures
 from ppod_trainer.step_rollouts import StepRollouts
 from ppod_trainer.stopping import StopSignal
+from ppod_trainer.watch import Watcher
 
 ResultT = TypeVar("ResultT")
 
@@ -63,12 +66,13 @@ class Parts:
     tokenizer: PreTrainedTokenizerFast
     metrics: MetricsLog
     stop: StopSignal
+    watcher: Watcher
     scores: ScoreStatistics = field(default_factory=ScoreStatistics)
 
     @property
     def stateful(self) -> dict[str, Stateful]:
         """What a checkpoint keeps of them, besides the learner."""
-        return {"kl": self.kl, "scores": self.scores}
+        return {"kl": self.kl, "scores": self.scores, "watcher": self.watcher}
 
 
 class TrainingRun:
@@ -89,7 +93,7 @@ class TrainingRun:
         self.parts = parts
         self.state = state
         self.whole = True
-        self._judged: float | None = None
+        self._judged: npt.NDArray[np.float32] | None = None
         rollout = config.rollout
         self._pipeline = RolloutPipeline(
             StepRollouts(config, parts.prompts, parts.collector),
@@ -105,7 +109,12 @@ class TrainingRun:
         self._pipeline.close()
 
     def train(self) -> None:
-        """Do all steps that are left. Raises StopRequestedError on a signal, with `state` at the last whole step."""
+        """Do all steps that are left.
+
+        Raises:
+            StopRequestedError: a signal came in; `state` is at the last whole step.
+            TroubleError: the last step showed what `watch.stop` names.
+        """
         start, begun = time.perf_counter(), self.state.step
         while self.state.step < self.config.steps:
             record = self._step()
@@ -113,6 +122,7 @@ class TrainingRun:
             eta_s = (time.perf_counter() - start) / done * (self.config.steps - self.state.step)
             print(format_step(self.state.step, self.config.steps, record, eta_s), flush=True)
             self._after_step()
+            self.parts.watcher.check(self.state.step)
 
     def evaluate(self) -> Evaluation:
         """Evaluate the present weights on the held-out prompts and record it."""
@@ -209,6 +219,7 @@ class TrainingRun:
             | self._run_figures(collected, stale, timer, controls)
             | {f"samples/rejected_{reason}": float(count) for reason, count in rejected.items()}
         )
+        record |= parts.watcher.observe(step + 1, record)
         tokens = int(batch.responses.action_mask.sum())
         parts.metrics.write(step + 1, record, samples=len(rollouts), tokens=tokens)
         return record
@@ -239,7 +250,7 @@ class TrainingRun:
             "tokens_per_second": sum(one.rollout.sampled for one in collected.rollouts) / timer.seconds["step"],
         }
         if self._judged is not None:
-            figures["judge/mean"] = self._judged
+            figures |= {"judge/mean": float(self._judged.mean()), "judge/std": float(self._judged.std())}
         seconds = collected.seconds | timer.seconds
         return figures | {f"seconds/{phase}": value for phase, value in seconds.items()}
 
@@ -249,8 +260,7 @@ class TrainingRun:
         if self.state.step % self.config.evaluation.judge_interval and self.state.step + 1 < self.config.steps:
             return
         with timer.phase("judge"):
-            scores = self.parts.evaluator.judge(rollouts)
-        self._judged = None if scores is None else float(scores.mean())
+            self._judged = self.parts.evaluator.judge(rollouts)
 
     def _after_step(self) -> None:
         config, step = self.config, self.state.step

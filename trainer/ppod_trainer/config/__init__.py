@@ -16,6 +16,7 @@ from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, Rollo
 from ppod_trainer.config.schedules import LinearSchedule, SchedulesConfig
 from ppod_trainer.config.services import ServicesConfig, WeightTransferConfig, has_replicas
 from ppod_trainer.config.trainer import TrainerConfig
+from ppod_trainer.config.watch import TroubleKind, WatchConfig
 
 __all__ = [
     "AdaptiveKlConfig",
@@ -39,6 +40,8 @@ __all__ = [
     "SchedulesConfig",
     "ServicesConfig",
     "TrainerConfig",
+    "TroubleKind",
+    "WatchConfig",
     "WeightTransferConfig",
     "has_replicas",
 ]
