@@ -17,6 +17,7 @@ from ppod_trainer.config.rewards import KlConfig, RewardsConfig
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
 from ppod_trainer.config.schedules import SchedulesConfig
 from ppod_trainer.config.services import ServicesConfig, WeightTransferConfig, has_replicas
+from ppod_trainer.config.watch import WatchConfig
 
 
 class TrainerConfig(ConfigModel):
@@ -42,6 +43,7 @@ class TrainerConfig(ConfigModel):
     reference_refresh_steps: int | None = Field(
         default=None, ge=1, description="steps after which the reference becomes the policy; none: never"
     )
+    watch: WatchConfig = WatchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ranks: RanksConfig = RanksConfig()
@@ -62,6 +64,12 @@ class TrainerConfig(ConfigModel):
             raise ValueError("rewards.model is false and there is no environment: nothing would pay a reward")
         if not self.rewards.model and self.services.judge_model is not None:
             raise ValueError("services.judge_model needs the reward service, which rewards.model false leaves out")
+        return self
+
+    @model_validator(mode="after")
+    def _judge_is_there(self) -> Self:
+        if "reward_hacking" in self.watch.stop and self.services.judge_model is None:
+            raise ValueError("watch.stop names reward_hacking, which needs a held-out judge: set services.judge_model")
         return self
 
     @model_validator(mode="after")
