@@ -28,6 +28,7 @@ _PRELOADED = (
     "pydantic",
     "safetensors.torch",
     "torch",
+    "torch.distributed.checkpoint",
     "torch.utils.tensorboard",
     "transformers.integrations.sdpa_attention",
     "transformers.masking_utils",

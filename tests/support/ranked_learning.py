@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,9 +24,9 @@ from ppod_trainer.ranks import open_ranks
 from support.random_rollouts import random_rollouts
 
 
-def lead(leader: Leader, state: TrainerState, config: TrainerConfig) -> None:
+def lead(leader: Leader, state: TrainerState, config: TrainerConfig, until: int) -> None:
     figures: list[dict[str, object]] = []
-    for step in range(state.step, config.steps):
+    for step in range(state.step, until):
         timer = StepTimer()
         controls = StepControls(1.0, 0.05, config.ppo.entropy_coefficient)
         rollouts = random_rollouts(config.rollout.batch_size, seed=step)
@@ -39,29 +36,26 @@ def lead(leader: Leader, state: TrainerState, config: TrainerConfig) -> None:
         }
         figures.append({**asdict(stats), **tensors, "mean_kl": batch.mean_kl, "seconds": timer.seconds})
     leader.whole_model().save_pretrained(config.run_dir)
-    leader.save(config.run_dir / "checkpoints", replace(state, step=config.steps), keep=1)
+    leader.save(config.run_dir / "checkpoints", replace(state, step=until), keep=1)
     (config.run_dir / "figures.json").write_text(json.dumps(figures))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--die-as", type=int, help="this rank kills itself instead of following")
+    parser.add_argument("--until", type=int, required=True, help="last step")
     options = parser.parse_args()
     config = load_config(TrainerConfig, options.config)
-    with open_ranks(config.policy.device, config.ranks.timeout_s) as ranks:
+    with open_ranks(config.policy.device, config.ranks.timeout_s, mesh_of_one=config.memory.offload) as ranks:
         leader, state = load_leader(config, ranks)
         # Values that are not all 0, and the same on all ranks.
         if not config.resume:
             with torch.no_grad():
                 leader.learner.policy.value_head.bias.fill_(0.5)
-        if ranks.rank == options.die_as:
-            time.sleep(0.2)
-            os.kill(os.getpid(), signal.SIGKILL)
         if ranks.rank:
             follow(leader.learner)
         else:
-            lead(leader, state, config)
+            lead(leader, state, config, options.until)
             leader.close()
 
 

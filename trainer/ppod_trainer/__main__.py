@@ -52,7 +52,8 @@ def run(config: TrainerConfig) -> int:
 
     ranks = None
     try:
-        with open_ranks(config.policy.device, config.ranks.timeout_s) as ranks:
+        timeout_s, offload = config.ranks.timeout_s, config.memory.offload
+        with open_ranks(config.policy.device, timeout_s, mesh_of_one=offload) as ranks:
             return _lead(config, ranks) if ranks.rank == 0 else _follow(config, ranks)
     except (TrainerError, PpodError, ModelSourceError) as error:
         _complain(ranks, str(error))

@@ -42,8 +42,8 @@ from ppod_trainer.training import Parts, TrainingRun
 from ppod_trainer.watch import build_watcher
 
 _FREE_SECTIONS = {
-    *("run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation", "ranks"),
-    "watch",
+    *("run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation"),
+    *("ranks", "memory", "watch"),
 }
 
 

@@ -37,7 +37,7 @@ def write_tensors(directory: Path, learner: Learner) -> None:
             tensors[f"optimizer/{name}/{key}"] = value
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
     with _faults_of(f"checkpoint: {directory} cannot be written"):
-        save(tensors, storage_writer=writer, no_dist=learner.ranks.size == 1)
+        save(tensors, storage_writer=writer, no_dist=learner.ranks.mesh is None)
 
 
 def read_tensors(directory: Path, learner: Learner) -> None:
@@ -60,7 +60,7 @@ def read_tensors(directory: Path, learner: Learner) -> None:
             tensors[full_name] = _like(parameter, stored)
             learner.optimizer.state[parameter][key] = tensors[full_name]
     with _faults_of(f"resume: {directory} cannot be read"):
-        load(tensors, storage_reader=reader, no_dist=learner.ranks.size == 1)
+        load(tensors, storage_reader=reader, no_dist=learner.ranks.mesh is None)
 
 
 def describe_files(directory: Path, ranks: Ranks) -> Files:

@@ -16,9 +16,9 @@ from ppod_trainer.experience import ExperienceRules, PpoBatch, build_ppo_batch, 
 from ppod_trainer.loss import LossFigures, LossRows, Objective, minibatch_loss
 from ppod_trainer.masking import loss_weights
 from ppod_trainer.metrics import StepTimer
-from ppod_trainer.minibatches import Minibatch, plan_minibatches
+from ppod_trainer.minibatches import Minibatch, SampleLengths, plan_minibatches
 from ppod_trainer.objective import explained_variance
-from ppod_trainer.policy import PolicyWithValue, build_response_batch
+from ppod_trainer.policy import PolicyWithValue, ResponseBatch, build_response_batch
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.rollouts import ScoredRollout
 from ppod_trainer.sharding import whole
@@ -89,9 +89,7 @@ class Learner:
             group["lr"] = base * controls.rate_factor
         responses = build_response_batch(rollouts, self.ranks.device)
         with timer.phase("old_logprobs"):
-            first = [
-                micro for one in self._minibatches(len(rollouts), step, 0) for micro in one.shares[self.ranks.rank]
-            ]
+            first = [micro for one in self._minibatches(responses, step, 0) for micro in one.shares[self.ranks.rank]]
             view = view_policy(self.policy, responses, first, self.ranks)
             if isinstance(self.rules.estimator, LearnedEstimator):
                 turns = pad_numbers([one.rollout.turns for one in rollouts], responses)
@@ -106,7 +104,7 @@ class Learner:
     def _update(self, batch: PpoBatch, step: int, controls: StepControls) -> UpdateStats:
         stats = UpdateStats()
         for epoch in range(self.ppo.epochs):
-            for number, minibatch in enumerate(self._minibatches(len(batch.loss_mask), step, epoch)):
+            for number, minibatch in enumerate(self._minibatches(batch.responses, step, epoch)):
                 where = f"step {step + 1}, epoch {epoch + 1}, minibatch {number + 1}"
                 sums = self._accumulate(batch, minibatch, controls)
                 if epoch == 0 and number == 0:
@@ -163,8 +161,9 @@ class Learner:
         total.ratio_error = self.ranks.largest(sums.ratio_error)
         return total
 
-    def _minibatches(self, samples: int, step: int, epoch: int) -> list[Minibatch]:
-        return list(plan_minibatches(samples, self.seed, step, epoch, self.ppo, self.ranks.size))
+    def _minibatches(self, responses: ResponseBatch, step: int, epoch: int) -> list[Minibatch]:
+        lengths = SampleLengths.of(responses)
+        return list(plan_minibatches(lengths, self.seed, step, epoch, self.ppo, self.ranks.size))
 
 
 def build_learner(

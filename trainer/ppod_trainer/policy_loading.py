@@ -17,7 +17,7 @@ from ppod_trainer.errors import TrainerError
 from ppod_trainer.policy import PolicyWithValue
 from ppod_trainer.quantisation import dense_copy, load_quantised
 from ppod_trainer.ranks import Ranks
-from ppod_trainer.sharding import hollow_copy, shard_policy
+from ppod_trainer.sharding import checkpoint_layers, hollow_copy, shard_policy
 
 if TYPE_CHECKING:
     # It imports PEFT, which takes seconds that no other run should spend.
@@ -68,7 +68,10 @@ def load_policy(config: TrainerConfig, ranks: Ranks) -> LoadedPolicy:
     )
     if ranks.mesh is not None:
         hollow = hollow or hollow_copy(model)
-        shard_policy(policy, ranks.mesh, dtype)
+    if config.memory.gradient_checkpointing:
+        checkpoint_layers(policy)
+    if ranks.mesh is not None:
+        shard_policy(policy, ranks.mesh, dtype, offload=config.memory.offload)
     return LoadedPolicy(policy, hollow, adapter)
 
 

@@ -34,7 +34,7 @@ class Ranks:
         device: what this rank computes on.
         rank: from 0.
         size: how many there are.
-        mesh: all ranks, in one dimension; None where there is one.
+        mesh: all ranks, in one dimension; None where this process holds all weights, on its device.
         orders: the group by which rank 0 tells the others what to do.
     """
 
@@ -97,18 +97,19 @@ class Ranks:
 
 
 @contextmanager
-def open_ranks(device: str, timeout_s: float) -> Generator[Ranks]:
+def open_ranks(device: str, timeout_s: float, *, mesh_of_one: bool = False) -> Generator[Ranks]:
     """Join the ranks that torchrun's environment variables speak of; without them this process is alone.
 
     Args:
         device: "auto" is the CUDA device of the rank's number on its machine, or else the CPU.
         timeout_s: longest wait for the other ranks, in seconds.
+        mesh_of_one: a process that is alone has a mesh, too, for what FSDP does on one device.
 
     Raises:
         RanksError: they did not come in time, or the variables are incomplete.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if size == 1 and not mesh_of_one:
         yield Ranks(pick_device(device))
         return
     local_rank = os.environ.get("LOCAL_RANK", "0")
@@ -118,7 +119,9 @@ def open_ranks(device: str, timeout_s: float) -> Generator[Ranks]:
         torch.cuda.set_device(mine)
     try:
         # Figures and orders are small and on the CPU, whatever the device is.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
         orders = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
         mesh = init_device_mesh(mine.type, (size,), mesh_dim_names=("ranks",))
     except (RuntimeError, ValueError) as error:

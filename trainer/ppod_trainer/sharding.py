@@ -1,20 +1,23 @@
-"""A policy whose weights, gradients and optimizer state are divided among ranks, by FSDP2.
+"""What a policy's memory is saved by: weights divided among ranks or kept on the host, activations computed again.
 
-Parameters are DTensors in float32, cut along their first dimension. A layer's are gathered, in the dtype of the forward
-pass, while it computes. Gradients are summed, not averaged: the loss of a minibatch is the sum over its tokens with
-weights over the whole of it, on whichever rank they are.
+Weights, gradients and optimizer state are divided by FSDP2: parameters are DTensors in float32, cut along their first
+dimension, and a layer's are gathered, in the dtype of the forward pass, while it computes. Gradients are summed, not
+averaged: the loss of a minibatch is the sum over its tokens with weights over the whole of it, on whichever rank they
+are.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ppod_trainer.policy import PolicyWithValue
@@ -30,20 +33,34 @@ def decoder_layers(policy: nn.Module) -> list[nn.Module]:
     return [module for module in policy.modules() if type(module).__name__ in names]
 
 
-def shard_policy(policy: PolicyWithValue, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Divide a policy that all ranks hold whole; each keeps its part, on the mesh's device.
+def checkpoint_layers(policy: nn.Module) -> None:
+    """Compute each layer's activations again in the backward pass, so that only its inputs are kept in between.
+
+    Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost". Not by the switch that transformers has,
+    which works in training mode alone, where dropout is on. Nothing random runs in a layer, so no state is kept of it.
+    """
+    for layer in decoder_layers(policy):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def shard_policy(
+    policy: PolicyWithValue, mesh: DeviceMesh, compute_dtype: torch.dtype, *, offload: bool = False
+) -> None:
+    """Divide a policy that all ranks hold whole; each keeps its part, on the mesh's device or, to `offload`, the CPU.
 
     Layers compute in `compute_dtype`; what they pass on stays as it is in one process under autocast, float32.
     Embeddings and heads are gathered in float32.
     """
+    # Pages that cannot move are for copies to CUDA devices alone.
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     layer_policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == torch.float32 else compute_dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
     for layer in decoder_layers(policy):
-        fully_shard(layer, mesh=mesh, mp_policy=layer_policy)
-    fully_shard(policy, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=layer_policy, offload_policy=place)
+    fully_shard(policy, mesh=mesh, offload_policy=place)
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -20,27 +20,36 @@ from support.services import tiny_model_config
 from .conftest import Config, System, records_of, wait_for_step
 
 Figures = list[dict[str, object]]
+Learned = tuple[Figures, dict[str, torch.Tensor]]
 LEARNING = "support.ranked_learning"
 
 
 def learn(
-    directory: Path, model_dir: Path, ranks: int, name: str, *, resume: bool = False, steps: int = 3, **ppo: object
-) -> tuple[Figures, dict[str, torch.Tensor]]:
+    directory: Path,
+    model_dir: Path,
+    ranks: int,
+    name: str,
+    ppo: Config | None = None,
+    *,
+    until: int = 3,
+    **changes: object,
+) -> Learned:
     """Let this many ranks learn; figures of each step, and the final weights."""
     values = {
         "run_dir": str(directory / name),
         "policy": tiny_model_config(model_dir),
-        "steps": steps,
-        "resume": resume,
+        "steps": 3,
         # Three minibatches of 4, 4 and 3 samples: the fourth of four ranks has none in the last.
         "rollout": {"batch_size": 11},
-        "ppo": {"epochs": 2, "minibatches": 3, **ppo},
+        "ppo": {"epochs": 2, "minibatches": 3, **(ppo or {})},
         "optimizer": {"learning_rate": 1e-3},
         "ranks": {"timeout_s": 60},
+        **changes,
     }
     (directory / name).mkdir(exist_ok=True)
     config = write_config(directory / f"{name}.yaml", values)
-    processes = start_ranks(LEARNING, "--config", str(config), ranks=ranks, directory=directory, name=name)
+    arguments = ("--config", str(config), "--until", str(until))
+    processes = start_ranks(LEARNING, *arguments, ranks=ranks, directory=directory, name=name)
     for code, _, stderr in wait_for_ranks(processes, 100):
         assert code == 0, stderr
     figures = json.loads((directory / name / "figures.json").read_text())
@@ -65,34 +74,51 @@ def assert_close_weights(found: dict[str, torch.Tensor], expected: dict[str, tor
         )
 
 
-def test_ranks_learn_what_one_learns(tiny_model_dir: Path, tmp_path: Path) -> None:
-    expected, weights = learn(tmp_path, tiny_model_dir, 1, "one")
-    for ranks in (2, 4):
-        figures, found = learn(tmp_path, tiny_model_dir, ranks, f"of-{ranks}")
-        assert all(step["first_ratio_error"] == 0 for step in figures)
-        assert_close_figures(figures, expected)
-        assert_close_weights(found, weights)
+@pytest.fixture(scope="module")
+def of_one(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Learned:
+    """What one rank learns."""
+    return learn(tmp_path_factory.mktemp("one"), tiny_model_dir, 1, "one")
 
 
-def test_ranks_with_micro_batches_learn_what_one_without_learns(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_neither_micro_batches_nor_checkpointing_change_what_ranks_learn(tiny_model_dir: Path, tmp_path: Path) -> None:
     ppo = {"aggregation": "sequence_mean", "entropy_coefficient": 0.01, "minibatches": 2}
-    expected, weights = learn(tmp_path, tiny_model_dir, 1, "one", **ppo)
-    # Six and five samples: the ranks have two micro-batches each, one of them with a single sample.
-    figures, found = learn(tmp_path, tiny_model_dir, 2, "two", **ppo, micro_batch_size=2)
+    expected, weights = learn(tmp_path, tiny_model_dir, 1, "one", ppo)
+    limited = {**ppo, "micro_batch_tokens": 20}
+    figures, found = learn(tmp_path, tiny_model_dir, 2, "two", limited, memory={"gradient_checkpointing": True})
     assert all(step["first_ratio_error"] == 0 for step in figures)
     assert_close_figures(figures, expected)
     assert_close_weights(found, weights)
 
 
-def train(system: System, config: Config, ranks: int = 2) -> list[tuple[int, str, str]]:
-    """Run a trainer of several ranks to its end; exit code, stdout and stderr of each."""
-    return wait_for_ranks(start(system, config, ranks), 120)
+def test_offloading_changes_nothing(of_one: Learned, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """On CPUs it moves nothing, but goes through all that it does on a device."""
+    figures, found = learn(tmp_path, tiny_model_dir, 1, "offloaded", memory={"offload": True})
+    assert all(step["first_ratio_error"] == 0 for step in figures)
+    assert_close_figures(figures, of_one[0])
+    assert_close_weights(found, of_one[1])
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
+def test_ranks_learn_what_one_learns_and_others_go_on(
+    of_one: Learned, tiny_model_dir: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    start, _ = learn(tmp_path, tiny_model_dir, before, "run", until=2)
+    figures, weights = learn(tmp_path, tiny_model_dir, after, "run", resume=True)
+    assert (len(start), len(figures)) == (2, 1)
+    assert all(step["first_ratio_error"] == 0 for step in start + figures)
+    assert_close_figures(start + figures, of_one[0])
+    assert_close_weights(weights, of_one[1])
 
 
 def start(system: System, config: Config, ranks: int = 2) -> list[ForkedProcess]:
     name = Path(str(config["run_dir"])).name
     path = write_config(system.directory / f"{name}.yaml", config)
     return start_ranks("ppod_trainer", "--config", str(path), ranks=ranks, directory=system.directory, name=name)
+
+
+def train(system: System, config: Config, ranks: int = 2) -> list[tuple[int, str, str]]:
+    """Run a trainer of several ranks to its end; exit code, stdout and stderr of each."""
+    return wait_for_ranks(start(system, config, ranks), 120)
 
 
 def torchrun(system: System, config: Config) -> subprocess.CompletedProcess[str]:

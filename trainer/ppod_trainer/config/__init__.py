@@ -1,6 +1,7 @@
 """Configuration of the trainer. Importing it needs neither torch nor a GPU."""
 
 from ppod_trainer.config.advantages import AdvantagesConfig, GigpoConfig, SpaConfig
+from ppod_trainer.config.memory import MemoryConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.policy import CriticConfig, LoraConfig, PolicyConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig, RatioMaskConfig
@@ -42,6 +43,7 @@ __all__ = [
     "LengthPenaltyConfig",
     "LinearSchedule",
     "LoraConfig",
+    "MemoryConfig",
     "MetricsConfig",
     "OptimizerConfig",
     "OverlongConfig",

@@ -28,6 +28,12 @@ class PpoConfig(ConfigModel):
     micro_batch_size: int | None = Field(
         default=None, ge=1, description="samples in a forward pass; gradients accumulate; none: the minibatch"
     )
+    micro_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="instead of micro_batch_size: padded tokens in a forward pass, over samples of similar lengths; "
+        "a sample that is longer has one of its own",
+    )
     ratio: Literal["token", "sequence", "sequence_token"] = Field(
         default="token",
         description="what is clipped: each token's ratio, the geometric mean of the sequence's (GSPO), or that with "
@@ -65,6 +71,15 @@ class PpoConfig(ConfigModel):
     def highest_ratio(self) -> float:
         """Epsilon of the ratio upwards."""
         return self.clip if self.clip_high is None else self.clip_high
+
+    @model_validator(mode="after")
+    def _one_limit_of_micro_batches(self) -> Self:
+        if self.micro_batch_tokens is not None and self.micro_batch_size is not None:
+            raise ValueError(
+                f"micro_batch_tokens is {self.micro_batch_tokens} and micro_batch_size {self.micro_batch_size}: both "
+                "would cut minibatches; give one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from ppod_models.configuration import ConfigModel, TracingConfig
 from ppod_trainer.config.advantages import LEAVES_OUT_KL, NEEDS_CRITIC, NEEDS_GROUPS, AdvantagesConfig
+from ppod_trainer.config.memory import MemoryConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.policy import CriticConfig, PolicyConfig
 from ppod_trainer.config.ppo import OptimizerConfig, PpoConfig
@@ -47,6 +48,7 @@ class TrainerConfig(ConfigModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ranks: RanksConfig = RanksConfig()
+    memory: MemoryConfig = MemoryConfig()
     metrics: MetricsConfig = MetricsConfig()
     tracing: TracingConfig = TracingConfig()
 
