@@ -39,10 +39,11 @@ from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
 from ppod_trainer.step_rollouts import build_step_rollouts
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import Parts, TrainingRun
+from ppod_trainer.watch import build_watcher
 
 _FREE_SECTIONS = {
     *("run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation"),
-    *("ranks", "memory"),
+    *("ranks", "memory", "watch"),
 }
 
 
@@ -89,8 +90,20 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
         evaluator = Evaluator(collector, connections.judge, prompts.heldout, codec.decode)
         kl = build_kl_controller(config.kl)
         rollouts = build_step_rollouts(config, prompts, collector)
+        watcher = build_watcher(config.watch, critic=leader.learner.rules.estimator.critic)
         parts = Parts(
-            connections, collector, evaluator, leader, kl, prompts, tokenizer, metrics, stop, rollouts, estimates
+            connections=connections,
+            collector=collector,
+            evaluator=evaluator,
+            learner=leader,
+            kl=kl,
+            prompts=prompts,
+            tokenizer=tokenizer,
+            metrics=metrics,
+            stop=stop,
+            rollouts=rollouts,
+            estimates=estimates,
+            watcher=watcher,
         )
         restore_components(parts.stateful, state)
         run = TrainingRun(config, parts, state)

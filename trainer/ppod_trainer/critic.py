@@ -67,8 +67,8 @@ def load_value_model(path: Path, *, device: torch.device, attention: str, vocab_
         head = zero_head(score.in_features, device)
         with torch.no_grad():
             head.weight.copy_(score.weight)
-            if score.bias is not None:
-                head.bias.copy_(score.bias)
+            if (bias := cast("nn.Parameter | None", score.bias)) is not None:
+                head.bias.copy_(bias)
     else:
         model = load_causal_lm(path, device=device, dtype=torch.float32, attention=attention)
         head = zero_head(int(model.config.hidden_size), device)

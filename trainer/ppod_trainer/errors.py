@@ -39,6 +39,10 @@ class NonFiniteLossError(TrainerError):
     """A loss or gradient norm is NaN or infinite: the update is not applied."""
 
 
+class TroubleError(TrainerError):
+    """A step showed a trouble that the configuration stops the run for; the run is whole, and is saved."""
+
+
 class ServiceMismatchError(TrainerError):
     """A service does not fit the policy: another tokenizer, a smaller limit, another weight version."""
 

@@ -41,6 +41,7 @@ GAUGES = {
         "Prompts that the epoch leaves out as solved, with history resampling",
     ),
     "judge/mean": ("ppod_judge_score_mean", "Mean held-out judge score of the step's samples, when last judged"),
+    "judge/std": ("ppod_judge_score_std", "Standard deviation of the judge's scores, when last judged"),
     "kl/reference": ("ppod_kl_reference_nats", "Mean KL to the reference, nats a response (k1)"),
     "kl/coefficient": ("ppod_kl_coefficient", "Coefficient of the KL penalty"),
     "entropy/coefficient": ("ppod_entropy_coefficient", "Coefficient of the entropy bonus"),
@@ -57,6 +58,8 @@ GAUGES = {
     "loss/kl": ("ppod_kl_loss_nats", "KL in the loss, before its coefficient"),
     "value/explained_variance": ("ppod_value_explained_variance_ratio", "Explained variance of the values"),
     "response/length": ("ppod_response_length_tokens", "Mean response length"),
+    "response/distinct_2": ("ppod_response_distinct_2_ratio", "Different token bigrams of the step, of all of them"),
+    "value/std": ("ppod_value_std", "Standard deviation of the values of the step's tokens"),
     "response/truncated": ("ppod_response_truncated_ratio", "Share of responses cut off at the token limit"),
     "sampler/gap_mean": ("ppod_sampler_logprob_gap_nats", "Mean |trainer - sampler| logprob of the same weights"),
     "sampler/gap_max": ("ppod_sampler_logprob_gap_max_nats", "Largest |trainer - sampler| logprob"),
@@ -115,6 +118,7 @@ class MetricsLog:
         self._phase_seconds = Gauge(
             "ppod_step_phase_seconds", "Seconds of the last step, by phase", ["phase"], registry=self.registry
         )
+        self._trouble = Gauge("ppod_trouble", "1 where the last step shows trouble", ["kind"], registry=self.registry)
         self._samples = Counter("ppod_samples", "Samples trained on", registry=self.registry)
         self._tokens = Counter("ppod_response_tokens", "Response tokens trained on", registry=self.registry)
         self._rpc_seconds = Histogram(
@@ -146,6 +150,8 @@ class MetricsLog:
                 self._gauges[key].set(value)
             elif key.startswith("seconds/"):
                 self._phase_seconds.labels(key.removeprefix("seconds/")).set(value)
+            elif key.startswith("trouble/"):
+                self._trouble.labels(key.removeprefix("trouble/")).set(value)
             if self._board is not None:
                 self._board.add_scalar(key, value, step)
 

@@ -23,8 +23,17 @@ def rollout_figures(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
         "groups/uniform": float(np.mean([max(group) == min(group) for group in groups.values()])),
         "sampler/temperature": common_temperature([one.rollout for one in rollouts]),
         "response/length": float(np.mean([one.rollout.sampled for one in rollouts])),
+        "response/distinct_2": distinct_bigrams(rollouts),
         "response/truncated": float(np.mean([one.rollout.truncated for one in rollouts])),
     }
+
+
+def distinct_bigrams(rollouts: Sequence[ScoredRollout]) -> float:
+    """Different bigrams of sampled tokens over all of them, all responses together (Li et al. 2016); 1 for none."""
+    sampled = [one.rollout.response[one.rollout.action_mask].astype(np.int64) for one in rollouts]
+    # A bigram as one number: token ids are below 2^31.
+    bigrams = np.concatenate([(tokens[:-1] << 32) | tokens[1:] for tokens in sampled])
+    return len(np.unique(bigrams)) / len(bigrams) if len(bigrams) else 1.0
 
 
 def update_figures(batch: PpoBatch, stats: UpdateStats) -> dict[str, float]:
@@ -45,5 +54,6 @@ def update_figures(batch: PpoBatch, stats: UpdateStats) -> dict[str, float]:
         "loss/policy": stats.policy_loss,
         "loss/value": stats.value_loss,
         "loss/kl": stats.kl_loss,
+        "value/std": float(batch.old_values[batch.responses.action_mask].std(correction=0)),
         "value/explained_variance": stats.explained_variance,
     }

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from opentelemetry import trace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -46,6 +48,7 @@ from ppod_trainer.stateful import Stateful
 from ppod_trainer.step_figures import rollout_figures, update_figures
 from ppod_trainer.step_rollouts import StepRollouts
 from ppod_trainer.stopping import StopSignal
+from ppod_trainer.watch import Watcher
 
 ResultT = TypeVar("ResultT")
 
@@ -68,6 +71,7 @@ class Parts:
     stop: StopSignal
     rollouts: StepRollouts
     estimates: PreEstimates
+    watcher: Watcher
     scores: ScoreStatistics = field(default_factory=ScoreStatistics)
 
     @property
@@ -76,6 +80,7 @@ class Parts:
         found: dict[str, Stateful] = {
             "kl": self.kl,
             "scores": self.scores,
+            "watcher": self.watcher,
             "prompts": self.rollouts.schedule,
             "pre_estimates": self.estimates,
         }
@@ -101,7 +106,7 @@ class TrainingRun:
         self.parts = parts
         self.state = state
         self.whole = True
-        self._judged: float | None = None
+        self._judged: npt.NDArray[np.float32] | None = None
         rollout = config.rollout
         self._pipeline = RolloutPipeline(
             parts.rollouts,
@@ -118,7 +123,12 @@ class TrainingRun:
         self._pipeline.close()
 
     def train(self) -> None:
-        """Do all steps that are left. Raises StopRequestedError on a signal, with `state` at the last whole step."""
+        """Do all steps that are left.
+
+        Raises:
+            StopRequestedError: a signal came in; `state` is at the last whole step.
+            TroubleError: the last step showed what `watch.stop` names.
+        """
         start, begun = time.perf_counter(), self.state.step
         while self.state.step < self.config.steps:
             record = self._step()
@@ -126,6 +136,7 @@ class TrainingRun:
             eta_s = (time.perf_counter() - start) / done * (self.config.steps - self.state.step)
             print(format_step(self.state.step, self.config.steps, record, eta_s), flush=True)
             self._after_step()
+            self.parts.watcher.check(self.state.step)
 
     def evaluate(self) -> Evaluation:
         """Evaluate the present weights on the held-out prompts and record it."""
@@ -222,6 +233,7 @@ class TrainingRun:
             | self._run_figures(collected, stale, timer, controls)
             | {f"samples/rejected_{reason}": float(count) for reason, count in rejected.items()}
         )
+        record |= parts.watcher.observe(step + 1, record)
         tokens = int(batch.responses.action_mask.sum())
         parts.metrics.write(step + 1, record, samples=len(rollouts), tokens=tokens)
         return record
@@ -254,7 +266,7 @@ class TrainingRun:
             "tokens_per_second": sum(one.rollout.sampled for one in collected.rollouts) / timer.seconds["step"],
         }
         if self._judged is not None:
-            figures["judge/mean"] = self._judged
+            figures |= {"judge/mean": float(self._judged.mean()), "judge/std": float(self._judged.std())}
         seconds = collected.seconds | timer.seconds
         figures |= collected.figures
         return figures | {f"seconds/{phase}": value for phase, value in seconds.items()}
@@ -265,8 +277,7 @@ class TrainingRun:
         if self.state.step % self.config.evaluation.judge_interval and self.state.step + 1 < self.config.steps:
             return
         with timer.phase("judge"):
-            scores = self.parts.evaluator.judge(rollouts)
-        self._judged = None if scores is None else float(scores.mean())
+            self._judged = self.parts.evaluator.judge(rollouts)
 
     def _after_step(self) -> None:
         config, step = self.config, self.state.step

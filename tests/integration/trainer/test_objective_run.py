@@ -35,7 +35,7 @@ def test_a_step_s_temperature_is_that_of_sampler_policy_and_reference(system: Sy
     assert entropies[0] > entropies[1] > entropies[2]
 
 
-def test_rejected_samples_are_counted_and_statistics_go_on_after_a_resume(system: System) -> None:
+def test_rejected_samples_are_counted_and_statistics_and_schedules_arrive(system: System) -> None:
     changes = {
         "steps": 4,
         "rewards": {"normalize": "whiten", "filters": {"max_repetition": 0.0, "repetition_ngram": 1}},

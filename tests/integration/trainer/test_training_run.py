@@ -76,7 +76,9 @@ def test_same_seed_same_run_and_another_seed_another(system: System) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_resumes_to_the_same_end(system: System, number: int) -> None:
     steps = 40
-    straight = system.config("straight", steps=steps, kl={"adaptive": {"target": 2.0, "horizon": 100}})
+    straight = system.config(
+        "straight", steps=steps, kl={"adaptive": {"target": 2.0, "horizon": 100}}, rewards={"normalize": "whiten"}
+    )
     assert system.train(straight).returncode == 0
 
     stopped = {**straight, "run_dir": str(system.directory / f"stopped-{number}")}

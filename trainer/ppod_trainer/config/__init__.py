@@ -25,6 +25,7 @@ from ppod_trainer.config.rollouts import (
 from ppod_trainer.config.schedules import LinearSchedule, SchedulesConfig
 from ppod_trainer.config.services import CollectiveConfig, ServicesConfig, WeightTransferConfig, has_replicas
 from ppod_trainer.config.trainer import TrainerConfig
+from ppod_trainer.config.watch import TroubleKind, WatchConfig
 
 __all__ = [
     "AdaptiveKlConfig",
@@ -58,6 +59,8 @@ __all__ = [
     "ServicesConfig",
     "SpaConfig",
     "TrainerConfig",
+    "TroubleKind",
+    "WatchConfig",
     "WeightTransferConfig",
     "has_replicas",
 ]

@@ -18,6 +18,7 @@ from ppod_trainer.config.rewards import KlConfig, RewardsConfig
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
 from ppod_trainer.config.schedules import SchedulesConfig
 from ppod_trainer.config.services import ServicesConfig, WeightTransferConfig, has_replicas
+from ppod_trainer.config.watch import WatchConfig
 
 
 class TrainerConfig(ConfigModel):
@@ -43,6 +44,7 @@ class TrainerConfig(ConfigModel):
     reference_refresh_steps: int | None = Field(
         default=None, ge=1, description="steps after which the reference becomes the policy; none: never"
     )
+    watch: WatchConfig = WatchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ranks: RanksConfig = RanksConfig()
@@ -67,6 +69,12 @@ class TrainerConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
+    def _judge_is_there(self) -> Self:
+        if "reward_hacking" in self.watch.stop and self.services.judge_model is None:
+            raise ValueError("watch.stop names reward_hacking, which needs a held-out judge: set services.judge_model")
+        return self
+
+    @model_validator(mode="after")
     def _one_steers_the_kl(self) -> Self:
         if self.schedules.kl_coefficient is not None and self.kl.adaptive is not None:
             raise ValueError("schedules.kl_coefficient and kl.adaptive would both steer the coefficient: choose one")
@@ -88,6 +96,11 @@ class TrainerConfig(ConfigModel):
             raise ValueError(
                 f"advantages.kind {kind} compares the samples of one prompt, and rollout.samples_per_prompt is "
                 f"{self.rollout.samples_per_prompt}; set it to 2 or more, such as 8"
+            )
+        if kind == "pvpo" and self.rewards.normalize != "none":
+            raise ValueError(
+                f"advantages.kind pvpo judges by outcomes from before training, whose scale rewards.normalize "
+                f"{self.rewards.normalize} moves; set it to none"
             )
         if kind in LEAVES_OUT_KL and self.kl.placement == "reward" and self.kl.coefficient:
             raise ValueError(
