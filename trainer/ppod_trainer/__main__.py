@@ -117,20 +117,21 @@ def _save(training_run: TrainingRun, what: str) -> None:
 def _train(training_run: TrainingRun) -> None:
     from rich.console import Console  # noqa: PLC0415
 
+    from ppod_trainer.durable import write_durably  # noqa: PLC0415
     from ppod_trainer.evaluation import load_evaluation  # noqa: PLC0415
     from ppod_trainer.metrics import read_records  # noqa: PLC0415
     from ppod_trainer.report import plot_curves, print_report  # noqa: PLC0415
 
     config = training_run.config
     kept = config.run_dir / "evaluation_before.json"
-    if config.resume and kept.is_file():
+    if training_run.state.components and kept.is_file():
         before = load_evaluation(kept)
     else:
         before = training_run.evaluate()
-        kept.write_text(json.dumps(asdict(before)), encoding="utf-8")
+        write_durably(kept, json.dumps(asdict(before)))
     training_run.train()
     after = training_run.evaluate()
-    (config.run_dir / "evaluation_after.json").write_text(json.dumps(asdict(after)), encoding="utf-8")
+    write_durably(config.run_dir / "evaluation_after.json", json.dumps(asdict(after)))
     training_run.save()
     final = training_run.save_final_model()
     records = read_records(config.run_dir / "metrics.jsonl")

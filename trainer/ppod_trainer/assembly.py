@@ -17,7 +17,7 @@ from ppod_models.configuration import dump_config
 from ppod_models.sources import resolve
 from ppod_trainer.algorithms import build_estimator
 from ppod_trainer.bad_samples import BadSamples
-from ppod_trainer.checkpoint import TrainerState, load_checkpoint, restore_components
+from ppod_trainer.checkpoint import TrainerState, list_checkpoints, load_checkpoint, restore_components
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig
 from ppod_trainer.config.advantages import ONE_RANK
@@ -80,7 +80,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
     collector = None
     metrics = None
     try:
-        metrics = MetricsLog(config.run_dir, config.metrics, state.step)
+        metrics = MetricsLog(config.run_dir, config.metrics, state.step if state.components else None)
         with stop.interruptible():
             connections = connect(config, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc)
             served = check_services(connections, config.rollout, loading.vocab_size(leader.learner.policy.model))
@@ -189,8 +189,9 @@ def load_leader(
     )
     learner = build_learner(loaded.policy, config.ppo, rules, config.optimizer, config.seed, ranks)
     state = TrainerState(0, 0, 0, configuration_fingerprint(config))
-    if config.resume:
-        state = load_checkpoint(config.run_dir / "checkpoints", learner, state.configuration)
+    checkpoints = config.run_dir / "checkpoints"
+    if config.resume is True or (config.resume and ranks.agree(bool(list_checkpoints(checkpoints)))):
+        state = load_checkpoint(checkpoints, learner, state.configuration)
     return Leader(learner, loaded.hollow, loaded.adapter), state
 
 

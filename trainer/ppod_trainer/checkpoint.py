@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ppod_trainer.checkpoint_tensors import check_files, describe_files, read_tensors, write_tensors
+from ppod_trainer.durable import aside_of, new_aside, put_in_place, tidy
 from ppod_trainer.errors import CheckpointError
 from ppod_trainer.learner import Learner
 from ppod_trainer.ranks import Ranks
@@ -24,8 +24,6 @@ from ppod_trainer.stateful import JsonState, Stateful
 _LOGGER = logging.getLogger(__name__)
 _STATE = "trainer.json"
 _PREFIX = "step_"
-_WRITING = ".writing-"
-_REPLACED = ".replaced-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +52,16 @@ def save_checkpoint(directory: Path, learner: Learner, state: TrainerState, keep
         CheckpointError: a rank could not write; the checkpoints that were there are still there.
     """
     target = directory / f"{_PREFIX}{state.step:06d}"
-    aside = directory / f"{_WRITING}{target.name}"
     leads = learner.ranks.rank == 0
     if leads:
-        _tidy(directory)
-        aside.mkdir(parents=True)
+        new_aside(target)
     learner.ranks.wait_for_all()
+    aside = aside_of(target)
     write_tensors(aside, learner)
     files = describe_files(aside, learner.ranks)
     if leads:
-        _write_synced(aside / _STATE, json.dumps({**asdict(state), "files": files}, indent=2))
-        _replace(target, aside)
+        (aside / _STATE).write_text(json.dumps({**asdict(state), "files": files}, indent=2), encoding="utf-8")
+        put_in_place(target)
         for old in list_checkpoints(directory)[:-keep]:
             shutil.rmtree(old)
     learner.ranks.wait_for_all()
@@ -76,6 +73,17 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob(f"{_PREFIX}*") if (path / _STATE).is_file())
 
 
+def kept_references(directory: Path) -> set[int]:
+    """Versions of the references that the checkpoints need."""
+    found: set[int] = set()
+    for path in list_checkpoints(directory):
+        try:
+            found.add(int(json.loads((path / _STATE).read_text(encoding="utf-8"))["reference_version"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _LOGGER.warning("%s cannot be read: %s", path, error)
+    return found
+
+
 def load_checkpoint(directory: Path, learner: Learner, configuration: str) -> TrainerState:
     """Load the newest checkpoint that can be read into the learner; warn of newer ones. All ranks call it.
 
@@ -84,7 +92,7 @@ def load_checkpoint(directory: Path, learner: Learner, configuration: str) -> Tr
     """
     ranks = learner.ranks
     if ranks.rank == 0:
-        _tidy(directory)
+        tidy(directory)
     found = ranks.agree(list_checkpoints(directory))
     if not found:
         raise CheckpointError(f"resume: {directory} holds no checkpoint; start without resume")
@@ -139,42 +147,3 @@ def _check_configuration(path: Path, state: TrainerState, configuration: str) ->
             f"resume: {path} was made with another configuration ({state.configuration}, now {configuration}); "
             "resume with the configuration in the run directory, or start a new run directory"
         )
-
-
-def _tidy(directory: Path) -> None:
-    """Finish what a process that was killed left half done."""
-    for path in directory.glob(f"{_WRITING}*"):
-        shutil.rmtree(path)
-    for path in directory.glob(f"{_REPLACED}*"):
-        target = directory / path.name.removeprefix(_REPLACED)
-        if target.exists():
-            shutil.rmtree(path)
-        else:
-            path.rename(target)
-
-
-def _replace(target: Path, aside: Path) -> None:
-    """Put a directory in the place of another, so that after a crash one of them is there, whole."""
-    _sync_directory(aside)
-    replaced = target.with_name(f"{_REPLACED}{target.name}")
-    if target.is_dir():
-        target.rename(replaced)
-    aside.rename(target)
-    _sync_directory(target.parent)
-    if replaced.is_dir():
-        shutil.rmtree(replaced)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

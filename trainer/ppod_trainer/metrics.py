@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 from wsgiref.simple_server import WSGIServer
 
 from opentelemetry import trace
@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from torch.utils.tensorboard import SummaryWriter
 
 from ppod_trainer.config import MetricsConfig
+from ppod_trainer.durable import write_durably
 from ppod_trainer.errors import TrainerError
 
 Record = Mapping[str, float]
@@ -106,13 +107,16 @@ class MetricsLog:
     Args:
         run_dir: where metrics.jsonl and tensorboard/ go.
         config: exporter and TensorBoard settings.
-        resume_step: records after this step, of a run that was cut, are dropped; 0 starts anew.
+        resume_step: records after this step, of a run that was cut, are dropped; None: a new run, all are.
+
+    Attributes:
+        evaluated: steps of which an evaluation is recorded.
 
     Raises:
-        TrainerError: the exporter's port is in use.
+        TrainerError: the exporter's port is in use, or the records of a run to resume are damaged.
     """
 
-    def __init__(self, run_dir: Path, config: MetricsConfig, resume_step: int = 0) -> None:
+    def __init__(self, run_dir: Path, config: MetricsConfig, resume_step: int | None = None) -> None:
         self.registry = CollectorRegistry()
         self._gauges = {key: Gauge(name, text, registry=self.registry) for key, (name, text) in GAUGES.items()}
         self._phase_seconds = Gauge(
@@ -127,7 +131,11 @@ class MetricsLog:
         self._rpc_failures = Counter(
             "ppod_client_rpc_failures", "Calls that failed", ["method", "code"], registry=self.registry
         )
-        self._file = _open_records(run_dir / "metrics.jsonl", resume_step)
+        path = run_dir / "metrics.jsonl"
+        kept = [] if resume_step is None else _records_until(path, resume_step)
+        self.evaluated = {int(record["step"]) for _, record in kept if _is_evaluation(record)}
+        write_durably(path, "".join(line for line, _ in kept))
+        self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard")) if config.tensorboard else None
         self._exporter = _export(self.registry, config)
 
@@ -142,6 +150,8 @@ class MetricsLog:
         line = json.dumps({"step": step, **record}, allow_nan=False, default=float)
         self._file.write(line + "\n")
         self._file.flush()
+        if _is_evaluation(record):
+            self.evaluated.add(step)
         self._samples.inc(samples)
         self._tokens.inc(tokens)
         self._gauges["step"].set(step)
@@ -154,6 +164,10 @@ class MetricsLog:
                 self._trouble.labels(key.removeprefix("trouble/")).set(value)
             if self._board is not None:
                 self._board.add_scalar(key, value, step)
+
+    def sync(self) -> None:
+        """Return when the records are on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close all outputs; the port is free again."""
@@ -180,16 +194,26 @@ def finite_record(record: Record) -> dict[str, float]:
     return dict(record)
 
 
-def _open_records(path: Path, resume_step: int) -> TextIO:
-    """Open metrics.jsonl; a resumed run keeps the records up to its checkpoint and drops later ones."""
-    kept: list[str] = []
-    if resume_step and path.is_file():
-        kept = [
-            line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= resume_step
-        ]
-    stream = path.open("w", encoding="utf-8")
-    stream.writelines(line + "\n" for line in kept)
-    return stream
+def _is_evaluation(record: Record) -> bool:
+    return any(key.startswith("heldout/") for key in record)
+
+
+def _records_until(path: Path, step: int) -> list[tuple[str, dict[str, float]]]:
+    """Lines and records up to a step. The last line may be cut, where the process was killed while it wrote."""
+    kept: list[tuple[str, dict[str, float]]] = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+            if record["step"] <= step:
+                kept.append((line, record))
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrainerError(
+                f"resume: {path}, line {number}, is not a record ({error!r}); remove it, or start without resume"
+            ) from error
+    return kept
 
 
 def _export(registry: CollectorRegistry, config: MetricsConfig) -> tuple[WSGIServer, threading.Thread] | None:

@@ -119,9 +119,11 @@ def open_ranks(device: str, timeout_s: float, *, mesh_of_one: bool = False) -> G
         torch.cuda.set_device(mine)
     try:
         # Figures and orders are small and on the CPU, whatever the device is.
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **alone)
+        backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
+        if size == 1:
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
         orders = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
         mesh = init_device_mesh(mine.type, (size,), mesh_dim_names=("ranks",))
     except (RuntimeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ppod_models.loading import DTYPES, load_causal_lm
 from ppod_trainer.connections import Connections
+from ppod_trainer.durable import written_aside
 from ppod_trainer.weight_sync import push_weights
 
 
@@ -20,20 +22,19 @@ class ReferencePolicy:
     Args:
         directory: where they are kept.
         connections: the reference service's clients.
-        keep: how many checkpoints are kept, each of which needs its reference.
     """
 
-    def __init__(self, directory: Path, connections: Connections, keep: int) -> None:
+    def __init__(self, directory: Path, connections: Connections) -> None:
         self._directory = directory
-        self._keep = keep
         self._client = connections.reference
         self._weights = connections.reference_weights
 
-    def keep(self, model: PreTrainedModel, version: int) -> None:
-        """Save a policy as the reference of a version."""
-        model.save_pretrained(self._path(version))
-        # The checkpoints, all made before this refresh, still need theirs.
-        for old in sorted(self._directory.iterdir())[: -self._keep - 1]:
+    def keep(self, model: PreTrainedModel, version: int, needed: Collection[int]) -> None:
+        """Save a policy as the reference of a version, and delete others than the `needed` ones."""
+        with written_aside(self._path(version)) as directory:
+            model.save_pretrained(directory)
+        needed_paths = {self._path(one) for one in (*needed, version)}
+        for old in set(self._directory.iterdir()) - needed_paths:
             shutil.rmtree(old)
 
     def serve(self, version: int) -> None:

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ppod import FailedPrecondition, Unavailable
 from ppod_models.loading import DTYPES
 from ppod_trainer.algorithms import LearnedEstimator
-from ppod_trainer.checkpoint import TrainerState
+from ppod_trainer.checkpoint import TrainerState, kept_references
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.connections import Connections
 from ppod_trainer.controls import StepControls, learning_rate_at
+from ppod_trainer.durable import written_aside
 from ppod_trainer.errors import TrainerError, WeightPushError
 from ppod_trainer.evaluation import Evaluation, Evaluator, write_samples
 from ppod_trainer.kl import KlController
@@ -114,7 +115,7 @@ class TrainingRun:
             steps=config.steps,
             mixes=config.weight_transfer.pause != "wait",
         )
-        self._reference = ReferencePolicy(config.run_dir / "reference", parts.connections, config.checkpoint.keep)
+        self._reference = ReferencePolicy(config.run_dir / "reference", parts.connections)
         self._to_generation = PolicyPush(parts.learner, parts.connections.generation_weights, parts.stop)
         self._recovery = Recovery(parts.connections, config.services.recovery_timeout_s)
 
@@ -130,6 +131,9 @@ class TrainingRun:
             TroubleError: the last step showed what `watch.stop` names.
         """
         start, begun = time.perf_counter(), self.state.step
+        if begun and self._evaluates() and begun not in self.parts.metrics.evaluated:
+            # The process ended between this checkpoint and its evaluation.
+            self.evaluate()
         while self.state.step < self.config.steps:
             record = self._step()
             done = self.state.step - begun
@@ -143,7 +147,8 @@ class TrainingRun:
         with self.parts.stop.interruptible():
             evaluation = self._insist(lambda: self.parts.evaluator.evaluate(self.state.step, self.state.policy_version))
         write_samples(self.config.run_dir / "samples" / f"step_{self.state.step:06d}.jsonl", evaluation)
-        self.parts.metrics.write(self.state.step, evaluation.record())
+        if self.state.step not in self.parts.metrics.evaluated:
+            self.parts.metrics.write(self.state.step, evaluation.record())
         print(format_evaluation(evaluation), flush=True)
         return evaluation
 
@@ -151,13 +156,16 @@ class TrainingRun:
         """Write a checkpoint of the last whole step."""
         components = {name: one.state() for name, one in self.parts.stateful.items()}
         state = replace(self.state, components=components)
-        return self.parts.learner.save(self.config.run_dir / "checkpoints", state, self.config.checkpoint.keep)
+        # A checkpoint says that the records of its steps are there.
+        self.parts.metrics.sync()
+        return self.parts.learner.save(self._checkpoints, state, self.config.checkpoint.keep)
 
     def save_final_model(self) -> Path:
         """Write the policy as a directory that `AutoModelForCausalLM.from_pretrained` loads, and its adapter if any."""
         target, leader = self.config.run_dir / "final_model", self.parts.learner
-        leader.whole_model().save_pretrained(target)
-        self.parts.tokenizer.save_pretrained(target)
+        with written_aside(target) as directory:
+            leader.whole_model().save_pretrained(directory)
+            self.parts.tokenizer.save_pretrained(directory)
         if leader.adapter is not None:
             base = self.config.policy.source
             leader.adapter.save(self.config.run_dir / "final_adapter", leader.adapter_weights(), base)
@@ -285,14 +293,21 @@ class TrainingRun:
         # Not after the last step: the final evaluation's KL would be to the policy itself.
         refreshed = refresh is not None and step % refresh == 0 and step < config.steps
         if refreshed:
-            self.adopt_reference(self.parts.learner.whole_model())
-            print(f"the reference is now the policy of step {step} (version {self.state.policy_version})", flush=True)
+            self._keep_reference(self.parts.learner.whole_model())
         interval = config.checkpoint.interval
         if refreshed or (interval is not None and step % interval == 0 and step < config.steps):
             self.save()
-        if config.evaluation.interval is not None and step % config.evaluation.interval == 0 and step < config.steps:
+        if refreshed:
+            # Not before the checkpoint, which would otherwise resume with a reference that it does not know.
+            self.restore_reference()
+            print(f"the reference is now the policy of step {step} (version {self.state.policy_version})", flush=True)
+        if self._evaluates() and step < config.steps:
             self.evaluate()
         self.parts.stop.check()
+
+    def _evaluates(self) -> bool:
+        interval = self.config.evaluation.interval
+        return interval is not None and self.state.step % interval == 0
 
     def restore_reference(self) -> None:
         """Give the reference service the reference of the present state."""
@@ -301,10 +316,17 @@ class TrainingRun:
 
     def adopt_reference(self, model: PreTrainedModel) -> None:
         """Make a model the reference, under the policy's version."""
-        version = self.state.policy_version
-        self._reference.keep(model, version)
-        self.state = replace(self.state, reference_version=version)
+        self._keep_reference(model)
         self.restore_reference()
+
+    def _keep_reference(self, model: PreTrainedModel) -> None:
+        version = self.state.policy_version
+        self._reference.keep(model, version, kept_references(self._checkpoints))
+        self.state = replace(self.state, reference_version=version)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.config.run_dir / "checkpoints"
 
     def _wire_dtype(self) -> torch.dtype:
         return DTYPES[self.parts.connections.generation.describe().limits.dtype]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from ppod_trainer.algorithms import build_estimator
-from ppod_trainer.checkpoint import TrainerState, list_checkpoints, load_checkpoint, save_checkpoint
+from ppod_trainer.checkpoint import (
+    TrainerState,
+    kept_references,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from ppod_trainer.config import AdvantagesConfig, KlConfig, OptimizerConfig, PpoConfig, RewardsConfig
 from ppod_trainer.controls import StepControls
 from ppod_trainer.errors import CheckpointError
@@ -108,3 +115,27 @@ def test_what_a_killed_process_left_is_tidied(policy: PolicyWithValue, tmp_path:
     (tmp_path / ".replaced-step_000003").mkdir()
     assert load_checkpoint(tmp_path, learner, "fingerprint") == state_at(3)
     assert [one.name for one in tmp_path.iterdir()] == ["step_000003"]
+
+
+def test_references_that_checkpoints_need_are_known(policy: PolicyWithValue, tmp_path: Path) -> None:
+    learner = learner_of(policy)
+    assert kept_references(tmp_path) == set()
+    for step, reference in ((1, 0), (2, 3), (3, 5)):
+        save_checkpoint(tmp_path, learner, replace(state_at(step), reference_version=reference), keep=2)
+    assert kept_references(tmp_path) == {3, 5}
+
+
+def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(policy: PolicyWithValue, tmp_path: Path) -> None:
+    learner = learner_of(policy)
+    save_checkpoint(tmp_path, learner, state_at(3), keep=1)
+    later = replace(state_at(3), policy_version=17)
+    save_checkpoint(tmp_path, learner, later, keep=1)
+    assert load_checkpoint(tmp_path, learner, "fingerprint") == later
+    assert [one.name for one in tmp_path.iterdir()] == ["step_000003"]
+
+
+def test_what_holds_another_policy_is_refused(policy: PolicyWithValue, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, learner_of(policy), state_at(3), keep=1)
+    policy.value_head = torch.nn.Linear(policy.value_head.in_features, 2)
+    with pytest.raises(CheckpointError, match=r"value_head.weight: \[1, 64\], the policy's is \[2, 64\]"):
+        load_checkpoint(tmp_path, learner_of(policy), "fingerprint")

@@ -19,7 +19,7 @@ class CheckpointConfig(ConfigModel):
     """Checkpoints, beside those at the end and on SIGTERM."""
 
     interval: int | None = Field(default=None, ge=1, description="steps between checkpoints; none: only at the end")
-    keep: int = Field(default=1, ge=1)
+    keep: int = Field(default=2, ge=1, description="newest checkpoints that are kept; a damaged one gives way to older")
 
 
 class MetricsConfig(ConfigModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,11 @@ class TrainerConfig(ConfigModel):
     """One PPO run."""
 
     run_dir: Path = Path("runs/ppo")
-    resume: bool = Field(default=False, description="go on from the newest checkpoint of run_dir")
+    resume: bool | Literal["if_possible"] = Field(
+        default=False,
+        description="go on from the newest checkpoint of run_dir; if_possible: or begin where there is none, as a Job "
+        "that is started again",
+    )
     seed: int = Field(default=0, ge=0, lt=2**32)
     steps: int = Field(default=30, ge=1)
     policy: PolicyConfig = PolicyConfig(source="packaged:smollm2-135m-instruct")

@@ -1,0 +1,64 @@
+"""metrics.jsonl of a run that goes on: what was after its checkpoint goes, a line that was cut goes, the rest stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ppod_trainer.config import MetricsConfig
+from ppod_trainer.errors import TrainerError
+from ppod_trainer.metrics import MetricsLog, read_records
+
+CONFIG = MetricsConfig(port=None, tensorboard=False)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run of three steps with an evaluation before, and after the second."""
+    log = MetricsLog(tmp_path, CONFIG)
+    log.write(0, {"heldout/score": 0.25})
+    for step in (1, 2, 3):
+        log.write(step, {"score/mean": step / 10})
+        if step == 2:
+            log.write(step, {"heldout/score": 0.5})
+    log.close()
+    return tmp_path
+
+
+def test_a_resumed_run_keeps_the_records_up_to_its_checkpoint(run_dir: Path) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "score/m')
+    log = MetricsLog(run_dir, CONFIG, resume_step=2)
+    assert log.evaluated == {0, 2}
+    log.write(3, {"score/mean": 0.9})
+    log.close()
+    assert read_records(run_dir / "metrics.jsonl") == [
+        {"step": 0, "heldout/score": 0.25},
+        {"step": 1, "score/mean": 0.1},
+        {"step": 2, "score/mean": 0.2},
+        {"step": 2, "heldout/score": 0.5},
+        {"step": 3, "score/mean": 0.9},
+    ]
+
+
+def test_a_run_that_was_stopped_before_its_first_step_keeps_its_evaluation(run_dir: Path) -> None:
+    log = MetricsLog(run_dir, CONFIG, resume_step=0)
+    log.close()
+    assert log.evaluated == {0}
+    assert read_records(run_dir / "metrics.jsonl") == [{"step": 0, "heldout/score": 0.25}]
+
+
+def test_a_new_run_begins_anew(run_dir: Path) -> None:
+    log = MetricsLog(run_dir, CONFIG)
+    log.close()
+    assert log.evaluated == set()
+    assert (run_dir / "metrics.jsonl").read_text() == ""
+
+
+def test_a_damaged_record_is_named(run_dir: Path) -> None:
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "{", *lines[1:]]) + "\n")
+    with pytest.raises(TrainerError, match=r"metrics.jsonl, line 2, is not a record"):
+        MetricsLog(run_dir, CONFIG, resume_step=3)
