@@ -97,8 +97,8 @@ def _load_model(
     if lora is None or ranks.mesh is not None:
         if lora is not None and lora.quantization != "none":
             raise TrainerError(
-                f"policy.lora.quantization is {lora.quantization!r} with {ranks.size} ranks: 4-bit weights cannot be "
-                "divided; use one rank, or quantization none"
+                f"policy.lora.quantization is {lora.quantization!r} with {ranks.size} ranks, or memory.offload: 4-bit "
+                "weights cannot be divided; use one rank without offload, or quantization none"
             )
         # What learns is float32: small updates would vanish in bfloat16. FSDP wants one dtype for all of a layer.
         return loading.load_causal_lm(path, device=device, dtype=torch.float32, attention=attention), None
