@@ -88,7 +88,7 @@ def hollow_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def gather_parameters(model: nn.Module, dtype: torch.dtype, only: str) -> Iterator[tuple[str, torch.Tensor]]:
+def gather_parameters(model: nn.Module, dtype: torch.dtype, only: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Each parameter whose name has `only` in it, whole, in `dtype` on the CPU, one after the other.
 
     All ranks must take all of them.

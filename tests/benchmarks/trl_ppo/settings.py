@@ -60,6 +60,8 @@ SETTINGS = {
     setting.name: setting
     for setting in (
         Setting("as-they-come", 32, 6, 24, 2, 2, trl=TRL, ppod=PPOD),
+        # For CPUs that emulate bfloat16.
+        Setting("as-they-come-float32", 32, 6, 24, 2, 2, trl=TRL, ppod=TUNED_FLOAT32),
         Setting("as-they-come-single", 16, 20, 32, 1, 1, trl=TRL, ppod=PPOD),
         # TRL with all that ppod's launcher and configuration do for speed, to see what the programs themselves cost.
         Setting("equal-bfloat16", 32, 6, 24, 2, 2, trl=PPOD, ppod=PPOD),

@@ -210,13 +210,17 @@ def test_lambda_by_length() -> None:
 
 ONE_TOKEN = Experience(
     rewards=torch.tensor([[1.0], [1.0]]),
+    paid=torch.tensor([[1.0], [1.0]]),
     outcomes=torch.tensor([1.0, 1.0]),
     values=torch.tensor([[0.25], [0.25]]),
     next_values=torch.tensor([8.0, 8.0]),
     mask=torch.ones(2, 1, dtype=torch.bool),
     truncated=torch.tensor([False, True]),
     groups=torch.arange(2),
+    prompts=torch.arange(2),
     turns=torch.zeros(2, 1, dtype=torch.int64),
+    contexts=torch.arange(2)[:, None],
+    observations=torch.arange(2)[:, None],
 )
 
 

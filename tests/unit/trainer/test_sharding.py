@@ -20,7 +20,7 @@ def test_a_hollow_copy_holds_no_weights_and_can_be_filled_again_and_again(model:
     hollow = hollow_copy(model)
     assert all(parameter.is_meta for parameter in hollow.parameters())
     for _ in range(2):
-        filled = fill(hollow, dict(gather_parameters(model, torch.float32, "")))
+        filled = fill(hollow, dict(gather_parameters(model, torch.float32)))
         assert all(
             torch.equal(mine, theirs) for mine, theirs in zip(filled.parameters(), model.parameters(), strict=True)
         )
@@ -29,7 +29,7 @@ def test_a_hollow_copy_holds_no_weights_and_can_be_filled_again_and_again(model:
         ids = torch.arange(5).unsqueeze(0)
         assert torch.equal(filled(ids).logits, model(ids).logits)
     assert all(parameter.is_meta for parameter in hollow.parameters())
-    halves = fill(hollow, dict(gather_parameters(model, torch.bfloat16, "")))
+    halves = fill(hollow, dict(gather_parameters(model, torch.bfloat16)))
     assert {parameter.dtype for parameter in halves.parameters()} == {torch.bfloat16}
 
 

@@ -37,13 +37,17 @@ class Watcher:
     """
 
     def __init__(self, detectors: Sequence[Detector], stop: Sequence[TroubleKind]) -> None:
-        self._detectors = {one.kind: one for one in detectors}
+        self._detectors: dict[TroubleKind, Detector] = {one.kind: one for one in detectors}
         self._stop = tuple(stop)
         self._present: dict[TroubleKind, str] = {}
 
     def observe(self, step: int, record: Record) -> dict[str, float]:
         """Look at a step's record; `trouble/<kind>`, 1 or 0, for each kind. What is new is logged, with what to try."""
-        found = {kind: seen for kind, one in self._detectors.items() if (seen := one.observe(record)) is not None}
+        found: dict[TroubleKind, str] = {}
+        for kind, one in self._detectors.items():
+            seen = one.observe(record)
+            if seen is not None:
+                found[kind] = seen
         for kind, seen in found.items():
             if kind not in self._present:
                 log.warning("step %d: %s: %s; try this: %s", step, kind, seen, ADVICE[kind])
@@ -67,8 +71,10 @@ class Watcher:
         """Take that of a checkpoint. Detectors that were not looking then begin anew; others' memories are dropped."""
         kept = cast(dict[str, JsonState], state["detectors"])
         present = cast(dict[str, str], state["present"])
-        self._present = {kind: present[kind] for kind in self._detectors if kind in present}
+        self._present = {}
         for kind, one in self._detectors.items():
+            if kind in present:
+                self._present[kind] = present[kind]
             if kind in kept:
                 one.restore(kept[kind])
 
