@@ -79,7 +79,8 @@ def save_copying_model(directory: Path, *, seed: int = 0) -> Path:
     tokenizer.decoder = decoders.Fuse()
     saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
     torch.manual_seed(seed)
-    # Positions that are learned let a random model find the place to copy from in tens of steps, rotary ones in hundreds.
+    # With positions that are learned a random model finds the place to copy from in tens of steps, with rotary ones in
+    # hundreds, or never.
     config = GPT2Config(
         vocab_size=len(saved),
         n_positions=32,

@@ -1,9 +1,9 @@
 """What each algorithm makes of a random policy, over several seeds: a table and a picture.
 
-Run as `python -m benchmarks.learning.compare` with tests/ on the path. The task is `support.copying`: a random one-layer
-transformer is to say the letters of a word again; each letter in its place pays a third. Every run has the same
-samples a step and the same optimizer, tuned for none of them; a seed decides the model, the prompts and all draws. Each
-run goes through real services. Held-out words, never trained on, are asked for before and after.
+Run as `python -m benchmarks.learning.compare` with tests/ on the path. The task is `support.copying`: a random
+one-layer transformer is to say the letters of a word again; each letter in its place pays a third. Every run has the
+same samples a step and the same optimizer, tuned for none of them; a seed decides the model, the prompts and all draws.
+Each run goes through real services. Held-out words, never trained on, are asked for before and after.
 
 `spelling` is the same with one letter a turn, paid at the end, for the algorithms that tell turns apart.
 
