@@ -47,6 +47,7 @@ def test_each_starts_at_its_own_place() -> None:
     ("values", "message"),
     [
         ({"schedules": {"temperature": {"end": 0}}}, "must be above 0"),
+        ({"prompts": {"curriculum_steps": 3}, "rollout": {"history_resampling": {}}}, "would both choose the prompts"),
         ({"schedules": {"kl_coefficient": {"end": 0}}, "kl": {"adaptive": {}}}, "would both steer"),
         ({"rewards": {"overlong": {"max_tokens": 4, "cache_tokens": 5}}}, "more than max_tokens"),
         (

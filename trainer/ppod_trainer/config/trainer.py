@@ -73,6 +73,14 @@ class TrainerConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
+    def _one_chooses_the_prompts(self) -> Self:
+        if self.prompts.curriculum_steps and self.rollout.history_resampling is not None:
+            raise ValueError(
+                "prompts.curriculum_steps and rollout.history_resampling would both choose the prompts: leave one out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _judge_is_there(self) -> Self:
         if "reward_hacking" in self.watch.stop and self.services.judge_model is None:
             raise ValueError("watch.stop names reward_hacking, which needs a held-out judge: set services.judge_model")
