@@ -31,7 +31,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraint
 
 .PHONY: help setup setup-run setup-vllm run test test-vllm lint lint-ruff lint-format lint-types lint-imports lint-buf \
 	lint-protos format protos bench-trl bench-serving bench-generation bench-overlap bench-weights bench-fairness \
-	bench-overload bench-fuzz clean
+	bench-overload bench-learning bench-fuzz clean
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -97,6 +97,9 @@ bench-generation: setup-run ## measure generation through gRPC against its engin
 
 bench-overlap: setup ## measure steps whose rollouts are made ahead against steps that wait for theirs (~10 minutes)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.overlap.compare $(ARGS)
+
+bench-learning: setup ## train a random policy by every algorithm, over several seeds (~20 minutes)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.learning.compare $(ARGS)
 
 bench-fairness: setup-run ## measure two teams on one reward service, one of them flooding it
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.sharing.fairness $(ARGS)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ppod_trainer.environments import Reply
 
@@ -50,6 +50,27 @@ class Copying:
         return Reply("", right / self._length, done=True)
 
 
+class Spelling:
+    """The same word, a letter a turn, and all of it is paid at the end: a delayed reward."""
+
+    parameters_type = CopyingParameters
+    stop = tuple(LETTERS)
+
+    def __init__(self, parameters: CopyingParameters) -> None:
+        self._copying = Copying(parameters)
+        self._length = parameters.length
+        self._said: list[str] = []
+
+    def reset(self, seed: int) -> str:
+        return self._copying.reset(seed)
+
+    def step(self, action: str) -> Reply:
+        self._said.append(action[:1] or SIGN)
+        if len(self._said) < self._length:
+            return Reply("", 0.0, done=False)
+        return self._copying.step("".join(self._said))
+
+
 def save_copying_model(directory: Path, *, seed: int = 0) -> Path:
     """Save a random transformer of one token a letter, which has never seen any text; returns the directory."""
     vocabulary = {letter: index for index, letter in enumerate(LETTERS + SIGN)}
@@ -58,20 +79,20 @@ def save_copying_model(directory: Path, *, seed: int = 0) -> Path:
     tokenizer.decoder = decoders.Fuse()
     saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    # With positions that are learned a random model finds the place to copy from in tens of steps, with rotary ones in
+    # hundreds, or never.
+    config = GPT2Config(
         vocab_size=len(saved),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
+        n_positions=32,
+        n_embd=64,
+        n_layer=1,
+        n_head=2,
+        n_inner=128,
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=saved.eos_token_id,
         pad_token_id=saved.pad_token_id,
     )
-    LlamaForCausalLM(config).eval().save_pretrained(directory)
+    GPT2LMHeadModel(config).eval().save_pretrained(directory)
     saved.save_pretrained(directory)
     return directory

@@ -32,7 +32,7 @@ class CopyingSystem:
         """A run; `changes` replace top-level keys, sections key by key."""
         values: Config = {
             "run_dir": str(self.directory / name),
-            "steps": 120,
+            "steps": 40,
             "policy": tiny_model_config(self.model_dir),
             "services": {
                 "reference": self.reference.target,
@@ -46,7 +46,7 @@ class CopyingSystem:
             "rollout": {"batch_size": 256, "max_tokens": 3},
             "rewards": {"model": False},
             "kl": {"coefficient": 0.0},
-            "ppo": {"epochs": 2, "minibatches": 4},
+            "ppo": {"epochs": 2, "minibatches": 8},
             "optimizer": {"learning_rate": 0.003, "final_fraction": 0.3},
             "metrics": {"port": None, "tensorboard": False},
         }

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -142,9 +143,11 @@ def _load_environment(config: EnvironmentConfig | None) -> LoadedEnvironment | N
 def _load_prompts(config: TrainerConfig, environment: LoadedEnvironment | None, encode: Encode) -> PromptSet:
     """The prompts of a file, or the beginnings of an environment's episodes."""
     if config.environment is None or environment is None:
-        return load_prompts(config.prompts, encode)
-    texts = [environment.make().reset(seed) for seed in range(config.environment.episodes)]
-    return split_prompts(texts, encode, config.prompts.heldout)
+        prompts = load_prompts(config.prompts, encode)
+    else:
+        texts = [environment.make().reset(seed) for seed in range(config.environment.episodes)]
+        prompts = split_prompts(texts, encode, config.prompts.heldout)
+    return replace(prompts, curriculum_steps=config.prompts.curriculum_steps)
 
 
 def _build_sampler(

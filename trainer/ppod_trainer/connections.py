@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass
 
 from ppod import ClientSecurity, GenerationClient, Pin, PpodError, ReferenceClient, RewardClient, WeightClient
@@ -9,6 +11,9 @@ from ppod.client import ModelDescription, RpcObserver
 from ppod_trainer.config import RolloutConfig, ServicesConfig, TrainerConfig
 from ppod_trainer.errors import ServiceMismatchError
 from ppod_trainer.weight_sync import WeightSync
+
+_CLOSE_S = 5.0
+"""Longest wait for channels to close at the end of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +34,19 @@ class Connections:
                 client.wait_ready(timeout_s)
 
     def close(self) -> None:
-        """Close all channels; calls under way are cancelled."""
-        for client in (self.generation, self.reference, self.generation_weights, self.reference_weights):
-            client.close()
-        for client in (self.reward, self.judge):
-            if client is not None:
-                client.close()
+        """Close all channels; calls under way are cancelled.
+
+        A signal may break off a call while gRPC begins it. Its channel then waits for a thread that was never started:
+        no channel is waited for longer than `_CLOSE_S`.
+        """
+        clients = (self.generation, self.reference, self.generation_weights, self.reference_weights)
+        given = [*clients, *(client for client in (self.reward, self.judge) if client is not None)]
+        closing = [threading.Thread(target=client.close, daemon=True) for client in given]
+        for thread in closing:
+            thread.start()
+        until = time.monotonic() + _CLOSE_S
+        for thread in closing:
+            thread.join(max(until - time.monotonic(), 0.0))
 
 
 def connect(trainer: TrainerConfig, tokenizer_fingerprint: str, observer: RpcObserver) -> Connections:

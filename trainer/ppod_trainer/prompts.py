@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -30,13 +31,21 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Training and held-out prompts; no token sequence is in both."""
+    """Training and held-out prompts; no token sequence is in both.
+
+    Attributes:
+        training, heldout: the prompts.
+        curriculum_steps: first steps, whose prompts are the shorter ones; 0: none.
+    """
 
     training: list[Prompt]
     heldout: list[Prompt]
+    curriculum_steps: int = 0
 
     def for_step(self, step: int, batch_size: int, seed: int) -> list[Prompt]:
         """The prompts of a step, by (seed, step) alone: each epoch goes through all of them in an order of its own."""
+        if step < self.curriculum_steps:
+            return self._of_curriculum(step, batch_size, seed)
         count = len(self.training)
         chosen: list[Prompt] = []
         for position in range(step * batch_size, (step + 1) * batch_size):
@@ -44,6 +53,14 @@ class PromptSet:
             order = np.random.default_rng([seed, epoch]).permutation(count)
             chosen.append(self.training[order[offset]])
         return chosen
+
+    def _of_curriculum(self, step: int, batch_size: int, seed: int) -> list[Prompt]:
+        """Drawn from the shortest prompts, of which each step takes in as many more (cf. Platanios et al. 2019)."""
+        count = len(self.training)
+        reach = min(count, max(batch_size, math.ceil(count * (step + 1) / (self.curriculum_steps + 1))))
+        shortest = sorted(self.training, key=lambda prompt: (len(prompt.token_ids), prompt.index))[:reach]
+        order = np.random.default_rng([seed, 2, step]).permutation(reach)
+        return [shortest[order[position % reach]] for position in range(batch_size)]
 
 
 def load_prompts(config: PromptsConfig, encode: Encode) -> PromptSet:

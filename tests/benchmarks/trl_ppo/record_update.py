@@ -1,5 +1,5 @@
 # ruff: noqa: PLC0415 - TRL's imports take seconds
-"""Runs one update of TRL's PPOTrainer on a tiny random model and keeps what it computed, for a test to compare with ours.
+"""Runs one update of TRL's PPOTrainer on a tiny random model and keeps what it computed, to be compared with ours.
 
 usage: python record_update.py OUT.npz      in TRL's own environment, which setup.sh makes
 

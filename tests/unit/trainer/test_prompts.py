@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ppod_trainer.config import PromptsConfig
 from ppod_trainer.errors import PromptError
-from ppod_trainer.prompts import load_prompts
+from ppod_trainer.prompts import Prompt, PromptSet, load_prompts
 
 
 def encode(text: str) -> list[int]:
@@ -74,3 +75,20 @@ def test_jsonl_and_tsv_are_read(tmp_path: Path) -> None:
         prompts = load_prompts(PromptsConfig(path=path, first_tokens=None, heldout=1), encode)
         texts = {"".join(map(chr, prompt.token_ids)) for prompt in prompts.training + prompts.heldout}
         assert texts == {first, "cd"}
+
+
+def test_a_curriculum_begins_with_the_shortest_and_takes_in_longer_ones() -> None:
+    """Ten prompts of 1 to 10 tokens, four steps: the shortest 2, 4, 6 and 8 at most, then all."""
+    lengths = (7, 2, 9, 1, 5, 10, 3, 8, 4, 6)
+    training = [Prompt(index, np.zeros(length, dtype=np.int32)) for index, length in enumerate(lengths)]
+    prompts = PromptSet(training, [], curriculum_steps=4)
+    for step, longest in enumerate((2, 4, 6, 8)):
+        drawn = [len(one.token_ids) for seed in range(40) for one in prompts.for_step(step, 2, seed)]
+        assert max(drawn) == longest
+        assert len(set(drawn)) == longest
+    plain = PromptSet(training, [])
+    assert prompts.for_step(4, 2, seed=1) == plain.for_step(4, 2, seed=1)
+    assert prompts.for_step(1, 2, seed=1) == prompts.for_step(1, 2, seed=1)
+    # A step needs as many as it draws, and takes none twice while there are others.
+    assert sorted(len(one.token_ids) for one in prompts.for_step(0, 5, seed=0)) == [1, 2, 3, 4, 5]
+    assert len(prompts.for_step(0, 23, seed=0)) == 23

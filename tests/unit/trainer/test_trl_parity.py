@@ -148,6 +148,8 @@ def test_losses_gradients_and_steps_are_the_same(recorded: Arrays) -> None:
         assert figures.policy == pytest.approx(float(seen["pg_loss"]), abs=1e-5)
         assert figures.value == pytest.approx(float(seen["vf_loss"]), abs=1e-5)
         close(loss, seen["loss"])
+        moved = torch.from_numpy(seen["new_logprobs"]) - torch.from_numpy(recorded["full/logprobs"])[rows]
+        assert figures.approx_kl == pytest.approx(float((moved.exp() - 1 - moved).mean()), abs=1e-5)
         loss.backward()
         if number == 0:
             compare_gradients(recorded, policy, critic)

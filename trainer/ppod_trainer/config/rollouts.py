@@ -19,6 +19,9 @@ class PromptsConfig(ConfigModel):
     )
     first_tokens: int | None = Field(default=6, ge=1, description="tokens kept of each text; none: all")
     heldout: int = Field(default=64, ge=1, description="prompts kept aside for evaluation")
+    curriculum_steps: int = Field(
+        default=0, ge=0, description="first steps with short prompts, to which each adds longer ones; 0: all at once"
+    )
 
 
 class DynamicSamplingConfig(ConfigModel):
