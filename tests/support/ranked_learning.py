@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,19 +26,25 @@ from ppod_trainer.ranks import open_ranks
 from support.random_rollouts import random_rollouts
 
 
-def lead(leader: Leader, state: TrainerState, config: TrainerConfig, until: int) -> None:
+def lead(leader: Leader, state: TrainerState, config: TrainerConfig, options: argparse.Namespace) -> None:
     figures: list[dict[str, object]] = []
-    for step in range(state.step, until):
+    for step in range(state.step, options.until):
         timer = StepTimer()
         controls = StepControls(1.0, 0.05, config.ppo.entropy_coefficient)
-        rollouts = random_rollouts(config.rollout.batch_size, seed=step)
+        rollouts = random_rollouts(config.rollout.batch_size, step, options.longest_response)
+        cpu_s = time.process_time()
         batch, stats = leader.learn(rollouts, step, controls, timer)
+        seconds = {**timer.seconds, "processor": time.process_time() - cpu_s}
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         tensors = {
             name: getattr(batch, name).tolist() for name in ("old_logprobs", "old_values", "advantages", "returns")
         }
-        figures.append({**asdict(stats), **tensors, "mean_kl": batch.mean_kl, "seconds": timer.seconds})
-    leader.whole_model().save_pretrained(config.run_dir)
-    leader.save(config.run_dir / "checkpoints", replace(state, step=until), keep=1)
+        figures.append(
+            {**asdict(stats), **tensors, "mean_kl": batch.mean_kl, "seconds": seconds, "peak_bytes": peak_bytes}
+        )
+    if options.save:
+        leader.whole_model().save_pretrained(config.run_dir)
+        leader.save(config.run_dir / "checkpoints", replace(state, step=options.until), keep=1)
     (config.run_dir / "figures.json").write_text(json.dumps(figures))
 
 
@@ -44,6 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--until", type=int, required=True, help="last step")
+    parser.add_argument("--longest-response", type=int, default=7, help="tokens")
+    parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     config = load_config(TrainerConfig, options.config)
     with open_ranks(config.policy.device, config.ranks.timeout_s, mesh_of_one=config.memory.offload) as ranks:
@@ -55,7 +65,7 @@ def main() -> None:
         if ranks.rank:
             follow(leader.learner)
         else:
-            lead(leader, state, config, options.until)
+            lead(leader, state, config, options)
             leader.close()
 
 

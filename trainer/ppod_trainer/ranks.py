@@ -121,7 +121,8 @@ def open_ranks(device: str, timeout_s: float, *, mesh_of_one: bool = False) -> G
         # Figures and orders are small and on the CPU, whatever the device is.
         backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
         if size == 1:
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] - a documented name
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=timeout)
         orders = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
