@@ -65,6 +65,8 @@ class LossRows:
     Attributes:
         weights: of each token in the minibatch's loss; 0 where it does not count.
         old_logprobs, sampler_logprobs, ref_logprobs, old_values, advantages, returns: as in `PpoBatch`.
+        total: sum of the weights over the whole minibatch. With Dr. GRPO's constant it is not 1, and figures that are
+            means and shares have to be divided by it.
     """
 
     weights: torch.Tensor
@@ -74,6 +76,7 @@ class LossRows:
     old_values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+    total: float = 1.0
 
     @staticmethod
     def of(batch: PpoBatch, index: torch.Tensor, weights: torch.Tensor, width: int) -> LossRows:
@@ -87,6 +90,8 @@ class LossRows:
             old_values=batch.old_values[index, columns],
             advantages=batch.advantages[index, columns],
             returns=batch.returns[index, columns],
+            # A minibatch of which nothing counts has figures of 0.
+            total=float(weights.sum()) or 1.0,
         )
 
 
@@ -127,7 +132,7 @@ def minibatch_loss(
     ppo, weights = objective.ppo, rows.weights
     policy = _policy_loss(output.logprobs, rows, ppo)
     entropy = weighted_sum(output.entropy, weights)
-    loss, figures = policy, LossFigures(policy=float(policy.detach()), entropy=float(entropy.detach()))
+    loss, figures = policy, LossFigures(policy=float(policy.detach()), entropy=float(entropy.detach()) / rows.total)
     if objective.critic:
         value = weighted_sum(value_token_loss(output.values, rows.old_values, rows.returns, ppo.value_clip), weights)
         loss = loss + ppo.value_coefficient * value
@@ -167,7 +172,7 @@ def _clip_range(ppo: PpoConfig) -> ClipRange:
 
 
 def _measure_change(logprobs: torch.Tensor, rows: LossRows, ppo: PpoConfig, figures: LossFigures) -> None:
-    weights, mask, clip = rows.weights, rows.weights > 0, _clip_range(ppo)
+    weights, mask, clip = rows.weights / rows.total, rows.weights > 0, _clip_range(ppo)
     log_ratios = policy_log_ratios(logprobs, rows.old_logprobs, mask, ppo.ratio)
     figures.clipped = float(weighted_sum(clipped_tokens(log_ratios, rows.advantages, clip).float(), weights))
     figures.dual_clipped = float(weighted_sum(dual_clipped_tokens(log_ratios, rows.advantages, clip).float(), weights))

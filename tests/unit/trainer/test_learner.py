@@ -308,6 +308,16 @@ def test_tokens_that_sampler_and_trainer_disagree_about_do_not_train(
     assert results[0] == results[1]
 
 
+def test_the_learner_s_figures_do_not_depend_on_the_constant(policy: PolicyWithValue, make_rollouts: Make) -> None:
+    saved, found = parameters_of(policy), []
+    for changes in ({}, {"aggregation": "constant", "constant_tokens": 100}):
+        reset(policy, saved)
+        ppo = PpoConfig.model_validate({"epochs": 1, "minibatches": 2, "micro_batch_size": 2, **changes})
+        _, stats = learner_of(policy, ppo).learn(make_rollouts(), 0, StepControls(0.0, 0.05, 0.0), StepTimer())
+        found.append(stats.entropy)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_a_step_of_which_nothing_is_left_changes_no_weight(policy: PolicyWithValue, make_rollouts: Make) -> None:
     saved = parameters_of(policy)
     rollouts = with_sampler(policy, make_rollouts(), [3.0] * 6)

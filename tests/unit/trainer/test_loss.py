@@ -78,6 +78,20 @@ def plain_loss(rows: Rows, ppo: PpoConfig, kl: KlConfig, controls: StepControls)
     return total
 
 
+def rows_of(rows: Rows, mask: torch.Tensor, ppo: PpoConfig) -> LossRows:
+    weights = loss_weights(mask, ppo.aggregation, ppo.constant_tokens).double()
+    return LossRows(
+        weights=weights,
+        old_logprobs=tensor(rows["old"]),
+        sampler_logprobs=tensor(rows["sampler"]),
+        ref_logprobs=tensor(rows["ref"]),
+        old_values=tensor(rows["old_values"]),
+        advantages=tensor(rows["advantages"]),
+        returns=tensor(rows["returns"]),
+        total=float(weights.sum()),
+    )
+
+
 def tensor(values: np.ndarray) -> torch.Tensor:
     # What lies behind the end must not count, not even as NaN.
     behind = np.arange(SHAPE[1])[None] >= np.array(LENGTHS)[:, None]
@@ -106,14 +120,23 @@ def test_the_loss_is_its_equation(ppo: dict[str, object], kl: dict[str, object])
     for seed in range(5):
         rows = random_rows(seed)
         output = PolicyOutput(tensor(rows["new"]), tensor(rows["entropy"]), tensor(rows["values"]), torch.zeros(3))
-        given = LossRows(
-            weights=loss_weights(mask, made.aggregation, made.constant_tokens).double(),
-            old_logprobs=tensor(rows["old"]),
-            sampler_logprobs=tensor(rows["sampler"]),
-            ref_logprobs=tensor(rows["ref"]),
-            old_values=tensor(rows["old_values"]),
-            advantages=tensor(rows["advantages"]),
-            returns=tensor(rows["returns"]),
-        )
-        loss, _ = minibatch_loss(output, given, Objective(made, penalty), controls)
+        loss, _ = minibatch_loss(output, rows_of(rows, mask, made), Objective(made, penalty), controls)
         assert float(loss) == pytest.approx(plain_loss(rows, made, penalty, controls), rel=1e-6)
+
+
+def test_shares_and_means_do_not_depend_on_the_constant() -> None:
+    """With Dr. GRPO's constant the weights add up to another number than 1; entropy, KL and shares are token means."""
+    mask = torch.arange(SHAPE[1])[None] < torch.tensor(LENGTHS)[:, None]
+    seen = np.zeros(5)
+    for seed in range(8):
+        rows = random_rows(seed)
+        output = PolicyOutput(tensor(rows["new"]), tensor(rows["entropy"]), tensor(rows["values"]), torch.zeros(3))
+        found: list[list[float]] = []
+        for changes in ({}, {"aggregation": "constant", "constant_tokens": 50}):
+            ppo = PpoConfig.model_validate({"clip": 0.1, "dual_clip": 1.1, **changes})
+            objective, controls = Objective(ppo, KlConfig()), StepControls(1.0, 0.0, 0.0)
+            _, one = minibatch_loss(output, rows_of(rows, mask, ppo), objective, controls)
+            found.append([one.entropy, one.approx_kl, one.clipped, one.dual_clipped, one.ratio_error])
+        assert found[1] == pytest.approx(found[0], rel=1e-6)
+        seen += np.abs(found[0])
+    assert seen.min() > 0, "there is something to compare"
