@@ -203,5 +203,6 @@ def test_what_follows_a_step_that_failed_is_made_anew() -> None:
         for step in (1, 2, 3):
             assert made.take(step).rollouts[0].rollout.prompt.index == step
     steps = [step for step, _ in services.asked]
-    # Step 2 was begun, or still waited, when step 1 was found to have failed.
-    assert steps in ([0, 1, 2, 1, 2, 3], [0, 1, 1, 2, 3])
+    # Those that follow step 1 were begun, or still waited, when it was found to have failed.
+    assert steps[:-3] in ([0, 1], [0, 1, 2], [0, 1, 2, 3])
+    assert steps[-3:] == [1, 2, 3]
