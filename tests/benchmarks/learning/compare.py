@@ -155,7 +155,7 @@ def draw(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
     for row in axes:
         row[0].set_ylabel("letters right")
     seeds = max(len(some) for some in runs.values())
-    figure.suptitle(f"copying three letters from a random start: median and range of {seeds} seeds")
+    figure.suptitle(f"copying three letters from a random start: median and range of {seeds} seed{'s' * (seeds > 1)}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -163,7 +163,7 @@ def draw(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), help="algorithms to run")
     parser.add_argument("--output", type=Path, default=Path("runs/bench-learning"))
     options = parser.parse_args()

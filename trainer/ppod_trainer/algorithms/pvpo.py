@@ -7,7 +7,8 @@ rewards of rollouts that the reference policy made of the same prompt before tra
 
 The anchor does not move with the policy, so a group whose samples are all better than the reference's has a positive
 advantage, all of it, where GRPO sees 0; and one sample of a prompt is enough. As outcomes rise, most advantages are
-positive: the clipped objective bounds what that does.
+positive: the clipped objective bounds what that does. A policy that begins at random has anchors near 0, and nearly
+all that it says is reinforced; this is an algorithm for policies that can do something already.
 
 What differs: the paper renews the anchor now and then from a newer reference, here it stays that of the initial policy;
 and it drops prompts that the reference always, and shows solutions of those that it never, solves, which
