@@ -65,4 +65,5 @@ def test_trouble_is_exported(constant: System) -> None:
         process.kill()
         process.wait(timeout=30)
     assert 'ppod_trouble{kind="all_equal_rewards"} 1.0' in lines
-    assert 'ppod_trouble{kind="dead_gradients"} 0.0' in lines
+    # Not dead_gradients: without rewards only rounding is left to learn from, and some processors have none.
+    assert 'ppod_trouble{kind="kl_blow_up"} 0.0' in lines

@@ -276,7 +276,10 @@ async def test_batches_are_short_while_others_wait_and_whole_for_a_request_that_
         await asyncio.sleep(0.01)
         await scheduler.submit(submissions(*range(1, 21), tokens=10), LONG_S).gather()
         engine.gate.clear()
+        engine.entered.clear()
         first = scheduler.submit(submissions(0, tokens=10), LONG_S)
+        # It takes 0.4 s from when it runs: on a busy machine its thread may be late.
+        await asyncio.to_thread(engine.entered.wait, 10)
         await asyncio.sleep(0.4)
         both = [scheduler.submit(submissions(*range(10), tokens=10), LONG_S) for _ in range(2)]
         engine.gate.set()
