@@ -30,7 +30,7 @@ DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraints.txt services/install-vllm.sh | cksum | tr ' ' -)
 
 .PHONY: help setup setup-run setup-vllm run test test-vllm lint lint-ruff lint-format lint-types lint-imports lint-buf \
-	lint-protos format protos bench-trl bench-update bench-serving bench-generation bench-overlap bench-weights bench-fairness \
+	lint-protos format protos bench-trl bench-update bench-curves bench-serving bench-generation bench-overlap bench-weights bench-fairness \
 	bench-overload bench-learning bench-fuzz clean
 
 help: ## list the tasks
@@ -91,6 +91,12 @@ bench-trl: setup-run ## measure ppod and TRL side by side (TRL in an environment
 bench-update: setup-run ## measure one process's update against TRL's, in seconds and memory (~10 minutes; ARGS="--setting ...")
 	tests/benchmarks/trl_ppo/setup.sh $(CACHE)/venv-trl $(PYTHON)
 	$(BIN)/python tests/benchmarks/trl_ppo/update.py --trl-python $(CACHE)/venv-trl/bin/python $(ARGS)
+
+# Learning does not depend on time, so its processes may share the machine.
+bench-curves: export OMP_WAIT_POLICY ?= PASSIVE
+bench-curves: setup-run ## measure what ppod and TRL learn over ten seeds, with a small model (~40 minutes; ARGS="--seeds N")
+	tests/benchmarks/trl_ppo/setup.sh $(CACHE)/venv-trl $(PYTHON)
+	$(BIN)/python tests/benchmarks/trl_ppo/curves.py --trl-python $(CACHE)/venv-trl/bin/python $(ARGS)
 
 bench-serving: setup-run ## measure the reward service against its bare forward pass and its peers (~25 minutes)
 	tests/benchmarks/serving/setup.sh $(CACHE) $(PYTHON)

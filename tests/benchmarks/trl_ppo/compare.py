@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import TypedDict
 
 import yaml
-from settings import SETTINGS, Setting, Side
+from settings import SETTINGS, Setting, Side, Task
 
 from ppod_deploy.processes import CHILD_ENVIRONMENT
 from ppod_models.sources import resolve
 
 ROOT = Path(__file__).resolve().parents[3]
-MODEL = "packaged:smollm2-135m-instruct"
 REVIEWS = ROOT / "trainer/ppod_trainer/data/movie_review_ratings.tsv"
 BUSY_LOAD = 0.7
 """Load average above which something else was running when the measurement began."""
@@ -80,7 +79,7 @@ def main() -> None:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
-    model_dir = resolve(MODEL).path
+    model_dir = resolve(Task().model).path
     results: list[Measured] = []
     for name in options.settings:
         measured = Measured(SETTINGS[name])
@@ -116,13 +115,7 @@ def run_trl(
 def run_ppod(measured: Measured, steps: int, directory: Path) -> None:
     """Add the seconds of each of ppod's steps and their phases."""
     run_dir = directory / "ppod"
-    run_file = directory / "ppod.yaml"
-    run_file.write_text(yaml.safe_dump(run_values(measured.setting, steps, run_dir), sort_keys=False))
-    roots = [str(ROOT / name) for name in ("protos", "services", "trainer", "deploy")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(roots)}
-    command = [sys.executable, "-m", "ppod_deploy", "run", "--config", str(run_file)]
-    with (directory / "ppod.log").open("wb") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+    start_ppod(run_values(measured.setting, steps, run_dir), directory)
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         record: dict[str, float] = json.loads(line)
         if "seconds/step" not in record:
@@ -133,11 +126,22 @@ def run_ppod(measured: Measured, steps: int, directory: Path) -> None:
                 measured.ppod_phases.setdefault(phase, []).append(record[f"seconds/{phase}"])
 
 
-def run_values(setting: Setting, steps: int, run_dir: Path) -> dict[str, object]:
+def start_ppod(values: dict[str, object], directory: Path) -> None:
+    """Run `ppod run` to its end; its log goes into the directory."""
+    run_file = directory / "ppod.yaml"
+    run_file.write_text(yaml.safe_dump(values, sort_keys=False))
+    roots = [str(ROOT / name) for name in ("protos", "services", "trainer", "deploy")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(roots)}
+    command = [sys.executable, "-m", "ppod_deploy", "run", "--config", str(run_file)]
+    with (directory / "ppod.log").open("wb") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+
+
+def run_values(setting: Setting, steps: int, run_dir: Path, task: Task = Task()) -> dict[str, object]:  # noqa: B008 - frozen
     """ppod's run file for a setting."""
-    model = {"source": MODEL, "dtype": setting.ppod.dtype, "attention": setting.ppod.attention}
+    model = {"source": task.model, "dtype": setting.ppod.dtype, "attention": setting.ppod.attention}
     scoring = {**model, "threads": 1}  # reward and reference work at the same time
-    reward_model = {"name": "reviews-reward", "model": scoring, "head": "reviews-reward"}
+    reward_model = {"name": "reviews-reward", "model": scoring, "head": task.head}
     return {
         "services": {
             "reward": {"listen": {"port": 51051}, "rewards": [reward_model]},
@@ -157,7 +161,10 @@ def run_values(setting: Setting, steps: int, run_dir: Path) -> dict[str, object]
             },
             "kl": {"coefficient": setting.kl_coefficient},
             "ppo": {"epochs": setting.epochs, "minibatches": setting.minibatches},
-            "optimizer": {"learning_rate": setting.learning_rate},
+            "optimizer": {
+                "learning_rate": setting.learning_rate,
+                "value_learning_rate": setting.ppod_value_learning_rate,
+            },
             "metrics": {"port": None, "tensorboard": False},
         },
     }

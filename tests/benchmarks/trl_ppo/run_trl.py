@@ -1,7 +1,8 @@
 # ruff: noqa: ARG002, PLC0415 - transformers names a callback's arguments; TRL's imports take seconds
 """Runs TRL's PPOTrainer on one setting and writes the seconds of each step. Runs in TRL's own environment.
 
-usage: python run_trl.py SETTING --steps N --model DIRECTORY --reviews FILE --services DIRECTORY --out FILE
+usage: python run_trl.py SETTING --steps N --model DIRECTORY --reviews FILE --services DIRECTORY --out FILE [--seed N]
+    [--reward HEAD]
 
 Policy, reference and a separate value model start from the same weights. The reward model is ppod's own: a head on the
 frozen language model. Without that head (--reward last-state) it is a random linear head on the last token's state.
@@ -17,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from settings import SETTINGS, Setting
@@ -74,12 +75,12 @@ def read_options() -> Options:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--reviews", type=Path, required=True)
     parser.add_argument("--services", type=Path, required=True, help="folder that holds ppod_models")
-    parser.add_argument("--reward", default="reviews-reward", help="a head of ppod_models, or last-state")
+    parser.add_argument("--reward", default="reviews-reward", help="a head's name or directory, or last-state")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    return Options(
-        SETTINGS[given.setting], given.steps, given.model, given.reviews, given.services, given.reward, given.out
-    )
+    setting = replace(SETTINGS[given.setting], seed=given.seed)
+    return Options(setting, given.steps, given.model, given.reviews, given.services, given.reward, given.out)
 
 
 def build_trainer(options: Options):

@@ -27,6 +27,20 @@ TRL = Side("float32", "sdpa", tuned=False)
 """TRL as it comes: PPOConfig's and from_pretrained's defaults."""
 
 TUNED_FLOAT32 = Side("float32", "eager", tuned=True)
+SMALL = Side("float32", "sdpa", tuned=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is trained, and what pays it.
+
+    Attributes:
+        model: source of policy, reference and the reward model's trunk.
+        head: name or directory of the reward model's head.
+    """
+
+    model: str = "packaged:smollm2-135m-instruct"
+    head: str = "reviews-reward"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,7 @@ class Setting:
         response_tokens: longest response.
         epochs: passes over the batch in a step.
         minibatches: optimizer steps in a pass.
+        ppod_value_learning_rate: of ppod's value head; None: `learning_rate`, as of TRL's value model.
     """
 
     name: str
@@ -54,6 +69,7 @@ class Setting:
     kl_coefficient: float = 0.05
     temperature: float = 1.0
     seed: int = 0
+    ppod_value_learning_rate: float | None = None
 
 
 SETTINGS = {
@@ -66,5 +82,13 @@ SETTINGS = {
         # TRL with all that ppod's launcher and configuration do for speed, to see what the programs themselves cost.
         Setting("equal-bfloat16", 32, 6, 24, 2, 2, trl=PPOD, ppod=PPOD),
         Setting("equal-float32", 32, 6, 24, 2, 2, trl=TUNED_FLOAT32, ppod=TUNED_FLOAT32),
+        # What is learnt, with the numbers of ppod's default run: curves.py.
+        Setting(
+            *("default-run", 32, 6, 24, 2, 2, TRL, PPOD),
+            learning_rate=5e-5,
+            kl_coefficient=0.035,
+            ppod_value_learning_rate=1e-3,
+        ),
+        Setting("small-model", 32, 6, 24, 2, 2, SMALL, SMALL, learning_rate=3e-4, kl_coefficient=0.035),
     )
 }

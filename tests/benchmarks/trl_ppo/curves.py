@@ -1,0 +1,186 @@
+"""What ppod and TRL's PPOTrainer learn on the same task, over seeds: score and KL at the same number of episodes.
+
+usage: python curves.py --trl-python PYTHON [--setting NAME] [--seeds N] [--steps N] [--out DIRECTORY]
+
+Both get the same weights, reward model, batch, epochs, minibatches, learning rate and KL coefficient, chosen for
+neither; all else is each program's own default. ppod runs as `ppod run` starts it. Setting small-model trains a small
+language model of movie reviews (small_model.py), default-run SmolLM2. Score and KL of a step are those of its samples,
+which the policy drew before it was updated with them; KL is k1 to the reference, in nats a response, on both sides.
+
+Scores are compared at equal KL: a run's curve of score over KL is read at a KL that both sides reach, the lower of
+their medians at the end. Writes result.json, result.md and result.png; what is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from compare import REVIEWS, ROOT, run_values, start_ppod
+from settings import SETTINGS, Setting, Task
+from small_model import make_small_model
+
+from ppod_deploy.processes import CHILD_ENVIRONMENT
+from ppod_models.sources import default_cache_dir, resolve
+
+SIDES = ("ppod", "TRL")
+SMOOTHED_STEPS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One run: mean score and KL of each step's samples."""
+
+    side: str
+    seed: int
+    scores: list[float]
+    kls: list[float]
+
+    def smoothed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Running means of KL and score over a few steps, [steps - SMOOTHED_STEPS + 1] each."""
+        kernel = np.ones(SMOOTHED_STEPS) / SMOOTHED_STEPS
+        return np.convolve(self.kls, kernel, "valid"), np.convolve(self.scores, kernel, "valid")
+
+    def end(self) -> tuple[float, float]:
+        """KL and score over the last steps."""
+        kls, scores = self.smoothed()
+        return float(kls[-1]), float(scores[-1])
+
+    def score_at(self, kl: float) -> float:
+        """Score where the smoothed KL first comes to `kl`; the last one where it never does."""
+        kls, scores = self.smoothed()
+        reached = np.maximum.accumulate(kls)
+        return float(np.interp(kl, reached, scores))
+
+
+def run_ppod(setting: Setting, task: Task, steps: int, directory: Path) -> Curve:
+    """Train with ppod."""
+    run_dir = directory / "ppod"
+    directory.mkdir(parents=True, exist_ok=True)
+    start_ppod(run_values(setting, steps, run_dir, task), directory)
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = [record for record in records if "score/mean" in record]
+    scores, kls = ([record[key] for record in trained] for key in ("score/mean", "kl/reference"))
+    return Curve("ppod", setting.seed, scores, kls)
+
+
+def run_trl(python: Path, setting: Setting, task: Task, steps: int, directory: Path) -> Curve:
+    """Train with TRL."""
+    directory.mkdir(parents=True, exist_ok=True)
+    result_file = directory / "trl.json"
+    command = [str(python), str(Path(__file__).with_name("run_trl.py")), setting.name, "--steps", str(steps)]
+    command += ["--model", str(resolve(task.model).path), "--reviews", str(REVIEWS), "--reward", task.head]
+    command += ["--services", str(ROOT / "services"), "--seed", str(setting.seed), "--out", str(result_file)]
+    with (directory / "trl.log").open("wb") as log:
+        environment = {**os.environ, **(CHILD_ENVIRONMENT if setting.trl.tuned else {})}
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+    result = json.loads(result_file.read_text())
+    return Curve("TRL", setting.seed, result["scores"], result["kl"])
+
+
+def kept(path: Path, run: Callable[[], Curve]) -> Curve:
+    """The curve of a file, or a run whose curve goes there."""
+    if path.is_file():
+        return Curve(**json.loads(path.read_text()))
+    curve = run()
+    path.write_text(json.dumps(asdict(curve)))
+    kl, score = curve.end()
+    print(f"{curve.side}, seed {curve.seed}: score {curve.scores[0]:.2f} -> {score:.2f}, KL {kl:.2f}", flush=True)
+    return curve
+
+
+def equal_kl(curves: Mapping[str, Sequence[Curve]]) -> float:
+    """A KL that both sides come to: the lower of their medians at the end."""
+    return min(statistics.median(curve.end()[0] for curve in some) for some in curves.values())
+
+
+def table(curves: Mapping[str, Sequence[Curve]]) -> str:
+    """One row a side: medians over seeds with the range."""
+    at = equal_kl(curves)
+    rows = [
+        f"| | seeds | score before | score at the end | KL at the end, nats | score at a KL of {at:.2f} |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for side, some in curves.items():
+        columns = (
+            [curve.scores[0] for curve in some],
+            [curve.end()[1] for curve in some],
+            [curve.end()[0] for curve in some],
+            [curve.score_at(at) for curve in some],
+        )
+        shown = [f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in columns]
+        rows.append(f"| {side} | {len(some)} | {' | '.join(shown)} |")
+    pairs = list(zip(curves["ppod"], curves["TRL"], strict=True))
+    higher = sum(mine.score_at(at) > theirs.score_at(at) for mine, theirs in pairs)
+    rows += ["", f"ppod's score is the higher one at that KL with {higher} of {len(pairs)} seeds. Medians (ranges)."]
+    return "\n".join(rows) + "\n"
+
+
+def draw(path: Path, curves: Mapping[str, Sequence[Curve]], setting: Setting) -> None:
+    """Score and KL by episodes, and score by KL."""
+    figure, (by_score, by_kl, frontier) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for color, (side, some) in zip(("tab:blue", "tab:orange"), curves.items(), strict=True):
+        episodes = np.arange(1, len(some[0].scores) + 1) * setting.batch_size
+        for axis, values in ((by_score, [c.scores for c in some]), (by_kl, [c.kls for c in some])):
+            stacked = np.array(values)
+            axis.fill_between(episodes, stacked.min(axis=0), stacked.max(axis=0), color=color, alpha=0.2, lw=0)
+            axis.plot(episodes, np.median(stacked, axis=0), color=color, label=side)
+        for curve in some:
+            frontier.plot(*curve.smoothed(), color=color, lw=1, alpha=0.6)
+    by_score.set(xlabel="episodes", ylabel="mean score of the samples")
+    by_kl.set(xlabel="episodes", ylabel="KL to the reference, nats a response")
+    frontier.set(xlabel="KL, nats a response", ylabel="score", title=f"means of {SMOOTHED_STEPS} steps, a line a seed")
+    by_score.legend()
+    figure.suptitle(f"{setting.name}: median and range of {len(curves['ppod'])} seeds")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl-python", required=True, type=Path, help="interpreter of the environment with TRL")
+    parser.add_argument("--setting", choices=("small-model", "default-run"), default="small-model")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-curves"))
+    options = parser.parse_args()
+    setting, task = SETTINGS[options.setting], Task()
+    if setting.name == "small-model":
+        model, head = make_small_model(default_cache_dir() / "benchmarks/small-reviews-model", REVIEWS)
+        task = Task(str(model), str(head))
+    out: Path = options.out / setting.name
+    curves: dict[str, list[Curve]] = {side: [] for side in SIDES}
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        seeded, directory = replace(setting, seed=seed), out / f"seed-{seed}"
+        directory.mkdir(parents=True, exist_ok=True)
+        curves["ppod"].append(
+            kept(directory / "ppod-curve.json", lambda s=seeded, d=directory: run_ppod(s, task, options.steps, d))
+        )
+        curves["TRL"].append(
+            kept(
+                directory / "trl-curve.json",
+                lambda s=seeded, d=directory: run_trl(options.trl_python, s, task, options.steps, d),
+            )
+        )
+        # After each seed, so that what was measured stays if the next is cut off.
+        record = {"setting": asdict(setting), "curves": [asdict(one) for some in curves.values() for one in some]}
+        (out / "result.json").write_text(json.dumps(record, indent=1))
+        (out / "result.md").write_text(table(curves))
+        draw(out / "result.png", curves, setting)
+    print(table(curves))
+
+
+if __name__ == "__main__":
+    main()
