@@ -109,7 +109,11 @@ _SPEED = Row(
         ),
         Panel(
             "Calls to the services, 99th percentile",
-            (Query(f"histogram_quantile(0.99, {_rate('ppod_client_rpc_seconds_bucket', 'method, le')})", "{{method}}"),),
+            (
+                Query(
+                    f"histogram_quantile(0.99, {_rate('ppod_client_rpc_seconds_bucket', 'method, le')})", "{{method}}"
+                ),
+            ),
             unit="s",
         ),
         Panel(

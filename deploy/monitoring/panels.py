@@ -111,6 +111,7 @@ def _panel(panel: Panel, number: int, at: tuple[int, int]) -> Json:
         }
         for index, query in enumerate(panel.queries)
     ]
+    style: Json = {"lineWidth": 1, "fillOpacity": 5}
     return {
         "id": number,
         "type": "timeseries",
@@ -118,7 +119,7 @@ def _panel(panel: Panel, number: int, at: tuple[int, int]) -> Json:
         "description": panel.description,
         "datasource": _DATASOURCE,
         "gridPos": {"x": at[0], "y": at[1], "w": _WIDTH, "h": _HEIGHT},
-        "fieldConfig": {"defaults": {"unit": panel.unit, "custom": {"lineWidth": 1, "fillOpacity": 5}}, "overrides": []},
+        "fieldConfig": {"defaults": {"unit": panel.unit, "custom": style}, "overrides": []},
         "options": {
             "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
             "tooltip": {"mode": "multi", "sort": "desc"},

@@ -44,7 +44,5 @@ def exported() -> Metrics:
 def asked(expression: str) -> list[tuple[str, frozenset[str]]]:
     """Series that an expression names, each with the labels that it is selected by."""
     without_groups = re.sub(r"\b(by|on|ignoring|group_left|group_right|without)\s*\([^)]*\)", "", expression)
-    found = []
-    for match in _SELECTOR.finditer(without_groups):
-        found.append((match["name"], frozenset(_LABEL.findall(match["labels"] or ""))))
-    return found
+    matches = _SELECTOR.finditer(without_groups)
+    return [(one["name"], frozenset(_LABEL.findall(one["labels"] or ""))) for one in matches]

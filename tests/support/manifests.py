@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def combinations() -> Iterator[tuple[str, ...]]:
 
 def kustomize(directory: Path) -> str:
     """What `kubectl kustomize` prints."""
-    done = subprocess.run([str(KUBECTL), "kustomize", str(directory)], capture_output=True, text=True, timeout=60)
+    command = [str(KUBECTL), "kustomize", str(directory)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise AssertionError(f"{directory}: {done.stderr}")
     assert not done.stderr, f"{directory}: {done.stderr}"
@@ -50,7 +51,7 @@ def kustomize(directory: Path) -> str:
 
 
 def parse(text: str) -> list[Object]:
-    return [one for one in yaml.load_all(text, Loader=yaml.CSafeLoader) if one]  # noqa: S506 - a safe loader
+    return [one for one in yaml.load_all(text, Loader=yaml.CSafeLoader) if one]
 
 
 @cache
@@ -131,7 +132,7 @@ class Workload:
     def arguments(self, option: str) -> list[str]:
         """The values of an option, each time that it is given."""
         args = self.container["args"]
-        return [value for key, value in zip(args, args[1:], strict=False) if key == option]
+        return [value for key, value in pairwise(args) if key == option]
 
 
 def workloads(objects: Sequence[Object]) -> list[Workload]:

@@ -44,7 +44,9 @@ class Prometheus:
         """The labels of every alert that fires."""
         return [alert["labels"] for alert in self.get("alerts")["alerts"] if alert["state"] == "firing"]
 
-    def wait_for(self, wanted: Mapping[str, Mapping[str, str]], meanwhile: Callable[[], None], timeout_s: float) -> None:
+    def wait_for(
+        self, wanted: Mapping[str, Mapping[str, str]], meanwhile: Callable[[], None], timeout_s: float
+    ) -> None:
         """Wait until each alert fires with these labels; `meanwhile` is called again and again."""
         until = time.monotonic() + timeout_s
         missing: list[str] = []

@@ -57,9 +57,7 @@ def restricted(objects: Sequence[Object]) -> Faults:
 def least_privilege(objects: Sequence[Object]) -> Faults:
     """Accounts of their own; the API's token only for the trainer, which may read EndpointSlices and nothing else."""
     accounts = of_kind(objects, "ServiceAccount")
-    bound = {
-        subject["name"] for binding in of_kind(objects, "RoleBinding").values() for subject in binding["subjects"]
-    }
+    bound = {subject["name"] for binding in of_kind(objects, "RoleBinding").values() for subject in binding["subjects"]}
     for one in workloads(objects):
         account = one.pod.get("serviceAccountName")
         if account != f"ppod-{one.component}" or account not in accounts:

@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 from jsonschema import Draft202012Validator
 
-from support.manifests import OVERLAYS, Object, changed, combined, overlay
+from support.manifests import OVERLAYS, Object, changed, combined, overlay, workload
 
 VERSIONS = ("1.31", "1.34", "1.37")
 """The oldest and the newest that deploy/README.md names, and one between them."""
@@ -90,6 +90,6 @@ def test_a_field_that_is_mistyped_is_found(kind: str) -> None:
 
 def test_a_mistyped_field_of_the_pods_of_a_job_set_is_found() -> None:
     [target] = [one for one in changed(overlay("gpu")) if one["kind"] == "JobSet"]
-    target["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["imagePullpolicy"] = "x"
+    workload([target], "trainer").container["imagePullpolicy"] = "x"
     [fault] = faults([target], VERSIONS[0])
     assert "imagePullpolicy" in fault

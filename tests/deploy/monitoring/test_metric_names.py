@@ -122,7 +122,5 @@ def test_grafana_s_sidecar_finds_every_dashboard(tmp_path: Path) -> None:
     assert dashboards["metadata"]["labels"]["grafana_dashboard"] == "1"
     for name, text in dashboards["data"].items():
         assert f"{json.loads(text)['uid']}.json" == name
-        positions = [
-            (panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in json.loads(text)["panels"]
-        ]
+        positions = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in json.loads(text)["panels"]]
         assert len(set(positions)) == len(positions), f"{name}: panels lie on each other"

@@ -37,9 +37,9 @@ class Watched:
         """One call that is not repeated; what becomes of it is for the metrics to say."""
         security = ClientSecurity(token=token)
         delivery = Delivery(retry=NO_RETRY)
-        with ReferenceClient(self.shared.target, timeout_s=5, security=security, delivery=delivery) as client:
-            with suppress(PpodError):
-                client.logprobs([[5] * tokens], prompt_lengths=[1])
+        client = ReferenceClient(self.shared.target, timeout_s=5, security=security, delivery=delivery)
+        with client, suppress(PpodError):
+            client.logprobs([[5] * tokens], prompt_lengths=[1])
 
 
 def teams_file(path: Path) -> Path:
@@ -107,10 +107,11 @@ def test_alerts_fire_when_they_are_provoked_and_others_stay_silent(watched: Watc
         "PpodTeamOverQuota": {"component": "reference", "team": "red"},
     }
     watched.prometheus.wait_for(provoked, trouble, TIMEOUT_S)
-    fired = {one["alertname"] for one in watched.prometheus.firing()}
+    firing = watched.prometheus.firing()
+    fired = {one["alertname"] for one in firing}
     silent = {"PpodErrorRate", "PpodQueueSaturated", "PpodReplicaNotReady", "PpodReplicaDown", "PpodTrainerStalled"}
     assert not fired & (silent | {"PpodRewardHacking", "PpodNoReplicaReady", "PpodSamplerGap", "PpodFirstRatioOff"})
-    assert all(one["pod"] == "generation-1" for one in watched.prometheus.firing() if one["alertname"] == "PpodOldWeights")
+    assert all(one["pod"] == "generation-1" for one in firing if one["alertname"] == "PpodOldWeights")
 
 
 def test_a_service_that_is_gone_is_missed(watched: Watched) -> None:
