@@ -283,6 +283,37 @@ def references(objects: Sequence[Object]) -> Faults:
                 yield f"{name}: scales {target}, which is not there or says its number itself"
 
 
+def monitors(objects: Sequence[Object]) -> Faults:
+    """Each pod is scraped once, and labelled as rules and dashboards expect."""
+    services, per_service = of_kind(objects, "Service"), of_kind(objects, "ServiceMonitor")
+    per_pod = of_kind(objects, "PodMonitor")
+    if not per_service and not per_pod:
+        return
+    scraped: dict[str, int] = {one.name: 0 for one in workloads(objects)}
+    for monitor in per_service.values():
+        wanted = monitor["spec"]["selector"]["matchLabels"]
+        ports = {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]}
+        for service in services.values():
+            if not wanted.items() - service["metadata"]["labels"].items():
+                hit = ports & {port["name"] for port in service["spec"]["ports"]}
+                scraped[service["metadata"]["name"].removesuffix("-headless")] += len(hit)
+    for monitor in per_pod.values():
+        wanted = monitor["spec"]["selector"]["matchLabels"]
+        for one in workloads(objects):
+            if not wanted.items() - one.labels.items():
+                scraped[one.name] += len(
+                    {end["port"] for end in monitor["spec"]["podMetricsEndpoints"]} & set(one.ports)
+                )
+    yield from (f"{name}: is scraped {count} times" for name, count in scraped.items() if count != 1)
+    for monitor in (*per_service.values(), *per_pod.values()):
+        for endpoint in monitor["spec"].get("endpoints", []) + monitor["spec"].get("podMetricsEndpoints", []):
+            given = {
+                rule["targetLabel"]: rule["sourceLabels"] for rule in endpoint["relabelings"] if "targetLabel" in rule
+            }
+            if given != {"component": ["__meta_kubernetes_pod_label_app_kubernetes_io_component"]}:
+                yield f"{monitor['metadata']['name']}: labels are {given}"
+
+
 def ranks(objects: Sequence[Object]) -> Faults:
     """The ranks of a JobSet find each other and end together."""
     for one in _trainers(objects):
@@ -316,5 +347,6 @@ POLICIES: tuple[Policy, ...] = (
     credentials,
     resources,
     references,
+    monitors,
     ranks,
 )

@@ -18,7 +18,9 @@ Mutation = Callable[[Sequence[Object]], object]
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
     """The base with everything that changes its pods."""
-    return combined(tmp_path_factory.mktemp("secured"), "base", ("gpu", "tls", "teams", "model-cache", "hpa"))
+    return combined(
+        tmp_path_factory.mktemp("secured"), "base", ("gpu", "tls", "teams", "model-cache", "monitoring", "hpa")
+    )
 
 
 def reward(objects: Sequence[Object]) -> Workload:
@@ -142,6 +144,22 @@ MUTATIONS: list[tuple[policies.Policy, str, Mutation]] = [
     (policies.resources, "/dev/shm", lambda o: reward(o).pod["volumes"][3].update(emptyDir={})),
     (policies.resources, "nothing is mounted at /runs", lambda o: trainer(o).container["volumeMounts"].pop()),
     (policies.resources, "node that has one", lambda o: reward(o).pod.pop("tolerations")),
+    (
+        policies.monitors,
+        "ppod-reward: is scraped 0 times",
+        lambda o: of_kind(o, "Service")["ppod-reward"]["spec"]["ports"].pop(),
+    ),
+    (
+        policies.monitors,
+        "ppod-reward: is scraped 2 times",
+        lambda o: of_kind(o, "Service")["ppod-reward-headless"]["spec"]["ports"].append({"name": "metrics"}),
+    ),
+    (policies.monitors, "ppod-trainer: is scraped 0 times", lambda o: trainer(o).labels.clear()),
+    (
+        policies.monitors,
+        "labels are",
+        lambda o: of_kind(o, "ServiceMonitor")["ppod-services"]["spec"]["endpoints"][0]["relabelings"].clear(),
+    ),
     (
         policies.references,
         "claim",

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-from support.manifests import OVERLAYS, SCALERS, combinations, combined, overlay, pairs
+from support.manifests import (
+    KUSTOMIZE,
+    OVERLAYS,
+    SCALERS,
+    combinations,
+    combined,
+    kustomize,
+    overlay,
+    pairs,
+    parse,
+    workload,
+)
 
 from .policies import POLICIES, Policy
 
@@ -18,6 +30,25 @@ from .policies import POLICIES, Policy
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_keeps_to_the_policy(name: str, policy: Policy) -> None:
     assert list(policy(overlay(name))) == []
+
+
+def test_what_the_comments_of_the_gpu_overlay_offer_works(tmp_path: Path) -> None:
+    """TLS, teams and an autoscaler, by taking the comment signs away."""
+    shutil.copytree(KUSTOMIZE.parent / "monitoring", tmp_path / "monitoring")
+    shutil.copytree(KUSTOMIZE, tmp_path / "kustomize")
+    file = tmp_path / "kustomize" / "overlays" / "gpu" / "kustomization.yaml"
+    text = file.read_text()
+    for line in ("  # - ../../components/tls", "  # - ../../components/teams", "  # - ../../components/keda"):
+        assert text.count(f"{line}\n") == 1
+        text = text.replace(line, line.replace("# ", ""))
+    file.write_text(text.replace("  - {name: ppod-reward, count: 8}\n", ""))
+    objects = parse(kustomize(file.parent))
+    assert [fault for policy in POLICIES for fault in policy(objects)] == []
+    assert workload(objects, "trainer").arguments("--config") == [
+        "/etc/ppod/trainer.yaml",
+        "/etc/ppod/tls-trainer.yaml",
+        "/etc/ppod/teams-trainer.yaml",
+    ]
 
 
 def _faults(job: tuple[Path, str, tuple[str, ...]]) -> list[str]:

@@ -6,11 +6,15 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
+import grpc
 import pytest
 import yaml
 
 from monitoring.generate import generated
+from ppod_services.core.admission import Refusal
+from ppod_trainer.config import TroubleKind
 from support.exported_metrics import SCRAPED, asked, exported
 from support.manifests import KUSTOMIZE, combined, of_kind
 from support.processes import ROOT
@@ -78,6 +82,21 @@ def test_labels_of_groups_and_legends_are_exported() -> None:
         assert set(re.findall(r"\{\{(\w+)\}\}", path.read_text())) <= known, path.name
     for rule in rules():
         assert set(re.findall(r"\$labels\.(\w+)", str(rule.get("annotations", "")))) <= known, rule
+
+
+def test_label_values_are_those_of_the_code() -> None:
+    known = {
+        "reason": set(Refusal),
+        "kind": set(get_args(TroubleKind)),
+        "code": {code.name for code in grpc.StatusCode},
+        "component": {"reward", "reference", "generation", "trainer"},
+        "phase": {"step"},
+        "namespace": {"$namespace"},
+    }
+    values = re.compile(r'([a-z]+)(?:=~|!~|!=|=)"([^"]*)"')
+    for where, expression in (*dashboard_queries(), *rule_queries()):
+        for label, text in values.findall(expression):
+            assert set(text.split("|")) <= known[label], f"{where}: {label}"
 
 
 def test_promtool_s_input_series_are_exported() -> None:

@@ -87,6 +87,8 @@ def watched(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def test_real_processes_export_what_rules_and_dashboards_ask_for(watched: Watched) -> None:
     watched.prometheus.wait_for({"PpodOldWeights": {"pod": "generation-1"}}, lambda: None, TIMEOUT_S)
     told = set(watched.prometheus.get("metadata"))
+    [last] = watched.prometheus.get("query?query=ppod_step_phase_seconds%7Bphase%3D%22step%22%7D")["result"]
+    assert float(last["value"][1]) > 0
     suffix = re.compile("_(bucket|sum|count|total)$")
     assert {suffix.sub("", name) for name in exported()} - {"up"} <= {suffix.sub("", name) for name in told}
 
