@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 
+from ppod_deploy.ranks import rank_environments
 from ppod_services.core.server import _FLUSH_TIMEOUT_S
 from support.manifests import Object, Workload, mounted_files, of_kind, workloads
 from support.processes import ROOT
@@ -319,6 +320,9 @@ def ranks(objects: Sequence[Object]) -> Faults:
     for one in _trainers(objects):
         if one.kind == "Job":
             continue
+        # What the launcher tells ranks that it starts itself.
+        missing = set(rank_environments(2)[0]) - set(one.environment)
+        yield from (f"{one.name}: {name} is not told" for name in sorted(missing))
         spec, values = one.job, {name: given.get("value") for name, given in one.environment.items()}
         if not spec["completions"] == spec["parallelism"] == int(values["WORLD_SIZE"]):
             yield f"{one.name}: completions, parallelism and WORLD_SIZE differ"

@@ -203,6 +203,7 @@ RANKS: list[tuple[str, Mutation]] = [
     ("WORLD_SIZE differ", lambda o: trainer(o).job.update(completions=4)),
     ("MASTER_ADDR", lambda o: trainer(o).object["metadata"].update(name="other")),
     ("RANK is", lambda o: trainer(o).environment["RANK"]["valueFrom"]["fieldRef"].update(fieldPath="metadata.name")),
+    ("LOCAL_WORLD_SIZE is not told", lambda o: trainer(o).container["env"].pop(-3)),
     ("come back alone", lambda o: trainer(o).job.update(backoffLimit=6)),
     (
         "several nodes",

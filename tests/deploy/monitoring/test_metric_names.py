@@ -19,7 +19,7 @@ from support.exported_metrics import SCRAPED, asked, exported
 from support.manifests import KUSTOMIZE, combined, of_kind
 from support.processes import ROOT
 
-from .test_rules import RULE_FILES, TEST_FILES, rules
+from .test_rules import RULE_FILES, TEST_FILES, promtool, rules
 
 EXPORTED = exported()
 RECORDED = {rule["record"] for rule in rules() if "record" in rule}
@@ -82,6 +82,22 @@ def test_labels_of_groups_and_legends_are_exported() -> None:
         assert set(re.findall(r"\{\{(\w+)\}\}", path.read_text())) <= known, path.name
     for rule in rules():
         assert set(re.findall(r"\$labels\.(\w+)", str(rule.get("annotations", "")))) <= known, rule
+
+
+def test_every_query_can_be_read_by_prometheus(tmp_path: Path) -> None:
+    queries = [*dashboard_queries(), *scaling_queries(tmp_path)]
+    expressions = [
+        expression.replace("$__rate_interval", "1m")
+        for _, expression in queries
+        if not expression.startswith("label_values(")
+    ]
+    rules = [{"record": f"query_{number}", "expr": text} for number, text in enumerate(expressions)]
+    path = tmp_path / "queries.yaml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    done = promtool("check", "rules", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    path.write_text(path.read_text().replace("sum by", "sum buy"))
+    assert promtool("check", "rules", path).returncode == 1
 
 
 def test_label_values_are_those_of_the_code() -> None:
