@@ -12,6 +12,7 @@ SHELL := bash
 #   TESTS  what `make test` runs, such as TESTS=tests/unit
 #   VLLM_VENV  where the environment with vLLM lives, which several checkouts may share
 #   VLLM_TESTS what `make test-vllm` runs
+#   CHECKOV_VENV where checkov lives, whose requirements are not ppod's
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
@@ -19,6 +20,8 @@ TESTS ?= tests
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ppod
 VLLM_VENV ?= $(CACHE)/venv-vllm
 VLLM_TESTS ?= tests/contract/generation tests/integration/vllm -k vllm
+CHECKOV_VENV ?= $(CACHE)/venv-checkov
+CHECKOV_VERSION := 3.3.30
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
@@ -29,9 +32,10 @@ RUN_STAMP := $(VENV)/.installed-run-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraints.txt services/install-vllm.sh | cksum | tr ' ' -)
 
-.PHONY: help setup setup-run setup-vllm run test test-vllm lint lint-ruff lint-format lint-types lint-imports lint-buf \
-	lint-protos format protos bench-trl bench-update bench-curves bench-serving bench-generation bench-overlap bench-weights bench-fairness \
-	bench-overload bench-learning bench-fuzz clean
+.PHONY: help setup setup-run setup-vllm run test test-vllm format protos monitoring clean \
+	lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos lint-manifests \
+	bench-trl bench-update bench-curves bench-serving bench-generation bench-overlap bench-weights bench-fairness \
+	bench-overload bench-learning bench-fuzz
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -58,7 +62,7 @@ test-vllm: export OMP_WAIT_POLICY ?= PASSIVE
 test-vllm: setup-vllm ## run the tests of the vLLM backend with the real engine on the CPU
 	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 
-lint: lint-ruff lint-format lint-types lint-imports lint-buf lint-protos ## run every static check
+lint: lint-ruff lint-format lint-types lint-imports lint-buf lint-protos lint-manifests ## run every static check
 
 lint-ruff: setup
 	$(BIN)/ruff check
@@ -76,6 +80,9 @@ lint-protos: setup
 	for file in "$$fresh"/ppod/v1/*; do \
 		cmp "$$file" "protos/ppod/v1/$${file##*/}" || { echo "generated code is out of date: run make protos"; exit 1; }; \
 	done && echo "generated code: up to date"
+lint-manifests: setup $(CHECKOV_VENV)/.installed-$(CHECKOV_VERSION)
+	.ci/lint-manifests $(BIN)/kubectl $(CHECKOV_VENV)/bin/checkov
+	PPOD_ALL_COMBINATIONS=1 $(BIN)/python -m pytest -q tests/deploy/manifests/test_rendering.py
 
 format: setup ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix
@@ -83,6 +90,9 @@ format: setup ## format the code and mend what ruff can mend
 
 protos: setup ## generate the Python code from protos/ppod/v1/*.proto
 	@$(call generate,protos)
+
+monitoring: setup ## generate the dashboards, and the manifest of the rules, in deploy/monitoring
+	@PYTHONPATH=deploy $(BIN)/python -m monitoring.generate
 
 bench-trl: setup-run ## measure ppod and TRL side by side (TRL in an environment of its own; ~20 minutes; ARGS="--settings ...")
 	tests/benchmarks/trl_ppo/setup.sh $(CACHE)/venv-trl $(PYTHON)
@@ -154,6 +164,13 @@ $(VLLM_STAMP):
 	@$(VLLM_PIP) -c $(VLLM_VENV)/ppod-constraints.txt -e '.[services,deploy]' pytest pytest-asyncio pytest-timeout
 	@echo $(CURDIR) > $(VLLM_VENV)/.checkout
 	@rm -f $(VLLM_VENV)/.installed-ppod-*
+	@touch $@
+
+$(CHECKOV_VENV)/.installed-$(CHECKOV_VERSION):
+	@test -x $(CHECKOV_VENV)/bin/python || $(PYTHON) -m venv $(CHECKOV_VENV)
+	@echo "installing checkov into $(CHECKOV_VENV)"
+	@$(CHECKOV_VENV)/bin/python -m pip --disable-pip-version-check install -qq checkov==$(CHECKOV_VERSION)
+	@rm -f $(CHECKOV_VENV)/.installed-*
 	@touch $@
 
 # An environment may be shared by several checkouts, one after the other: ppod in it is this one.

@@ -103,6 +103,7 @@ def _ports(listen: ListenConfig) -> Iterator[tuple[str, int]]:
         ("port", listen.port),
         ("admin_port", listen.admin_port),
         ("metrics_port", listen.metrics_port),
+        ("health_port", listen.health_port),
     ):
         if port is not None:
             yield key, port

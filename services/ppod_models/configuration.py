@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -104,14 +104,31 @@ def parse_config(model: type[ConfigT], values: object, origin: str) -> ConfigT:
         raise ConfigError(origin, describe_faults(error)) from error
 
 
-def load_config(model: type[ConfigT], path: Path) -> ConfigT:
-    """Read a YAML file and validate it; raise ConfigError that lists every fault at once."""
-    return parse_config(model, read_yaml(path), str(path))
+def load_config(model: type[ConfigT], path: Path, *over: Path) -> ConfigT:
+    """Read a YAML file, lay others over it, and validate the whole; raise ConfigError that lists every fault at once.
+
+    Args:
+        path: the file.
+        over: files whose values replace those before them; sections are merged key by key, lists are replaced.
+    """
+    values = read_yaml(path)
+    for one in over:
+        above = read_yaml(one)
+        values = values if above is None else _laid_over(values, above)
+    return parse_config(model, values, ", ".join(str(one) for one in (path, *over)))
 
 
 def dump_config(config: ConfigModel) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal model."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _laid_over(below: object, above: object) -> object:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        # That a section became something else is for the validation to say.
+        return above
+    lower, upper = cast("dict[object, object]", below), cast("dict[object, object]", above)
+    return lower | {key: _laid_over(lower.get(key), value) for key, value in upper.items()}
 
 
 def describe_faults(error: ValidationError) -> list[str]:

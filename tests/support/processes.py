@@ -52,6 +52,7 @@ class ServiceProcess:
     metrics_port: int
     process: ForkedProcess | subprocess.Popen[bytes]
     stderr_file: Path
+    health_port: int = 0
 
     @property
     def target(self) -> str:
@@ -133,8 +134,10 @@ def running_service(
 
     With `fresh` it has an interpreter of its own, as users start it; else it is forked from one, which is faster.
     """
-    port, admin_port, metrics_port = free_ports(3)
-    listen = {"port": port, "metrics_port": metrics_port, **({"admin_port": admin_port} if admin else {})}
+    port, admin_port, metrics_port, health_port = free_ports(4)
+    listen = {"port": port, "metrics_port": metrics_port, "health_port": health_port}
+    if admin:
+        listen["admin_port"] = admin_port
     name = f"{module}-{port}"
     config = write_config(directory / f"{name}.yaml", {"listen": listen, **values})
     if fresh:
@@ -143,7 +146,7 @@ def running_service(
             process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=stderr, stdout=subprocess.DEVNULL)
     else:
         process = start_module(module, "--config", str(config), directory=directory, name=name)
-    service = ServiceProcess(port, admin_port, metrics_port, process, directory / f"{name}.stderr")
+    service = ServiceProcess(port, admin_port, metrics_port, process, directory / f"{name}.stderr", health_port)
     try:
         service.wait_for_event(until, start_timeout_s)
         yield service

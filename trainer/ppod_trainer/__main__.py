@@ -33,12 +33,19 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m ppod_trainer", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file with the trainer's configuration")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="YAML file with the trainer's configuration; given again: values that are laid over those before it",
+    )
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        config = load_config(TrainerConfig, options.config)
+        config = load_config(TrainerConfig, *options.config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -44,6 +44,10 @@ GAUGES = {
     "judge/mean": ("ppod_judge_score_mean", "Mean held-out judge score of the step's samples, when last judged"),
     "judge/std": ("ppod_judge_score_std", "Standard deviation of the judge's scores, when last judged"),
     "kl/reference": ("ppod_kl_reference_nats", "Mean KL to the reference, nats a response (k1)"),
+    "kl/bound_per_token": (
+        "ppod_kl_bound_per_token_nats",
+        "watch.kl_per_token: KL to the reference past which a run is in trouble, nats a token",
+    ),
     "kl/coefficient": ("ppod_kl_coefficient", "Coefficient of the KL penalty"),
     "entropy/coefficient": ("ppod_entropy_coefficient", "Coefficient of the entropy bonus"),
     "policy/entropy": ("ppod_policy_entropy_nats", "Mean entropy of the policy, nats a token"),
@@ -122,6 +126,12 @@ class MetricsLog:
         self._phase_seconds = Gauge(
             "ppod_step_phase_seconds", "Seconds of the last step, by phase", ["phase"], registry=self.registry
         )
+        self._last_step = Gauge(
+            "ppod_last_step_timestamp_seconds",
+            "When the last step was done, or the process began, in Unix time",
+            registry=self.registry,
+        )
+        self._last_step.set_to_current_time()
         self._trouble = Gauge("ppod_trouble", "1 where the last step shows trouble", ["kind"], registry=self.registry)
         self._samples = Counter("ppod_samples", "Samples trained on", registry=self.registry)
         self._tokens = Counter("ppod_response_tokens", "Response tokens trained on", registry=self.registry)
@@ -155,6 +165,7 @@ class MetricsLog:
         self._samples.inc(samples)
         self._tokens.inc(tokens)
         self._gauges["step"].set(step)
+        self._last_step.set_to_current_time()
         for key, value in record.items():
             if key in self._gauges:
                 self._gauges[key].set(value)

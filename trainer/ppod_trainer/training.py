@@ -262,6 +262,7 @@ class TrainingRun:
         """What the run itself did."""
         figures = {
             "kl/coefficient": controls.kl_coefficient,
+            "kl/bound_per_token": self.config.watch.kl_per_token,
             "entropy/coefficient": controls.entropy_coefficient,
             "score/running_mean": self.parts.scores.mean,
             "score/running_std": self.parts.scores.std,

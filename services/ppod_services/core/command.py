@@ -1,4 +1,4 @@
-"""The command line that every service shares: `python -m ppod_services.NAME --config FILE`."""
+"""The command line that every service shares: `python -m ppod_services.NAME --config FILE [--config FILE]`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ServiceCommand(Generic[ConfigT]):
         """Run the command and exit."""
         options = self._parser().parse_args(arguments)
         try:
-            config = load_config(self._config_type, options.config)
+            config = load_config(self._config_type, *options.config)
         except ConfigError as error:
             self._fail(EXIT_CONFIG, str(error))
             return
@@ -70,7 +70,14 @@ class ServiceCommand(Generic[ConfigT]):
         parser = argparse.ArgumentParser(
             prog=f"python -m ppod_services.{self._name}", description=self._description, epilog=_EPILOG
         )
-        parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
+        parser.add_argument(
+            "--config",
+            type=Path,
+            required=True,
+            action="append",
+            metavar="FILE",
+            help="YAML configuration; given again: a file whose values are laid over those before it",
+        )
         parser.add_argument(
             "--check", action="store_true", help="validate the configuration, print it with all defaults, and exit"
         )

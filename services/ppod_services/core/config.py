@@ -19,12 +19,19 @@ class ListenConfig(ConfigModel):
     port: int = Field(ge=1, le=65535, description="gRPC port of the service")
     admin_port: int | None = Field(default=None, ge=1, le=65535, description="port of WeightService; none: not served")
     metrics_port: int | None = Field(default=None, ge=1, le=65535, description="port of /metrics; none: not served")
+    health_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="port of health alone, always in plain text: for probes that speak no TLS, as a kubelet's; none: "
+        "health is on the other gRPC ports only",
+    )
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
-        ports = [port for port in (self.port, self.admin_port, self.metrics_port) if port is not None]
+        ports = [one for one in (self.port, self.admin_port, self.metrics_port, self.health_port) if one is not None]
         if len(set(ports)) != len(ports):
-            raise ValueError("port, admin_port and metrics_port must differ from each other")
+            raise ValueError("port, admin_port, metrics_port and health_port must differ from each other")
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -39,6 +40,9 @@ class ServiceMetrics:
         self._rpcs = Counter("ppod_rpc", "Calls by status code", ["method", "code"], registry=self.registry)
         self._queue_sequences = Gauge("ppod_queue_sequences", "Sequences that wait", registry=self.registry)
         self._queue_tokens = Gauge("ppod_queue_tokens", "Tokens that wait", registry=self.registry)
+        self._queue_capacity = Gauge(
+            "ppod_queue_capacity_tokens", "Most tokens that may wait, max_queue_tokens", registry=self.registry
+        )
         self._batch_sequences = Histogram(
             "ppod_batch_sequences", "Sequences of each batch", buckets=_SIZES, registry=self.registry
         )
@@ -71,6 +75,12 @@ class ServiceMetrics:
         self._served = counter("ppod_team_served_tokens", "Tokens that the model processed", ["team"])
         self._refused = counter("ppod_team_refused", "Requests refused by quota or overload", ["team", "reason"])
         self._team_queue = Gauge("ppod_team_queue_tokens", "Tokens that wait", ["team"], registry=self.registry)
+        self._team_quota = Gauge(
+            "ppod_team_quota_tokens_per_second",
+            "Tokens a second that a team may send to this replica; absent where it has no quota",
+            ["team"],
+            registry=self.registry,
+        )
         self._queue_seconds = Histogram(
             "ppod_team_queue_seconds",
             "Seconds from the arrival of each request to the start of its first batch",
@@ -109,6 +119,16 @@ class ServiceMetrics:
         """Record what waits now."""
         self._queue_sequences.set(sequences)
         self._queue_tokens.set(tokens)
+
+    def queue_capacity(self, tokens: int) -> None:
+        """Record how much may wait."""
+        self._queue_capacity.set(tokens)
+
+    def team_quotas(self, quotas: Mapping[str, float]) -> None:
+        """Record the quotas of a teams file, tokens a second, in place of those of the file before it."""
+        self._team_quota.clear()
+        for team, tokens_per_s in quotas.items():
+            self._team_quota.labels(team).set(tokens_per_s)
 
     def batch(self, batch: BatchFigures) -> None:
         """Record a finished batch."""

@@ -74,6 +74,7 @@ class Scheduler(Generic[ItemT, ResultT]):
         self._queue: FairQueue[Entry[ItemT, ResultT]] = FairQueue(config.catch_up_tokens)
         self._rate = ComputeRate()
         self._admission = Admission(config, self._queue, self._rate, quotas or Quotas(), metrics.refused)
+        metrics.queue_capacity(config.max_queue_tokens)
         self._company = Company()
         self._open: set[Ticket[ResultT]] = set()
         self._claims = Claims()

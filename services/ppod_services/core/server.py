@@ -115,7 +115,7 @@ class _Server:
         self._health = health.aio.HealthServicer()
         self._stopping = asyncio.Event()
         self._gate = CallGate(config.limits.max_concurrent_calls)
-        self._tenancy = Tenancy(config.tenancy)
+        self._tenancy = Tenancy(config.tenancy, self._metrics.team_quotas)
         # Held for as long as the ports are: gRPC calls them before each handshake.
         self._certificates: list[RotatingCertificates] = []
         self._tracing = tracing_interceptors(config.tracing, self._hosted.service_name)
@@ -169,14 +169,20 @@ class _Server:
         main = self._new_server([self._hosted.service_name], self._tenancy.team)
         self._hosted.register(main)
         self._bind_port(main, "listen.port", listen.port, self._config.tls)
+        servers = [main]
+        if listen.health_port is not None:
+            probed = grpc.aio.server(options=server_options())
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, probed)
+            self._bind_port(probed, "listen.health_port", listen.health_port, None)
+            servers.append(probed)
         if listen.admin_port is None or self._hosted.admin_service_name is None:
-            return [main]
+            return servers
         # What channelz tells of connections is for administrators only.
         admin = self._new_server([self._hosted.admin_service_name, _CHANNELZ], self._tenancy.administrator)
         channelz.add_channelz_servicer(admin)
         self._hosted.register_admin(admin)
         self._bind_port(admin, "listen.admin_port", listen.admin_port, self._config.admin_tls or self._config.tls)
-        return [main, admin]
+        return [*servers, admin]
 
     def _bind_port(self, server: grpc.aio.Server, key: str, port: int, tls: TlsConfig | None) -> None:
         host = self._config.listen.host

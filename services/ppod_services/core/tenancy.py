@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ppod.errors import PermissionDenied, Unauthenticated
@@ -29,6 +29,7 @@ _TOKEN_BYTES = 32
 
 Metadata = Iterable[tuple[str, str | bytes]]
 Stamp = tuple[int, int, int]
+OnQuotas = Callable[[Mapping[str, float]], None]
 
 
 class Tenancy:
@@ -36,12 +37,13 @@ class Tenancy:
 
     Args:
         config: which file, and how often to look at it.
+        on_quotas: told the quotas by team, tokens a second, of each file that is taken over.
 
     Raises:
         ConfigError: the file cannot be read or has faults.
     """
 
-    def __init__(self, config: TenancyConfig) -> None:
+    def __init__(self, config: TenancyConfig, on_quotas: OnQuotas | None = None) -> None:
         self._path = config.teams_file
         self._reload_s = config.reload_s
         self._stamp: Stamp | None = None
@@ -49,6 +51,8 @@ class Tenancy:
         if self._path is not None:
             self._stamp = _stamp(self._path)
             self._roster = load_roster(self._path)
+        self._on_quotas = on_quotas
+        self._tell_quotas()
 
     def team(self, metadata: Metadata) -> Team:
         """The team that calls a data service.
@@ -96,7 +100,13 @@ class Tenancy:
         except ConfigError as error:
             log_event(_LOGGER, "teams_file_refused", {"problems": str(error)}, level=logging.ERROR)
         else:
+            self._tell_quotas()
             log_event(_LOGGER, "teams_file_loaded", {"file": str(path), "tokens": len(self._roster.holders)})
+
+    def _tell_quotas(self) -> None:
+        if self._roster is not None and self._on_quotas is not None:
+            teams = [team for _, team in self._roster.holders]
+            self._on_quotas({team.name: team.tokens_per_s for team in teams if team.tokens_per_s is not None})
 
 
 def _holder(roster: Roster, metadata: Metadata) -> Team:

@@ -14,6 +14,7 @@ import trustme
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ppod.v1 import reference_pb2, reference_pb2_grpc
 from support.processes import ServiceProcess, running_service
 from support.services import tiny_model_config
 
@@ -58,7 +59,7 @@ def authority(tmp_path: Path) -> Authority:
 
 @pytest.fixture
 def service(authority: Authority, tiny_model_dir: Path, tmp_path: Path) -> Iterator[ServiceProcess]:
-    """TLS on the data port, mutual TLS on the administration port."""
+    """TLS on the data port, mutual TLS on the administration port, health for a kubelet in plain text."""
     values = {
         "model": tiny_model_config(tiny_model_dir),
         "tls": authority.issue("server"),
@@ -106,6 +107,20 @@ def test_administration_needs_a_certificate_of_the_caller_s(service: ServiceProc
         with pytest.raises(grpc.RpcError) as caught:
             status(service.admin_target, nobody)
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_kubelet_which_speaks_no_tls_asks_for_health_alone(service: ServiceProcess) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{service.health_port}") as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        for name in ("", "ppod.v1.ReferenceService"):
+            assert check(health_pb2.HealthCheckRequest(service=name), timeout=5).status == SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            reference_pb2_grpc.ReferenceServiceStub(channel).GetReferenceModel(
+                reference_pb2.GetReferenceModelRequest(), timeout=5
+            )
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    with pytest.raises(grpc.RpcError):
+        status(service.target, None)
 
 
 def test_rotated_certificates_serve_new_connections_without_a_restart(

@@ -114,6 +114,19 @@ def test_yaml_round_trip_and_unreadable_files(tmp_path) -> None:
         load_config(Outer, tmp_path / "absent.yaml")
 
 
+def test_files_are_laid_over_each_other_key_by_key(tmp_path) -> None:
+    first, second, third = (tmp_path / f"{number}.yaml" for number in (1, 2, 3))
+    first.write_text("steps: 1\nmodel: {source: a, threads: 4, dtype: float32}")
+    second.write_text("model: {threads: null, attention: eager}")
+    third.write_text("# nothing\n")
+    expected = Outer(model=ModelConfig(source="a", threads=None, dtype="float32", attention="eager"), steps=1)
+    assert load_config(Outer, first, second, third) == expected
+    third.write_text("model: {colour: 1}\nsteps: x")
+    with pytest.raises(ConfigError, match=r"1\.yaml, .*2\.yaml, .*3\.yaml: 2 problems") as caught:
+        load_config(Outer, first, second, third)
+    assert "model.colour: unknown key" in caught.value.problems
+
+
 def test_auto_is_bfloat16_only_where_the_device_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Emulated bfloat16 is tens of times slower than float32: an older CPU would take an hour for minutes of work."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda:0")

@@ -15,6 +15,7 @@ from ppod.errors import PermissionDenied, Unauthenticated
 from ppod_models.configuration import ConfigError, parse_config
 from ppod_services.core.callers import ANONYMOUS, Team
 from ppod_services.core.config import ServiceConfig, TenancyConfig
+from ppod_services.core.metrics import ServiceMetrics
 from ppod_services.core.teams_file import ADMINISTRATOR, load_roster
 from ppod_services.core.tenancy import Tenancy, main
 
@@ -127,6 +128,20 @@ async def changed(tenancy: Tenancy, path: Path) -> None:
     with suppress(asyncio.CancelledError):
         await watch
     assert path.name
+
+
+async def test_the_quotas_of_each_file_are_told(tmp_path: Path) -> None:
+    path, metrics = teams_file(tmp_path / "teams.yaml"), ServiceMetrics()
+
+    def quotas() -> dict[str, float]:
+        [family] = [one for one in metrics.registry.collect() if one.name == "ppod_team_quota_tokens_per_second"]
+        return {sample.labels["team"]: sample.value for sample in family.samples}
+
+    tenancy = Tenancy(TenancyConfig(teams_file=path, reload_s=0.01), metrics.team_quotas)
+    assert quotas() == {"red": 100.0}
+    teams_file(path, teams=[{"name": "blue", "token_sha256": [digest(BLUE)], "tokens_per_s": 7.5}])
+    await changed(tenancy, path)
+    assert quotas() == {"blue": 7.5}
 
 
 async def test_a_changed_file_is_taken_over_and_a_broken_one_is_not(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,21 @@ def test_a_new_run_begins_anew(run_dir: Path) -> None:
     log.close()
     assert log.evaluated == set()
     assert (run_dir / "metrics.jsonl").read_text() == ""
+
+
+def test_the_end_of_each_step_is_told(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, CONFIG)
+
+    def told() -> float:
+        return log.registry.get_sample_value("ppod_last_step_timestamp_seconds") or 0.0
+
+    begun = told()
+    assert time.time() - begun < 5
+    time.sleep(0.01)
+    log.write(1, {"kl/bound_per_token": 2.0})
+    assert begun < told() <= time.time()
+    assert log.registry.get_sample_value("ppod_kl_bound_per_token_nats") == 2.0
+    log.close()
 
 
 def test_a_damaged_record_is_named(run_dir: Path) -> None:

@@ -1,0 +1,73 @@
+"""Every overlay, and every set of components on the base, renders and keeps to every policy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from support.manifests import (
+    KUSTOMIZE,
+    OVERLAYS,
+    SCALERS,
+    combinations,
+    combined,
+    kustomize,
+    overlay,
+    pairs,
+    parse,
+    workload,
+)
+
+from .policies import POLICIES, Policy
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.__name__)
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_keeps_to_the_policy(name: str, policy: Policy) -> None:
+    assert list(policy(overlay(name))) == []
+
+
+def test_what_the_comments_of_the_gpu_overlay_offer_works(tmp_path: Path) -> None:
+    """TLS, teams and an autoscaler, by taking the comment signs away."""
+    shutil.copytree(KUSTOMIZE.parent / "monitoring", tmp_path / "monitoring")
+    shutil.copytree(KUSTOMIZE, tmp_path / "kustomize")
+    file = tmp_path / "kustomize" / "overlays" / "gpu" / "kustomization.yaml"
+    text = file.read_text()
+    for line in ("  # - ../../components/tls", "  # - ../../components/teams", "  # - ../../components/keda"):
+        assert text.count(f"{line}\n") == 1
+        text = text.replace(line, line.replace("# ", ""))
+    file.write_text(text.replace("  - {name: ppod-reward, count: 8}\n", ""))
+    objects = parse(kustomize(file.parent))
+    assert [fault for policy in POLICIES for fault in policy(objects)] == []
+    assert workload(objects, "trainer").arguments("--config") == [
+        "/etc/ppod/trainer.yaml",
+        "/etc/ppod/tls-trainer.yaml",
+        "/etc/ppod/teams-trainer.yaml",
+    ]
+
+
+def _faults(job: tuple[Path, str, tuple[str, ...]]) -> list[str]:
+    directory, root, components = job
+    objects = combined(directory, root, components)
+    return [f"{root} + {components}: {fault}" for policy in POLICIES for fault in policy(objects)]
+
+
+def test_components_go_together(tmp_path: Path) -> None:
+    """Each alone and each two on the base, and what the ranks of the gpu overlay may be combined with.
+
+    With PPOD_ALL_COMBINATIONS, as `make lint-manifests` sets it, all 192 on the base: a minute instead of ten seconds.
+    """
+    chosen_ones = list(combinations()) if "PPOD_ALL_COMBINATIONS" in os.environ else pairs()
+    jobs = [("base", chosen) for chosen in chosen_ones]
+    for secured, scaler in product(((), ("tls",), ("teams",), ("tls", "teams")), SCALERS):
+        jobs.append(("overlays/gpu", (*secured, scaler) if scaler else secured))
+    numbered = [(tmp_path / str(number), root, chosen) for number, (root, chosen) in enumerate(jobs)]
+    assert len(numbered) in (12 + 1 + 8 + 27 + 2, 12 + 192)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = [fault for some in pool.map(_faults, numbered) for fault in some]
+    assert faults == []

@@ -1,0 +1,79 @@
+"""Documentation of the deployment: links lead somewhere, and what it names is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import BaseModel
+
+from ppod_services.core.config import CausalServiceConfig
+from ppod_services.generation.config import GenerationServiceConfig
+from ppod_services.reward.config import RewardServiceConfig
+from ppod_trainer.config import TrainerConfig
+from support.manifests import COMPONENTS, KUSTOMIZE, OVERLAYS, SCALERS
+from support.processes import ROOT
+
+PAGES = [ROOT / "deploy" / "README.md", *sorted((ROOT / "deploy" / "docs").glob("*.md"))]
+CONFIGURATIONS = (TrainerConfig, CausalServiceConfig, GenerationServiceConfig, RewardServiceConfig)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def _sections(annotation: object) -> Iterator[type[BaseModel]]:
+    for one in (annotation, *get_args(annotation)):
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            yield one
+
+
+def _has(model: type[BaseModel], path: list[str]) -> bool:
+    if path[0] not in model.model_fields:
+        return False
+    inner = list(_sections(model.model_fields[path[0]].annotation))
+    return len(path) == 1 or any(_has(one, path[1:]) for one in inner)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_keys_of_configurations_are_there(page: Path) -> None:
+    """A dotted name in code whose first part is a section of a configuration is a key of it."""
+    for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:: [^`]*)?`", page.read_text()):
+        path = name.split(".")
+        is_file = path[-1] in ("crt", "key", "yaml", "md")
+        if not is_file and any(path[0] in model.model_fields for model in CONFIGURATIONS):
+            assert any(_has(model, path) for model in CONFIGURATIONS), name
+
+
+def test_the_readme_names_every_overlay_and_component() -> None:
+    readme = PAGES[0].read_text()
+    scalers = tuple(scaler for scaler in SCALERS if scaler)
+    assert {path.name for path in (KUSTOMIZE / "overlays").iterdir()} == set(OVERLAYS)
+    assert {path.name for path in (KUSTOMIZE / "components").iterdir()} == {*COMPONENTS, *scalers}
+    for name in (*OVERLAYS, *COMPONENTS, *scalers):
+        assert re.search(rf"^\|[^|]*`{name}`", readme, re.MULTILINE), name
+
+
+def test_commands_name_objects_that_are_there() -> None:
+    names = {"ppod-reward", "ppod-reference", "ppod-generation", "ppod-trainer", "ppod-NAME"}
+    for page in PAGES:
+        for kind, name in re.findall(r"\b(deploy|job)[/ ](ppod-\w+)", page.read_text()):
+            assert name in names, f"{page.name}: {kind}/{name}"
+
+
+def test_every_make_target_that_is_named_is_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"`make ([a-z-]+)", page.read_text())) <= targets, page.name
+
+
+def test_the_example_of_a_teams_file_is_one_that_the_service_takes() -> None:
+    from ppod_services.core.teams_file import load_roster  # noqa: PLC0415
+
+    roster = load_roster(KUSTOMIZE / "components" / "teams" / "teams.example.yaml")
+    assert {team.name for _, team in roster.holders} == {"search", "trainer", "administrator"}
