@@ -12,6 +12,7 @@ SHELL := bash
 #   TESTS  what `make test` runs, such as TESTS=tests/unit
 #   VLLM_VENV  where the environment with vLLM lives, which several checkouts may share
 #   VLLM_TESTS what `make test-vllm` runs
+#   IMAGES what `make images` builds; docker/build.sh lists what else it takes, such as TAG and BASE_IMAGE
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
@@ -19,6 +20,8 @@ TESTS ?= tests
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ppod
 VLLM_VENV ?= $(CACHE)/venv-vllm
 VLLM_TESTS ?= tests/contract/generation tests/integration/vllm -k vllm
+IMAGES ?= services trainer client generation
+IMAGE_TOOLS := $(CACHE)/venv-image-tools-$(shell cksum < docker/tools.txt | tr ' ' -)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
@@ -29,7 +32,7 @@ RUN_STAMP := $(VENV)/.installed-run-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraints.txt services/install-vllm.sh | cksum | tr ' ' -)
 
-.PHONY: help setup setup-run setup-vllm run test test-vllm lint lint-ruff lint-format lint-types lint-imports lint-buf \
+.PHONY: help setup setup-run setup-vllm run test test-vllm images test-images test-image-generation lint lint-images lint-ruff lint-format lint-types lint-imports lint-buf \
 	lint-protos format protos bench-trl bench-update bench-serving bench-generation bench-overlap bench-weights bench-fairness \
 	bench-overload bench-learning bench-fuzz clean
 
@@ -58,7 +61,19 @@ test-vllm: export OMP_WAIT_POLICY ?= PASSIVE
 test-vllm: setup-vllm ## run the tests of the vLLM backend with the real engine on the CPU
 	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 
-lint: lint-ruff lint-format lint-types lint-imports lint-buf lint-protos ## run every static check
+images: $(IMAGE_TOOLS)/.installed ## build the images and what each holds, into build/sbom/ (docker/README.md)
+	docker/build.sh $(IMAGES)
+	@for image in $(IMAGES); do \
+		docker/sbom.sh "localhost/ppod-$$image:$${TAG:-$$(docker/build.sh --tag)}" $(IMAGE_TOOLS)/bin/syft build/sbom/$$image.json; \
+	done
+
+test-images: setup $(IMAGE_TOOLS)/.installed ## build the images without any registry of images, and run them (root)
+	tests/images/run.sh $(BIN)/python $(IMAGE_TOOLS) $(CACHE)
+
+test-image-generation: setup setup-vllm $(IMAGE_TOOLS)/.installed ## the same for generation on vLLM's CPU build (3 GB)
+	tests/images/run.sh $(BIN)/python $(IMAGE_TOOLS) $(CACHE) --generation $(VLLM_VENV)
+
+lint: lint-ruff lint-format lint-types lint-imports lint-buf lint-protos lint-images ## run every static check
 
 lint-ruff: setup
 	$(BIN)/ruff check
@@ -76,6 +91,9 @@ lint-protos: setup
 	for file in "$$fresh"/ppod/v1/*; do \
 		cmp "$$file" "protos/ppod/v1/$${file##*/}" || { echo "generated code is out of date: run make protos"; exit 1; }; \
 	done && echo "generated code: up to date"
+lint-images: $(IMAGE_TOOLS)/.installed
+	$(IMAGE_TOOLS)/bin/hadolint docker/*.Dockerfile
+	$(IMAGE_TOOLS)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker/compose*.yaml
 
 format: setup ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix
@@ -148,6 +166,13 @@ $(VLLM_STAMP):
 	@$(VLLM_PIP) -c $(VLLM_VENV)/ppod-constraints.txt -e '.[services,deploy]' pytest pytest-asyncio pytest-timeout
 	@echo $(CURDIR) > $(VLLM_VENV)/.checkout
 	@rm -f $(VLLM_VENV)/.installed-ppod-*
+	@touch $@
+
+$(IMAGE_TOOLS)/.installed:
+	@test -n "$(PYTHON)" || { echo "ppod needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	@echo "installing the tools for images into $(IMAGE_TOOLS)"
+	@$(PYTHON) -m venv --clear $(IMAGE_TOOLS)
+	@$(IMAGE_TOOLS)/bin/python -m pip --disable-pip-version-check install -qq -r docker/tools.txt
 	@touch $@
 
 # An environment may be shared by several checkouts, one after the other: ppod in it is this one.

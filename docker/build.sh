@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds images with buildah: build.sh NAME...   (services, trainer, client, generation)
-# From the environment:
+# With --tag it tells the default tag and builds nothing. From the environment:
 #   TAG            of the images, localhost/ppod-NAME:TAG; default: the version in pyproject.toml
 #   BASE_IMAGE     default: that of the Dockerfiles
 #   WHEELS         a directory that wheels.sh made: all comes from there, and nothing from the network
@@ -11,6 +11,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
+if [ "${1:-}" = --tag ]; then
+    echo "$version"
+    exit
+fi
 revision=$(git rev-parse HEAD 2> /dev/null || echo unknown)
 options=(
     # Not OCI's format, which has no HEALTHCHECK.
