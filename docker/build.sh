@@ -5,6 +5,7 @@
 #   BASE_IMAGE     default: that of the Dockerfiles
 #   WHEELS         a directory that wheels.sh made: all comes from there, and nothing from the network
 #   PIP_CONF       a pip configuration for the build, which leaves no trace in the image
+#   APT_CONF       the same for apt
 #   SOURCE         address of the repository, for the label
 #   BUILD_ARGS     further arguments of the Dockerfiles: BUILD_ARGS="EXAMPLE_MODEL=1 VLLM=cpu"
 set -euo pipefail
@@ -35,6 +36,7 @@ if [ -n "${WHEELS:-}" ]; then
     options+=(--build-context "wheels=$WHEELS")
 fi
 [ -z "$configuration" ] || options+=(--secret "id=pip.conf,src=$configuration")
+[ -z "${APT_CONF:-}" ] || options+=(--secret "id=apt.conf,src=$APT_CONF")
 
 for name in "$@"; do
     tag=localhost/ppod-$name:${TAG:-$version}

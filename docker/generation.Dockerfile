@@ -66,17 +66,25 @@ FROM dependencies AS stripped
 RUN /opt/ppod/bin/pip uninstall --yes pip \
     && find /opt/ppod/lib -type d \( -name test -o -name tests \) -prune -exec rm -rf {} +
 
-FROM ${BASE_IMAGE}
-# Triton, which vLLM uses on CUDA devices, compiles its launchers while it runs: RUNTIME_PACKAGES="gcc libc6-dev" there.
-ARG RUNTIME_PACKAGES=""
-# The base's distribution decides their versions; the argument is a list of words.
-# hadolint ignore=DL3008,SC2086
+# What vLLM finds on the system while it runs. The base's distribution decides the versions.
+FROM ${BASE_IMAGE} AS runtime-cpu
+# hadolint ignore=DL3008
 RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99-build \
-    if [ -n "$RUNTIME_PACKAGES" ]; then \
-        apt-get update \
-        && apt-get install --yes --no-install-recommends $RUNTIME_PACKAGES \
-        && rm -rf /var/lib/apt/lists/*; \
-    fi
+    apt-get update \
+    && apt-get install --yes --no-install-recommends libnuma1 \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
+
+FROM ${BASE_IMAGE} AS runtime-cuda
+# Triton compiles what launches its kernels.
+# hadolint ignore=DL3008
+RUN --mount=type=secret,id=apt.conf,target=/etc/apt/apt.conf.d/99-build \
+    apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev libnuma1 \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
+
+# A stage of this file needs no tag.
+# hadolint ignore=DL3006
+FROM runtime-${VLLM}
 RUN groupadd --gid 10001 ppod \
     && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin ppod \
     && install --directory --owner 10001 --group 10001 /models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,14 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import yaml
-from tokenizers import Tokenizer
 
 from ppod import ReferenceClient, RewardClient
-from ppod_models.loading import load_causal_lm, pick_dtype
-from ppod_models.sources import resolve, resolve_tokenizer
 from support.containers import Container, must, running
+from support.models_here import logprobs_here, token_ids
 from support.processes import ROOT
 
 CONFIGS = ROOT / "docker" / "configs"
@@ -62,7 +59,7 @@ def test_the_process_runs_with_nothing_to_escalate(reward: Container) -> None:
 def test_its_log_is_json_alone(reward: Container) -> None:
     lines = reward.log().splitlines()
     assert lines
-    assert all(yaml.safe_load(line)["service"] == "reward" for line in lines)
+    assert all(json.loads(line)["service"] == "reward" for line in lines)
 
 
 def test_sigterm_ends_what_was_asked_before_and_then_the_container(reward: Container) -> None:
@@ -80,7 +77,9 @@ def test_sigterm_ends_what_was_asked_before_and_then_the_container(reward: Conta
     assert reward.stop() == 0
     calling.join(60)
     assert [len(values) for values in answers] == [len(texts)]
-    assert '"drained": true' in reward.log()
+    events = {line["event"]: line for line in map(json.loads, reward.log().splitlines())}
+    assert events["draining"]["calls"] >= 1
+    assert events["stopped"]["drained"] is True
 
 
 def until_taken(container: Container) -> None:
@@ -95,7 +94,7 @@ def until_taken(container: Container) -> None:
 
 
 def test_the_reference_by_another_command(image: Callable[[str], str], network: str, models_volume: str) -> None:
-    ids = tokenizer_ids("The capital of France is Paris.")
+    ids = token_ids("The capital of France is Paris.")
     probe = "--health-cmd=python -m ppod.health 127.0.0.1:50052 ppod.v1.ReferenceService"
     with running(
         image("services"),
@@ -109,21 +108,7 @@ def test_the_reference_by_another_command(image: Callable[[str], str], network: 
         with ReferenceClient(f"{container.address}:50052", timeout_s=60) as client:
             told = client.logprobs([ids], [1])
         assert container.stop() == 0
-    np.testing.assert_allclose(told.values[0], expected_logprobs(ids), atol=0.1)
-
-
-def tokenizer_ids(text: str) -> list[int]:
-    path = resolve_tokenizer("packaged:smollm2-135m-instruct")
-    return Tokenizer.from_file(str(path / "tokenizer.json")).encode(text).ids
-
-
-def expected_logprobs(ids: list[int]) -> np.ndarray:
-    """What transformers says here, in the dtype that the container picks on the same processor."""
-    path, cpu = resolve("packaged:smollm2-135m-instruct").path, torch.device("cpu")
-    model = load_causal_lm(path, device=cpu, dtype=pick_dtype("auto", cpu), attention="eager")
-    with torch.inference_mode():
-        logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
-    return logprobs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].numpy()
+    np.testing.assert_allclose(told.values[0], logprobs_here(ids), atol=0.1)
 
 
 def test_a_wrong_configuration_is_told(image: Callable[[str], str], network: str, tmp_path: Path) -> None:
