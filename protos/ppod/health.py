@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -15,6 +16,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ppod.channel import ChannelSpec, open_channel
 from ppod.client.security import ClientSecurity
 from ppod.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    # Generic in its type stubs only.
+    HealthCheck = grpc.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
 
 EXIT_UNHEALTHY = 1
 EXIT_ARGUMENTS = 2
@@ -33,17 +38,14 @@ def check(target: str, service: str, security: ClientSecurity, timeout_s: float)
     """
     credentials = security.credentials()
     with open_channel(ChannelSpec(target, security.server_name), credentials) as channel:
-        try:
-            reply = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(service=service), timeout=timeout_s
-            )
-        except grpc.RpcError as error:
-            # What gRPC raises from a call is a Call too; its types do not say so.
-            assert isinstance(error, grpc.Call)
-            return f"{error.code().name}: {error.details()}"
-    if reply.status == health_pb2.HealthCheckResponse.SERVING:
+        check_health = cast("HealthCheck", health_pb2_grpc.HealthStub(channel).Check)  # pyright: ignore
+        call = check_health.future(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
+        if call.code() != grpc.StatusCode.OK:
+            return f"{call.code().name}: {call.details()}"
+        status = call.result().status
+    if status == health_pb2.HealthCheckResponse.SERVING:
         return None
-    return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
