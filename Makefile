@@ -13,6 +13,7 @@ SHELL := bash
 #   VLLM_VENV  where the environment with vLLM lives, which several checkouts may share
 #   VLLM_TESTS what `make test-vllm` runs
 #   CHECKOV_VENV where checkov lives, whose requirements are not ppod's
+#   IMAGES what `make images` builds; docker/build.sh lists what else it takes, such as TAG and BASE_IMAGE
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
@@ -22,6 +23,8 @@ VLLM_VENV ?= $(CACHE)/venv-vllm
 VLLM_TESTS ?= tests/contract/generation tests/integration/vllm -k vllm
 CHECKOV_VENV ?= $(CACHE)/venv-checkov
 CHECKOV_VERSION := 3.3.30
+IMAGES ?= services trainer client generation
+IMAGE_TOOLS := $(CACHE)/venv-image-tools-$(shell cksum < docker/tools.txt | tr ' ' -)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
@@ -32,8 +35,9 @@ RUN_STAMP := $(VENV)/.installed-run-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraints.txt services/install-vllm.sh | cksum | tr ' ' -)
 
-.PHONY: help setup setup-run setup-vllm run test test-vllm format protos monitoring clean \
-	lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos lint-manifests \
+.PHONY: help setup setup-run setup-vllm run test test-vllm test-images test-image-generation test-replicas images \
+	format protos monitoring clean \
+	lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos lint-manifests lint-images \
 	bench-trl bench-update bench-curves bench-serving bench-generation bench-overlap bench-weights bench-fairness \
 	bench-overload bench-learning bench-fuzz
 
@@ -62,7 +66,19 @@ test-vllm: export OMP_WAIT_POLICY ?= PASSIVE
 test-vllm: setup-vllm ## run the tests of the vLLM backend with the real engine on the CPU
 	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 
-lint: lint-ruff lint-format lint-types lint-imports lint-buf lint-protos lint-manifests ## run every static check
+images: $(IMAGE_TOOLS)/.installed ## build the images and what each holds, into build/sbom/ (docker/README.md)
+	docker/build.sh $(IMAGES)
+	@for image in $(IMAGES); do \
+		docker/sbom.sh "localhost/ppod-$$image:$${TAG:-$$(docker/build.sh --tag)}" $(IMAGE_TOOLS)/bin/syft build/sbom/$$image.json; \
+	done
+
+test-images: setup $(IMAGE_TOOLS)/.installed ## build the images without any registry of images, and run them (root)
+	tests/images/run.sh $(BIN)/python $(IMAGE_TOOLS) $(CACHE)
+
+test-image-generation: setup setup-vllm $(IMAGE_TOOLS)/.installed ## the same for generation on vLLM's CPU build (3 GB)
+	tests/images/run.sh $(BIN)/python $(IMAGE_TOOLS) $(CACHE) --generation $(VLLM_VENV)
+
+lint: lint-ruff lint-format lint-types lint-imports lint-buf lint-protos lint-manifests lint-images ## run every static check
 
 lint-ruff: setup
 	$(BIN)/ruff check
@@ -83,6 +99,9 @@ lint-protos: setup
 lint-manifests: setup $(CHECKOV_VENV)/.installed-$(CHECKOV_VERSION)
 	.ci/lint-manifests $(BIN)/kubectl $(CHECKOV_VENV)/bin/checkov
 	PPOD_ALL_COMBINATIONS=1 $(BIN)/python -m pytest -q tests/deploy/manifests/test_rendering.py
+lint-images: $(IMAGE_TOOLS)/.installed
+	$(IMAGE_TOOLS)/bin/hadolint docker/*.Dockerfile
+	$(IMAGE_TOOLS)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker/compose*.yaml
 
 format: setup ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix
@@ -171,6 +190,13 @@ $(CHECKOV_VENV)/.installed-$(CHECKOV_VERSION):
 	@echo "installing checkov into $(CHECKOV_VENV)"
 	@$(CHECKOV_VENV)/bin/python -m pip --disable-pip-version-check install -qq checkov==$(CHECKOV_VERSION)
 	@rm -f $(CHECKOV_VENV)/.installed-*
+	@touch $@
+
+$(IMAGE_TOOLS)/.installed:
+	@test -n "$(PYTHON)" || { echo "ppod needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	@echo "installing the tools for images into $(IMAGE_TOOLS)"
+	@$(PYTHON) -m venv --clear $(IMAGE_TOOLS)
+	@$(IMAGE_TOOLS)/bin/python -m pip --disable-pip-version-check install -qq -r docker/tools.txt
 	@touch $@
 
 # An environment may be shared by several checkouts, one after the other: ppod in it is this one.

@@ -19,6 +19,7 @@ _CHILD_SCRIPT = Path(__file__).with_name("child.py")
 CHILD_ENVIRONMENT = {
     # Bars redraw a line with control characters; in a log each redraw is another line.
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
     # The tokenizers library warns, and may deadlock, when a process with its threads forks.
     "TOKENIZERS_PARALLELISM": "false",
     # OpenMP's threads spin while they wait, which starves the other processes of the cores they wait for: with two
