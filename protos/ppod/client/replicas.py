@@ -6,6 +6,7 @@ import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from ppod.client.kubernetes_target import SCHEME, KubernetesTarget, parse_kubernetes_target
 from ppod.errors import InvalidArgument
 
 _FIRST_PROBE_S = 0.5
@@ -21,19 +22,23 @@ class Endpoints:
     Attributes:
         addresses: gRPC targets, one channel each; empty for a name that is still to be looked up.
         host, port: of `dns:///host:port`, whose every address is a replica; None for all other targets.
+        kubernetes: of `k8s:///SERVICE[.NAMESPACE]:PORT`, whose every ready pod is a replica; None for all other targets.
     """
 
     addresses: tuple[str, ...]
     host: str | None = None
     port: int | None = None
+    kubernetes: KubernetesTarget | None = None
 
 
 def parse_target(target: str) -> Endpoints:
-    """Read `host:port`, `a:1,b:2`, `dns:///host:port` or any other gRPC target.
+    """Read `host:port`, `a:1,b:2`, `dns:///host:port`, `k8s:///SERVICE[.NAMESPACE]:PORT` or any other gRPC target.
 
     Raises:
-        InvalidArgument: it is empty, names a replica twice, or is a dns target without a port.
+        InvalidArgument: it is empty, names a replica twice, or is a dns or k8s target without a port.
     """
+    if target.startswith(SCHEME):
+        return Endpoints((), kubernetes=parse_kubernetes_target(target))
     if target.startswith("dns:///"):
         host, colon, port = target.removeprefix("dns:///").rpartition(":")
         if not colon or not host or not port.isdigit():
@@ -67,6 +72,7 @@ class Replicas:
         self._leaving: dict[str, _Replica] = {}
         self._picks = 0
         self._resolve_at = 0.0
+        self._left = False
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -117,6 +123,7 @@ class Replicas:
         with self._lock:
             if (replica := self._by_address.get(address) or self._leaving.get(address)) is not None:
                 replica.outstanding_tokens -= tokens
+                self._left = self._left or (address in self._leaving and replica.outstanding_tokens <= 0)
 
     def mark_up(self, address: str) -> None:
         """A replica answered."""
@@ -159,6 +166,13 @@ class Replicas:
             self._by_address = {a: known.get(a) or _Replica() for a in addresses}
             # A pod that drains leaves the name at once, but still finishes what it holds.
             self._leaving = {a: r for a, r in known.items() if a not in self._by_address and r.outstanding_tokens > 0}
+            self._left = True
+
+    def due_pruning(self) -> bool:
+        """Whether a replica may have left for good, whose channel is to be closed; true once after each change."""
+        with self._lock:
+            due, self._left = self._left, False
+            return due
 
     def in_use(self) -> set[str]:
         """Replicas whose channels are needed: all, and those that left and still hold work."""

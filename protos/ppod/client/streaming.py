@@ -63,6 +63,11 @@ class StreamDelivery(Generic[ItemT]):
         self._tried: set[str] = set()
         self._address: str | None = None
 
+    @property
+    def deadline(self) -> float:
+        """When all must have ended, on time.monotonic()."""
+        return self._deadline
+
     def open(self, now: float) -> Opening:
         """The stream to open now; raise DeadlineExceeded or Unavailable."""
         if now >= self._deadline:
