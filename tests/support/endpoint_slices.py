@@ -68,4 +68,6 @@ class EndpointController:
         self._write()
 
     def _write(self) -> None:
-        self._api.put(GROUP, "endpointslices", self._namespace, slice_of(self._service, list(self._pods.values()), self._ports))
+        self._api.put(
+            GROUP, "endpointslices", self._namespace, slice_of(self._service, list(self._pods.values()), self._ports)
+        )

@@ -187,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Write nothing: the requests are recorded."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer()
 
     do_POST = do_PATCH = do_PUT = do_DELETE = do_GET  # noqa: N815
@@ -221,7 +221,9 @@ class _Handler(BaseHTTPRequestHandler):
             if place.subresource == "log":
                 return self._log(place, request)
             if not place.name:
-                return self._watch(place, request) if request.query.get("watch") == "true" else self._list(place, request)
+                return (
+                    self._watch(place, request) if request.query.get("watch") == "true" else self._list(place, request)
+                )
         return self._object(place, request)
 
     def _list(self, place: Place, request: Request) -> None:
@@ -230,7 +232,12 @@ class _Handler(BaseHTTPRequestHandler):
             items = [copy.deepcopy(one) for at, one in state.objects.items() if _matches(at, one, place, request.query)]
             version = str(state.version)
         kind = KINDS[place.group][place.plural][0]
-        body = {"kind": f"{kind}List", "apiVersion": place.group, "metadata": {"resourceVersion": version}, "items": items}
+        body = {
+            "kind": f"{kind}List",
+            "apiVersion": place.group,
+            "metadata": {"resourceVersion": version},
+            "items": items,
+        }
         self._json(200, body)
 
     def _watch(self, place: Place, request: Request) -> None:
@@ -258,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if _matches(one.place, one.object, place, request.query):
                     self._chunk({"type": one.kind, "object": one.object})
             if ended:
-                self.wfile.write(b"40\r\n{\"type\":")
+                self.wfile.write(b'40\r\n{"type":')
                 self.wfile.flush()
                 self.close_connection = True
                 return None
@@ -392,7 +399,8 @@ def _discovery(path: str) -> Object | None:
     if path in {"/apis", "/apis/"}:
         described = [{"groupVersion": name, "version": name.split("/")[1]} for name in groups]
         listed = [
-            {"name": each["groupVersion"].split("/")[0], "versions": [each], "preferredVersion": each} for each in described
+            {"name": each["groupVersion"].split("/")[0], "versions": [each], "preferredVersion": each}
+            for each in described
         ]
         return {"kind": "APIGroupList", "apiVersion": "v1", "groups": listed}
     name = path.strip("/").removeprefix("api/").removeprefix("apis/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +151,7 @@ class EndpointSliceApi:
             return cast("SliceList", json.loads(response.data))
 
     @contextmanager
-    def watch(self, resource_version: str) -> Iterator[EventStream]:
+    def watch(self, resource_version: str) -> Generator[EventStream]:
         """Changes since a version.
 
         Raises:
@@ -177,7 +177,7 @@ class EndpointSliceApi:
                 response.close()
 
     @contextmanager
-    def _typed(self) -> Iterator[None]:
+    def _typed(self) -> Generator[None]:
         """Turn what the package and its transport raise into errors of ours."""
         from kubernetes.client import ApiException  # noqa: PLC0415
         from urllib3.exceptions import HTTPError  # noqa: PLC0415

@@ -22,7 +22,7 @@ class Endpoints:
     Attributes:
         addresses: gRPC targets, one channel each; empty for a name that is still to be looked up.
         host, port: of `dns:///host:port`, whose every address is a replica; None for all other targets.
-        kubernetes: of `k8s:///SERVICE[.NAMESPACE]:PORT`, whose every ready pod is a replica; None for all other targets.
+        kubernetes: of `k8s:///SERVICE[.NAMESPACE]:PORT`, whose every ready pod is a replica; None for all others.
     """
 
     addresses: tuple[str, ...]
