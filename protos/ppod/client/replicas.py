@@ -56,6 +56,7 @@ def parse_target(target: str) -> Endpoints:
 @dataclass(slots=True)
 class _Replica:
     outstanding_tokens: int = 0
+    given_tokens: int = 0
     down: bool = False
     failures: int = 0
     probe_at: float = 0.0
@@ -98,10 +99,14 @@ class Replicas:
             if not free:
                 return None
             self._picks += 1
-            # Among equals the one that was picked longest ago, so that lone calls spread over all.
-            chosen = min(free, key=lambda a: (alive[a].outstanding_tokens, alive[a].last_pick))
+            # Among equals the one that was given least, so that lone calls spread over all. Turns alone would not do:
+            # of a caller that asks one small thing and one large thing by turns, one of two would get all large ones.
+            chosen = min(
+                free, key=lambda a: (alive[a].outstanding_tokens, alive[a].given_tokens, alive[a].last_pick)
+            )
             alive[chosen].last_pick = self._picks
             alive[chosen].outstanding_tokens += tokens
+            alive[chosen].given_tokens += tokens
             return chosen
 
     def pick_idle(self, avoided: Collection[str], tokens: int) -> str | None:
@@ -110,6 +115,7 @@ class Replicas:
             for address, replica in self._by_address.items():
                 if address not in avoided and not replica.down and replica.outstanding_tokens == 0:
                     replica.outstanding_tokens += tokens
+                    replica.given_tokens += tokens
                     return address
         return None
 
@@ -129,6 +135,8 @@ class Replicas:
         """A replica answered."""
         with self._lock:
             if (replica := self._by_address.get(address)) is not None:
+                if replica.down:
+                    replica.given_tokens = max(replica.given_tokens, self._least_given())
                 replica.down = replica.probing = False
                 replica.failures = 0
 
@@ -163,7 +171,8 @@ class Replicas:
         """A name was looked up: these are the replicas now. What is known of those that stay is kept."""
         with self._lock:
             known = {**self._leaving, **self._by_address}
-            self._by_address = {a: known.get(a) or _Replica() for a in addresses}
+            least = self._least_given()
+            self._by_address = {a: known.get(a) or _Replica(given_tokens=least) for a in addresses}
             # A pod that drains leaves the name at once, but still finishes what it holds.
             self._leaving = {a: r for a, r in known.items() if a not in self._by_address and r.outstanding_tokens > 0}
             self._left = True
@@ -173,6 +182,10 @@ class Replicas:
         with self._lock:
             due, self._left = self._left, False
             return due
+
+    def _least_given(self) -> int:
+        """What a newcomer counts as having been given, so that it does not get all that comes until it caught up."""
+        return min((one.given_tokens for one in self._by_address.values() if not one.down), default=0)
 
     def in_use(self) -> set[str]:
         """Replicas whose channels are needed: all, and those that left and still hold work."""
