@@ -75,6 +75,8 @@ class FakeKubernetes:
     objects: dict[Place, Object] = field(default_factory=dict)
     logs: dict[str, list[str]] = field(default_factory=dict)
     log_ended: set[str] = field(default_factory=set)
+    metrics: dict[str, str] = field(default_factory=dict)
+    """What `POD:PORT`s answer through the API server."""
     requests: list[Request] = field(default_factory=list)
     forbidden: set[str] = field(default_factory=set)
     """Parts of `METHOD path`s that are answered 403."""
@@ -217,6 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
         place = _place(request.path)
         if place is None or place.plural not in KINDS.get(place.group, {}):
             return self._status(404, "NotFound", f"no such path: {request.path}")
+        if place.subresource == "proxy":
+            return self._proxy(place)
         if request.method == "GET":
             if place.subresource == "log":
                 return self._log(place, request)
@@ -333,6 +337,17 @@ class _Handler(BaseHTTPRequestHandler):
             if ended:
                 break
         self.wfile.write(b"0\r\n\r\n")
+
+    def _proxy(self, place: Place) -> None:
+        text = self.state.metrics.get(place.name)
+        if text is None:
+            return self._status(503, "ServiceUnavailable", f"error trying to reach service: {place.name}")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain")
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+        return None
 
     def _chunk(self, event: Object) -> None:
         data = json.dumps(event).encode() + b"\n"

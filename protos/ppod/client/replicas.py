@@ -101,9 +101,7 @@ class Replicas:
             self._picks += 1
             # Among equals the one that was given least, so that lone calls spread over all. Turns alone would not do:
             # of a caller that asks one small thing and one large thing by turns, one of two would get all large ones.
-            chosen = min(
-                free, key=lambda a: (alive[a].outstanding_tokens, alive[a].given_tokens, alive[a].last_pick)
-            )
+            chosen = min(free, key=lambda a: (alive[a].outstanding_tokens, alive[a].given_tokens, alive[a].last_pick))
             alive[chosen].last_pick = self._picks
             alive[chosen].outstanding_tokens += tokens
             alive[chosen].given_tokens += tokens
