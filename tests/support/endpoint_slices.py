@@ -67,6 +67,11 @@ class EndpointController:
         del self._pods[name]
         self._write()
 
+    def unavailable(self, away: bool) -> None:
+        """Let the API server go away, with all watches, or come back."""
+        self._api.unavailable = away
+        self._api.cut_watches()
+
     def _write(self) -> None:
         self._api.put(
             GROUP, "endpointslices", self._namespace, slice_of(self._service, list(self._pods.values()), self._ports)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -75,6 +75,8 @@ class FakeKubernetes:
     objects: dict[Place, Object] = field(default_factory=dict)
     logs: dict[str, list[str]] = field(default_factory=dict)
     log_ended: set[str] = field(default_factory=set)
+    log_cuts: dict[str, int] = field(default_factory=dict)
+    """Pods whose log's connection breaks once, after so many lines."""
     metrics: dict[str, str] = field(default_factory=dict)
     """What `POD:PORT`s answer through the API server."""
     requests: list[Request] = field(default_factory=list)
@@ -200,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         raw = self.rfile.read(length)
         body = yaml.safe_load(raw) if raw else None
-        request = Request(self.command, split.path, query, body, self.headers.get("Content-Type", ""))
+        request = Request(self.command, unquote(split.path), query, body, self.headers.get("Content-Type", ""))
         with self.state.changed:
             self.state.requests.append(request)
         try:
@@ -330,7 +332,11 @@ class _Handler(BaseHTTPRequestHandler):
                     state.changed.wait(0.1)
                 new, sent = lines[sent:], len(lines)
                 ended = place.name in state.log_ended or request.query.get("follow") != "true"
-            for line in new:
+            for number, line in enumerate(new, start=sent - len(new) + 1):
+                if state.log_cuts.get(place.name) == number:
+                    del state.log_cuts[place.name]
+                    self.close_connection = True
+                    return
                 data = f"{line}\n".encode()
                 self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
             self.wfile.flush()

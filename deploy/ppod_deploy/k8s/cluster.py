@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,10 +51,13 @@ class Cluster:
         self._api = client.ApiClient(configuration)
         self._core = client.CoreV1Api(self._api)
         self._found: Any = None
+        # What the package finds out about the cluster goes into a file: not into one that others can foresee.
+        self._directory = tempfile.TemporaryDirectory(prefix="ppod-k8s-")
 
     def close(self) -> None:
         """Close all connections."""
         self._api.close()
+        self._directory.cleanup()
 
     def apply(self, manifest: Manifest) -> None:
         """Create an object, or set what the manifest says of it, by server-side apply."""
@@ -133,7 +137,8 @@ class Cluster:
                     follow=follow,
                     tail_lines=tail,
                     _preload_content=False,
-                    _request_timeout=(5.0, None if follow else 30.0) if not follow else None,
+                    # A log that is followed may be silent for as long as it likes.
+                    _request_timeout=None if follow else _TIMEOUT_S,
                 ),
             )
             try:
@@ -156,7 +161,9 @@ class Cluster:
         try:
             with self._typed("discover", identity):
                 if self._found is None:
-                    self._found = DynamicClient(self._api)
+                    self._found = DynamicClient(
+                        self._api, cache_file=str(Path(self._directory.name) / "resources.json")
+                    )
                 return self._found.resources.get(api_version=identity.api_version, kind=identity.kind)
         except ResourceNotFoundError as error:
             raise K8sError(

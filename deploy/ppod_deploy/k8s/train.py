@@ -96,8 +96,10 @@ def _follow(cluster: Cluster, pod: str, output: Path) -> None:
                         print(line, flush=True)
             except K8sError as error:
                 print(f"the log broke off, asking again: {error}", file=sys.stderr, flush=True)
-            if ended:
-                break
+            else:
+                # It had ended before it was read, so what was read is all.
+                if ended:
+                    break
             time.sleep(_POLL_S)
     for name, encoded in parts.items():
         # A name of the log's is no path of ours.

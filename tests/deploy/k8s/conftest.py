@@ -62,7 +62,7 @@ def deployment_controller(api: FakeKubernetes, *, after_s: float = 0.2) -> None:
         def ready() -> None:
             time.sleep(after_s)
             with api.changed:
-                current = api.objects[place]
+                current = api.objects.get(place, {})
                 counts = {"replicas": replicas, "updatedReplicas": replicas, "availableReplicas": replicas}
                 current["status"] = {"observedGeneration": generation, **counts}
 

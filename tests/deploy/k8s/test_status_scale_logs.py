@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -175,11 +176,9 @@ def test_troubles_are_one_line_and_an_exit_code(
     assert lost.stderr.splitlines()[-1].startswith("ppod: no cluster is configured: ")
 
 
-def test_a_cluster_that_does_not_answer_is_named(api: FakeKubernetes, k8s: Command, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    api.url = "http://127.0.0.1:1"
-    import os  # noqa: PLC0415
-
-    os.environ["KUBECONFIG"] = str(api.kubeconfig(tmp_path / "dead"))
+def test_a_cluster_that_does_not_answer_is_named(k8s: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = FakeKubernetes(url="http://127.0.0.1:1")
+    monkeypatch.setenv("KUBECONFIG", str(dead.kubeconfig(tmp_path / "dead")))
     result = k8s("scale", "reward", "2")
     assert result.code == 1
     assert "ppod: the cluster at http://127.0.0.1:1 does not answer: " in result.stderr.splitlines()[-1]

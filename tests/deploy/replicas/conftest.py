@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -12,6 +14,22 @@ import pytest
 
 from support.pods import Cluster, Deployment, RunningPod, running_cluster
 from support.services import tiny_model_config
+
+
+# They take minutes: `make test-replicas` runs them.
+collect_ignore = [] if os.environ.get("PPOD_TEST_REPLICAS") else ["test_trained_on_pods.py", "test_cut_networks.py"]
+
+needs_namespaces = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
+)
+
+
+@pytest.fixture
+def networked_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster whose pods are in network namespaces, so that a test can cut their links."""
+    with running_cluster(tmp_path, namespaced=True) as made:
+        monkeypatch.setenv("KUBECONFIG", str(made.api.kubeconfig(tmp_path / "kubeconfig")))
+        yield made
 
 
 @pytest.fixture
