@@ -6,6 +6,7 @@ Addresses are 127.0.0.x, or those of network namespaces, whose links can be cut.
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import subprocess
 import time
@@ -44,15 +45,19 @@ class NamespacedNetwork(Network):
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._links: dict[str, str] = {}
+        # Two runs of the tests on one machine do not meet.
+        self._prefix = f"pp{os.getpid()}"
+        self._subnet = os.getpid() % 250
 
     def address(self) -> tuple[str, str | None]:
         number = len(self._links) + 1
-        name, host = f"ppodpod{number}", f"10.77.{number}.2"
-        link = f"ppodveth{number}"
+        name, subnet = f"{self._prefix}n{number}", f"10.{self._subnet}.{number}"
+        host, link = f"{subnet}.2", f"{self._prefix}v{number}"
         run("ip", "netns", "add", name)
         self._stack.callback(run, "ip", "netns", "del", name)
         run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
-        run("ip", "addr", "add", f"10.77.{number}.1/30", "dev", link)
+        self._stack.callback(run, "ip", "link", "del", link)
+        run("ip", "addr", "add", f"{subnet}.1/30", "dev", link)
         run("ip", "link", "set", link, "up")
         run("ip", "-n", name, "addr", "add", f"{host}/30", "dev", "eth0")
         run("ip", "-n", name, "link", "set", "eth0", "up")
@@ -66,6 +71,8 @@ class NamespacedNetwork(Network):
 
     def mend(self, host: str) -> None:
         run("ip", "-n", self._links[host], "link", "set", "eth0", "up")
+        # Neighbours that did not answer are asked again only after a while.
+        run("ip", "neigh", "flush", "to", host)
 
 
 def run(*command: str) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, cast
@@ -211,7 +211,9 @@ class EventStream:
 
     def stop(self) -> None:
         """Wake whoever reads: the stream ends."""
-        self._response.shutdown()
+        # It may have ended by itself in this moment.
+        with suppress(OSError, ValueError):
+            self._response.shutdown()
 
     def __iter__(self) -> Iterator[WatchEvent]:
         rest = b""

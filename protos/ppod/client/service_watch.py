@@ -46,6 +46,7 @@ class ServiceWatch:
         self._changed = threading.Condition()
         self._endpoints: tuple[Endpoint, ...] | None = None
         self._error: PpodError | None = None
+        self._warned = False
         self._listeners: list[Listener] = []
         self._stopping = threading.Event()
         self._stream: EventStream | None = None
@@ -133,6 +134,7 @@ class ServiceWatch:
         with self._api.watch(self._seen) as stream:
             with self._changed:
                 self._stream = stream
+                self._answered()
             try:
                 for event in stream if not self._stopping.is_set() else ():
                     change = change_of(event)
@@ -147,20 +149,25 @@ class ServiceWatch:
     def _publish(self) -> None:
         endpoints = self._table.endpoints()
         with self._changed:
-            if self._error is not None:
-                log.info("the Kubernetes API tells of %s again", self.service)
-            self._error = None
+            self._answered()
             if endpoints != self._endpoints:
                 self._endpoints = endpoints
                 for listener in self._listeners:
                     listener(endpoints)
             self._changed.notify_all()
 
+    def _answered(self) -> None:
+        if self._warned:
+            log.info("the Kubernetes API tells of %s again", self.service)
+        self._error, self._warned = None, False
+
     def _failed(self, error: PpodError, failures: int) -> None:
         if self._stopping.is_set():
             return
         with self._changed:
-            if self._error is None and failures > 1:
+            # A watch that breaks once, as behind a proxy, is nothing to worry about.
+            if failures > 1 and not self._warned:
+                self._warned = True
                 log.warning("%s in namespace %s is not watched: %s", self.service, self.namespace, error)
             self._error = error
             self._changed.notify_all()

@@ -15,7 +15,6 @@ import pytest
 from support.pods import Cluster, Deployment, RunningPod, running_cluster
 from support.services import tiny_model_config
 
-
 # They take minutes: `make test-replicas` runs them.
 collect_ignore = [] if os.environ.get("PPOD_TEST_REPLICAS") else ["test_trained_on_pods.py", "test_cut_networks.py"]
 

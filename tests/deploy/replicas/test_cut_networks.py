@@ -63,11 +63,10 @@ def test_a_run_goes_on_when_a_link_goes_down(
     assert_nothing_lost(records)
 
 
-@needs_namespaces
 def test_the_api_server_may_be_away_while_nothing_changes(
-    networked_cluster: Cluster, tiny_model_dir: Path, tiny_heads: dict[str, Path]
+    cluster: Cluster, tiny_model_dir: Path, tiny_heads: dict[str, Path]
 ) -> None:
-    with training(networked_cluster, tiny_model_dir, tiny_heads["first"]) as run:
+    with training(cluster, tiny_model_dir, tiny_heads["first"]) as run:
         run.generation.endpoints.unavailable(True)
         run.steps(10)
         second = run.generation.start()
