@@ -29,7 +29,7 @@ RUN_STAMP := $(VENV)/.installed-run-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraints.txt services/install-vllm.sh | cksum | tr ' ' -)
 
-.PHONY: help setup setup-run setup-vllm run test test-vllm lint lint-ruff lint-format lint-types lint-imports lint-buf \
+.PHONY: help setup setup-run setup-vllm run test test-replicas test-vllm lint lint-ruff lint-format lint-types lint-imports lint-buf \
 	lint-protos format protos bench-trl bench-update bench-serving bench-generation bench-overlap bench-weights bench-fairness \
 	bench-overload bench-learning bench-fuzz clean
 
@@ -49,6 +49,10 @@ run: setup-run ## train the default policy with PPO: starts the three services a
 test: export OMP_WAIT_POLICY ?= PASSIVE
 test: setup ## run all tests (TESTS=tests/unit for a part)
 	$(BIN)/python -m pytest $(TESTS)
+
+test-replicas: export OMP_WAIT_POLICY ?= PASSIVE
+test-replicas: setup ## train while pods of all services come, go, are killed and cut off (network namespaces: needs root)
+	PPOD_TEST_REPLICAS=1 $(BIN)/python -m pytest tests/deploy/replicas
 
 setup-vllm: $(VLLM_STAMP) ## install vLLM's CPU build and ppod's services beside it into $(VLLM_VENV) (3 GB)
 	@[ "$$(cat $(VLLM_VENV)/.checkout)" = "$(CURDIR)" ] || \

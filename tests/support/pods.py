@@ -47,17 +47,18 @@ class NamespacedNetwork(Network):
         self._links: dict[str, str] = {}
         # Two runs of the tests on one machine do not meet.
         self._prefix = f"pp{os.getpid()}"
-        self._subnet = os.getpid() % 250
+        self._subnet = f"198.18.{os.getpid() % 250}"
 
     def address(self) -> tuple[str, str | None]:
         number = len(self._links) + 1
-        name, subnet = f"{self._prefix}n{number}", f"10.{self._subnet}.{number}"
-        host, link = f"{subnet}.2", f"{self._prefix}v{number}"
+        name, link = f"{self._prefix}n{number}", f"{self._prefix}v{number}"
+        # Addresses that are set aside for tests of networks (RFC 2544).
+        here, host = f"{self._subnet}.{4 * number + 1}", f"{self._subnet}.{4 * number + 2}"
         run("ip", "netns", "add", name)
         self._stack.callback(run, "ip", "netns", "del", name)
         run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
         self._stack.callback(run, "ip", "link", "del", link)
-        run("ip", "addr", "add", f"{subnet}.1/30", "dev", link)
+        run("ip", "addr", "add", f"{here}/30", "dev", link)
         run("ip", "link", "set", link, "up")
         run("ip", "-n", name, "addr", "add", f"{host}/30", "dev", "eth0")
         run("ip", "-n", name, "link", "set", "eth0", "up")
@@ -130,6 +131,7 @@ class Deployment:
 
     def restart(self, pod: RunningPod) -> None:
         """Start a pod's container again, as the kubelet does: the same address, without what it had in memory."""
+        pod.stderr_file = self.directory / f"{pod.name}-again.stderr"
         pod.process = ForkedProcess(
             self.module,
             ("--config", str(self.directory / f"{pod.name}.yaml")),

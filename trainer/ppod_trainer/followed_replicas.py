@@ -95,6 +95,7 @@ class FollowedReplicas:
         """See `ReplicaSource`; for one client."""
         with self._state:
             self._admits = replicas
+            replicas.on_down = self._suspect
             self._publish()
 
     def detach(self, replicas: Replicas) -> None:
@@ -193,6 +194,17 @@ class FollowedReplicas:
                 member.ready = endpoint.ready
                 member.admitted = member.admitted and endpoint.ready
             self._publish()
+        self._wake.set()
+
+    def _suspect(self, address: str) -> None:
+        """The client of generation found it away: it may come back with other weights before Kubernetes tells."""
+        with self._state:
+            if self._served is None:
+                return
+            for member in self._members.values():
+                if member.address == address and member.admitted:
+                    member.admitted = False
+                    self._publish()
         self._wake.set()
 
     def _may_work(self, member: _Member) -> bool:

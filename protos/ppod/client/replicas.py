@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from ppod.client.kubernetes_target import SCHEME, KubernetesTarget, parse_kubernetes_target
@@ -65,9 +65,14 @@ class _Replica:
 
 
 class Replicas:
-    """Shared by all calls of a client, on whatever thread they run."""
+    """Shared by all calls of a client, on whatever thread they run.
+
+    Attributes:
+        on_down: told of a replica that does not answer, or drains; for whoever knows more of it than its health.
+    """
 
     def __init__(self, addresses: Sequence[str]) -> None:
+        self.on_down: Callable[[str], None] | None = None
         self._lock = threading.Lock()
         self._by_address = {address: _Replica() for address in addresses}
         self._leaving: dict[str, _Replica] = {}
@@ -146,6 +151,8 @@ class Replicas:
                 replica.probe_at = now + min(_LAST_PROBE_S, _FIRST_PROBE_S * 2.0 ** min(replica.failures, 10))
                 replica.failures += 1
             self._resolve_at = min(self._resolve_at, now)
+        if self.on_down is not None:
+            self.on_down(address)
 
     def due_probes(self, now: float) -> list[str]:
         """Replicas that are down and whose health is to be asked now; each is told once until it is marked."""
