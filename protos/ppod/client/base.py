@@ -67,6 +67,11 @@ class _Client:
         return self._core.target
 
     @property
+    def replica_count(self) -> int:
+        """Replicas known now, those included that do not answer; 0 for a name that was not looked up yet."""
+        return len(self._core.shared.replicas)
+
+    @property
     def timeout_s(self) -> float:
         """Deadline of a call that gives none itself, in seconds."""
         return self._core.settings.timeout_s
