@@ -16,7 +16,11 @@ from support.pods import Cluster, Deployment, RunningPod, running_cluster
 from support.services import tiny_model_config
 
 # They take minutes: `make test-replicas` runs them.
-collect_ignore = [] if os.environ.get("PPOD_TEST_REPLICAS") else ["test_trained_on_pods.py", "test_cut_networks.py"]
+collect_ignore = (
+    []
+    if os.environ.get("PPOD_TEST_REPLICAS")
+    else [f"test_{name}.py" for name in ("scored_by_pods", "trained_on_pods", "cut_networks")]
+)
 
 needs_namespaces = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
