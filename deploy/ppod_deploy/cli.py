@@ -12,7 +12,8 @@ from typing import NoReturn
 
 import tyro
 
-from ppod_deploy.commands import COMMANDS, AnyCommand, Command, Generate, Run, Score, Serve, Train, TrainPpo, Up
+from ppod_deploy.commands import COMMANDS, AnyCommand, Command, Generate, K8s, Run, Score, Serve, Train, TrainPpo, Up
+from ppod_deploy.k8s.commands import AnyK8s
 
 # Nothing else is imported here: `ppod --help` answers in a blink, and each command pays for what it uses.
 
@@ -54,6 +55,8 @@ def execute(arguments: Sequence[str]) -> int:
             return _ask(query)
         case Run() | Up():
             return _launch(arguments)
+        case K8s(action):
+            return _on_cluster(action)
 
 
 def _parse(arguments: Sequence[str]) -> AnyCommand:
@@ -98,6 +101,19 @@ def _launch(arguments: Sequence[str]) -> int:
         return _fail(EXIT_FAILED, f"{error}")
     except Interrupted as interrupt:
         return 128 + interrupt.signal
+
+
+def _on_cluster(command: AnyK8s) -> int:
+    from ppod_deploy.k8s.execute import execute_k8s  # noqa: PLC0415
+    from ppod_deploy.k8s.objects import K8sError  # noqa: PLC0415
+    from ppod_models.configuration import ConfigError  # noqa: PLC0415
+
+    try:
+        return execute_k8s(command)
+    except ConfigError as error:
+        return _fail(EXIT_CONFIG, str(error))
+    except K8sError as error:
+        return _fail(EXIT_FAILED, str(error))
 
 
 def _ask(query: Score | Generate) -> int:

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ppod_deploy.k8s.commands import K8s
+
 Positional = tyro.conf.Positional
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 
@@ -191,7 +193,7 @@ class Generate:
     tls: Tls = field(default_factory=Tls)
 
 
-AnyCommand = Run | Up | Train | Serve | Score | Generate
+AnyCommand = Run | Up | Train | Serve | Score | Generate | K8s
 
 COMMANDS: dict[str, type[AnyCommand]] = {
     "run": Run,
@@ -200,6 +202,7 @@ COMMANDS: dict[str, type[AnyCommand]] = {
     "serve": Serve,
     "score": Score,
     "generate": Generate,
+    "k8s": K8s,
 }
 
 Command = (
@@ -209,4 +212,7 @@ Command = (
     | Annotated[Serve, tyro.conf.subcommand("serve", description="Run one service: reward, reference, generation.")]
     | Annotated[Score, tyro.conf.subcommand("score", description="Ask a reward service for scores of texts.")]
     | Annotated[Generate, tyro.conf.subcommand("generate", description="Ask a generation service for completions.")]
+    | Annotated[
+        K8s, tyro.conf.subcommand("k8s", description="Run on Kubernetes: up, status, train, scale, logs, down.")
+    ]
 )

@@ -53,12 +53,14 @@ class ForkedProcess:
         cwd: Path,
         stdout_file: Path,
         stderr_file: Path,
+        network_namespace: str | None = None,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_PRELOADED))
         self.args = ["python", "-m", module, *arguments]
         self._stdout_file, self._stderr_file = stdout_file, stderr_file
-        job = (module, tuple(arguments), dict(environment), str(cwd), str(stdout_file), str(stderr_file))
+        files = (str(stdout_file), str(stderr_file))
+        job = (module, tuple(arguments), dict(environment), str(cwd), files, network_namespace)
         self._process: ForkServerProcess = context.Process(target=_run, args=job)
         self._process.start()
 
@@ -96,12 +98,31 @@ class ForkedProcess:
         return self._stdout_file.read_text(), self._stderr_file.read_text()
 
 
+_CLONE_NEWNET = 0x40000000
+
+
+def _enter(network_namespace: str) -> None:
+    """Move this thread, the process's only one, into a namespace that `ip netns add` made."""
+    opened = os.open(f"/var/run/netns/{network_namespace}", os.O_RDONLY)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(opened, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), f"cannot enter network namespace {network_namespace}")
+    os.close(opened)
+
+
 def _run(
-    module: str, arguments: Sequence[str], environment: Mapping[str, str], cwd: str, stdout: str, stderr: str
+    module: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    cwd: str,
+    files: tuple[str, str],
+    network_namespace: str | None,
 ) -> None:
     # The process that it is forked from ends with the tests; whatever way that is, nothing stays behind.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number, path in ((1, stdout), (2, stderr)):
+    if network_namespace is not None:
+        _enter(network_namespace)
+    for number, path in enumerate(files, start=1):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(opened, number)
         os.close(opened)

@@ -270,9 +270,13 @@ class ScriptedServer:
 
 @contextmanager
 def scripted_server(
-    script: Script | None = None, *, port: int = 0, credentials: grpc.ServerCredentials | None = None
+    script: Script | None = None,
+    *,
+    port: int = 0,
+    host: str = "127.0.0.1",
+    credentials: grpc.ServerCredentials | None = None,
 ) -> Iterator[ScriptedServer]:
-    """Serve all services on a port of 127.0.0.1."""
+    """Serve all services on a port of this machine."""
     script = script or Script()
     server = grpc.server(ThreadPoolExecutor(max_workers=32), options=server_options())
     reward_pb2_grpc.add_RewardServiceServicer_to_server(ScriptedReward(script), server)
@@ -281,7 +285,7 @@ def scripted_server(
     reward_admin_pb2_grpc.add_RewardAdminServiceServicer_to_server(ScriptedAdmin(script), server)
     reporter = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(reporter, server)
-    where = f"127.0.0.1:{port}"
+    where = f"{host}:{port}"
     bound = server.add_insecure_port(where) if credentials is None else server.add_secure_port(where, credentials)
     server.start()
     running = ScriptedServer(bound, script, reporter, server)

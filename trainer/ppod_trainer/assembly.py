@@ -158,9 +158,11 @@ def _build_sampler(
     codec: TextCodec,
 ) -> Sampler:
     bad_samples = BadSamples(config.rollout.on_bad_sample)
+    # A list's replicas take turns; those that come and go are there to share each step's work.
+    spread = config.services.follows_generation
     if config.environment is None or environment is None:
-        return ResponseSampler(TurnSampler(generation, config.rollout), bad_samples)
-    turns = TurnSampler(generation, config.rollout, environment.stop)
+        return ResponseSampler(TurnSampler(generation, config.rollout, spread=spread), bad_samples)
+    turns = TurnSampler(generation, config.rollout, environment.stop, spread=spread)
     # A turn that has less room than it may ask for would be cut off for no fault of the policy's.
     rules = EpisodeRules(config.environment.max_turns, max_sequence_tokens - config.rollout.max_tokens + 1)
     return EpisodeSampler(turns, environment, codec, rules, bad_samples)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ppod import ClientSecurity, GenerationClient, Pin, PpodError, ReferenceClient, RewardClient, WeightClient
-from ppod.client import ModelDescription, RpcObserver
+from ppod.client import ModelDescription, ReplicaSource, RpcObserver, parse_kubernetes_target
 from ppod_trainer.config import RolloutConfig, ServicesConfig, TrainerConfig
 from ppod_trainer.errors import ServiceMismatchError
+from ppod_trainer.followed_replicas import FollowedReplicas
+from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
 
 _CLOSE_S = 5.0
@@ -64,17 +66,25 @@ def connect(trainer: TrainerConfig, tokenizer_fingerprint: str, observer: RpcObs
         named = Pin(model=model, tokenizer_fingerprint=tokenizer_fingerprint)
         return RewardClient(config.reward, timeout_s=timeout_s, pin=named, observer=observer, security=security)
 
-    def weights(target: str) -> WeightClient:
-        return WeightClient(target, timeout_s=timeout_s, observer=observer, security=security)
+    def weights(target: str, server_name: str = "") -> WeightClient:
+        named = replace(security, server_name=security.server_name or server_name)
+        return WeightClient(target, timeout_s=timeout_s, observer=observer, security=named)
 
+    follows: ReplicaSource | None = None
+    if config.follows_generation:
+        service, admin = (parse_kubernetes_target(one) for one in (config.generation, config.generation_admin))
+        replicas = follows = FollowedReplicas(service, admin.port, weights)
+    else:
+        listed = [weights(admin) for admin in config.generation_admins]
+        replicas = FixedReplicas(listed, trainer.weight_transfer.lost_replicas)
     connections = Connections(
         generation=GenerationClient(
-            config.generation, timeout_s=timeout_s, pin=pin, observer=observer, security=security
+            config.generation, timeout_s=timeout_s, pin=pin, observer=observer, security=security, replicas=follows
         ),
         reward=reward(config.reward_model) if trainer.rewards.model else None,
         judge=None if config.judge_model is None else reward(config.judge_model),
         reference=ReferenceClient(config.reference, timeout_s=timeout_s, pin=pin, observer=observer, security=security),
-        generation_weights=WeightSync([weights(admin) for admin in config.generation_admins], trainer.weight_transfer),
+        generation_weights=WeightSync(replicas, trainer.weight_transfer),
         reference_weights=weights(config.reference_admin),
     )
     try:

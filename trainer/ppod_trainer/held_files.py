@@ -14,8 +14,8 @@ _REFUSALS = (InvalidArgument, FailedPrecondition, NotFound, PermissionDenied, Re
 class HeldFiles:
     """What each replica holds, by what it answered: it is not asked before every push."""
 
-    def __init__(self, targets: Collection[str]) -> None:
-        self._held: dict[str, set[str]] = {target: set() for target in targets}
+    def __init__(self) -> None:
+        self._held: dict[str, set[str]] = {}
         self._prepared: dict[str, str] = {}
         self._silent: set[str] = set()
 
@@ -32,7 +32,7 @@ class HeldFiles:
             if error is None:
                 self._prepared[target] = uri
             if error is None or (not isinstance(error, _REFUSALS) and target not in self._silent):
-                self._held[target].add(uri)
+                self._held.setdefault(target, set()).add(uri)
             if error is not None:
                 self._silent.add(target)
 
@@ -41,6 +41,13 @@ class HeldFiles:
         self._silent.discard(target)
         if target in self._prepared:
             self._held[target] = {self._prepared[target]}
+
+    def keep(self, targets: Collection[str]) -> None:
+        """These are all replicas that are left: whoever is gone holds nothing any more."""
+        for target in set(self._held) - set(targets):
+            del self._held[target]
+            self._prepared.pop(target, None)
+            self._silent.discard(target)
 
     def told(self, target: str, status: WeightStatus) -> None:
         """A replica said itself what it holds."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -48,10 +52,19 @@ class TurnSampler:
 
     What is handed back unfinished, because new weights came, is asked for again until it is finished: it goes on with
     the new weights, and its versions tell which token is whose.
+
+    Args:
+        client: of generation.
+        config: how tokens are drawn.
+        stop: texts that end a turn.
+        spread: divide the contexts among the client's replicas, as many as there are at each call.
     """
 
-    def __init__(self, client: GenerationClient, config: RolloutConfig, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, client: GenerationClient, config: RolloutConfig, stop: tuple[str, ...] = (), *, spread: bool = False
+    ) -> None:
         self._client = client
+        self._spread = spread
         self._sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature, stop=stop)
 
     def sample(
@@ -62,7 +75,9 @@ class TurnSampler:
         begun = [_Begun() for _ in contexts]
         left = list(range(len(contexts)))
         while left:
-            completions = self._ask(contexts, begun, left, policy_version, sampling)
+            parts = equal_parts(contexts, left, self._client.replica_count if self._spread else 1)
+            asked = [partial(self._ask, contexts, begun, part, policy_version, sampling) for part in parts]
+            completions = [each for part in _together(asked) for each in part]
             for index, completion in zip(left, completions, strict=True):
                 if completion.finish_reason is FinishReason.FILTERED:
                     raise WithheldError(completion.filter_reason, index)
@@ -131,6 +146,32 @@ class _Begun:
             stop_token=self.ending is FinishReason.STOP,
             temperature=temperature,
         )
+
+
+def equal_parts(contexts: Sequence[Context], left: Sequence[int], count: int) -> list[Sequence[int]]:
+    """The positions that are left in at most `count` parts of about equal size; equal neighbours stay together."""
+    starts = [
+        at
+        for at, index in enumerate(left)
+        if at == 0 or not np.array_equal(contexts[index].tokens, contexts[left[at - 1]].tokens)
+    ]
+    count = min(max(count, 1), len(starts))
+    cuts = [starts[len(starts) * part // count] for part in range(count)] + [len(left)]
+    return [left[begin:end] for begin, end in pairwise(cuts)]
+
+
+def _together(asked: Sequence[Callable[[], list[Completion]]]) -> list[list[Completion]]:
+    """Ask all at the same time; raises the first error in their order. One alone is asked on this thread."""
+    if len(asked) == 1:
+        return [asked[0]()]
+    pool = ThreadPoolExecutor(len(asked), thread_name_prefix="generate")
+    try:
+        # With this thread's context, so that the calls belong to the step's trace.
+        pending = [pool.submit(copy_context().run, each) for each in asked]
+        return [each.result() for each in pending]
+    finally:
+        # Whoever is interrupted here does not wait for the others: closing the client ends them.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def equal_runs(sequences: Sequence[TokenArray]) -> int:

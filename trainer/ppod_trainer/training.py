@@ -180,7 +180,14 @@ class TrainingRun:
         try:
             self._push(weight_version)
         except (WeightPushError, Unavailable) as error:
-            self._recovery.come_back(error, self._restore)
+            self._recovery.come_back(error, lambda: self._push_again(weight_version))
+
+    def _push_again(self, weight_version: int) -> None:
+        """After a push that failed: some replicas may have its version, others lack the policy's weights."""
+        versions = self.parts.connections.generation_weights.serving_versions()
+        self._push(max(weight_version, *(version + 1 for version in versions)))
+        if self._reference.lost():
+            self.restore_reference()
 
     def _push(self, weight_version: int) -> None:
         version = self._to_generation.push(self._wire_dtype(), weight_version, self._pipeline.new_weights)

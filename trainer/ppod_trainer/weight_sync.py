@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -38,9 +39,11 @@ from ppod_trainer.errors import ServiceMismatchError, WeightPushError
 from ppod_trainer.held_files import HeldFiles
 from ppod_trainer.policy_weights import PolicyTensors
 from ppod_trainer.weight_planes import GrpcPlane, Outgoing, SharedPlane, WeightPlane
+from ppod_trainer.weight_replicas import ServedWeights, WeightReplicas
 
 _LOGGER = logging.getLogger(__name__)
 _PAUSES = {"wait": WeightPause.WAIT, "keep": WeightPause.KEEP, "abort": WeightPause.ABORT}
+_MOST_AT_ONCE = 64
 AnswerT = TypeVar("AnswerT")
 Outcomes = dict[str, PpodError | None]
 """What became of each replica, by its administration port; None: it went well."""
@@ -74,7 +77,7 @@ class PushReport:
         commit_s: seconds from then until it served everywhere.
         paused_s: longest time for which no batch could start on a replica.
         fallbacks: replicas that refused changes and got whole weights instead.
-        lost: replicas that did not get the version, where the configuration lets the run go on without them.
+        lost: replicas that did not get the version, where the run may go on without them.
     """
 
     sent_bytes: int
@@ -92,20 +95,26 @@ class _Committed:
     weight_version: int
     image: WireImage
 
+    @property
+    def whole(self) -> WeightPush:
+        """All of it."""
+        return WeightPush(self.weight_version, self.image.tensors())
+
 
 class WeightSync:
     """Keeps all replicas of generation at the policy's version.
 
     Args:
-        clients: one for each replica; closed by `close`.
+        replicas: whom it is pushed to; closed by `close`.
         config: plane, encoding and relay.
     """
 
-    def __init__(self, clients: Sequence[WeightClient], config: WeightTransferConfig) -> None:
-        self._clients = {client.target: client for client in clients}
+    def __init__(self, replicas: WeightReplicas, config: WeightTransferConfig) -> None:
+        self._replicas = replicas
+        self._clients: Mapping[str, WeightClient] = {}
         self._config = config
-        self._pool = ThreadPoolExecutor(len(clients), thread_name_prefix="replicas")
-        self._held = HeldFiles(self._clients)
+        self._pool = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="replicas")
+        self._held = HeldFiles()
         self._plane = self._make_plane()
         self._committed: _Committed | None = None
         self._retired: WireImage | None = None
@@ -115,13 +124,13 @@ class WeightSync:
     def close(self) -> None:
         """Close all channels and remove shared files."""
         self._plane.close()
-        for client in self._clients.values():
-            client.close()
+        self._replicas.close()
         self._pool.shutdown()
 
     def serving_versions(self) -> set[int]:
         """The versions that the replicas serve."""
-        return {status.state.weight_version for status in self._statuses().values()}
+        with self._taking():
+            return {status.state.weight_version for status in self._statuses().values()}
 
     def push(self, model: nn.Module, dtype: torch.dtype, weight_version: int) -> PushReport:
         """Put the model's weights into service everywhere under `weight_version`.
@@ -133,21 +142,24 @@ class WeightSync:
         policy = PolicyTensors(model, dtype)
         started, fallbacks = time.monotonic(), self.fallbacks
         image: WireImage | None = None
-        if self._config.encoding == "delta":
-            image = self._free_image(policy)
-            image.fill(policy.write)
-        self._sent_bytes = 0
-        outcomes = self._prepare(Outgoing(weight_version, policy, image))
-        lost = self._lost("prepare", weight_version, outcomes)
-        report = self._commit(weight_version, lost, started, self.fallbacks - fallbacks)
-        if image is not None:
-            self._retired = None if self._committed is None else self._committed.image
-            self._committed = _Committed(weight_version, image)
+        with self._taking():
+            if self._config.encoding == "delta" or self._replicas.change:
+                image = self._free_image(policy)
+                image.fill(policy.write)
+            self._sent_bytes = 0
+            outcomes = self._prepare(Outgoing(weight_version, policy, image))
+            lost = self._lost("prepare", weight_version, outcomes)
+            report = self._commit(weight_version, lost, started, self.fallbacks - fallbacks)
+            if image is not None:
+                self._retired = None if self._committed is None else self._committed.image
+                self._committed = _Committed(weight_version, image)
+                self._replicas.serve(ServedWeights(self._committed.whole), report.lost)
         return report
 
     def base_versions(self) -> set[int]:
         """The versions of whole weights that the replicas have, below their adapters."""
-        return {status.base_version for status in self._statuses().values()}
+        with self._taking():
+            return {status.base_version for status in self._statuses().values()}
 
     def push_adapter(self, adapter: LoraAdapter, tensors: Sequence[WeightTensor], weight_version: int) -> PushReport:
         """Put an adapter alone into service, on top of the whole weights that the replicas have.
@@ -156,18 +168,33 @@ class WeightSync:
             WeightPushError: as for `push`. ServiceMismatchError: the replicas have different whole weights.
         """
         started = time.monotonic()
-        bases = self.base_versions()
-        if len(bases) != 1:
-            raise ServiceMismatchError(f"the replicas have whole weights of versions {sorted(bases)}; push those first")
-        self._sent_bytes = 0
-        push = WeightPush(weight_version, tensors, base_version=bases.pop(), adapter=adapter)
-        lost = self._lost("prepare", weight_version, self._send(push, list(self._clients)))
-        return self._commit(weight_version, lost, started, 0)
+        with self._taking():
+            bases = {status.base_version for status in self._statuses().values()}
+            if len(bases) != 1:
+                found = sorted(bases)
+                raise ServiceMismatchError(f"the replicas have whole weights of versions {found}; push those first")
+            self._sent_bytes = 0
+            push = WeightPush(weight_version, tensors, base_version=bases.pop(), adapter=adapter)
+            lost = self._lost("prepare", weight_version, self._send(push, list(self._clients)))
+            report = self._commit(weight_version, lost, started, 0)
+            if self._replicas.change and self._committed is not None:
+                # The policy's own tensors change with its next update.
+                kept = [replace(one, data=memoryview(bytes(one.data))) for one in tensors]
+                self._replicas.serve(ServedWeights(self._committed.whole, replace(push, tensors=kept)), report.lost)
+        return report
+
+    @contextmanager
+    def _taking(self) -> Generator[None]:
+        """Push to whom there is now; those that are gone hold no files."""
+        with self._replicas.taking() as clients:
+            self._clients = clients
+            self._held.keep(self._replicas.listed())
+            yield
 
     def _prepare(self, outgoing: Outgoing) -> Outcomes:
         outcomes: Outcomes = {}
         targets = list(self._clients)
-        base = self._committed
+        base = self._committed if self._config.encoding == "delta" else None
         if base is not None and outgoing.image is not None and base.image.layout == outgoing.image.layout:
             changes = outgoing.image.changes(base.image)
             with self._plane.changes(outgoing, base.weight_version, changes) as push:
@@ -245,7 +272,8 @@ class WeightSync:
             return []
         reasons = "; ".join(f"{target}: {error}" for target, error in failed.items())
         message = f"{what} of weight version {weight_version} failed on {len(failed)} of {len(outcomes)}: {reasons}"
-        if self._config.lost_replicas == "stop" or len(failed) == len(outcomes):
+        excused = all(self._replicas.excuses(target, error) for target, error in failed.items())
+        if not excused or len(failed) == len(outcomes):
             raise WeightPushError(message) from next(iter(failed.values()))
         _LOGGER.warning("%s", message)
         return list(failed)
@@ -255,7 +283,7 @@ class WeightSync:
         answers = self._ask(list(self._clients), lambda client: client.status())
         found = {target: answer for target, answer in answers.items() if isinstance(answer, WeightStatus)}
         for target, answer in answers.items():
-            if isinstance(answer, PpodError) and (self._config.lost_replicas == "stop" or not found):
+            if isinstance(answer, PpodError) and not (found and self._replicas.excuses(target, answer)):
                 raise WeightPushError(f"{target} does not tell which weights it has: {answer}") from answer
         return found
 
@@ -263,7 +291,7 @@ class WeightSync:
         if self._config.directory is not None:
             return SharedPlane(self._config.directory, self._held.uris)
         if self._config.plane == "collective":
-            return CollectivePlane(self._config.collective, list(self._clients))
+            return CollectivePlane(self._config.collective, list(self._replicas.listed()))
         return GrpcPlane()
 
     def _free_image(self, policy: PolicyTensors) -> WireImage:

@@ -5,6 +5,7 @@ from ppod.client.breakdown import RewardComponent, RewardDescription, RewardKind
 from ppod.client.completions import Completion, FinishReason, Sampling, WeightSpan
 from ppod.client.core import RpcObserver
 from ppod.client.delivery import NO_RETRY, Delivery, HedgePolicy, RetryPolicy, SplitPolicy
+from ppod.client.endpoint_slices import Endpoint
 from ppod.client.generation import AsyncGenerationClient, GenerationClient
 from ppod.client.identity import (
     ModelDescription,
@@ -16,13 +17,17 @@ from ppod.client.identity import (
     Timing,
     new_request_id,
 )
+from ppod.client.kubernetes_target import KubernetesTarget, parse_kubernetes_target
 from ppod.client.reference import AsyncReferenceClient, ReferenceClient
 from ppod.client.reference_calls import ReferenceLogprobs, TopTokens
 from ppod.client.relays import relay_tree
+from ppod.client.replica_sources import ReplicaSource
+from ppod.client.replicas import Replicas
 from ppod.client.reward import AsyncRewardClient, RewardClient
 from ppod.client.reward_admin import AsyncRewardAdminClient, ReplacedModel, Replacement, RewardAdminClient
 from ppod.client.reward_calls import ChatTurn, Granularity, ProcessScores, Scores, Truncation
 from ppod.client.security import ClientSecurity
+from ppod.client.service_watch import ServiceWatch, close_service_watch, open_service_watch
 from ppod.client.shared_weights import Segment, SharedDirectory
 from ppod.client.weight_image import TensorLayout, WireImage
 from ppod.client.weights import (
@@ -53,10 +58,12 @@ __all__ = [
     "CollectiveGroup",
     "Completion",
     "Delivery",
+    "Endpoint",
     "FinishReason",
     "GenerationClient",
     "Granularity",
     "HedgePolicy",
+    "KubernetesTarget",
     "LoraAdapter",
     "ModelDescription",
     "ModelLimits",
@@ -71,6 +78,8 @@ __all__ = [
     "ReplacedModel",
     "Replacement",
     "ReplicaOutcome",
+    "ReplicaSource",
+    "Replicas",
     "RetryPolicy",
     "RewardAdminClient",
     "RewardClient",
@@ -84,6 +93,7 @@ __all__ = [
     "SeedPromise",
     "Segment",
     "ServiceClient",
+    "ServiceWatch",
     "SharedDirectory",
     "SplitPolicy",
     "TensorDtype",
@@ -98,6 +108,9 @@ __all__ = [
     "WeightStatus",
     "WeightTensor",
     "WireImage",
+    "close_service_watch",
     "new_request_id",
+    "open_service_watch",
+    "parse_kubernetes_target",
     "relay_tree",
 ]

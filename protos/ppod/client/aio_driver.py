@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from ppod.channel import ChannelSpec, open_aio_channel
-from ppod.client.core import HEALTH_CHECK, ClientCore, Lookup, Pause, Program, Step
+from ppod.client.core import HEALTH_CHECK, ClientCore, Follow, Lookup, Pause, Program, Step
 from ppod.client.exchange import Action, Exchange, Send
 from ppod.client.lookups import resolve
 from ppod.client.replies import typed_error
@@ -35,6 +35,7 @@ class AioDriver:
     async def close(self) -> None:
         """Close all channels; calls under way end with Cancelled."""
         self._closed = True
+        await asyncio.to_thread(self._core.close)
         for probe in self._probes:
             probe.cancel()
         channels = list(self._channels.values())
@@ -59,7 +60,7 @@ class AioDriver:
 
     async def stream(self, delivery: StreamDelivery[ItemT]) -> AsyncGenerator[ItemT]:
         """Yield the checked replies of a stream, through as many streams as it takes."""
-        await self.run(self._core.lookup())
+        await self.run(self._core.lookup(delivery.deadline))
         method = delivery.job.method
         while True:
             opening = delivery.open(time.monotonic())
@@ -141,10 +142,20 @@ class AioDriver:
             case Pause():
                 await asyncio.sleep(step.seconds)
             case Lookup():
-                used = self._core.shared.replicas.in_use()
-                for address in [each for each in self._channels if each not in used]:
-                    await self._channels.pop(address).close()
+                await self._prune()
                 step.addresses = await asyncio.to_thread(resolve, step.host, step.port)
+
+            case Follow():
+                await self._prune()
+                if not len(self._core.shared.replicas):
+                    await asyncio.to_thread(step.source.wait_for_one, step.timeout_s)
+
+    async def _prune(self) -> None:
+        """Close the channels of replicas that are gone."""
+        used = self._core.shared.replicas.in_use()
+        gone = [self._channels.pop(address) for address in list(self._channels) if address not in used]
+        for channel in gone:
+            await channel.close()
 
     async def _probe(self, address: str) -> None:
         payload, timeout_s = self._core.probe_payload()

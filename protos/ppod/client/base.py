@@ -11,6 +11,7 @@ from ppod.client.aio_driver import AioDriver
 from ppod.client.core import DEFAULT_TIMEOUT_S, ClientCore, ClientSettings, RpcObserver
 from ppod.client.delivery import Delivery
 from ppod.client.identity import Pin
+from ppod.client.replica_sources import ReplicaSource
 from ppod.client.security import ClientSecurity
 from ppod.client.sync_driver import SyncDriver
 
@@ -20,16 +21,18 @@ class _Client:
 
     Args:
         target: `host:port`; several with commas between, which share the work; `dns:///host:port`, whose every address
-            is a replica; or any other gRPC target.
+            is a replica; `k8s:///SERVICE[.NAMESPACE]:PORT`, whose every ready pod is one; or any other gRPC target.
         timeout_s: deadline of each call in seconds, waits and repeats included, where a call gives none itself.
         pin: what every request insists on.
         observer: called after each attempt, for metrics.
         security: TLS and the team's token.
         delivery: retries, hedging and splitting.
         rng: draws the jitter of waits; give one to make them repeatable.
+        replicas: tells which replicas there are; the target is then a name for messages.
 
     Raises:
-        InvalidArgument: the target cannot be read, or the token would travel in plain text.
+        InvalidArgument: the target cannot be read, the token would travel in plain text, or a k8s target's cluster is
+        not known.
     """
 
     service_name: ClassVar[str] = ""
@@ -44,6 +47,7 @@ class _Client:
         security: ClientSecurity | None = None,
         delivery: Delivery | None = None,
         rng: random.Random | None = None,
+        replicas: ReplicaSource | None = None,
     ) -> None:
         settings = ClientSettings(
             timeout_s=timeout_s,
@@ -52,6 +56,7 @@ class _Client:
             security=security or ClientSecurity(),
             delivery=delivery or Delivery(),
             rng=rng,
+            replicas=replicas,
         )
         self._core = ClientCore(self.service_name, target, settings)
         self._connect()
@@ -60,6 +65,11 @@ class _Client:
     def target(self) -> str:
         """Where the service is."""
         return self._core.target
+
+    @property
+    def replica_count(self) -> int:
+        """Replicas known now, those included that do not answer; 0 for a name that was not looked up yet."""
+        return len(self._core.shared.replicas)
 
     @property
     def timeout_s(self) -> float:

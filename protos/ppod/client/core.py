@@ -20,6 +20,7 @@ from ppod.client.exchange import Exchange, Shared
 from ppod.client.identity import ModelDescription, ModelState, Pin
 from ppod.client.jobs import Answerer, Job
 from ppod.client.latencies import HedgeBudget, Latencies
+from ppod.client.replica_sources import KubernetesReplicas, ReplicaSource
 from ppod.client.replicas import Replicas, parse_target
 from ppod.client.security import ClientSecurity
 from ppod.client.splitting import RowSizes, split_rows
@@ -32,6 +33,8 @@ RpcObserver = Callable[[str, float, str], None]
 DEFAULT_TIMEOUT_S = 120.0
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 _PROBE_TIMEOUT_S = 1.0
+_NO_REPLICA_S = 5.0
+"""A call waits this long for a replica of a Service that has none: between two pods there may be a gap."""
 _ONE_ROW = RowSizes((1,), (0,))
 
 ResultT = TypeVar("ResultT")
@@ -54,7 +57,15 @@ class Lookup:
     addresses: tuple[str, ...] = ()
 
 
-Step = Exchange | Pause | Lookup
+@dataclass(slots=True)
+class Follow:
+    """Close the channels of replicas that left, and wait until there is a replica."""
+
+    source: ReplicaSource
+    timeout_s: float
+
+
+Step = Exchange | Pause | Lookup | Follow
 Program = Generator[Step, None, ResultT]
 
 
@@ -68,6 +79,7 @@ class ClientSettings:
     security: ClientSecurity = field(default_factory=ClientSecurity)
     delivery: Delivery = field(default_factory=Delivery)
     rng: random.Random | None = None
+    replicas: ReplicaSource | None = None
 
 
 class SplittableJob(Job, Protocol):
@@ -115,7 +127,9 @@ class ClientCore:
         self.settings = settings
         self.pin = settings.pin
         self.endpoints = parse_target(target)
-        for address in self.endpoints.addresses or (self.endpoints.host or "",):
+        kubernetes = self.endpoints.kubernetes
+        name = self.endpoints.host or ("" if kubernetes is None else kubernetes.service)
+        for address in self.endpoints.addresses or (name,):
             settings.security.check_target(address)
         hedge = settings.delivery.hedge
         self.shared = Shared(
@@ -126,11 +140,22 @@ class ClientCore:
             settings.rng or random.Random(),
         )
         self._max_sequences: int | None = None
+        self._source = settings.replicas
+        if self._source is None and kubernetes is not None:
+            self._source = KubernetesReplicas(kubernetes)
+        if self._source is not None:
+            self._source.attach(self.shared.replicas)
+
+    def close(self) -> None:
+        """Follow no replicas any more."""
+        if self._source is not None:
+            self._source.detach(self.shared.replicas)
 
     @property
     def server_name(self) -> str:
         """Name that servers' certificates must carry, where it is not the host of their address."""
-        return self.settings.security.server_name or self.endpoints.host or ""
+        followed = "" if self._source is None else self._source.server_name
+        return self.settings.security.server_name or followed or self.endpoints.host or ""
 
     def deadline(self, timeout_s: float | None) -> float:
         """When a call that starts now must have ended, on time.monotonic()."""
@@ -145,12 +170,18 @@ class ClientCore:
         self._max_sequences = description.limits.max_request_sequences or None
         return description
 
-    def lookup(self) -> Program[None]:
+    def lookup(self, deadline: float) -> Program[None]:
         """Find the replicas of a name, where it is time to.
 
         Raises:
-            Unavailable: by way of the exchange that follows, where the name has never had an address.
+            Unavailable: the Service has no ready pod. By way of the exchange that follows, where the name has never had
+            an address. PermissionDenied, Unauthenticated, InvalidArgument: the Service's pods cannot be listed.
         """
+        if self._source is not None:
+            if self.shared.replicas.due_pruning() or not len(self.shared.replicas):
+                left = max(0.0, deadline - time.monotonic())
+                yield Follow(self._source, min(left, _NO_REPLICA_S))
+            return
         host, port = self.endpoints.host, self.endpoints.port
         if host is None or port is None or not self.shared.replicas.due_lookup(time.monotonic()):
             return
@@ -162,7 +193,7 @@ class ClientCore:
     def ask(self, job: Job, timeout_s: float | None) -> Program[None]:
         """Deliver a job in one part."""
         deadline = self.deadline(timeout_s)
-        yield from self.lookup()
+        yield from self.lookup(deadline)
         yield Exchange(job, [range(len(job.sizes.tokens))], self.shared, deadline)
 
     def deliver(
@@ -174,7 +205,7 @@ class ClientCore:
         stays within it pays for no further RPC.
         """
         deadline = self.deadline(timeout_s)
-        yield from self.lookup()
+        yield from self.lookup(deadline)
         parts = self._split(job)
         try:
             yield Exchange(job, parts, self.shared, deadline)
@@ -203,7 +234,7 @@ class ClientCore:
         last = "no answer"
         while (left := deadline - time.monotonic()) > 0:
             try:
-                yield from self.lookup()
+                yield from self.lookup(time.monotonic() + min(left, 2.0))
                 yield Exchange(job, [range(1)], unhurried, time.monotonic() + min(left, 2.0))
                 status = parse(health_pb2.HealthCheckResponse, job.reply).status
                 if status == health_pb2.HealthCheckResponse.SERVING:

@@ -236,7 +236,11 @@ class Exchange:
             elif held:
                 self._wake(min(until for until in self._held.values() if until > now))
             elif not counts:
-                return self._finish(Unavailable("no replica is left that could answer this request"))
+                gone = Unavailable("no replica is left that could answer this request")
+                # Of a name that has no replica now, as between two pods, there may soon be one.
+                if len(self._shared.replicas) or not self._schedule_retry(part, gone, now):
+                    return self._finish(gone)
+                self._wake(part.not_before)
         actions += self._send_again(now)
         return actions
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from ppod.client.kubernetes_target import SCHEME, KubernetesTarget, parse_kubernetes_target
 from ppod.errors import InvalidArgument
 
 _FIRST_PROBE_S = 0.5
@@ -21,19 +22,23 @@ class Endpoints:
     Attributes:
         addresses: gRPC targets, one channel each; empty for a name that is still to be looked up.
         host, port: of `dns:///host:port`, whose every address is a replica; None for all other targets.
+        kubernetes: of `k8s:///SERVICE[.NAMESPACE]:PORT`, whose every ready pod is a replica; None for all others.
     """
 
     addresses: tuple[str, ...]
     host: str | None = None
     port: int | None = None
+    kubernetes: KubernetesTarget | None = None
 
 
 def parse_target(target: str) -> Endpoints:
-    """Read `host:port`, `a:1,b:2`, `dns:///host:port` or any other gRPC target.
+    """Read `host:port`, `a:1,b:2`, `dns:///host:port`, `k8s:///SERVICE[.NAMESPACE]:PORT` or any other gRPC target.
 
     Raises:
-        InvalidArgument: it is empty, names a replica twice, or is a dns target without a port.
+        InvalidArgument: it is empty, names a replica twice, or is a dns or k8s target without a port.
     """
+    if target.startswith(SCHEME):
+        return Endpoints((), kubernetes=parse_kubernetes_target(target))
     if target.startswith("dns:///"):
         host, colon, port = target.removeprefix("dns:///").rpartition(":")
         if not colon or not host or not port.isdigit():
@@ -51,6 +56,7 @@ def parse_target(target: str) -> Endpoints:
 @dataclass(slots=True)
 class _Replica:
     outstanding_tokens: int = 0
+    given_tokens: int = 0
     down: bool = False
     failures: int = 0
     probe_at: float = 0.0
@@ -59,14 +65,20 @@ class _Replica:
 
 
 class Replicas:
-    """Shared by all calls of a client, on whatever thread they run."""
+    """Shared by all calls of a client, on whatever thread they run.
+
+    Attributes:
+        on_down: told of a replica that does not answer, or drains; for whoever knows more of it than its health.
+    """
 
     def __init__(self, addresses: Sequence[str]) -> None:
+        self.on_down: Callable[[str], None] | None = None
         self._lock = threading.Lock()
         self._by_address = {address: _Replica() for address in addresses}
         self._leaving: dict[str, _Replica] = {}
         self._picks = 0
         self._resolve_at = 0.0
+        self._left = False
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -92,10 +104,12 @@ class Replicas:
             if not free:
                 return None
             self._picks += 1
-            # Among equals the one that was picked longest ago, so that lone calls spread over all.
-            chosen = min(free, key=lambda a: (alive[a].outstanding_tokens, alive[a].last_pick))
+            # Among equals the one that was given least, so that lone calls spread over all. Turns alone would not do:
+            # of a caller that asks one small thing and one large thing by turns, one of two would get all large ones.
+            chosen = min(free, key=lambda a: (alive[a].outstanding_tokens, alive[a].given_tokens, alive[a].last_pick))
             alive[chosen].last_pick = self._picks
             alive[chosen].outstanding_tokens += tokens
+            alive[chosen].given_tokens += tokens
             return chosen
 
     def pick_idle(self, avoided: Collection[str], tokens: int) -> str | None:
@@ -104,6 +118,7 @@ class Replicas:
             for address, replica in self._by_address.items():
                 if address not in avoided and not replica.down and replica.outstanding_tokens == 0:
                     replica.outstanding_tokens += tokens
+                    replica.given_tokens += tokens
                     return address
         return None
 
@@ -117,11 +132,14 @@ class Replicas:
         with self._lock:
             if (replica := self._by_address.get(address) or self._leaving.get(address)) is not None:
                 replica.outstanding_tokens -= tokens
+                self._left = self._left or (address in self._leaving and replica.outstanding_tokens <= 0)
 
     def mark_up(self, address: str) -> None:
         """A replica answered."""
         with self._lock:
             if (replica := self._by_address.get(address)) is not None:
+                if replica.down:
+                    replica.given_tokens = max(replica.given_tokens, self._least_given())
                 replica.down = replica.probing = False
                 replica.failures = 0
 
@@ -133,6 +151,8 @@ class Replicas:
                 replica.probe_at = now + min(_LAST_PROBE_S, _FIRST_PROBE_S * 2.0 ** min(replica.failures, 10))
                 replica.failures += 1
             self._resolve_at = min(self._resolve_at, now)
+        if self.on_down is not None:
+            self.on_down(address)
 
     def due_probes(self, now: float) -> list[str]:
         """Replicas that are down and whose health is to be asked now; each is told once until it is marked."""
@@ -156,9 +176,21 @@ class Replicas:
         """A name was looked up: these are the replicas now. What is known of those that stay is kept."""
         with self._lock:
             known = {**self._leaving, **self._by_address}
-            self._by_address = {a: known.get(a) or _Replica() for a in addresses}
+            least = self._least_given()
+            self._by_address = {a: known.get(a) or _Replica(given_tokens=least) for a in addresses}
             # A pod that drains leaves the name at once, but still finishes what it holds.
             self._leaving = {a: r for a, r in known.items() if a not in self._by_address and r.outstanding_tokens > 0}
+            self._left = True
+
+    def due_pruning(self) -> bool:
+        """Whether a replica may have left for good, whose channel is to be closed; true once after each change."""
+        with self._lock:
+            due, self._left = self._left, False
+            return due
+
+    def _least_given(self) -> int:
+        """What a newcomer counts as having been given, so that it does not get all that comes until it caught up."""
+        return min((one.given_tokens for one in self._by_address.values() if not one.down), default=0)
 
     def in_use(self) -> set[str]:
         """Replicas whose channels are needed: all, and those that left and still hold work."""

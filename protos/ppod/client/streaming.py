@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from ppod.client.exchange import Shared
-from ppod.errors import DeadlineExceeded, PpodError, ResourceExhausted, Unavailable
+from ppod.errors import DeadlineExceeded, FailedPrecondition, PpodError, ResourceExhausted, Unavailable
 
 ItemT = TypeVar("ItemT")
 ItemT_co = TypeVar("ItemT_co", covariant=True)
@@ -63,6 +63,11 @@ class StreamDelivery(Generic[ItemT]):
         self._tried: set[str] = set()
         self._address: str | None = None
 
+    @property
+    def deadline(self) -> float:
+        """When all must have ended, on time.monotonic()."""
+        return self._deadline
+
     def open(self, now: float) -> Opening:
         """The stream to open now; raise DeadlineExceeded or Unavailable."""
         if now >= self._deadline:
@@ -83,15 +88,19 @@ class StreamDelivery(Generic[ItemT]):
         address = self._address or ""
         self.closed()
         refused = isinstance(error, ResourceExhausted) and error.retry_after_s > 0
+        # Another replica may have the weights that are asked for: this one was started again, or is late.
+        other_weights = isinstance(error, FailedPrecondition) and error.what == "weight_version"
         if isinstance(error, Unavailable):
             self._shared.replicas.mark_down(address, now)
-        elif not refused:
+        elif not refused and not other_weights:
             raise error
         self._tried.add(address)
         if not self.job.resumable:
             raise error
         if self._shared.replicas.has_other(self._tried):
             return 0.0
+        if other_weights:
+            raise error
         self._tried.clear()
         self._failures += 1
         retry = self._shared.delivery.retry

@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias, TypeVar
 import grpc
 
 from ppod.channel import ChannelSpec, open_channel
-from ppod.client.core import HEALTH_CHECK, ClientCore, Lookup, Pause, Program, Step
+from ppod.client.core import HEALTH_CHECK, ClientCore, Follow, Lookup, Pause, Program, Step
 from ppod.client.exchange import Action, Exchange, Send
 from ppod.client.lookups import resolve
 from ppod.client.replies import typed_error
@@ -37,13 +37,14 @@ class SyncDriver:
 
     def __init__(self, core: ClientCore) -> None:
         self._core = core
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._channels: dict[str, grpc.Channel] = {}
         self._methods: dict[tuple[str, str], UnaryMethod] = {}
         self._closed = False
 
     def close(self) -> None:
         """Close all channels; calls under way end with Cancelled."""
+        self._core.close()
         with self._lock:
             self._closed = True
             channels = list(self._channels.values())
@@ -70,7 +71,7 @@ class SyncDriver:
 
     def stream(self, delivery: StreamDelivery[ItemT]) -> Generator[ItemT]:
         """Yield the checked replies of a stream, through as many streams as it takes."""
-        self.run(self._core.lookup())
+        self.run(self._core.lookup(delivery.deadline))
         method = delivery.job.method
         while True:
             opening = delivery.open(time.monotonic())
@@ -111,11 +112,12 @@ class SyncDriver:
 
     def unary(self, address: str, method: str) -> UnaryMethod:
         """A method of a replica, bytes in and bytes out."""
-        found = self._methods.get((address, method))
-        if found is None:
-            found = self._channel(address).unary_unary(method, None, None)
-            self._methods[address, method] = found
-        return found
+        with self._lock:
+            found = self._methods.get((address, method))
+            if found is None:
+                found = self._channel(address).unary_unary(method, None, None)
+                self._methods[address, method] = found
+            return found
 
     def _channel(self, address: str) -> grpc.Channel:
         with self._lock:
@@ -138,6 +140,10 @@ class SyncDriver:
             case Lookup():
                 self._prune()
                 step.addresses = resolve(step.host, step.port)
+            case Follow():
+                self._prune()
+                if not len(self._core.shared.replicas):
+                    step.source.wait_for_one(step.timeout_s)
 
     def _probe(self) -> None:
         for address in self._core.shared.replicas.due_probes(time.monotonic()):
@@ -159,8 +165,9 @@ class SyncDriver:
 
     def _prune(self) -> None:
         """Close the channels of replicas that are gone."""
-        used = self._core.shared.replicas.in_use()
         with self._lock:
+            # Asked within the lock: a replica that came back meanwhile keeps the channel that a call has just taken.
+            used = self._core.shared.replicas.in_use()
             gone = [address for address in self._channels if address not in used]
             channels = [self._channels.pop(address) for address in gone]
             self._methods = {key: value for key, value in self._methods.items() if key[0] not in gone}

@@ -20,6 +20,7 @@ from ppod import WeightClient
 from ppod_models.loading import load_causal_lm
 from ppod_models.sources import resolve
 from ppod_trainer.config import WeightTransferConfig
+from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
 from support.processes import ServiceProcess, running_service
 
@@ -98,7 +99,7 @@ def generation(
 @contextmanager
 def syncing(targets: Sequence[str], config: WeightTransferConfig) -> Iterator[WeightSync]:
     """The trainer's side of the services with these administration ports."""
-    sync = WeightSync([WeightClient(target, timeout_s=60) for target in targets], config)
+    sync = WeightSync(FixedReplicas([WeightClient(target, timeout_s=60) for target in targets], "stop"), config)
     try:
         yield sync
     finally:

@@ -20,6 +20,7 @@ from ppod_models.process_groups import BroadcastGroup, GroupError, open_store, w
 from ppod_trainer.collective_plane import CollectivePlane
 from ppod_trainer.config import CollectiveConfig, WeightTransferConfig
 from ppod_trainer.errors import TrainerError, WeightPushError
+from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
 from support.processes import ServiceProcess, running_service
 from support.services import tiny_model_config
@@ -56,7 +57,7 @@ def replicas(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @contextmanager
 def syncing(replicas: Sequence[ServiceProcess], port: int) -> Iterator[WeightSync]:
     config = WeightTransferConfig(plane="collective", collective=CollectiveConfig(port=port, bucket_mib=1, timeout_s=4))
-    sync = WeightSync([WeightClient(one.admin_target, timeout_s=20) for one in replicas], config)
+    sync = WeightSync(FixedReplicas([WeightClient(one.admin_target, timeout_s=20) for one in replicas], "stop"), config)
     try:
         yield sync
     finally:

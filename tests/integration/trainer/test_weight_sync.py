@@ -16,6 +16,7 @@ from ppod import WeightClient
 from ppod_trainer.adapter_weights import adapter_tensors
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import WeightPushError
+from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
 from support.processes import ServiceProcess, running_service
 from support.services import tiny_model_config
@@ -62,7 +63,7 @@ def replicas(
 @contextmanager
 def syncing(replicas: Sequence[ServiceProcess], config: WeightTransferConfig) -> Iterator[WeightSync]:
     clients = [WeightClient(one.admin_target, timeout_s=20) for one in replicas]
-    sync = WeightSync(clients, config)
+    sync = WeightSync(FixedReplicas(clients, config.lost_replicas), config)
     try:
         yield sync
     finally:

@@ -68,6 +68,27 @@ def test_replicas_are_refused_where_weights_are_pushed() -> None:
     assert "refreshed must be one server" in problems(refreshed)[0]
 
 
+def test_services_of_kubernetes_are_followed_and_weights_reach_their_pods() -> None:
+    followed = {"generation": "k8s:///g.team:grpc", "generation_admin": "k8s:///g.team:admin"}
+    services = {"reward": "k8s:///r:50051", "reference": "k8s:///ref:grpc", **followed}
+    config = parse_config(TrainerConfig, {"services": services}, "test")
+    assert config.services.follows_generation
+    assert not TrainerConfig().services.follows_generation
+    for wrong in (
+        {"generation": "k8s:///g:grpc"},
+        {"generation_admin": "k8s:///g:admin"},
+        {"generation": "k8s:///g:grpc", "generation_admin": "k8s:///other:admin"},
+        {"generation": "k8s:///g:grpc", "generation_admin": "k8s:///g:grpc"},
+    ):
+        assert "two ports of one Service" in problems({"services": wrong})[0]
+    assert "reward is 'k8s://r:1': expected k8s:///SERVICE" in problems({"services": {"reward": "k8s://r:1"}})[0]
+    assert "pushed to one server" in problems({"services": {"reference_admin": "k8s:///ref:admin"}})[0]
+    refreshed = {"services": {"reference": "k8s:///ref:grpc"}, "reference_refresh_steps": 5}
+    assert "refreshed must be one server" in problems(refreshed)[0]
+    collective = {"services": followed, "weight_transfer": {"plane": "collective"}}
+    assert "process group's members are fixed" in problems(collective)[0]
+
+
 def test_a_shared_directory_goes_with_its_plane() -> None:
     assert "give one for shared" in problems({"weight_transfer": {"plane": "shared"}})[0]
     assert "give one for shared" in problems({"weight_transfer": {"directory": "/dev/shm/x"}})[0]

@@ -18,7 +18,7 @@ from ppod_trainer.config import RolloutConfig, TrainerConfig
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.rollouts import Rollout, ScoredRollout
-from ppod_trainer.sampling import Context, ResponseSampler, TurnSampler, equal_runs
+from ppod_trainer.sampling import Context, ResponseSampler, TurnSampler, equal_parts, equal_runs
 from ppod_trainer.step_figures import rollout_figures
 from ppod_trainer.step_rollouts import StepRollouts, build_step_rollouts
 
@@ -30,6 +30,7 @@ class Generation:
         self.refused = refused
         self.aborted = set(aborted)
         self.asked: list[tuple[int, int]] = []
+        self.replica_count = 1
 
     def generate(
         self,
@@ -91,6 +92,37 @@ def test_runs_of_different_lengths_are_asked_for_one_by_one() -> None:
     # The same prompt twice in a row is a run of its own length.
     assert equal_runs([one, one, one, one]) == 4
     assert equal_runs([one, two, one]) == 1
+
+
+@pytest.mark.parametrize(
+    ("firsts", "count", "expected"),
+    [
+        ((1, 2, 3, 4, 5), 2, [[0, 1], [2, 3, 4]]),
+        ((1, 2, 3), 5, [[0], [1], [2]]),
+        ((7, 7, 7, 9, 9, 9, 8, 8), 2, [[0, 1, 2], [3, 4, 5, 6, 7]]),
+        ((7, 7, 7), 4, [[0, 1, 2]]),
+        ((1, 2), 0, [[0, 1]]),
+    ],
+)
+def test_contexts_are_divided_by_whole_groups(firsts: tuple[int, ...], count: int, expected: list[list[int]]) -> None:
+    found = equal_parts(contexts(*firsts), range(len(firsts)), count)
+    assert [list(part) for part in found] == expected
+
+
+def test_replicas_that_come_and_go_share_a_call_and_the_order_stays() -> None:
+    generation = Generation(aborted=frozenset({53}))
+    generation.replica_count = 3
+    spread = TurnSampler(generation, RolloutConfig(), spread=True)  # pyright: ignore[reportArgumentType]
+    turns = spread.sample(contexts(7, 7, 9, 9, 8, 8), 3)
+    assert sorted(generation.asked) == [(1, 1), (1, 2), (1, 2), (1, 2)]
+    expected = [[7, 50], [7, 51], [9, 52], [9, 53, 9, 53], [8, 54], [8, 55]]
+    assert [turn.tokens.tolist() for turn in turns] == expected
+    refusing = Generation(refused=frozenset({8}))
+    refusing.replica_count = 3
+    spread = TurnSampler(refusing, RolloutConfig(), spread=True)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidArgument) as caught:
+        spread.sample(contexts(7, 7, 9, 9, 8, 8), 3)
+    assert caught.value.sample == 4
 
 
 def test_what_was_begun_goes_on_one_by_one() -> None:

@@ -8,7 +8,7 @@ from ppod_trainer.held_files import HeldFiles
 
 
 def test_two_files_are_held_in_turns() -> None:
-    held = HeldFiles(["a"])
+    held = HeldFiles()
     assert held.uris() == set()
     held.pushed("one", {"a": None})
     assert held.uris() == {"one"}
@@ -20,7 +20,7 @@ def test_two_files_are_held_in_turns() -> None:
 
 
 def test_a_commit_that_failed_frees_nothing_until_the_replica_tells() -> None:
-    held = HeldFiles(["a"])
+    held = HeldFiles()
     held.pushed("one", {"a": None})
     held.committed("a")
     held.pushed("two", {"a": None})
@@ -31,7 +31,7 @@ def test_a_commit_that_failed_frees_nothing_until_the_replica_tells() -> None:
 
 
 def test_what_a_silent_replica_may_have_taken_is_kept_and_does_not_grow() -> None:
-    held = HeldFiles(["a", "b"])
+    held = HeldFiles()
     held.pushed("one", {"a": None, "b": None})
     held.committed("a")
     held.committed("b")
@@ -42,7 +42,7 @@ def test_what_a_silent_replica_may_have_taken_is_kept_and_does_not_grow() -> Non
 
 
 def test_an_adapter_leaves_the_base_in_its_file() -> None:
-    held = HeldFiles(["a"])
+    held = HeldFiles()
     held.pushed("one", {"a": None})
     held.committed("a")
     # It came in chunks, without a file.

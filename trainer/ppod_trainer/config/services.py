@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -11,18 +12,26 @@ from ppod_models.configuration import ClientTlsConfig, ConfigModel
 
 Target = str
 
+_KUBERNETES = re.compile(r"k8s:///[a-z0-9][-a-z0-9]*(\.[a-z0-9][-a-z0-9]*)?:[a-z0-9][-a-z0-9]*")
+
 
 def has_replicas(target: Target) -> bool:
     """Whether a target may be more than one server."""
-    return "," in target or target.startswith("dns:")
+    return "," in target or target.startswith("dns:") or is_kubernetes(target)
+
+
+def is_kubernetes(target: Target) -> bool:
+    """Whether a target names the pods behind a Service."""
+    return target.startswith("k8s:")
 
 
 class ServicesConfig(ConfigModel):
     """Where the services listen, as gRPC targets `host:port`.
 
-    Replicas share each step's work: `a:1,b:2`, or for reward and reference `dns:///host:port`, every address of a
-    headless service. Every replica of generation needs its address in generation_admin. The team's token comes from
-    PPOD_TOKEN, or from the file that PPOD_TOKEN_FILE names.
+    Replicas share each step's work: `a:1,b:2`; `k8s:///SERVICE[.NAMESPACE]:PORT`, every ready pod behind a Service, as
+    they come and go; or for reward and reference `dns:///host:port`, every address of a headless service. Every replica
+    of generation needs its address in generation_admin: a list for a list, the same Service for a Service. The team's
+    token comes from PPOD_TOKEN, or from the file that PPOD_TOKEN_FILE names.
     """
 
     reward: Target = "127.0.0.1:50051"
@@ -49,6 +58,21 @@ class ServicesConfig(ConfigModel):
         """One administration port for each replica of generation."""
         return [one.strip() for one in self.generation_admin.split(",")]
 
+    @property
+    def follows_generation(self) -> bool:
+        """Whether the replicas of generation come and go."""
+        return is_kubernetes(self.generation)
+
+    @model_validator(mode="after")
+    def _services_are_named(self) -> Self:
+        for key in ("reward", "reference", "generation", "generation_admin"):
+            target: Target = getattr(self, key)
+            if is_kubernetes(target) and not _KUBERNETES.fullmatch(target):
+                raise ValueError(
+                    f"{key} is {target!r}: expected k8s:///SERVICE[.NAMESPACE]:PORT, PORT a number or a name"
+                )
+        return self
+
     @model_validator(mode="after")
     def _weights_reach_all(self) -> Self:
         if has_replicas(self.reference_admin):
@@ -60,6 +84,15 @@ class ServicesConfig(ConfigModel):
             target: Target = getattr(self, key)
             if target.startswith("dns:"):
                 raise ValueError(f"{key} is {target!r}: weights are pushed to each server, so list every host:port")
+        if is_kubernetes(self.generation) or is_kubernetes(self.generation_admin):
+            service, _, port = self.generation.rpartition(":")
+            admin_service, _, admin_port = self.generation_admin.rpartition(":")
+            if service != admin_service or port == admin_port:
+                raise ValueError(
+                    f"generation is {self.generation!r}, generation_admin {self.generation_admin!r}: weights go "
+                    "to the pods that generate, so name two ports of one Service"
+                )
+            return self
         replicas, admins = self.generation.count(",") + 1, len(self.generation_admins)
         if replicas != admins:
             raise ValueError(

@@ -1,0 +1,1 @@
+"""`ppod k8s`: the same system on a Kubernetes cluster."""

@@ -1,0 +1,20 @@
+"""The kubectl lines that do what `ppod k8s` does, so that nobody depends on it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+from ppod_deploy.k8s.commands import Where
+
+
+def line(where: Where, *arguments: str, namespaced: bool = True) -> str:
+    """A kubectl command as one types it."""
+    context = () if where.context is None else ("--context", where.context)
+    namespace = ("-n", where.namespace) if namespaced else ()
+    return shlex.join(("kubectl", *context, *namespace, *arguments))
+
+
+def show(where: Where, *arguments: str, namespaced: bool = True) -> None:
+    """Print it, on stderr: stdout is for what was asked for."""
+    print(f"$ {line(where, *arguments, namespaced=namespaced)}", file=sys.stderr, flush=True)

@@ -1,0 +1,128 @@
+"""`ppod k8s train`: a run as a Job, from its configuration to its results on this machine."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+from ppod_deploy.k8s import kubectl
+from ppod_deploy.k8s.cluster import Cluster
+from ppod_deploy.k8s.commands import K8sTrain
+from ppod_deploy.k8s.objects import Identity, K8sError, Manifest, at, items_at, text_at
+from ppod_deploy.k8s.readiness import pod_trouble
+from ppod_deploy.k8s.trainer_job import cluster_config, config_map, job
+
+_RESULT_MARK = "ppod-result "
+"""See ppod_trainer.job."""
+
+_POLL_S = 1.0
+_LAST_LINES_S = 30.0
+
+
+def submit(command: K8sTrain) -> int:
+    """Submit, follow and fetch; returns the trainer's exit code.
+
+    Raises:
+        ConfigError: the configuration is wrong. K8sError: the Job did not get to run.
+    """
+    where = command.where
+    config = config_map(command, cluster_config(command.config, command.name))
+    manifest = job(command)
+    kubectl.show(where, "create", "configmap", command.name, "--from-file=trainer.yaml=TRAINER_YAML")
+    kubectl.show(where, "create", "-f", "JOB_YAML")
+    if command.follow:
+        kubectl.show(where, "logs", "-f", f"job/{command.name}")
+    if where.dry_run:
+        return 0
+    with closing(Cluster(where.namespace, where.context)) as cluster:
+        identity = Identity("batch/v1", "Job", where.namespace, command.name)
+        if cluster.get(identity) is not None:
+            raise K8sError(
+                f"{identity} is there already: give another --name, or remove it by "
+                f"`{kubectl.line(where, 'delete', f'job/{command.name}')}`"
+            )
+        cluster.apply(config)
+        cluster.apply(manifest)
+        print(f"submitted {identity}", flush=True)
+        if not command.follow:
+            return 0
+        pod = _wait_started(cluster, command)
+        output = command.output or Path("runs") / command.name
+        try:
+            _follow(cluster, pod, output)
+        except KeyboardInterrupt:
+            print(f"the Job goes on; follow it by `{kubectl.line(where, 'logs', '-f', f'job/{command.name}')}`")
+            raise
+        code = _exit_code(cluster, pod)
+        print(f"{identity} ended with exit code {code}; results in {output}", flush=True)
+        return code
+
+
+def _wait_started(cluster: Cluster, command: K8sTrain) -> str:
+    """The Job's pod, once its container runs or has run."""
+    until, trouble = time.monotonic() + command.timeout_s, "it has no pod yet"
+    while time.monotonic() < until:
+        for pod in cluster.list("v1", "Pod", f"job-name={command.name}"):
+            if text_at(pod, "status", "phase") in {"Running", "Succeeded", "Failed"}:
+                return text_at(pod, "metadata", "name")
+            trouble = pod_trouble(pod) or f"its pod is {text_at(pod, 'status', 'phase')}"
+        time.sleep(_POLL_S)
+    raise K8sError(f"Job/{command.name} did not start within {command.timeout_s:g} s: {trouble}")
+
+
+def _follow(cluster: Cluster, pod: str, output: Path) -> None:
+    """Print the log to its end, through connections that break; results in it become files."""
+    output.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, list[str]] = {}
+    with (output / "trainer.log").open("w", encoding="utf-8") as log:
+        seen = 0
+        while True:
+            ended = _terminated(cluster, pod) is not None
+            try:
+                for number, line in enumerate(cluster.log(pod, follow=True, tail=None), start=1):
+                    # Asked for anew, a log begins at its beginning.
+                    if number <= seen:
+                        continue
+                    seen = number
+                    if line.startswith(_RESULT_MARK):
+                        _, name, part = line.split(" ", 2)
+                        parts.setdefault(name, []).append(part)
+                    else:
+                        log.write(line + "\n")
+                        print(line, flush=True)
+            except K8sError as error:
+                print(f"the log broke off, asking again: {error}", file=sys.stderr, flush=True)
+            else:
+                # It had ended before it was read, so what was read is all.
+                if ended:
+                    break
+            time.sleep(_POLL_S)
+    for name, encoded in parts.items():
+        # A name of the log's is no path of ours.
+        (output / Path(name).name).write_bytes(gzip.decompress(base64.b64decode("".join(encoded))))
+
+
+def _exit_code(cluster: Cluster, pod: str) -> int:
+    until = time.monotonic() + _LAST_LINES_S
+    while time.monotonic() < until:
+        code = _terminated(cluster, pod)
+        if code is not None:
+            return code
+        time.sleep(_POLL_S)
+    raise K8sError(f"{pod} ended its log and does not say how it ended")
+
+
+def _terminated(cluster: Cluster, pod: str) -> int | None:
+    """The exit code of the pod's container; None while it runs. Raises K8sError: the pod is gone."""
+    found: Manifest | None = cluster.get(Identity("v1", "Pod", cluster.namespace, pod))
+    if found is None:
+        raise K8sError(f"pod {pod} is gone, and its log with it")
+    for status in items_at(found, "status", "containerStatuses"):
+        code = at(status, "state", "terminated", "exitCode")
+        if isinstance(code, int):
+            return code
+    return None

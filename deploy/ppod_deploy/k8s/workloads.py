@@ -1,0 +1,116 @@
+"""`ppod k8s up`, `scale`, `logs` and `down`."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import closing
+
+from ppod_deploy.k8s import kubectl
+from ppod_deploy.k8s.cluster import FIELD_MANAGER, Cluster
+from ppod_deploy.k8s.commands import K8sDown, K8sLogs, K8sScale, K8sUp
+from ppod_deploy.k8s.objects import Identity, K8sError, identity_of, text_at
+from ppod_deploy.k8s.overlays import read_overlay
+from ppod_deploy.k8s.readiness import wait_ready
+
+PART_OF = "app.kubernetes.io/part-of=ppod"
+_KEPT = ("Namespace", "PersistentVolumeClaim")
+
+
+def up(command: K8sUp) -> int:
+    """Apply an overlay, and wait."""
+    overlay = read_overlay(command.overlay)
+    where = command.where
+    server_side = ("apply", "--server-side", "--force-conflicts", f"--field-manager={FIELD_MANAGER}")
+    kubectl.show(where, *server_side, *overlay.option)
+    deployments = [identity_of(one) for one in overlay.manifests if identity_of(one).kind == "Deployment"]
+    for one in deployments if command.wait else ():
+        kubectl.show(where, "rollout", "status", f"deployment/{one.name}", f"--timeout={command.timeout_s:g}s")
+    if where.dry_run:
+        return 0
+    with closing(Cluster(where.namespace, where.context)) as cluster:
+        for manifest in overlay.manifests:
+            cluster.apply(manifest)
+            print(f"applied {identity_of(manifest)}", flush=True)
+        if command.wait:
+            wait_ready(cluster, deployments, command.timeout_s)
+            print(f"ready: {', '.join(one.name for one in deployments) or 'there is no Deployment in it'}")
+    return 0
+
+
+def down(command: K8sDown) -> int:
+    """Delete an overlay's objects, the last applied first."""
+    overlay = read_overlay(command.overlay)
+    where = command.where
+    identities = [identity_of(manifest) for manifest in reversed(overlay.manifests)]
+    going = [one for one in identities if command.everything or one.kind not in _KEPT]
+    if len(going) == len(identities):
+        kubectl.show(where, "delete", "--ignore-not-found", *overlay.option)
+    else:
+        names = (f"{one.kind.lower()}/{one.name}" for one in going)
+        kubectl.show(where, "delete", "--ignore-not-found", *names)
+    if where.dry_run:
+        return 0
+    with closing(Cluster(where.namespace, where.context)) as cluster:
+        for one in going:
+            print(f"deleted {one}" if cluster.delete(one) else f"{one} was not there", flush=True)
+    for one in identities:
+        if one not in going:
+            print(f"kept {one}; --everything deletes it too")
+    return 0
+
+
+def scale(command: K8sScale) -> int:
+    """Set a service's replicas, and wait."""
+    if command.replicas < 0:
+        raise K8sError(f"replicas is {command.replicas}; expected 0 or more")
+    where, name = command.where, f"ppod-{command.service}"
+    kubectl.show(where, "scale", f"deployment/{name}", f"--replicas={command.replicas}")
+    if command.wait:
+        kubectl.show(where, "rollout", "status", f"deployment/{name}", f"--timeout={command.timeout_s:g}s")
+    if where.dry_run:
+        return 0
+    with closing(Cluster(where.namespace, where.context)) as cluster:
+        cluster.scale(name, command.replicas)
+        if command.wait:
+            wait_ready(cluster, [Identity("apps/v1", "Deployment", where.namespace, name)], command.timeout_s)
+        print(f"{name} has {command.replicas} replicas")
+    return 0
+
+
+def logs(command: K8sLogs) -> int:
+    """Print the pods' logs, each line with its pod's name."""
+    where = command.where
+    labels = f"{PART_OF},app.kubernetes.io/component={command.service}"
+    follow = ("-f", "--max-log-requests=100") if command.follow else ()
+    kubectl.show(where, "logs", "-l", labels, "--prefix", f"--tail={command.tail}", *follow)
+    if where.dry_run:
+        return 0
+    tail = None if command.tail < 0 else command.tail
+    with closing(Cluster(where.namespace, where.context)) as cluster:
+        names = [text_at(pod, "metadata", "name") for pod in cluster.list("v1", "Pod", labels)]
+        if not names:
+            raise K8sError(f"{command.service} has no pod in namespace {where.namespace}")
+        failures: list[K8sError] = []
+        threads = [
+            threading.Thread(target=_print_log, args=(cluster, name, command.follow, tail, failures), daemon=True)
+            for name in names
+        ]
+        for thread in threads:
+            thread.start()
+            if not command.follow:
+                thread.join()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+    return 0
+
+
+def _print_log(cluster: Cluster, pod: str, follow: bool, tail: int | None, failures: list[K8sError]) -> None:
+    try:
+        for line in cluster.log(pod, follow=follow, tail=tail):
+            sys.stdout.write(f"[{pod}] {line}\n")
+            sys.stdout.flush()
+    except K8sError as error:
+        failures.append(error)

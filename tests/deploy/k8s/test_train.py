@@ -1,0 +1,178 @@
+"""A run as a Job: what is submitted, and what comes back of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ppod_models.configuration import parse_config
+from ppod_trainer import job
+from ppod_trainer.config import TrainerConfig
+from support.fake_kubernetes import FakeKubernetes, Object, Place, Request
+
+from .conftest import Command, pod
+
+LABELS = {
+    "app.kubernetes.io/name": "ppod",
+    "app.kubernetes.io/component": "trainer",
+    "app.kubernetes.io/part-of": "ppod",
+}
+
+
+@contextmanager
+def job_controller(api: FakeKubernetes, lines: list[str], exit_code: int) -> Iterator[None]:
+    """Give each Job a pod that writes these lines and ends; the log's connection breaks once."""
+    threads: list[threading.Thread] = []
+
+    def run(name: str) -> None:
+        made = pod(f"{name}-x", "trainer", port=9104)
+        made["metadata"]["labels"]["job-name"] = name
+        api.put("v1", "pods", "ppod", made)
+        api.log_cuts[f"{name}-x"] = 4
+        api.log(f"{name}-x", *lines, ended=True)
+        made["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": exit_code}}
+        made["status"]["phase"] = "Failed" if exit_code else "Succeeded"
+        api.put("v1", "pods", "ppod", made)
+
+    def react(request: Request, place: Place, stored: Object) -> None:
+        del request
+        if place.plural == "jobs":
+            threads.append(threading.Thread(target=run, args=(stored["metadata"]["name"],)))
+            threads[-1].start()
+
+    api.controllers.append(react)
+    yield
+    for thread in threads:
+        thread.join()
+
+
+def result_lines(directory: Path) -> list[str]:
+    """What the trainer's Job writes of a run's results."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        for path in sorted(directory.iterdir()):
+            job._write(path.name, path.read_bytes())  # pyright: ignore[reportPrivateUsage]
+    return out.getvalue().splitlines()
+
+
+def write(path: Path, values: object) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("exit_code", [0, 1])
+def test_a_run_is_submitted_followed_and_fetched(
+    api: FakeKubernetes, k8s: Command, tmp_path: Path, exit_code: int
+) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    metrics = "".join(json.dumps({"step": step, "score/mean": step / 7}) + "\n" for step in range(5_000))
+    (results / "metrics.jsonl").write_text(metrics)
+    (results / "report.txt").write_text("score 0.1 -> 1.4\n")
+    lines = ["step 1/2", "step 2/2", *result_lines(results)]
+    assert sum(line.startswith("ppod-result metrics.jsonl") for line in lines) > 1
+    services = {"reward": "127.0.0.1:50051", "reference": "elsewhere:1"}
+    config = write(tmp_path / "run.yaml", {"trainer": {"steps": 7, "services": services}, "reward": {}})
+    with job_controller(api, lines, exit_code):
+        result = k8s(
+            *("train", "--config", str(config), "--name", "run-1", "--image", "here/trainer:1"),
+            *("--output", str(tmp_path / "out")),
+        )
+    assert result.code == exit_code, result.stderr
+    assert [one.path for one in api.seen("PATCH", "")] == [
+        "/api/v1/namespaces/ppod/configmaps/run-1",
+        "/apis/batch/v1/namespaces/ppod/jobs/run-1",
+    ]
+    config_map, submitted = (one.body for one in api.seen("PATCH", ""))
+    sent = parse_config(TrainerConfig, yaml.safe_load(config_map["data"]["trainer.yaml"]), "sent")
+    assert (sent.steps, str(sent.run_dir)) == (7, "/runs/run-1")
+    assert sent.services.reward == "k8s:///ppod-reward:grpc"
+    assert sent.services.reference == "elsewhere:1"
+    assert sent.services.generation_admin == "k8s:///ppod-generation:admin"
+    assert (sent.metrics.host, sent.metrics.port) == ("0.0.0.0", 9104)
+    spec = submitted["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    assert container["image"] == "here/trainer:1"
+    assert container["args"] == ["ppod_trainer.job", "--config", "/etc/ppod/trainer.yaml"]
+    assert {"name": "config", "configMap": {"name": "run-1"}} in spec["volumes"]
+    assert submitted["metadata"]["labels"] == LABELS
+
+    assert "step 1/2\nstep 2/2\n" in result.stdout
+    assert "the log broke off, asking again: " in result.stderr
+    assert len(api.seen("GET", "/log")) > 1
+    assert "ppod-result" not in result.stdout
+    assert f"Job/run-1 ended with exit code {exit_code}" in result.stdout
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == metrics
+    assert (tmp_path / "out" / "report.txt").read_text() == "score 0.1 -> 1.4\n"
+    assert (tmp_path / "out" / "trainer.log").read_text() == "step 1/2\nstep 2/2\n"
+    assert "$ kubectl -n ppod logs -f job/run-1" in result.stderr
+
+
+def test_a_manifest_of_ones_own(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    container = {"name": "t", "image": "mine", "volumeMounts": [{"name": "etc", "mountPath": "/etc/ppod"}]}
+    volumes = [
+        {"name": "etc", "configMap": {"name": "other"}},
+        {"name": "runs", "persistentVolumeClaim": {"claimName": "r"}},
+    ]
+    manifest = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "x", "labels": {"team": "search"}},
+        "spec": {"template": {"spec": {"containers": [container], "volumes": volumes}}},
+    }
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    arguments = ("train", "--config", str(config), "--job", str(write(tmp_path / "job.yaml", manifest)), "--no-follow")
+    assert k8s(*arguments).code == 0
+    sent = api.seen("PATCH", "/jobs/")[0].body
+    assert sent["metadata"]["labels"] == {"team": "search", **LABELS}
+    spec = sent["spec"]["template"]["spec"]
+    assert spec["containers"][0]["image"] == "mine"
+    assert spec["volumes"] == [
+        {"name": "runs", "persistentVolumeClaim": {"claimName": "r"}},
+        {"name": "etc", "configMap": {"name": "ppod-trainer"}},
+    ]
+    again = k8s(*arguments)
+    assert again.code == 1
+    assert again.stderr.splitlines()[-1] == (
+        "ppod: Job/ppod-trainer is there already: give another --name, or remove it by "
+        "`kubectl -n ppod delete job/ppod-trainer`"
+    )
+
+
+def test_what_is_wrong_is_named_before_anything_is_sent(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    wrong = write(tmp_path / "wrong.yaml", {"stepz": 1, "seed": -1})
+    result = k8s("train", "--config", str(wrong))
+    assert result.code == 2
+    assert "stepz: unknown key" in result.stderr
+    assert "seed:" in result.stderr
+    right = write(tmp_path / "right.yaml", {"steps": 1})
+    no_job = k8s("train", "--config", str(right), "--job", str(right))
+    assert no_job.code == 1
+    assert "holds nothing; expected a Job with a container" in no_job.stderr
+    assert api.requests == []
+
+
+def test_a_pod_that_cannot_start_says_why(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    condition = {
+        "type": "PodScheduled",
+        "status": "False",
+        "reason": "Unschedulable",
+        "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+    }
+    waiting = pod("ppod-trainer-x", "trainer", status={"phase": "Pending", "conditions": [condition]})
+    waiting["metadata"]["labels"]["job-name"] = "ppod-trainer"
+    api.put("v1", "pods", "ppod", waiting)
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    result = k8s("train", "--config", str(config), "--timeout-s", "0.3")
+    assert result.code == 1
+    assert result.stderr.splitlines()[-1] == (
+        "ppod: Job/ppod-trainer did not start within 0.3 s: Unschedulable: "
+        "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    )
