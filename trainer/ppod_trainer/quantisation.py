@@ -50,7 +50,7 @@ def _compute_in_its_dtype(model: PreTrainedModel) -> None:
     It rounds activations and weights to bfloat16 whatever was asked for, and packs the weights anew at first use:
     policy, reference and generation then disagree by 0.06 nats a token where they are the same model.
     """
-    from bitsandbytes.nn import Linear4bit  # noqa: PLC0415 - only quantised bases need it
+    from bitsandbytes.nn import Linear4bit  # pyright: ignore[reportPrivateImportUsage]  # noqa: PLC0415
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
