@@ -45,7 +45,7 @@ def test_keys_of_configurations_are_there(page: Path) -> None:
     """A dotted name in code whose first part is a section of a configuration is a key of it."""
     for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:: [^`]*)?`", page.read_text()):
         path = name.split(".")
-        is_file = path[-1] in ("crt", "key", "yaml", "md")
+        is_file = path[-1] in ("crt", "key", "yaml", "md", "jsonl")
         if not is_file and any(path[0] in model.model_fields for model in CONFIGURATIONS):
             assert any(_has(model, path) for model in CONFIGURATIONS), name
 

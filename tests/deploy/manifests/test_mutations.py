@@ -194,6 +194,7 @@ def test_a_configuration_that_the_code_refuses_is_found(secured: list[Object]) -
 def test_a_reference_that_is_refreshed_is_one_replica(secured: list[Object]) -> None:
     objects = changed(secured)
     settings(objects, "trainer.yaml", "steps: 32", "steps: 32\nreference_refresh_steps: 8")
+    settings(objects, "trainer.yaml", "k8s:///ppod-reference:grpc", "ppod-reference:50052")
     assert list(policies.configurations(objects)) == []
     workload(objects, "reference").object["spec"]["replicas"] = 2
     assert "must be one replica" in next(iter(policies.configurations(objects)))
