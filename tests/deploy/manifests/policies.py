@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ppod_deploy.ranks import rank_environments
 from ppod_services.core.server import _FLUSH_TIMEOUT_S
@@ -193,16 +193,24 @@ def configurations(objects: Sequence[Object]) -> Faults:
         config = trainer_configuration(objects, one)
         targets = config.services
         for target in (targets.reward, targets.reference, targets.generation, targets.generation_admin):
-            name, _, port = target.removeprefix("k8s:///").partition(":")
-            named = {each["name"] for each in services[name]["spec"]["ports"]} if name in services else set()
-            if not target.startswith("k8s:///") or port not in named:
+            if target != targets.reference and not target.startswith("k8s:///"):
+                yield f"{one.name}: target {target} does not follow its pods"
+        for target in (
+            *(targets.reward, targets.reference, targets.generation),
+            *(targets.reference_admin, targets.generation_admin),
+        ):
+            if not _is_port(services, target):
                 yield f"{one.name}: target {target} is no port of a Service here"
-        name, _, port = targets.reference_admin.partition(":")
-        if int(port) not in {each["port"] for each in services[name]["spec"]["ports"]}:
-            yield f"{one.name}: reference_admin {targets.reference_admin} is no port of a Service here"
         [reference] = [other for other in workloads(objects) if other.component == "reference"]
         if config.reference_refresh_steps is not None and reference.object["spec"].get("replicas") != 1:
             yield "ppod-reference: a reference that is refreshed must be one replica"
+
+
+def _is_port(services: Mapping[str, Object], target: str) -> bool:
+    """Whether `k8s:///SERVICE:PORT-NAME` or `SERVICE:NUMBER` is a port of one of these."""
+    name, _, port = target.removeprefix("k8s:///").partition(":")
+    key = "name" if target.startswith("k8s:///") else "port"
+    return name in services and port in {str(each[key]) for each in services[name]["spec"]["ports"]}
 
 
 def credentials(objects: Sequence[Object]) -> Faults:
