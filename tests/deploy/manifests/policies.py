@@ -190,9 +190,9 @@ def configurations(objects: Sequence[Object]) -> Faults:
     services = of_kind(objects, "Service")
     for one in workloads(objects):
         config = configuration(objects, one)
-        if isinstance(config, GenerationServiceConfig) and config.backend == "vllm":
-            if "ppod-generation:" not in one.container["image"]:
-                yield f"{one.name}: image {one.container['image']} has no vLLM"
+        vllm = isinstance(config, GenerationServiceConfig) and config.backend == "vllm"
+        if vllm and "ppod-generation:" not in one.container["image"]:
+            yield f"{one.name}: image {one.container['image']} has no vLLM"
     for one in _trainers(objects):
         config = trainer_configuration(objects, one)
         targets = config.services
