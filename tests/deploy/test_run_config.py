@@ -84,7 +84,7 @@ def test_the_trainer_finds_the_services_where_they_listen(run_values: dict[str, 
 def test_disagreements_between_sections_are_faults(run_values: dict[str, Section]) -> None:
     overrides = [
         Override(("services", "reward", "listen"), {"port": 7001, "metrics_port": 7002, "host": "0.0.0.0"}),
-        Override(("services", "generation", "listen"), {"port": 7002, "admin_port": 7003}),
+        Override(("services", "generation", "listen"), {"port": 7002, "admin_port": 7003, "health_port": 7001}),
         Override(("trainer", "metrics", "port"), 7003),
         Override(("trainer", "services"), {"reward": "localhost:7001", "judge_model": "nobody"}),
     ]
@@ -92,6 +92,7 @@ def test_disagreements_between_sections_are_faults(run_values: dict[str, Section
         parse_run(apply_overrides(run_values, overrides), "test")
     assert raised.value.problems == [
         "services.generation.listen.port: 7002 is also services.reward.listen.metrics_port; every port must be another",
+        "services.generation.listen.health_port: 7001 is also services.reward.listen.port; every port must be another",
         "trainer.metrics.port: 7003 is also services.generation.listen.admin_port; every port must be another",
         "trainer.services.judge_model: 'nobody', but services.reward.rewards holds tiny",
     ]

@@ -28,8 +28,16 @@ Object = dict[str, Any]
 
 
 def pairs() -> list[tuple[str, ...]]:
-    """No component, each one, each two that may be used together, and all of them."""
-    return [one for one in combinations() if len(one) <= 2 or len(one) == len(COMPONENTS) + 1]
+    """Sets among which each two components are both there, both absent, and one without the other.
+
+    None, each one, all, and all but one.
+    """
+    most = len(COMPONENTS) + 1
+    return [
+        one
+        for one in combinations()
+        if len(one) < 2 or len(one) == most or (len(one) == most - 1 and "keda" not in one)
+    ]
 
 
 def combinations() -> Iterator[tuple[str, ...]]:

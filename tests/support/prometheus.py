@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from support.processes import ROOT, free_ports
 
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("promtool") is None or shutil.which("prometheus") is None,
+    reason="needs Debian's package prometheus, which .ci/system-packages installs",
+)
 RULES = ROOT / "deploy" / "monitoring" / "rules"
 
 
@@ -28,6 +33,7 @@ class Target:
     component: str
     pod: str
     port: int
+    namespace: str = "ppod"
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ def scraping(directory: Path, targets: Sequence[Target]) -> Iterator[Prometheus]
     static = [
         {
             "targets": [f"127.0.0.1:{one.port}"],
-            "labels": {"namespace": "ppod", "component": one.component, "pod": one.pod},
+            "labels": {"namespace": one.namespace, "component": one.component, "pod": one.pod},
         }
         for one in targets
     ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ppod_deploy.ranks import rank_environments
 from ppod_services.core.server import _FLUSH_TIMEOUT_S
+from ppod_services.generation.config import GenerationServiceConfig
 from support.manifests import Object, Workload, mounted_files, of_kind, workloads
 from support.processes import ROOT
 
@@ -188,7 +189,10 @@ def configurations(objects: Sequence[Object]) -> Faults:
     """Every file is one that the code takes, and the targets of the trainer are Services that are there."""
     services = of_kind(objects, "Service")
     for one in workloads(objects):
-        configuration(objects, one)
+        config = configuration(objects, one)
+        vllm = isinstance(config, GenerationServiceConfig) and config.backend == "vllm"
+        if vllm and "ppod-generation:" not in one.container["image"]:
+            yield f"{one.name}: image {one.container['image']} has no vLLM"
     for one in _trainers(objects):
         config = trainer_configuration(objects, one)
         targets = config.services

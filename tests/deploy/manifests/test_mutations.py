@@ -221,6 +221,15 @@ def test_broken_ranks_are_found(expected: str, mutate: Mutation) -> None:
     assert any(expected in fault for fault in policies.ranks(objects))
 
 
+def test_an_image_without_vllm_is_found() -> None:
+    objects = changed(overlay("gpu"))
+    assert list(policies.configurations(objects)) == []
+    generation = workload(objects, "generation")
+    generation.container["image"] = generation.container["image"].replace("generation", "services")
+    [fault] = policies.configurations(objects)
+    assert "has no vLLM" in fault
+
+
 def test_every_policy_is_mutated() -> None:
     assert {policy for policy, _, _ in MUTATIONS} | {policies.ranks} == set(policies.POLICIES)
 

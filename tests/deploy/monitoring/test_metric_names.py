@@ -18,6 +18,7 @@ from ppod_trainer.config import TroubleKind
 from support.exported_metrics import SCRAPED, asked, exported
 from support.manifests import KUSTOMIZE, combined, of_kind
 from support.processes import ROOT
+from support.prometheus import needs_prometheus
 
 from .test_rules import RULE_FILES, TEST_FILES, promtool, rules
 
@@ -84,6 +85,7 @@ def test_labels_of_groups_and_legends_are_exported() -> None:
         assert set(re.findall(r"\$labels\.(\w+)", str(rule.get("annotations", "")))) <= known, rule
 
 
+@needs_prometheus
 def test_every_query_can_be_read_by_prometheus(tmp_path: Path) -> None:
     queries = [*dashboard_queries(), *scaling_queries(tmp_path)]
     expressions = [

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from support.processes import ROOT
+from support.prometheus import needs_prometheus
 
 MONITORING = ROOT / "deploy" / "monitoring"
 RULE_FILES = sorted((MONITORING / "rules").glob("*.rules.yaml"))
@@ -31,11 +32,13 @@ def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
 
+@needs_prometheus
 def test_rules_are_sound() -> None:
     done = promtool("check", "rules", "--lint=all", "--lint-fatal", *RULE_FILES)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@needs_prometheus
 def test_alerts_fire_when_they_should_and_not_when_they_should_not() -> None:
     done = promtool("test", "rules", *TEST_FILES)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,6 +53,7 @@ def test_each_alert_is_seen_to_fire_and_seen_not_to() -> None:
     assert expected == {name: {True, False} for name in ALERTS}
 
 
+@needs_prometheus
 @pytest.mark.parametrize("change", ["never", "at once"])
 @pytest.mark.parametrize("path", RULE_FILES[1:], ids=lambda path: path.stem)
 def test_a_rule_that_is_broken_fails_its_test(path: Path, change: str, tmp_path: Path) -> None:

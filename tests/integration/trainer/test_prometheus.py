@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ppod import ClientSecurity, Delivery, PpodError, ReferenceClient
+from ppod import ClientSecurity, Delivery, Pin, PpodError, RewardClient
 from ppod.client import NO_RETRY
 from support.exported_metrics import exported
 from support.processes import ServiceProcess, free_ports, running_service
-from support.prometheus import Prometheus, Target, scraping
+from support.prometheus import Prometheus, Target, needs_prometheus, scraping
 from support.services import tiny_model_config
 from support.tiny_head import save_tiny_head
+from support.tiny_model import NAN_TOKEN, save_nan_model
 
 from .conftest import System, running_system, wait_for_step
 
 TIMEOUT_S = 90.0
+pytestmark = needs_prometheus
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,35 @@ class Watched:
     system: System
     shared: ServiceProcess
 
-    def ask(self, token: str, tokens: int) -> None:
+    def ask(self, token: str, tokens: int, reward: str = "") -> None:
         """One call that is not repeated; what becomes of it is for the metrics to say."""
         security = ClientSecurity(token=token)
         delivery = Delivery(retry=NO_RETRY)
-        client = ReferenceClient(self.shared.target, timeout_s=5, security=security, delivery=delivery)
+        client = RewardClient(
+            self.shared.target, timeout_s=5, security=security, delivery=delivery, pin=Pin(model=reward)
+        )
         with client, suppress(PpodError):
-            client.logprobs([[5] * tokens], prompt_lengths=[1])
+            client.score([[NAN_TOKEN] * tokens])
 
 
 def teams_file(path: Path) -> Path:
-    """Team red may have 10 tokens a second, its token is `red-token`."""
-    red = {"name": "red", "token_sha256": [hashlib.sha256(b"red-token").hexdigest()], "tokens_per_s": 10, "burst_s": 1}
-    path.write_text(yaml.safe_dump({"teams": [red]}))
+    """Teams whose tokens are their names; red may have 10 tokens a second."""
+    red, blue = (
+        {"name": name, "token_sha256": [hashlib.sha256(name.encode()).hexdigest()]} for name in ("red", "blue")
+    )
+    path.write_text(yaml.safe_dump({"teams": [{**red, "tokens_per_s": 10, "burst_s": 1}, blue]}))
     return path
+
+
+def shared_values(model_dir: Path, head: Path, directory: Path) -> dict[str, object]:
+    """A reward service for teams, one of whose models overflows."""
+    broken = save_nan_model(model_dir, directory / "nan")
+    broken_head = save_tiny_head(broken, directory / "broken", name="broken")
+    rewards = [
+        {"name": "sound", "model": tiny_model_config(model_dir), "head": str(head)},
+        {"name": "broken", "model": tiny_model_config(broken), "head": str(broken_head)},
+    ]
+    return {"rewards": rewards, "tenancy": {"teams_file": str(teams_file(directory / "teams.yaml"))}}
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +71,11 @@ def watched(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     directory = tmp_path_factory.mktemp("watched")
     head = save_tiny_head(tiny_model_dir, directory / "reward", name="reward", seed=0)
     model = {"model": tiny_model_config(tiny_model_dir)}
-    tenancy = {"tenancy": {"teams_file": str(teams_file(directory / "teams.yaml"))}}
+    shared_config = shared_values(tiny_model_dir, head, directory)
     with ExitStack() as stack:
         system = stack.enter_context(running_system(tiny_model_dir, directory / "services", {"reward": str(head)}))
         forgotten = stack.enter_context(running_service("ppod_services.generation", directory, model))
-        shared = stack.enter_context(running_service("ppod_services.reference", directory, {**model, **tenancy}))
+        shared = stack.enter_context(running_service("ppod_services.reward", directory, shared_config))
         (port,) = free_ports(1)
         config = system.config(
             "watched",
@@ -78,7 +95,7 @@ def watched(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
             Target("reference", "reference-0", system.reference.metrics_port),
             Target("generation", "generation-0", system.generation.metrics_port),
             Target("generation", "generation-1", forgotten.metrics_port),
-            Target("reference", "shared-0", shared.metrics_port),
+            Target("reward", "shared-0", shared.metrics_port, namespace="shared"),
         ]
         prometheus = stack.enter_context(scraping(directory / "prometheus", targets))
         yield Watched(prometheus, system, shared)
@@ -96,7 +113,9 @@ def test_real_processes_export_what_rules_and_dashboards_ask_for(watched: Watche
 def test_alerts_fire_when_they_are_provoked_and_others_stay_silent(watched: Watched) -> None:
     def trouble() -> None:
         watched.ask("nobody's", tokens=4)
-        watched.ask("red-token", tokens=10)
+        watched.ask("red", tokens=10)
+        # Every token that is asked about is NaN to this model.
+        watched.ask("blue", tokens=4, reward="broken")
 
     provoked = {
         # Scores that differ by less than 1e9 are all equal to this run.
@@ -105,12 +124,13 @@ def test_alerts_fire_when_they_are_provoked_and_others_stay_silent(watched: Watc
         "PpodKlOverBound": {"pod": "trainer-0"},
         # The trainer does not know this replica, so its weights stay as they were.
         "PpodOldWeights": {"pod": "generation-1"},
-        "PpodUnknownCallers": {"component": "reference", "code": "UNAUTHENTICATED"},
-        "PpodTeamOverQuota": {"component": "reference", "team": "red"},
+        "PpodUnknownCallers": {"namespace": "shared", "code": "UNAUTHENTICATED"},
+        "PpodTeamOverQuota": {"namespace": "shared", "team": "red"},
+        "PpodErrorRate": {"namespace": "shared", "component": "reward"},
     }
     watched.prometheus.wait_for(provoked, trouble, TIMEOUT_S)
     firing = watched.prometheus.firing()
-    fired = {one["alertname"] for one in firing}
+    fired = {one["alertname"] for one in firing if one["namespace"] == "ppod"}
     silent = {"PpodErrorRate", "PpodQueueSaturated", "PpodReplicaNotReady", "PpodReplicaDown", "PpodTrainerStalled"}
     assert not fired & (silent | {"PpodRewardHacking", "PpodNoReplicaReady", "PpodSamplerGap", "PpodFirstRatioOff"})
     assert all(one["pod"] == "generation-1" for one in firing if one["alertname"] == "PpodOldWeights")
