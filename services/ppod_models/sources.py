@@ -169,10 +169,24 @@ def _resolve_packaged(name: str, cache_dir: Path) -> Path:
 @contextmanager
 def _locked(target: Path) -> Generator[None]:
     """Hold a lock beside the target: of several processes that start together, one converts and the others wait."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
+    with _writable_cache():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = (target.parent / f".{target.name}.lock").open("w")
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _writable_cache() -> Generator[None]:
+    """Turn what a file system refuses into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelSourceError(
+            f"the cache of models cannot be written: {error.filename}: {error.strerror}; point PPOD_CACHE_DIR or "
+            "XDG_CACHE_HOME to a directory that can, as a volume of a container"
+        ) from error
 
 
 def _convert_gguf(directory: Path, gguf_file: str, target: Path) -> None:
@@ -231,8 +245,9 @@ def _fingerprint(path: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     fingerprint = digest.hexdigest()[:16]
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    aside = memo.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps({"stamp": stamp, "fingerprint": fingerprint}))
-    aside.rename(memo)
+    with _writable_cache():
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        aside = memo.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps({"stamp": stamp, "fingerprint": fingerprint}))
+        aside.rename(memo)
     return fingerprint

@@ -101,3 +101,17 @@ def unreachable(host: str, port: int) -> bool:
     """Whether nothing listens there."""
     with socket.socket() as probe:
         return probe.connect_ex((host, port)) != 0
+
+
+def test_the_other_compose_files_fit_on_the_first() -> None:
+    files = [part for name in ("", ".vllm", ".gpu") for part in ("-f", str(ROOT / f"docker/compose{name}.yaml"))]
+    command = [os.environ["PODMAN_COMPOSE"], "-p", PROJECT, *files, "--profile", "train", "config"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    services = yaml.safe_load(done.stdout)["services"]
+    assert services["generation"]["image"].startswith("localhost/ppod-generation:")
+    assert services["generation"]["command"][-1] == "/etc/ppod/generation-vllm.yaml"
+    assert services["generation"]["read_only"] is True
+    for service in services.values():
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device["capabilities"] == ["gpu"]
+    assert set(services) == {*SERVICES, "trainer"}

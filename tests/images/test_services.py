@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ppod import ReferenceClient, RewardClient
-from support.containers import Container, must, running
+from support.containers import Container, must, run_to_exit, running
 from support.models_here import logprobs_here, token_ids
 from support.processes import ROOT
 
@@ -120,3 +120,11 @@ def test_a_wrong_configuration_is_told(image: Callable[[str], str], network: str
             time.sleep(0.2)
         assert container.state("ExitCode") == "2"
         assert "rewards" in container.log()
+
+
+def test_a_model_cache_that_cannot_be_written_is_told(image: Callable[[str], str]) -> None:
+    """Without a volume at /models, whose directory is read-only."""
+    refused = run_to_exit(image("services"), options=[f"--volume={CONFIGS}:/etc/ppod:ro"])
+    assert refused.code == 1
+    assert "/models/cache: Read-only file system; point PPOD_CACHE_DIR" in refused.stderr
+    assert "Traceback" not in refused.stderr

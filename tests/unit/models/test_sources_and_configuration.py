@@ -51,6 +51,15 @@ def test_fingerprint_follows_the_weights(tmp_path) -> None:
     assert resolve(str(path)).fingerprint != first.fingerprint
 
 
+def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A file in place of the directory, which root cannot write to either.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PPOD_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    for source in ("packaged:smollm2-135m-instruct", str(save_tiny_trunk(tmp_path / "model"))):
+        with pytest.raises(ModelSourceError, match=r"file/cache.*: Not a directory; point PPOD_CACHE_DIR or XDG"):
+            resolve(source)
+
+
 def test_a_directory_appears_whole_or_not_at_all(tmp_path) -> None:
     target = tmp_path / "model"
 
