@@ -39,6 +39,9 @@ class K8sUp:
     overlay: str
     """Name of a shipped overlay, a directory with a kustomization, or a file of rendered manifests."""
 
+    services_only: bool = False
+    """Leave out the trainer's Job, for runs that `ppod k8s train` submits."""
+
     where: Annotated[Where, tyro.conf.arg(name="")] = field(default_factory=Where)
 
     wait: bool = True
@@ -87,8 +90,9 @@ class K8sTrain:
     image: OptionalText = None
     """Image of the trainer. Default: the one in the Job's manifest."""
 
-    job: OptionalPath = None
-    """Manifest of the Job whose first container is to train. Default: the packaged one."""
+    job: OptionalText = None
+    """The Job whose first container is to train: an overlay's, by its name or directory, or a file's. Default: a
+    packaged one, without GPUs or lasting volumes."""
 
     output: OptionalPath = None
     """Directory for the results: report.txt, metrics.jsonl, the log. Default: runs/NAME."""
