@@ -25,7 +25,7 @@ class Where:
     """Context of the kubeconfig. Default: the current one; inside a pod, its service account."""
 
     dry_run: bool = False
-    """Print the kubectl lines and do nothing."""
+    """Print the kubectl lines, and for `train` the manifests, and do nothing."""
 
 
 @dataclass(frozen=True, slots=True)

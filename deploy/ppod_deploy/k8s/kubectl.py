@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from ppod_deploy.k8s.commands import Where
 
+FIELD_MANAGER = "ppod"
+APPLY = ("apply", "--server-side", "--force-conflicts", f"--field-manager={FIELD_MANAGER}")
+
 
 def line(where: Where, *arguments: str, namespaced: bool = True) -> str:
     """A kubectl command as one types it."""

@@ -9,9 +9,12 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import yaml
+
 from ppod_deploy.k8s import kubectl
 from ppod_deploy.k8s.cluster import Cluster
 from ppod_deploy.k8s.commands import K8sTrain
+from ppod_deploy.k8s.kubectl import APPLY
 from ppod_deploy.k8s.objects import Identity, K8sError, Manifest, at, items_at, text_at
 from ppod_deploy.k8s.readiness import pod_trouble
 from ppod_deploy.k8s.trainer_job import cluster_config, config_map, job
@@ -29,14 +32,17 @@ def submit(command: K8sTrain) -> int:
     Raises:
         ConfigError: the configuration is wrong. K8sError: the Job did not get to run.
     """
-    where = command.where
+    where, output = command.where, command.output or Path("runs") / command.name
     config = config_map(command, cluster_config(command.config, command.name))
     manifest = job(command)
-    kubectl.show(where, "create", "configmap", command.name, "--from-file=trainer.yaml=TRAINER_YAML")
-    kubectl.show(where, "create", "-f", "JOB_YAML")
+    text = yaml.safe_dump_all([dict(config), dict(manifest)], sort_keys=False)
+    # What is applied is kept where the results come, so that the line can be typed.
+    file = output / "job.yaml"
+    kubectl.show(where, *APPLY, "-f", "-" if where.dry_run else str(file))
     if command.follow:
         kubectl.show(where, "logs", "-f", f"job/{command.name}")
     if where.dry_run:
+        print(text, end="")
         return 0
     with closing(Cluster(where.namespace, where.context)) as cluster:
         identity = Identity("batch/v1", "Job", where.namespace, command.name)
@@ -45,12 +51,13 @@ def submit(command: K8sTrain) -> int:
                 f"{identity} is there already: give another --name, or remove it by "
                 f"`{kubectl.line(where, 'delete', f'job/{command.name}')}`"
             )
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
         cluster.apply(config)
         cluster.apply(manifest)
         print(f"submitted {identity}", flush=True)
         if not command.follow:
             return 0
-        output = command.output or Path("runs") / command.name
         try:
             code = _follow_pods(cluster, command, identity, output)
         except KeyboardInterrupt:
@@ -101,7 +108,6 @@ def _ended(job_now: Manifest) -> bool:
 
 def _follow(cluster: Cluster, pod: str, output: Path) -> None:
     """Print the log to its end, through connections that break; results in it become files."""
-    output.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[str]] = {}
     with (output / "trainer.log").open("a", encoding="utf-8") as log:
         seen = 0

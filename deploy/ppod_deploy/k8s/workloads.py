@@ -7,7 +7,7 @@ import threading
 from contextlib import closing
 
 from ppod_deploy.k8s import kubectl
-from ppod_deploy.k8s.cluster import FIELD_MANAGER, Cluster
+from ppod_deploy.k8s.cluster import Cluster
 from ppod_deploy.k8s.commands import K8sDown, K8sLogs, K8sScale, K8sUp
 from ppod_deploy.k8s.objects import Identity, K8sError, identity_of, text_at
 from ppod_deploy.k8s.overlays import read_overlay
@@ -22,13 +22,12 @@ def up(command: K8sUp) -> int:
     """Apply an overlay, and wait."""
     overlay = read_overlay(command.overlay)
     where = command.where
-    server_side = ("apply", "--server-side", "--force-conflicts", f"--field-manager={FIELD_MANAGER}")
     manifests = overlay.manifests
     if command.services_only:
         manifests = tuple(one for one in manifests if identity_of(one).kind not in _RUNS)
-        kubectl.show_without(where, _RUNS, overlay.option, *server_side)
+        kubectl.show_without(where, _RUNS, overlay.option, *kubectl.APPLY)
     else:
-        kubectl.show(where, *server_side, *overlay.option)
+        kubectl.show(where, *kubectl.APPLY, *overlay.option)
     deployments = [identity_of(one) for one in manifests if identity_of(one).kind == "Deployment"]
     for one in deployments if command.wait else ():
         kubectl.show(where, "rollout", "status", f"deployment/{one.name}", f"--timeout={command.timeout_s:g}s")

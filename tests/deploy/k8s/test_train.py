@@ -117,6 +117,18 @@ def test_a_run_is_submitted_followed_and_fetched(
     assert (tmp_path / "out" / "report.txt").read_text() == "score 0.1 -> 1.4\n"
     assert (tmp_path / "out" / "trainer.log").read_text() == "step 1/2\nstep 2/2\n"
     assert "$ kubectl -n ppod logs -f job/run-1" in result.stderr
+    assert f"--field-manager=ppod -f {tmp_path / 'out' / 'job.yaml'}" in result.stderr
+    assert list(yaml.safe_load_all((tmp_path / "out" / "job.yaml").read_text())) == [config_map, submitted]
+
+
+def test_a_dry_run_prints_what_kubectl_can_apply(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    config = write(tmp_path / "t.yaml", {"steps": 3})
+    result = k8s("train", "--config", str(config), "--dry-run")
+    assert result.code == 0
+    config_map, job_manifest = yaml.safe_load_all(result.stdout)
+    assert (config_map["kind"], job_manifest["kind"]) == ("ConfigMap", "Job")
+    assert result.stderr.splitlines()[0].endswith("--field-manager=ppod -f -")
+    assert api.requests == []
 
 
 def test_a_pod_that_the_job_replaces_is_followed_by_the_next(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
