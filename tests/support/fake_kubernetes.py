@@ -19,22 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-Object = dict[str, Any]
-
-KINDS = {
-    "v1": {
-        "namespaces": ("Namespace", False),
-        "pods": ("Pod", True),
-        "services": ("Service", True),
-        "configmaps": ("ConfigMap", True),
-        "secrets": ("Secret", True),
-        "serviceaccounts": ("ServiceAccount", True),
-    },
-    "apps/v1": {"deployments": ("Deployment", True)},
-    "batch/v1": {"jobs": ("Job", True)},
-    "discovery.k8s.io/v1": {"endpointslices": ("EndpointSlice", True)},
-}
-_SUBRESOURCES = {"deployments": ["scale", "status"], "pods": ["log"]}
+from support.kubernetes_paths import KINDS, Object, Place, discovery, matches, merged, place_of
 
 
 @dataclass(frozen=True)
@@ -46,17 +31,6 @@ class Request:
     query: Mapping[str, str]
     body: Any
     content_type: str
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a path names."""
-
-    group: str
-    plural: str
-    namespace: str
-    name: str
-    subresource: str
 
 
 @dataclass
@@ -216,9 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._status(503, "ServiceUnavailable", "down")
         if any(part in f"{request.method} {request.path}" for part in state.forbidden):
             return self._status(403, "Forbidden", f"{request.method} {request.path} is forbidden")
-        if (document := _discovery(request.path)) is not None:
+        if (document := discovery(request.path)) is not None:
             return self._json(200, document)
-        place = _place(request.path)
+        place = place_of(request.path)
         if place is None or place.plural not in KINDS.get(place.group, {}):
             return self._status(404, "NotFound", f"no such path: {request.path}")
         if place.subresource == "proxy":
@@ -235,7 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _list(self, place: Place, request: Request) -> None:
         state = self.state
         with state.changed:
-            items = [copy.deepcopy(one) for at, one in state.objects.items() if _matches(at, one, place, request.query)]
+            items = [copy.deepcopy(one) for at, one in state.objects.items() if matches(at, one, place, request.query)]
             version = str(state.version)
         kind = KINDS[place.group][place.plural][0]
         body = {
@@ -268,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
                 ended, version = epoch != state.epoch, state.version
             for one in new:
                 seen = one.version
-                if _matches(one.place, one.object, place, request.query):
+                if matches(one.place, one.object, place, request.query):
                     self._chunk({"type": one.kind, "object": one.object})
             if ended:
                 self.wfile.write(b'40\r\n{"type":')
@@ -297,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._status(404, "NotFound", f'{place.plural} "{place.name}" not found')
             elif request.method == "PATCH":
                 old = copy.deepcopy(state.objects.get(at, {}))
-                stored = state.put(place.group, place.plural, place.namespace, _merged(old, request.body))
+                stored = state.put(place.group, place.plural, place.namespace, merged(old, request.body))
             elif request.method == "PUT":
                 stored = state.put(place.group, place.plural, place.namespace, request.body)
             elif request.method == "DELETE":
@@ -371,68 +345,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
-
-
-def _place(path: str) -> Place | None:
-    parts = path.strip("/").split("/")
-    if parts[0] == "api":
-        group, rest = parts[1], parts[2:]
-    elif parts[0] == "apis" and len(parts) > 2:
-        group, rest = f"{parts[1]}/{parts[2]}", parts[3:]
-    else:
-        return None
-    namespace = ""
-    if rest[0] == "namespaces" and len(rest) > 2:
-        namespace, rest = rest[1], rest[2:]
-    rest += [""] * 3
-    return Place(group, rest[0], namespace, rest[1], rest[2])
-
-
-def _matches(at: Place, one: Object, place: Place, query: Mapping[str, str]) -> bool:
-    if (at.group, at.plural) != (place.group, place.plural) or (place.namespace and at.namespace != place.namespace):
-        return False
-    labels = one["metadata"].get("labels", {})
-    wanted = [part.split("=", 1) for part in query.get("labelSelector", "").split(",") if part]
-    if any(labels.get(key) != value for key, value in wanted):
-        return False
-    return all(
-        part.split("=", 1)[1] == one["metadata"]["name"] for part in query.get("fieldSelector", "").split(",") if part
-    )
-
-
-def _merged(old: Object, new: Object) -> Object:
-    merged = dict(old)
-    for key, value in new.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merged(merged[key], value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _discovery(path: str) -> Object | None:
-    """What a client asks to find out which resources there are."""
-    if path in {"/version", "/version/"}:
-        return {"major": "1", "minor": "37", "gitVersion": "v1.37.0"}
-    if path in {"/api", "/api/"}:
-        return {"kind": "APIVersions", "versions": ["v1"]}
-    groups = [name for name in KINDS if "/" in name]
-    if path in {"/apis", "/apis/"}:
-        described = [{"groupVersion": name, "version": name.split("/")[1]} for name in groups]
-        listed = [
-            {"name": each["groupVersion"].split("/")[0], "versions": [each], "preferredVersion": each}
-            for each in described
-        ]
-        return {"kind": "APIGroupList", "apiVersion": "v1", "groups": listed}
-    name = path.strip("/").removeprefix("api/").removeprefix("apis/")
-    if name not in KINDS:
-        return None
-    verbs = ["create", "delete", "get", "list", "patch", "update", "watch"]
-    resources = [
-        {"name": plural, "singularName": "", "namespaced": namespaced, "kind": kind, "verbs": verbs}
-        for plural, (kind, namespaced) in KINDS[name].items()
-    ]
-    resources += [
-        {**one, "name": f"{one['name']}/{sub}"} for one in list(resources) for sub in _SUBRESOURCES.get(one["name"], [])
-    ]
-    return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": name, "resources": resources}

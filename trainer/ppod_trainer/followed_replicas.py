@@ -42,10 +42,13 @@ _THREADS = 16
 
 @dataclass(slots=True, eq=False)
 class _Member:
+    """A pod; `ours`: it was given weights by this run; `admitted`: it serves the run's version."""
+
     endpoint: Endpoint
     address: str
     client: WeightClient
     ready: bool = True
+    ours: bool = False
     admitted: bool = False
     busy: bool = False
     failures: int = 0
@@ -153,9 +156,13 @@ class FollowedReplicas:
             self._served = served
             for target, one in self._members.items():
                 # By its client: a pod that came meanwhile may have the address of one that left.
-                one.admitted = one.ready and target not in lost and self._taken.get(target) is one.client
+                took = target not in lost and self._taken.get(target) is one.client
+                one.ours = one.ours or took
+                one.admitted = one.ready and took
             self._publish()
-        self._wake.set()
+            lacking = any(one.ready and not one.admitted for one in self._members.values())
+        if lacking:
+            self._wake.set()
 
     def close(self) -> None:
         """See `WeightReplicas`."""
@@ -182,6 +189,7 @@ class FollowedReplicas:
         with self._state:
             for target, member in list(self._members.items()):
                 if target not in found or found[target][0].pod != member.endpoint.pod:
+                    member.ready = member.admitted = False
                     self._left.append(self._members.pop(target))
             for target, (endpoint, address) in found.items():
                 member = self._members.get(target)
@@ -265,6 +273,10 @@ class FollowedReplicas:
             if found != served.weight_version:
                 self._admit(member, False)
                 _give(member.client, status, served)
+                member.ours = True
+            elif not member.ours:
+                # The same number, but not the same weights: the run's next version will be above it.
+                raise FailedPrecondition("weight_version", f"{found} of another run", f"{found} of this run")
         except PpodError as error:
             self._failed(member, error)
             return

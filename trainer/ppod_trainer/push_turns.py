@@ -25,6 +25,7 @@ class PushTurns:
                 self._changed.wait_for(lambda: not self._pushing and not self._newcomers)
             finally:
                 self._waiting -= 1
+                self._changed.notify_all()
             self._pushing = True
         try:
             yield

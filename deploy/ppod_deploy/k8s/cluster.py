@@ -15,9 +15,9 @@ from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.exceptions import ResourceNotFoundError
 from urllib3.exceptions import HTTPError
 
+from ppod_deploy.k8s.kubectl import FIELD_MANAGER
 from ppod_deploy.k8s.objects import Identity, K8sError, Manifest, identity_of
 
-FIELD_MANAGER = "ppod"
 _TIMEOUT_S = (5.0, 30.0)
 
 

@@ -25,7 +25,7 @@ class Where:
     """Context of the kubeconfig. Default: the current one; inside a pod, its service account."""
 
     dry_run: bool = False
-    """Print the kubectl lines and do nothing."""
+    """Print the kubectl lines, and for `train` the manifests, and do nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,9 @@ class K8sUp:
 
     overlay: str
     """Name of a shipped overlay, a directory with a kustomization, or a file of rendered manifests."""
+
+    services_only: bool = False
+    """Leave out the trainer's Job, for runs that `ppod k8s train` submits."""
 
     where: Annotated[Where, tyro.conf.arg(name="")] = field(default_factory=Where)
 
@@ -87,8 +90,9 @@ class K8sTrain:
     image: OptionalText = None
     """Image of the trainer. Default: the one in the Job's manifest."""
 
-    job: OptionalPath = None
-    """Manifest of the Job whose first container is to train. Default: the packaged one."""
+    job: OptionalText = None
+    """The Job whose first container is to train: an overlay's, by its name or directory, or a file's. Default: a
+    packaged one, without GPUs or lasting volumes."""
 
     output: OptionalPath = None
     """Directory for the results: report.txt, metrics.jsonl, the log. Default: runs/NAME."""

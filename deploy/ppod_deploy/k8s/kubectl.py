@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 
 from ppod_deploy.k8s.commands import Where
+
+FIELD_MANAGER = "ppod"
+APPLY = ("apply", "--server-side", "--force-conflicts", f"--field-manager={FIELD_MANAGER}")
 
 
 def line(where: Where, *arguments: str, namespaced: bool = True) -> str:
@@ -13,6 +17,15 @@ def line(where: Where, *arguments: str, namespaced: bool = True) -> str:
     context = () if where.context is None else ("--context", where.context)
     namespace = ("-n", where.namespace) if namespaced else ()
     return shlex.join(("kubectl", *context, *namespace, *arguments))
+
+
+def show_without(where: Where, kinds: Sequence[str], option: tuple[str, str], *arguments: str) -> None:
+    """Print how all but some kinds of an overlay are applied, which kubectl alone cannot do."""
+    flag, place = option
+    source = shlex.join(("kubectl", "kustomize", place) if flag == "-k" else ("cat", place))
+    chosen = " and ".join(f'.kind != "{kind}"' for kind in kinds)
+    applied = line(where, *arguments, "-f", "-")
+    print(f"$ {source} | yq 'select({chosen})' | {applied}", file=sys.stderr, flush=True)
 
 
 def show(where: Where, *arguments: str, namespaced: bool = True) -> None:

@@ -9,9 +9,12 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import yaml
+
 from ppod_deploy.k8s import kubectl
 from ppod_deploy.k8s.cluster import Cluster
 from ppod_deploy.k8s.commands import K8sTrain
+from ppod_deploy.k8s.kubectl import APPLY
 from ppod_deploy.k8s.objects import Identity, K8sError, Manifest, at, items_at, text_at
 from ppod_deploy.k8s.readiness import pod_trouble
 from ppod_deploy.k8s.trainer_job import cluster_config, config_map, job
@@ -29,14 +32,17 @@ def submit(command: K8sTrain) -> int:
     Raises:
         ConfigError: the configuration is wrong. K8sError: the Job did not get to run.
     """
-    where = command.where
+    where, output = command.where, command.output or Path("runs") / command.name
     config = config_map(command, cluster_config(command.config, command.name))
     manifest = job(command)
-    kubectl.show(where, "create", "configmap", command.name, "--from-file=trainer.yaml=TRAINER_YAML")
-    kubectl.show(where, "create", "-f", "JOB_YAML")
+    text = yaml.safe_dump_all([dict(config), dict(manifest)], sort_keys=False)
+    # What is applied is kept where the results come, so that the line can be typed.
+    file = output / "job.yaml"
+    kubectl.show(where, *APPLY, "-f", "-" if where.dry_run else str(file))
     if command.follow:
         kubectl.show(where, "logs", "-f", f"job/{command.name}")
     if where.dry_run:
+        print(text, end="")
         return 0
     with closing(Cluster(where.namespace, where.context)) as cluster:
         identity = Identity("batch/v1", "Job", where.namespace, command.name)
@@ -45,40 +51,65 @@ def submit(command: K8sTrain) -> int:
                 f"{identity} is there already: give another --name, or remove it by "
                 f"`{kubectl.line(where, 'delete', f'job/{command.name}')}`"
             )
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
         cluster.apply(config)
         cluster.apply(manifest)
         print(f"submitted {identity}", flush=True)
         if not command.follow:
             return 0
-        pod = _wait_started(cluster, command)
-        output = command.output or Path("runs") / command.name
         try:
-            _follow(cluster, pod, output)
+            code = _follow_pods(cluster, command, identity, output)
         except KeyboardInterrupt:
             print(f"the Job goes on; follow it by `{kubectl.line(where, 'logs', '-f', f'job/{command.name}')}`")
             raise
-        code = _exit_code(cluster, pod)
         print(f"{identity} ended with exit code {code}; results in {output}", flush=True)
         return code
 
 
-def _wait_started(cluster: Cluster, command: K8sTrain) -> str:
-    """The Job's pod, once its container runs or has run."""
+def _follow_pods(cluster: Cluster, command: K8sTrain, identity: Identity, output: Path) -> int:
+    """One pod after the other, as the Job replaces those that fail; the last one's exit code."""
+    seen: set[str] = set()
+    code = 0
+    while (pod := _next_pod(cluster, command, identity, seen)) is not None:
+        seen.add(pod)
+        _follow(cluster, pod, output)
+        code = _exit_code(cluster, pod)
+    return code
+
+
+def _next_pod(cluster: Cluster, command: K8sTrain, identity: Identity, seen: set[str]) -> str | None:
+    """The Job's next pod, once its container runs or has run; None where the Job has ended."""
     until, trouble = time.monotonic() + command.timeout_s, "it has no pod yet"
     while time.monotonic() < until:
+        job_now = cluster.get(identity)
+        if job_now is None:
+            raise K8sError(f"{identity} is gone: somebody deleted it")
         for pod in cluster.list("v1", "Pod", f"job-name={command.name}"):
+            name = text_at(pod, "metadata", "name")
+            if name in seen:
+                continue
             if text_at(pod, "status", "phase") in {"Running", "Succeeded", "Failed"}:
-                return text_at(pod, "metadata", "name")
+                return name
             trouble = pod_trouble(pod) or f"its pod is {text_at(pod, 'status', 'phase')}"
+        if seen and _ended(job_now):
+            return None
         time.sleep(_POLL_S)
-    raise K8sError(f"Job/{command.name} did not start within {command.timeout_s:g} s: {trouble}")
+    raise K8sError(f"{identity} did not start within {command.timeout_s:g} s: {trouble}")
+
+
+def _ended(job_now: Manifest) -> bool:
+    """Whether the Job starts no further pod."""
+    conditions = items_at(job_now, "status", "conditions")
+    return any(
+        text_at(one, "type") in {"Complete", "Failed"} and text_at(one, "status") == "True" for one in conditions
+    )
 
 
 def _follow(cluster: Cluster, pod: str, output: Path) -> None:
     """Print the log to its end, through connections that break; results in it become files."""
-    output.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[str]] = {}
-    with (output / "trainer.log").open("w", encoding="utf-8") as log:
+    with (output / "trainer.log").open("a", encoding="utf-8") as log:
         seen = 0
         while True:
             ended = _terminated(cluster, pod) is not None

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-import yaml
-
 from ppod_deploy.k8s.commands import K8sTrain
-from ppod_deploy.k8s.objects import K8sError, Manifest, items_at, text_at
+from ppod_deploy.k8s.objects import K8sError, Manifest, at, items_at, text_at
+from ppod_deploy.k8s.overlays import read_overlay
 from ppod_models.configuration import ConfigError, dump_config, parse_config, read_yaml
 from ppod_trainer.config import TrainerConfig
 
@@ -45,6 +44,8 @@ def cluster_config(path: Path, name: str) -> TrainerConfig:
         if _is_here(str(services.get(key, "127.0.0.1"))):
             services[key] = target
     trainer |= {"services": services, "run_dir": f"/runs/{name}"}
+    # A Job's next pod goes on where the last one was.
+    trainer.setdefault("resume", "if_possible")
     trainer["metrics"] = {**_section(trainer, "metrics"), **_METRICS}
     return parse_config(TrainerConfig, trainer, f"{path} for the cluster")
 
@@ -60,15 +61,15 @@ def config_map(command: K8sTrain, config: TrainerConfig) -> Manifest:
 
 
 def job(command: K8sTrain) -> Manifest:
-    """The Job of a run. Raises K8sError: the manifest that it is made from is no Job, or has no container."""
-    path = command.job or _PACKAGED
-    try:
-        made = copy.deepcopy(cast("Values", yaml.safe_load(path.read_text(encoding="utf-8"))))
-    except (OSError, yaml.YAMLError) as error:
-        raise K8sError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    """The Job of a run. Raises K8sError: what it is to be made from holds no Job, several, or one without container."""
+    source = command.job or str(_PACKAGED)
+    jobs = [one for one in read_overlay(source).manifests if text_at(one, "kind") == "Job"]
+    if len(jobs) != 1:
+        raise K8sError(f"{source} holds {len(jobs)} Jobs; expected one")
+    made = copy.deepcopy(cast("Values", jobs[0]))
     containers = items_at(made, "spec", "template", "spec", "containers")
-    if text_at(made, "kind") != "Job" or not containers:
-        raise K8sError(f"{path} holds {text_at(made, 'kind') or 'nothing'}; expected a Job with a container")
+    if not containers:
+        raise K8sError(f"the Job of {source} has no container")
     metadata = cast("Values", made.setdefault("metadata", {}))
     metadata |= {"name": command.name, "namespace": command.where.namespace}
     metadata["labels"] = {**cast("Mapping[str, str]", metadata.get("labels") or {}), **_labels()}
@@ -81,7 +82,7 @@ def job(command: K8sTrain) -> Manifest:
 
 
 def _mount(made: Values, config_map_name: str) -> None:
-    """Let the volume at /etc/ppod be the run's ConfigMap."""
+    """Let the volume at /etc/ppod hold the run's ConfigMap, beside tokens and certificates where there are any."""
     pod = cast("Values", cast("Values", cast("Values", made["spec"])["template"])["spec"])
     container = cast("Values", items_at(pod, "containers")[0])
     mounts = [one for one in items_at(container, "volumeMounts") if text_at(one, "mountPath") == "/etc/ppod"]
@@ -89,8 +90,16 @@ def _mount(made: Values, config_map_name: str) -> None:
     if not mounts:
         mount: Values = {"name": name, "mountPath": "/etc/ppod", "readOnly": True}
         container["volumeMounts"] = [*items_at(container, "volumeMounts"), mount]
-    others = [one for one in items_at(pod, "volumes") if text_at(one, "name") != name]
-    pod["volumes"] = [*others, {"name": name, "configMap": {"name": config_map_name}}]
+    volumes = items_at(pod, "volumes")
+    old = next((cast("Values", one) for one in volumes if text_at(one, "name") == name), {})
+    sources = items_at(old, "projected", "sources")
+    new: Values = {"name": name, "configMap": {"name": config_map_name}}
+    if sources:
+        # Components add to its sources: only the configuration is another one.
+        kept = [one for one in sources if at(one, "configMap") is None]
+        projected = {**cast("Values", old["projected"]), "sources": [{"configMap": {"name": config_map_name}}, *kept]}
+        new = {"name": name, "projected": projected}
+    pod["volumes"] = [new if one is old else one for one in volumes] if old else [*volumes, new]
 
 
 def _labels() -> dict[str, str]:

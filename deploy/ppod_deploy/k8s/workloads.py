@@ -7,13 +7,14 @@ import threading
 from contextlib import closing
 
 from ppod_deploy.k8s import kubectl
-from ppod_deploy.k8s.cluster import FIELD_MANAGER, Cluster
+from ppod_deploy.k8s.cluster import Cluster
 from ppod_deploy.k8s.commands import K8sDown, K8sLogs, K8sScale, K8sUp
 from ppod_deploy.k8s.objects import Identity, K8sError, identity_of, text_at
 from ppod_deploy.k8s.overlays import read_overlay
 from ppod_deploy.k8s.readiness import wait_ready
 
 PART_OF = "app.kubernetes.io/part-of=ppod"
+_RUNS = ("Job", "JobSet")
 _KEPT = ("Namespace", "PersistentVolumeClaim")
 
 
@@ -21,15 +22,19 @@ def up(command: K8sUp) -> int:
     """Apply an overlay, and wait."""
     overlay = read_overlay(command.overlay)
     where = command.where
-    server_side = ("apply", "--server-side", "--force-conflicts", f"--field-manager={FIELD_MANAGER}")
-    kubectl.show(where, *server_side, *overlay.option)
-    deployments = [identity_of(one) for one in overlay.manifests if identity_of(one).kind == "Deployment"]
+    manifests = overlay.manifests
+    if command.services_only:
+        manifests = tuple(one for one in manifests if identity_of(one).kind not in _RUNS)
+        kubectl.show_without(where, _RUNS, overlay.option, *kubectl.APPLY)
+    else:
+        kubectl.show(where, *kubectl.APPLY, *overlay.option)
+    deployments = [identity_of(one) for one in manifests if identity_of(one).kind == "Deployment"]
     for one in deployments if command.wait else ():
         kubectl.show(where, "rollout", "status", f"deployment/{one.name}", f"--timeout={command.timeout_s:g}s")
     if where.dry_run:
         return 0
     with closing(Cluster(where.namespace, where.context)) as cluster:
-        for manifest in overlay.manifests:
+        for manifest in manifests:
             cluster.apply(manifest)
             print(f"applied {identity_of(manifest)}", flush=True)
         if command.wait:

@@ -34,8 +34,9 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKuberne
 
 
 @pytest.fixture
-def k8s(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run `ppod k8s` as its command line does."""
+def k8s(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run `ppod k8s` as its command line does, in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Result:
         try:

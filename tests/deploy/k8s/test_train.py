@@ -27,19 +27,23 @@ LABELS = {
 
 
 @contextmanager
-def job_controller(api: FakeKubernetes, lines: list[str], exit_code: int) -> Iterator[None]:
-    """Give each Job a pod that writes these lines and ends; the log's connection breaks once."""
+def job_controller(api: FakeKubernetes, lines: list[str], *exit_codes: int) -> Iterator[None]:
+    """Give each Job a pod for each exit code, one after the other; the connection of each one's log breaks once."""
     threads: list[threading.Thread] = []
 
     def run(name: str) -> None:
-        made = pod(f"{name}-x", "trainer", port=9104)
-        made["metadata"]["labels"]["job-name"] = name
-        api.put("v1", "pods", "ppod", made)
-        api.log_cuts[f"{name}-x"] = 4
-        api.log(f"{name}-x", *lines, ended=True)
-        made["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": exit_code}}
-        made["status"]["phase"] = "Failed" if exit_code else "Succeeded"
-        api.put("v1", "pods", "ppod", made)
+        for number, exit_code in enumerate(exit_codes):
+            made = pod(f"{name}-{number}", "trainer", port=9104)
+            made["metadata"]["labels"]["job-name"] = name
+            api.put("v1", "pods", "ppod", made)
+            api.log_cuts[f"{name}-{number}"] = 4
+            api.log(f"{name}-{number}", *lines, ended=True)
+            made["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": exit_code}}
+            made["status"]["phase"] = "Failed" if exit_code else "Succeeded"
+            api.put("v1", "pods", "ppod", made)
+        ended = api.get("batch/v1", "jobs", "ppod", name)
+        ended["status"] = {"conditions": [{"type": "Failed" if exit_codes[-1] else "Complete", "status": "True"}]}
+        api.put("batch/v1", "jobs", "ppod", ended)
 
     def react(request: Request, place: Place, stored: Object) -> None:
         del request
@@ -113,6 +117,51 @@ def test_a_run_is_submitted_followed_and_fetched(
     assert (tmp_path / "out" / "report.txt").read_text() == "score 0.1 -> 1.4\n"
     assert (tmp_path / "out" / "trainer.log").read_text() == "step 1/2\nstep 2/2\n"
     assert "$ kubectl -n ppod logs -f job/run-1" in result.stderr
+    assert f"--field-manager=ppod -f {tmp_path / 'out' / 'job.yaml'}" in result.stderr
+    assert list(yaml.safe_load_all((tmp_path / "out" / "job.yaml").read_text())) == [config_map, submitted]
+
+
+def test_a_dry_run_prints_what_kubectl_can_apply(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    config = write(tmp_path / "t.yaml", {"steps": 3})
+    result = k8s("train", "--config", str(config), "--dry-run")
+    assert result.code == 0
+    config_map, job_manifest = yaml.safe_load_all(result.stdout)
+    assert (config_map["kind"], job_manifest["kind"]) == ("ConfigMap", "Job")
+    assert result.stderr.splitlines()[0].endswith("--field-manager=ppod -f -")
+    assert api.requests == []
+
+
+def test_a_pod_that_the_job_replaces_is_followed_by_the_next(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    with job_controller(api, ["one", "two", "three", "four", "five"], 137, 0):
+        result = k8s("train", "--config", str(config), "--output", str(tmp_path / "out"))
+    assert result.code == 0, result.stderr
+    assert (tmp_path / "out" / "trainer.log").read_text().split() == ["one", "two", "three", "four", "five"] * 2
+    assert {one.path.split("/")[-2] for one in api.seen("GET", "/log")} == {"ppod-trainer-0", "ppod-trainer-1"}
+
+
+def test_the_job_of_an_overlay_keeps_what_components_added(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    sources = [{"configMap": {"name": "ppod-trainer-abc"}}, {"secret": {"name": "token"}}]
+    container = {"name": "trainer", "image": "gpu", "volumeMounts": [{"name": "config", "mountPath": "/etc/ppod"}]}
+    volumes = [{"name": "config", "projected": {"defaultMode": 288, "sources": sources}}, {"name": "runs"}]
+    overlay = tmp_path / "overlay"
+    overlay.mkdir()
+    job_manifest = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "ppod-trainer"},
+        "spec": {"template": {"spec": {"containers": [container], "volumes": volumes}}},
+    }
+    write(overlay / "job.yaml", job_manifest)
+    write(overlay / "service.yaml", {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "s"}})
+    write(overlay / "kustomization.yaml", {"resources": ["job.yaml", "service.yaml"]})
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    assert k8s("train", "--config", str(config), "--name", "r", "--job", str(overlay), "--no-follow").code == 0
+    assert len(api.seen("PATCH", "")) == 2
+    spec = api.seen("PATCH", "/jobs/")[0].body["spec"]["template"]["spec"]
+    expected = {"defaultMode": 288, "sources": [{"configMap": {"name": "r"}}, {"secret": {"name": "token"}}]}
+    assert spec["volumes"] == [{"name": "config", "projected": expected}, {"name": "runs"}]
+    assert spec["containers"][0]["image"] == "gpu"
 
 
 def test_a_manifest_of_ones_own(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
@@ -135,8 +184,8 @@ def test_a_manifest_of_ones_own(api: FakeKubernetes, k8s: Command, tmp_path: Pat
     spec = sent["spec"]["template"]["spec"]
     assert spec["containers"][0]["image"] == "mine"
     assert spec["volumes"] == [
-        {"name": "runs", "persistentVolumeClaim": {"claimName": "r"}},
         {"name": "etc", "configMap": {"name": "ppod-trainer"}},
+        {"name": "runs", "persistentVolumeClaim": {"claimName": "r"}},
     ]
     again = k8s(*arguments)
     assert again.code == 1
@@ -153,9 +202,10 @@ def test_what_is_wrong_is_named_before_anything_is_sent(api: FakeKubernetes, k8s
     assert "stepz: unknown key" in result.stderr
     assert "seed:" in result.stderr
     right = write(tmp_path / "right.yaml", {"steps": 1})
-    no_job = k8s("train", "--config", str(right), "--job", str(right))
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "x"}}
+    no_job = k8s("train", "--config", str(right), "--job", str(write(tmp_path / "service.yaml", service)))
     assert no_job.code == 1
-    assert "holds nothing; expected a Job with a container" in no_job.stderr
+    assert "service.yaml holds 0 Jobs; expected one" in no_job.stderr
     assert api.requests == []
 
 

@@ -37,6 +37,18 @@ def test_up_applies_the_rendered_overlay_and_waits(api: FakeKubernetes, k8s: Com
     assert "$ kubectl -n ppod rollout status deployment/ppod-reward --timeout=900s" in result.stderr
 
 
+def test_services_alone_leave_the_run_to_be_submitted(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    job = "---\napiVersion: batch/v1\nkind: Job\nmetadata: {name: ppod-trainer}\n"
+    overlay = tmp_path / "all.yaml"
+    overlay.write_text((OVERLAY / "reward.yaml").read_text() + job)
+    result = k8s("up", "--overlay", str(overlay), "--services-only", "--no-wait")
+    assert result.code == 0, result.stderr
+    assert [one.path.rsplit("/", 1)[1] for one in api.seen("PATCH", "")] == ["ppod-reward", "ppod-reward"]
+    assert result.stderr.splitlines()[0] == (
+        f"""$ cat {overlay} | yq 'select(.kind != "Job" and .kind != "JobSet")' | {APPLY} -f -"""
+    )
+
+
 def test_the_kubectl_line_renders_the_same(tmp_path: Path) -> None:
     kubectl = kubectl_path()
     assert kubectl is not None

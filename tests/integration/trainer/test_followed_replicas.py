@@ -148,17 +148,18 @@ def test_a_replica_that_dies_is_left_out_and_comes_back(
         run.assert_all_sample(2)
 
 
+@pytest.mark.parametrize("version", [1, 9])
 def test_a_pod_of_another_runs_weights_gets_no_work(
-    cluster: Cluster, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+    cluster: Cluster, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture, version: int
 ) -> None:
-    """Versions only grow: what is ahead of this run cannot be put back, so it is kept out and named."""
+    """Versions only grow: what is not behind this run cannot be put back, so it is kept out and named."""
     with following(cluster, tiny_model_dir, 1) as run:
         run.sync.push(build_model(seed=1), torch.float32, 1)
         second = run.deployment.start()
         wait_until(lambda: '"event": "ready"' in second.stderr, 60)
         with run.admin(second) as client:
-            client.prepare(9, weight_tensors(build_model(seed=3)))
-            client.commit(9)
+            client.prepare(version, weight_tensors(build_model(seed=3)))
+            client.commit(version)
         with caplog.at_level(logging.WARNING):
             run.deployment.wait_ready(second)
             wait_until(lambda: f"{second.host}:{run.deployment.ports[0]} gets no work until it serves" in caplog.text)
