@@ -106,6 +106,16 @@ def test_real_processes_export_what_rules_and_dashboards_ask_for(watched: Watche
     told = set(watched.prometheus.get("metadata"))
     [last] = watched.prometheus.get("query?query=ppod_step_phase_seconds%7Bphase%3D%22step%22%7D")["result"]
     assert float(last["value"][1]) > 0
+    # Queues that are empty, of known capacity.
+    queues = watched.prometheus.get("query?query=instance:ppod_queue:saturation")["result"]
+    assert {one["metric"]["pod"] for one in queues} == {
+        "reward-0",
+        "reference-0",
+        "generation-0",
+        "generation-1",
+        "shared-0",
+    }
+    assert all(0 <= float(one["value"][1]) < 0.1 for one in queues)
     suffix = re.compile("_(bucket|sum|count|total)$")
     assert {suffix.sub("", name) for name in exported()} - {"up"} <= {suffix.sub("", name) for name in told}
 

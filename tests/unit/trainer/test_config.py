@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from ppod_models.configuration import ConfigError, dump_config, parse_config
+from ppod_trainer.__main__ import main
 from ppod_trainer.config import TrainerConfig
 
 
@@ -111,3 +113,14 @@ def test_the_schema_needs_no_torch() -> None:
     code = "import sys, ppod_trainer.config; sys.exit('torch' in sys.modules or 'grpc' in sys.modules)"
     paths = {"PYTHONPATH": "protos:services:trainer"}
     assert subprocess.run([sys.executable, "-c", code], env=paths, check=False).returncode == 0
+
+
+def test_the_command_lays_files_over_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, over = tmp_path / "trainer.yaml", tmp_path / "over.yaml"
+    base.write_text("steps: 3\nrollout: {batch_size: 8}\n")
+    over.write_text("rollout: {max_tokens: 4}\n")
+    arguments = ["--config", str(base), "--config", str(over), "--check"]
+    assert main(arguments) == 0
+    over.write_text("rollout: {max_tokens: 0}\n")
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"{base}, {over}: 1 problem\n  rollout.max_tokens: ")
