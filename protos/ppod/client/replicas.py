@@ -180,7 +180,7 @@ class Replicas:
             self._by_address = {a: known.get(a) or _Replica(given_tokens=least) for a in addresses}
             # A pod that drains leaves the name at once, but still finishes what it holds.
             self._leaving = {a: r for a, r in known.items() if a not in self._by_address and r.outstanding_tokens > 0}
-            self._left = True
+            self._left = self._left or any(address not in self._by_address for address in known)
 
     def due_pruning(self) -> bool:
         """Whether a replica may have left for good, whose channel is to be closed; true once after each change."""
