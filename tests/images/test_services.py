@@ -16,6 +16,9 @@ from support.containers import Container, must, run_to_exit, running
 from support.models_here import logprobs_here, token_ids
 from support.processes import ROOT
 
+# Containers may start while other jobs have the cores.
+pytestmark = pytest.mark.timeout(600)
+
 CONFIGS = ROOT / "docker" / "configs"
 LIKED, DISLIKED = "A joy from start to end.", "Two hours I will never get back."
 
