@@ -17,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -126,7 +127,7 @@ def run_ppod(measured: Measured, steps: int, directory: Path) -> None:
                 measured.ppod_phases.setdefault(phase, []).append(record[f"seconds/{phase}"])
 
 
-def start_ppod(values: dict[str, object], directory: Path) -> None:
+def start_ppod(values: Mapping[str, object], directory: Path) -> None:
     """Run `ppod run` to its end; its log goes into the directory."""
     run_file = directory / "ppod.yaml"
     run_file.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -137,7 +138,7 @@ def start_ppod(values: dict[str, object], directory: Path) -> None:
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
 
 
-def run_values(setting: Setting, steps: int, run_dir: Path, task: Task = Task()) -> dict[str, object]:  # noqa: B008 - frozen
+def run_values(setting: Setting, steps: int, run_dir: Path, task: Task = Task()) -> dict[str, dict[str, object]]:  # noqa: B008 - frozen
     """ppod's run file for a setting."""
     model = {"source": task.model, "dtype": setting.ppod.dtype, "attention": setting.ppod.attention}
     scoring = {**model, "threads": 1}  # reward and reference work at the same time

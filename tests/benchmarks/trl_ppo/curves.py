@@ -34,7 +34,14 @@ from small_model import make_small_model
 from ppod_deploy.processes import CHILD_ENVIRONMENT
 from ppod_models.sources import default_cache_dir, resolve
 
-SIDES = ("ppod", "TRL")
+SIDES: dict[str, dict[str, object]] = {
+    "ppod": {},
+    # As TRL has one.
+    "ppod, a value model of its own": {"critic": {"kind": "model"}},
+    "TRL": {},
+}
+"""Who learns, and what ppod's trainer is configured with besides."""
+
 SMOOTHED_STEPS = 5
 
 
@@ -64,15 +71,16 @@ class Curve:
         return float(np.interp(kl, reached, scores))
 
 
-def run_ppod(setting: Setting, task: Task, steps: int, directory: Path) -> Curve:
+def run_ppod(side: str, setting: Setting, task: Task, steps: int, directory: Path) -> Curve:
     """Train with ppod."""
     run_dir = directory / "ppod"
     directory.mkdir(parents=True, exist_ok=True)
-    start_ppod(run_values(setting, steps, run_dir, task), directory)
+    values = run_values(setting, steps, run_dir, task)
+    start_ppod({**values, "trainer": {**values["trainer"], **SIDES[side]}}, directory)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     trained = [record for record in records if "score/mean" in record]
     scores, kls = ([record[key] for record in trained] for key in ("score/mean", "kl/reference"))
-    return Curve("ppod", setting.seed, scores, kls)
+    return Curve(side, setting.seed, scores, kls)
 
 
 def run_trl(python: Path, setting: Setting, task: Task, steps: int, directory: Path) -> Curve:
@@ -121,16 +129,17 @@ def table(curves: Mapping[str, Sequence[Curve]]) -> str:
         )
         shown = [f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in columns]
         rows.append(f"| {side} | {len(some)} | {' | '.join(shown)} |")
-    pairs = list(zip(curves["ppod"], curves["TRL"], strict=True))
-    higher = sum(mine.score_at(at) > theirs.score_at(at) for mine, theirs in pairs)
-    rows += ["", f"ppod's score is the higher one at that KL with {higher} of {len(pairs)} seeds. Medians (ranges)."]
-    return "\n".join(rows) + "\n"
+    theirs = [curve.score_at(at) for curve in curves["TRL"]]
+    for side in list(SIDES)[:-1]:
+        higher = sum(curve.score_at(at) > other for curve, other in zip(curves[side], theirs, strict=True))
+        rows += ["", f"{side}: the higher score at that KL with {higher} of {len(theirs)} seeds."]
+    return "\n".join([*rows, "", "Medians (ranges)."]) + "\n"
 
 
 def draw(path: Path, curves: Mapping[str, Sequence[Curve]], setting: Setting) -> None:
     """Score and KL by episodes, and score by KL."""
     figure, (by_score, by_kl, frontier) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for color, (side, some) in zip(("tab:blue", "tab:orange"), curves.items(), strict=True):
+    for color, (side, some) in zip(("tab:blue", "tab:green", "tab:orange"), curves.items(), strict=True):
         episodes = np.arange(1, len(some[0].scores) + 1) * setting.batch_size
         for axis, values in ((by_score, [c.scores for c in some]), (by_kl, [c.kls for c in some])):
             stacked = np.array(values)
@@ -165,15 +174,15 @@ def main() -> None:
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         seeded, directory = replace(setting, seed=seed), out / f"seed-{seed}"
         directory.mkdir(parents=True, exist_ok=True)
-        curves["ppod"].append(
-            kept(directory / "ppod-curve.json", lambda s=seeded, d=directory: run_ppod(s, task, options.steps, d))
-        )
-        curves["TRL"].append(
-            kept(
-                directory / "trl-curve.json",
-                lambda s=seeded, d=directory: run_trl(options.trl_python, s, task, options.steps, d),
-            )
-        )
+        for number, side in enumerate(SIDES):
+            place = directory if not number else directory / f"side-{number}"
+
+            def run(side: str = side, setting: Setting = seeded, place: Path = place) -> Curve:
+                if side == "TRL":
+                    return run_trl(options.trl_python, setting, task, options.steps, place)
+                return run_ppod(side, setting, task, options.steps, place)
+
+            curves[side].append(kept(directory / f"curve-{number}.json", run))
         # After each seed, so that what was measured stays if the next is cut off.
         record = {"setting": asdict(setting), "curves": [asdict(one) for some in curves.values() for one in some]}
         (out / "result.json").write_text(json.dumps(record, indent=1))
