@@ -1,6 +1,6 @@
 """What ppod and TRL's PPOTrainer learn on the same task, over seeds: score and KL at the same number of episodes.
 
-usage: python curves.py --trl-python PYTHON [--setting NAME] [--seeds N] [--steps N] [--out DIRECTORY]
+usage: python curves.py --trl-python PYTHON [--setting NAME] [--sides NAME ...] [--seeds N] [--steps N] [--out DIR]
 
 Both get the same weights, reward model, batch, epochs, minibatches, learning rate and KL coefficient, chosen for
 neither; all else is each program's own default. ppod runs as `ppod run` starts it. Setting small-model trains a small
@@ -130,7 +130,7 @@ def table(curves: Mapping[str, Sequence[Curve]]) -> str:
         shown = [f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in columns]
         rows.append(f"| {side} | {len(some)} | {' | '.join(shown)} |")
     theirs = [curve.score_at(at) for curve in curves["TRL"]]
-    for side in list(SIDES)[:-1]:
+    for side in [side for side in curves if side != "TRL"]:
         higher = sum(curve.score_at(at) > other for curve, other in zip(curves[side], theirs, strict=True))
         rows += ["", f"{side}: the higher score at that KL with {higher} of {len(theirs)} seeds."]
     return "\n".join([*rows, "", "Medians (ranges)."]) + "\n"
@@ -139,7 +139,7 @@ def table(curves: Mapping[str, Sequence[Curve]]) -> str:
 def draw(path: Path, curves: Mapping[str, Sequence[Curve]], setting: Setting) -> None:
     """Score and KL by episodes, and score by KL."""
     figure, (by_score, by_kl, frontier) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for color, (side, some) in zip(("tab:blue", "tab:green", "tab:orange"), curves.items(), strict=True):
+    for color, (side, some) in zip(("tab:blue", "tab:orange", "tab:green"), curves.items(), strict=False):
         episodes = np.arange(1, len(some[0].scores) + 1) * setting.batch_size
         for axis, values in ((by_score, [c.scores for c in some]), (by_kl, [c.kls for c in some])):
             stacked = np.array(values)
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--trl-python", required=True, type=Path, help="interpreter of the environment with TRL")
     parser.add_argument("--setting", choices=("small-model", "default-run"), default="small-model")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="TRL among them")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-curves"))
@@ -170,11 +171,12 @@ def main() -> None:
         model, head = make_small_model(default_cache_dir() / "benchmarks/small-reviews-model", REVIEWS)
         task = Task(str(model), str(head))
     out: Path = options.out / setting.name
-    curves: dict[str, list[Curve]] = {side: [] for side in SIDES}
+    curves: dict[str, list[Curve]] = {side: [] for side in SIDES if side in options.sides}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         seeded, directory = replace(setting, seed=seed), out / f"seed-{seed}"
         directory.mkdir(parents=True, exist_ok=True)
-        for number, side in enumerate(SIDES):
+        for side in curves:
+            number = list(SIDES).index(side)
             place = directory if not number else directory / f"side-{number}"
 
             def run(side: str = side, setting: Setting = seeded, place: Path = place) -> Curve:
