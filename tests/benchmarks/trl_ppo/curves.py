@@ -175,7 +175,7 @@ def main() -> None:
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         seeded, directory = replace(setting, seed=seed), out / f"seed-{seed}"
         directory.mkdir(parents=True, exist_ok=True)
-        for side in curves:
+        for side, found in curves.items():
             number = list(SIDES).index(side)
             place = directory if not number else directory / f"side-{number}"
 
@@ -184,7 +184,7 @@ def main() -> None:
                     return run_trl(options.trl_python, setting, task, options.steps, place)
                 return run_ppod(side, setting, task, options.steps, place)
 
-            curves[side].append(kept(directory / f"curve-{number}.json", run))
+            found.append(kept(directory / f"curve-{number}.json", run))
         # After each seed, so that what was measured stays if the next is cut off.
         record = {"setting": asdict(setting), "curves": [asdict(one) for some in curves.values() for one in some]}
         (out / "result.json").write_text(json.dumps(record, indent=1))
