@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from settings import SETTINGS, Setting
+from settings import SETTINGS, Setting, Task
 
 from ppod_models.loading import DTYPES, load_causal_lm, vocab_size
 from ppod_models.sources import resolve
@@ -28,8 +28,6 @@ from ppod_trainer.metrics import StepTimer
 from ppod_trainer.policy import PolicyWithValue
 from ppod_trainer.prompts import Prompt
 from ppod_trainer.rollouts import Rollout, ScoredRollout, Turn
-
-MODEL = "packaged:smollm2-135m-instruct"
 
 
 def main() -> None:
@@ -77,7 +75,7 @@ def read_rollouts(path: Path, temperature: float) -> list[ScoredRollout]:
 
 def make_learner(setting: Setting, critic: str) -> Learner:
     """The learner of a run, as `ppod train` makes it."""
-    path, device, side = resolve(MODEL).path, torch.device("cpu"), setting.ppod
+    path, device, side = resolve(Task().model).path, torch.device("cpu"), setting.ppod
     started = time.perf_counter()
     model = load_causal_lm(path, device=device, dtype=torch.float32, attention=side.attention)
     value_model = None

@@ -16,8 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from compare import MODEL, REVIEWS, ROOT, describe_machine
-from settings import SETTINGS
+from compare import REVIEWS, ROOT, describe_machine
+from settings import SETTINGS, Task
 
 from ppod_deploy.processes import CHILD_ENVIRONMENT
 from ppod_models.sources import resolve
@@ -48,7 +48,14 @@ def run_trl(python: Path, setting: str, steps: int, directory: Path) -> dict[str
     """TRL's figures of one round."""
     out = directory / "trl.json"
     command = [str(python), str(Path(__file__).with_name("run_trl_update.py")), setting, "--steps", str(steps)]
-    command += ["--model", str(resolve(MODEL).path), "--reviews", str(REVIEWS), "--services", str(ROOT / "services")]
+    command += [
+        "--model",
+        str(resolve(Task().model).path),
+        "--reviews",
+        str(REVIEWS),
+        "--services",
+        str(ROOT / "services"),
+    ]
     environment = {**os.environ, **(CHILD_ENVIRONMENT if SETTINGS[setting].trl.tuned else {})}
     _run([*command, "--out", str(out)], environment, directory / "trl.log")
     return json.loads(out.read_text())
