@@ -23,7 +23,7 @@ from ppod import (
 )
 from ppod.client import NO_RETRY, Delivery, RelayHop, WeightPush
 from support.forked import ForkedProcess
-from support.processes import ServiceProcess, running_service, start_module
+from support.processes import ServiceProcess, metrics_of, running_service, start_module
 from support.services import tiny_model_config
 from support.tiny_model import MAX_TOKENS, build_model
 from support.weight_checks import assert_serves, assert_takes_next, retry_busy
@@ -178,7 +178,9 @@ def test_a_service_killed_in_the_middle_of_a_commit_is_named_and_starts_whole(
     ):
         weights.prepare(2, weight_tensors(build_model(seed=91)))
         running = Caught(lambda: generation.generate([[5, 6, 7]] * 256, long))
-        time.sleep(0.2)
+        while "ppod_team_accepted_tokens_total{" not in metrics_of(fragile):
+            time.sleep(0.01)
+        time.sleep(0.1)
         # It waits for the running sequences.
         commit = Caught(lambda: weights.commit(2))
         time.sleep(0.1)
