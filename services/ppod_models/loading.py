@@ -24,19 +24,20 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype that a configuration names; "auto" is bfloat16 where the device computes in it, else float32.
+    """The dtype that a configuration names; "auto" is bfloat16 where the device is faster in it, else float32.
 
-    A CPU without instructions for bfloat16 emulates it, tens of times slower than float32.
+    A CPU without instructions for bfloat16 emulates it, tens of times slower than float32; one that has them in
+    AVX-512 alone, without AMX, took 11.3 s in bfloat16 for an update that takes 7.4 s in float32.
     """
     if dtype != "auto":
         return DTYPES[dtype]
-    return torch.bfloat16 if device.type != "cpu" or _cpu_computes_bfloat16() else torch.float32
+    return torch.bfloat16 if device.type != "cpu" or _cpu_is_faster_in_bfloat16() else torch.float32
 
 
-def _cpu_computes_bfloat16() -> bool:
-    # torch tells it under private names only; without them float32 is the safe answer.
-    checks = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
-    return any(check() for check in checks if check is not None)
+def _cpu_is_faster_in_bfloat16() -> bool:
+    # torch tells it under a private name only; without it float32 is the safe answer.
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return check is not None and check()
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
