@@ -14,7 +14,6 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppod_deploy.defaults import default_config
-from ppod_models.loading import pick_device, pick_dtype
 from support.processes import ROOT, environment, free_ports
 
 
@@ -79,7 +78,7 @@ def test_the_default_run_end_to_end_twice(tmp_path: Path) -> None:
     steps = [record for record in records_of(run_dir) if "score/mean" in record]
     assert len(steps) == 2
     assert all(record["policy/first_ratio_error"] == 0 for record in steps)
-    assert all(record["sampler/gap_mean"] < 0.1 for record in steps), "bfloat16 sampler against bfloat16 autocast"
+    assert all(record["sampler/gap_mean"] < 0.1 for record in steps), "bfloat16 at the worst, sampler and autocast"
     model = AutoModelForCausalLM.from_pretrained(run_dir / "final_model")
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "final_model")
     prompt = tokenizer("The capital of France is", return_tensors="pt")
@@ -97,6 +96,7 @@ def test_the_default_run_end_to_end_twice(tmp_path: Path) -> None:
 
 
 def test_the_default_follows_the_machine() -> None:
-    bfloat16 = pick_dtype("auto", pick_device("auto")) is torch.bfloat16
-    expected = "smollm2-cuda" if torch.cuda.is_available() else "smollm2-cpu" if bfloat16 else "smollm2-cpu-float32"
+    # The launcher reads the CPU's flags; torch asks the CPU itself.
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    expected = "smollm2-cuda" if torch.cuda.is_available() else "smollm2-cpu" if fast else "smollm2-cpu-float32"
     assert default_config().stem == expected
