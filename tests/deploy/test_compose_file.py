@@ -69,8 +69,8 @@ def test_the_trainer_finds_each_port_where_its_service_listens() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_each_configuration_is_right(name: str) -> None:
-    load_config(SCHEMAS[name], CONFIGS / f"{name}.yaml")
+def test_each_configuration_is_right_and_reached_from_other_containers(name: str) -> None:
+    assert load_config(SCHEMAS[name], CONFIGS / f"{name}.yaml").listen.host == "0.0.0.0"
 
 
 @pytest.mark.parametrize("name", ["reward", "reference", "generation"])

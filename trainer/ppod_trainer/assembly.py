@@ -89,22 +89,19 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
         sampler = _build_sampler(config, connections.generation, served.limits.max_sequence_tokens, environment, codec)
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
         evaluator = Evaluator(collector, connections.judge, prompts.heldout, codec.decode)
-        kl = build_kl_controller(config.kl)
-        rollouts = build_step_rollouts(config, prompts, collector)
-        watcher = build_watcher(config.watch, critic=leader.learner.rules.estimator.critic)
         parts = Parts(
             connections=connections,
             collector=collector,
             evaluator=evaluator,
             learner=leader,
-            kl=kl,
+            kl=build_kl_controller(config.kl),
             prompts=prompts,
             tokenizer=tokenizer,
             metrics=metrics,
             stop=stop,
-            rollouts=rollouts,
+            rollouts=build_step_rollouts(config, prompts, collector),
             estimates=estimates,
-            watcher=watcher,
+            watcher=build_watcher(config.watch, critic=leader.learner.rules.estimator.critic),
         )
         restore_components(parts.stateful, state)
         run = TrainingRun(config, parts, state)

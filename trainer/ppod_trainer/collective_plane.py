@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -68,15 +68,12 @@ class CollectivePlane:
         )
         push = WeightPush(outgoing.weight_version, tensors, collective=group)
         self._refused.clear()
-        with ThreadPoolExecutor(1, thread_name_prefix="broadcast") as pool:
+        # Left last to first: who is told that nobody listens, then waits for the broadcast's end.
+        with ThreadPoolExecutor(1, thread_name_prefix="broadcast") as pool, ExitStack() as failed:
             sending = pool.submit(self._send, push)
-            try:
-                yield push
-            except BaseException:
-                self._refused.set()
-                raise
-            finally:
-                sending.exception()
+            failed.callback(self._refused.set)
+            yield push
+            failed.pop_all()
         # A replica's own error says more than that the group broke for it.
         error = sending.exception()
         if error is not None and not self._refused.is_set():

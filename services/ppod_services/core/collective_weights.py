@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 
 import torch
@@ -69,15 +70,14 @@ class CollectiveReceiver:
             raise FailedPrecondition("manifest.collective.backend", group.backend, " or ".join(usable_backends()))
 
     def _receive(self, group: IncomingGroup, transfer: WeightTransfer) -> None:
-        try:
-            self._join(group).receive(group, transfer)
-        except GroupError as error:
-            self._leave()
-            raise Unavailable(f"the group {group.name} of {group.address} broke: {error}") from error
-        except BaseException:
+        with ExitStack() as failed:
             # What the others still send would otherwise be taken for the next version's beginning.
-            self._leave()
-            raise
+            failed.callback(self._leave)
+            try:
+                self._join(group).receive(group, transfer)
+            except GroupError as error:
+                raise Unavailable(f"the group {group.name} of {group.address} broke: {error}") from error
+            failed.pop_all()
 
     def _join(self, group: IncomingGroup) -> _JoinedGroup:
         if self._joined is None or self._joined.name != group.name:

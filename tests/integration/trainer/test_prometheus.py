@@ -154,3 +154,5 @@ def test_a_service_that_is_gone_is_missed(watched: Watched) -> None:
         "PpodTrainerCallsFail": {"code": "UNAVAILABLE"},
     }
     watched.prometheus.wait_for(wanted, lambda: None, TIMEOUT_S)
+    down = {one["pod"] for one in watched.prometheus.firing() if one["alertname"] == "PpodReplicaDown"}
+    assert down == {"reward-0"}, "the others answer"

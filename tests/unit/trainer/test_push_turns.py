@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from ppod_trainer.push_turns import PushTurns
 
 
@@ -47,11 +49,22 @@ def test_newcomers_go_beside_each_other_and_a_push_waits_for_them() -> None:
 
 def test_a_failed_push_frees_the_turn() -> None:
     turns = PushTurns()
-    for _ in range(2):
-        try:
-            with turns.push():
-                raise ValueError
-        except ValueError:
-            pass
-    with turns.newcomer():
-        pass
+    taken: list[str] = []
+
+    def fail() -> None:
+        with turns.push():
+            taken.append("push")
+            raise ValueError("lost")
+
+    def take() -> None:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="lost"):
+                fail()
+        with turns.newcomer():
+            taken.append("newcomer")
+
+    # In a thread: a turn that was not freed would be waited for without end.
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert taken == ["push", "push", "newcomer"]
