@@ -1,9 +1,11 @@
 """What ppod and TRL's PPOTrainer learn on the same task, over seeds: score and KL at the same number of episodes.
 
-usage: python curves.py --trl-python PYTHON [--setting NAME] [--sides NAME ...] [--seeds N] [--steps N] [--out DIR]
+usage: python curves.py --trl-python PYTHON [--setting NAME] [--sides NAME ...] [--seeds N] [--steps N]
+    [--kl-coefficient C] [--out DIR]
 
 Both get the same weights, reward model, batch, epochs, minibatches, learning rate and KL coefficient, chosen for
-neither; all else is each program's own default. ppod runs as `ppod run` starts it. Setting small-model trains a small
+neither; all else is each program's own default. One side of ppod's has its KL penalty in the loss instead, with a
+coefficient of its own. ppod runs as `ppod run` starts it. Setting small-model trains a small
 language model of movie reviews (small_model.py), default-run SmolLM2. Score and KL of a step are those of its samples,
 which the policy drew before it was updated with them; KL is k1 to the reference, in nats a response, on both sides.
 
@@ -39,8 +41,13 @@ SIDES: dict[str, dict[str, object]] = {
     # As TRL has one.
     "ppod, a value model of its own": {"critic": {"kind": "model"}},
     "TRL": {},
+    # What TRL's PPOTrainer has not: the penalty as a term of the loss, by the estimator whose gradient is KL's.
+    "ppod, KL in the loss": {
+        "critic": {"kind": "model"},
+        "kl": {"placement": "loss", "estimator": "k2", "coefficient": 0.15},
+    },
 }
-"""Who learns, and what ppod's trainer is configured with besides."""
+"""Who learns, and what ppod's trainer is configured with besides. Results are kept by position: add at the end."""
 
 SMOOTHED_STEPS = 5
 
@@ -90,6 +97,7 @@ def run_trl(python: Path, setting: Setting, task: Task, steps: int, directory: P
     command = [str(python), str(Path(__file__).with_name("run_trl.py")), setting.name, "--steps", str(steps)]
     command += ["--model", str(resolve(task.model).path), "--reviews", str(REVIEWS), "--reward", task.head]
     command += ["--services", str(ROOT / "services"), "--seed", str(setting.seed), "--out", str(result_file)]
+    command += ["--kl-coefficient", str(setting.kl_coefficient)]
     with (directory / "trl.log").open("wb") as log:
         environment = {**os.environ, **(CHILD_ENVIRONMENT if setting.trl.tuned else {})}
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
@@ -139,7 +147,7 @@ def table(curves: Mapping[str, Sequence[Curve]]) -> str:
 def draw(path: Path, curves: Mapping[str, Sequence[Curve]], setting: Setting) -> None:
     """Score and KL by episodes, and score by KL."""
     figure, (by_score, by_kl, frontier) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for color, (side, some) in zip(("tab:blue", "tab:orange", "tab:green"), curves.items(), strict=False):
+    for color, (side, some) in zip(("tab:blue", "tab:orange", "tab:green", "tab:red"), curves.items(), strict=False):
         episodes = np.arange(1, len(some[0].scores) + 1) * setting.batch_size
         for axis, values in ((by_score, [c.scores for c in some]), (by_kl, [c.kls for c in some])):
             stacked = np.array(values)
@@ -163,10 +171,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="TRL among them")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--kl-coefficient", type=float, help="of the penalty in the reward; none: the setting's")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-curves"))
     options = parser.parse_args()
     setting, task = SETTINGS[options.setting], Task()
+    if options.kl_coefficient is not None:
+        setting = replace(setting, kl_coefficient=options.kl_coefficient)
     if setting.name == "small-model":
         model, head = make_small_model(default_cache_dir() / "benchmarks/small-reviews-model", REVIEWS)
         task = Task(str(model), str(head))

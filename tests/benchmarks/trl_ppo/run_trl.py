@@ -2,7 +2,7 @@
 """Runs TRL's PPOTrainer on one setting and writes the seconds of each step. Runs in TRL's own environment.
 
 usage: python run_trl.py SETTING --steps N --model DIRECTORY --reviews FILE --services DIRECTORY --out FILE [--seed N]
-    [--reward HEAD]
+    [--reward HEAD] [--kl-coefficient C]
 
 Policy, reference and a separate value model start from the same weights. The reward model is ppod's own: a head on the
 frozen language model. Without that head (--reward last-state) it is a random linear head on the last token's state.
@@ -77,9 +77,12 @@ def read_options() -> Options:
     parser.add_argument("--services", type=Path, required=True, help="folder that holds ppod_models")
     parser.add_argument("--reward", default="reviews-reward", help="a head's name or directory, or last-state")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kl-coefficient", type=float, help="none: the setting's")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     setting = replace(SETTINGS[given.setting], seed=given.seed)
+    if given.kl_coefficient is not None:
+        setting = replace(setting, kl_coefficient=given.kl_coefficient)
     return Options(setting, given.steps, given.model, given.reviews, given.services, given.reward, given.out)
 
 
