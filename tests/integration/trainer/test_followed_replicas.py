@@ -184,6 +184,7 @@ def test_without_any_pod_pushes_and_calls_say_so(cluster: Cluster, tiny_model_di
         only.process.send_signal(signal.SIGTERM)
         run.deployment.endpoints.terminating(only.name)
         only.process.wait(30)
+        wait_until(lambda: not run.working())
         with pytest.raises(WeightPushError, match="Service ppod-generation has no ready pod"):
             run.sync.push(build_model(seed=1), torch.float32, 2)
         with pytest.raises(Unavailable, match="Service ppod-generation in namespace ppod has no ready pod"):

@@ -72,6 +72,11 @@ def submissions(*items: int, tokens: int = 1) -> list[Submission[int]]:
     return [Submission(item, tokens) for item in items]
 
 
+async def settled(executor: ThreadPoolExecutor) -> None:
+    """Wait until the model's thread has booked its last batch, which it does after its results are out."""
+    await asyncio.get_running_loop().run_in_executor(executor, lambda: None)
+
+
 async def blocked(engine: Engine, scheduler: Scheduler[int, int]) -> asyncio.Task[object]:
     """Occupy the engine with a batch of its own until its gate opens."""
     engine.gate.clear()
@@ -273,8 +278,9 @@ async def test_batches_are_short_while_others_wait_and_whole_for_a_request_that_
         await asyncio.sleep(0.1)
         engine.gate.set()
         await slow.gather()
-        await asyncio.sleep(0.01)
+        await settled(executor)
         await scheduler.submit(submissions(*range(1, 21), tokens=10), LONG_S).gather()
+        await settled(executor)
         engine.gate.clear()
         engine.entered.clear()
         first = scheduler.submit(submissions(0, tokens=10), LONG_S)
