@@ -47,7 +47,7 @@ SIDES: dict[str, dict[str, object]] = {
         "kl": {"placement": "loss", "estimator": "k2", "coefficient": 0.15},
     },
 }
-"""Who learns, and what ppod's trainer is configured with besides. Results are kept by position: add at the end."""
+"""Who learns, and what ppod's trainer is configured with besides."""
 
 SMOOTHED_STEPS = 5
 
@@ -187,15 +187,14 @@ def main() -> None:
         seeded, directory = replace(setting, seed=seed), out / f"seed-{seed}"
         directory.mkdir(parents=True, exist_ok=True)
         for side, found in curves.items():
-            number = list(SIDES).index(side)
-            place = directory if not number else directory / f"side-{number}"
+            place = directory / side.replace(",", "").replace(" ", "-")
 
             def run(side: str = side, setting: Setting = seeded, place: Path = place) -> Curve:
                 if side == "TRL":
                     return run_trl(options.trl_python, setting, task, options.steps, place)
                 return run_ppod(side, setting, task, options.steps, place)
 
-            found.append(kept(directory / f"curve-{number}.json", run))
+            found.append(kept(place.with_suffix(".json"), run))
         # After each seed, so that what was measured stays if the next is cut off.
         record = {"setting": asdict(setting), "curves": [asdict(one) for some in curves.values() for one in some]}
         (out / "result.json").write_text(json.dumps(record, indent=1))
