@@ -76,15 +76,20 @@ def test_another_replica_answers(score: Callable[[str], list[float]]) -> None:
 
 def test_without_another_the_error_says_what_happened() -> None:
     """With gRPC's own status as the cause: should it change one day, this test tells."""
-    with _Dropping() as dropping, RewardClient(dropping.target, timeout_s=10, delivery=Delivery(retry=NO_RETRY)) as client:
-        with ThreadPoolExecutor(CALLS) as pool:
-            calls = [pool.submit(client.score, [[token]]) for token in range(1, CALLS + 1)]
-            time.sleep(0.5)
-            dropping.stop()
-            errors = [call.exception() for call in calls]
+    once = Delivery(retry=NO_RETRY)
+    with (
+        _Dropping() as dropping,
+        RewardClient(dropping.target, timeout_s=10, delivery=once) as client,
+        ThreadPoolExecutor(CALLS) as pool,
+    ):
+        calls = [pool.submit(client.score, [[token]]) for token in range(1, CALLS + 1)]
+        time.sleep(0.5)
+        dropping.stop()
+        errors = [call.exception() for call in calls]
     assert all(isinstance(error, Unavailable) for error in errors)
     causes = [error.__cause__ for error in errors if error is not None]
     codes = {cause.code() for cause in causes if isinstance(cause, grpc.Call)}
     assert grpc.StatusCode.CANCELLED in codes
     said = [str(error) for error in errors if "stopped before it answered" in str(error)]
-    assert said and all(dropping.target in one for one in said)
+    assert said
+    assert all(dropping.target in one for one in said)
