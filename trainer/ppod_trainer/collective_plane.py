@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch._C._distributed_c10d import PrefixStore
 
-from ppod.client import CollectiveGroup, WeightPush, WeightTensor
-from ppod.client.weight_calls import with_checksums
+from ppod.client import CollectiveGroup, WeightPush, WeightTensor, with_checksums
 from ppod_models.process_groups import BroadcastGroup, GroupBackend, GroupError, open_store, usable_backends
 from ppod_trainer.config import CollectiveConfig
 from ppod_trainer.errors import TrainerError, WeightPushError

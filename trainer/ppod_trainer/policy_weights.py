@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import nn
 
-from ppod.client import TensorDtype, TensorLayout, WeightTensor
+from ppod.client import WEIGHT_BLOCK_BYTES, TensorDtype, TensorLayout, WeightTensor
 
 _WIRE = {
     torch.float32: TensorDtype.FLOAT32,
@@ -31,15 +31,24 @@ class PolicyTensors:
         self._parameters = [parameter.detach().contiguous().view(-1) for _, parameter in named]
         self.layout = tuple(TensorLayout(name, _WIRE[dtype], tuple(parameter.shape)) for name, parameter in named)
 
-    def write(self, index: int, first: int, memory: memoryview) -> None:
-        """Convert elements of one tensor into `memory`; see `ppod.client.WriteElements`."""
-        target = torch.frombuffer(memory, dtype=self._dtype)
-        source = self._parameters[index][first : first + len(target)]
+    def write(self, index: int, memory: memoryview) -> Iterator[memoryview]:
+        """Convert one tensor into `memory`; see `ppod.client.WriteBlocks`."""
+        source = self._parameters[index]
         if source.dtype == self._dtype and source.device.type == "cpu":
             # By numpy: several tensors are written at once, and torch would start its own threads for each.
-            np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
-        else:
-            target.copy_(source)
+            data, target = source.view(torch.uint8).numpy(), np.frombuffer(memory, np.uint8)
+            for begin in range(0, len(data), WEIGHT_BLOCK_BYTES):
+                block = target[begin : begin + WEIGHT_BLOCK_BYTES]
+                np.copyto(block, data[begin : begin + WEIGHT_BLOCK_BYTES])
+                yield block.data
+            return
+        first = 0
+        for begin in range(0, len(memory), WEIGHT_BLOCK_BYTES):
+            block = memory[begin : begin + WEIGHT_BLOCK_BYTES]
+            target = torch.frombuffer(block, dtype=self._dtype)
+            target.copy_(source[first : first + len(target)])
+            first += len(target)
+            yield block
 
     def tensors(self) -> list[WeightTensor]:
         """All tensors; those that have the data type already are sent from where they are."""

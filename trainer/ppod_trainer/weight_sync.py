@@ -32,6 +32,7 @@ from ppod.client import (
     WeightTensor,
     WireImage,
     relay_tree,
+    with_checksums,
 )
 from ppod_trainer.collective_plane import CollectivePlane
 from ppod_trainer.config import WeightTransferConfig
@@ -226,6 +227,9 @@ class WeightSync:
         outcomes: Outcomes = {}
         once = bool(push.uri) or push.collective is not None
         self._sent_bytes += push.wire_bytes * (1 if once else len(targets))
+        if len(targets) > 1:
+            # One after the other would be hashed again for each.
+            push = replace(push, tensors=with_checksums(push.tensors))
 
         def ask(client: WeightClient) -> tuple[ReplicaOutcome, ...]:
             try:

@@ -29,7 +29,8 @@ from ppod.client.reward_calls import ChatTurn, Granularity, ProcessScores, Score
 from ppod.client.security import ClientSecurity
 from ppod.client.service_watch import ServiceWatch, close_service_watch, open_service_watch
 from ppod.client.shared_weights import Segment, SharedDirectory
-from ppod.client.weight_image import TensorLayout, WireImage
+from ppod.client.weight_calls import with_checksums
+from ppod.client.weight_image import WEIGHT_BLOCK_BYTES, TensorLayout, WireImage
 from ppod.client.weights import (
     AsyncWeightClient,
     CollectiveGroup,
@@ -47,6 +48,7 @@ from ppod.client.weights import (
 
 __all__ = [
     "NO_RETRY",
+    "WEIGHT_BLOCK_BYTES",
     "AsyncGenerationClient",
     "AsyncReferenceClient",
     "AsyncRewardAdminClient",
@@ -113,4 +115,5 @@ __all__ = [
     "open_service_watch",
     "parse_kubernetes_target",
     "relay_tree",
+    "with_checksums",
 ]

@@ -59,7 +59,7 @@ class WeightTensor:
         shape: its shape.
         data: a flat view of the bytes that travel: row-major, little-endian, or encoded.
         encoding: how they travel.
-        xxh3: XXH3-64 of the whole tensor's bytes; None: that of `data`, found when it is sent.
+        xxh3: XXH3-64 of the whole tensor's bytes; None: that of `data`, found as it is sent.
     """
 
     name: str
@@ -223,27 +223,42 @@ def with_checksums(tensors: Sequence[WeightTensor]) -> list[WeightTensor]:
 
 
 def messages(push: WeightPush, target: str = "") -> Iterator[bytes]:
-    """The messages of a push: the manifest, then the bytes of all tensors, cut into chunks that span small tensors.
+    """The messages of a push: the manifest, the bytes of all tensors, and checksums where the manifest has none.
 
-    `target` is whom they are for, where that decides a rank.
+    The bytes are cut into chunks that span small tensors. `target` is whom they are for, where that decides a rank.
     """
+    if push.uri or push.collective is not None:
+        push = replace(push, tensors=with_checksums(push.tensors))
     yield weights_pb2.PrepareWeightsRequest(manifest=_manifest(push, target)).SerializeToString()
     if push.uri or push.collective is not None:
         return
+    checksums: list[int] = []
     pieces: list[memoryview] = []
     size = 0
     for tensor in push.tensors:
         offset = 0
+        checksum = xxhash.xxh3_64()
         while offset < len(tensor.data):
             taken = tensor.data[offset : offset + WEIGHT_CHUNK_BYTES - size]
             offset += len(taken)
             size += len(taken)
             pieces.append(taken)
+            if tensor.xxh3 is None:
+                # Just before it is copied: so it is read from memory once.
+                checksum.update(taken)
             if size == WEIGHT_CHUNK_BYTES:
                 yield _chunk(pieces, size)
                 pieces, size = [], 0
+        checksums.append(checksum.intdigest() if tensor.xxh3 is None else tensor.xxh3)
     if pieces:
         yield _chunk(pieces, size)
+    if _checksums_follow(push):
+        following = weights_pb2.WeightChecksums(xxh3=checksums)
+        yield weights_pb2.PrepareWeightsRequest(checksums=following).SerializeToString()
+
+
+def _checksums_follow(push: WeightPush) -> bool:
+    return any(tensor.xxh3 is None for tensor in push.tensors)
 
 
 def _chunk(pieces: Sequence[memoryview], size: int) -> bytes:
@@ -266,6 +281,7 @@ def _manifest(push: WeightPush, target: str) -> weights_pb2.WeightManifest:
         base_version=push.base_version,
         uri=push.uri,
         relay=[_hop(hop) for hop in push.relay],
+        checksums_follow=_checksums_follow(push),
     )
     if push.adapter is not None:
         manifest.adapter.rank = push.adapter.rank
@@ -279,7 +295,7 @@ def _manifest(push: WeightPush, target: str) -> weights_pb2.WeightManifest:
         manifest.collective.rank = group.ranks[target]
         manifest.collective.world_size = len(group.ranks) + 1
         manifest.collective.bucket_bytes = group.bucket_bytes
-    for tensor in with_checksums(push.tensors):
+    for tensor in push.tensors:
         dense = tensor.encoding is TensorEncoding.DENSE
         manifest.tensors.add(
             name=tensor.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from ppod.client.weight_calls import TensorDtype, WeightTensor
 from ppod.weight_changes import bit_patterns, encode_changes
 
 _THREADS = min(4, os.cpu_count() or 1)
-_BLOCK_BYTES = 1024 * 1024
+WEIGHT_BLOCK_BYTES = 1024 * 1024
 """Written and hashed at once: small enough to be hashed while it is in the processor's cache."""
 
 
@@ -33,8 +33,8 @@ class TensorLayout:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-WriteElements = Callable[[int, int, memoryview], None]
-"""Writes elements of a tensor: its position in the layout, the first element, and the memory that they fill."""
+WriteBlocks = Callable[[int, memoryview], Iterator[memoryview]]
+"""Writes the tensor at a layout's position into its memory, block by block, and yields each block once it is there."""
 
 
 class WireImage:
@@ -51,12 +51,14 @@ class WireImage:
         self._memory = np.empty(self.nbytes, np.uint8).data if memory is None else memory
         self._checksums = [0] * len(self.layout)
         self._parts: list[memoryview] = []
+        # Kept, because new threads need milliseconds until each has a core of its own.
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="weights")
         begin = 0
         for tensor in self.layout:
             self._parts.append(self._memory[begin : begin + tensor.nbytes])
             begin += tensor.nbytes
 
-    def fill(self, write: WriteElements) -> None:
+    def fill(self, write: WriteBlocks) -> None:
         """Have every tensor written, several at once, and take its checksum while it is in the cache."""
         self._each(lambda index: self._fill(index, write))
 
@@ -91,12 +93,9 @@ class WireImage:
         self._each(encode)
         return [tensor for tensor in encoded if tensor is not None]
 
-    def _fill(self, index: int, write: WriteElements) -> None:
-        part, itemsize = self._parts[index], self.layout[index].dtype.itemsize
+    def _fill(self, index: int, write: WriteBlocks) -> None:
         checksum = xxhash.xxh3_64()
-        for begin in range(0, len(part), _BLOCK_BYTES):
-            block = part[begin : begin + _BLOCK_BYTES]
-            write(index, begin // itemsize, block)
+        for block in write(index, self._parts[index]):
             checksum.update(block)
         self._checksums[index] = checksum.intdigest()
 
@@ -109,6 +108,5 @@ class WireImage:
             for index in waiting:
                 work(index)
 
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="weights") as pool:
-            for done in [pool.submit(take) for _ in range(_THREADS)]:
-                done.result()
+        for done in [self._pool.submit(take) for _ in range(_THREADS)]:
+            done.result()

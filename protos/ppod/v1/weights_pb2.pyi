@@ -94,7 +94,7 @@ class CollectiveGroup(_message.Message):
     def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., bucket_bytes: _Optional[int] = ...) -> None: ...
 
 class WeightManifest(_message.Message):
-    __slots__ = ("weight_version", "tensors", "base_version", "uri", "relay", "adapter", "collective")
+    __slots__ = ("weight_version", "tensors", "base_version", "uri", "relay", "adapter", "collective", "checksums_follow")
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +102,7 @@ class WeightManifest(_message.Message):
     RELAY_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVE_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FOLLOW_FIELD_NUMBER: _ClassVar[int]
     weight_version: int
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     base_version: int
@@ -109,15 +110,24 @@ class WeightManifest(_message.Message):
     relay: _containers.RepeatedCompositeFieldContainer[RelayHop]
     adapter: LoraAdapter
     collective: CollectiveGroup
-    def __init__(self, weight_version: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., base_version: _Optional[int] = ..., uri: _Optional[str] = ..., relay: _Optional[_Iterable[_Union[RelayHop, _Mapping]]] = ..., adapter: _Optional[_Union[LoraAdapter, _Mapping]] = ..., collective: _Optional[_Union[CollectiveGroup, _Mapping]] = ...) -> None: ...
+    checksums_follow: bool
+    def __init__(self, weight_version: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., base_version: _Optional[int] = ..., uri: _Optional[str] = ..., relay: _Optional[_Iterable[_Union[RelayHop, _Mapping]]] = ..., adapter: _Optional[_Union[LoraAdapter, _Mapping]] = ..., collective: _Optional[_Union[CollectiveGroup, _Mapping]] = ..., checksums_follow: _Optional[bool] = ...) -> None: ...
+
+class WeightChecksums(_message.Message):
+    __slots__ = ("xxh3",)
+    XXH3_FIELD_NUMBER: _ClassVar[int]
+    xxh3: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, xxh3: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PrepareWeightsRequest(_message.Message):
-    __slots__ = ("manifest", "chunk")
+    __slots__ = ("manifest", "chunk", "checksums")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     manifest: WeightManifest
     chunk: bytes
-    def __init__(self, manifest: _Optional[_Union[WeightManifest, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    checksums: WeightChecksums
+    def __init__(self, manifest: _Optional[_Union[WeightManifest, _Mapping]] = ..., chunk: _Optional[bytes] = ..., checksums: _Optional[_Union[WeightChecksums, _Mapping]] = ...) -> None: ...
 
 class PrepareWeightsResponse(_message.Message):
     __slots__ = ("weight_version", "received_bytes", "receive_s", "replicas")

@@ -105,8 +105,8 @@ class SharedFile:
         """The file's own memory. Writing to it changes a private copy."""
         return mmap.mmap(self._fd, self._size, access=mmap.ACCESS_COPY)
 
-    def receive(self, transfer: WeightTransfer, offsets: Sequence[int]) -> None:
-        """Read, or only verify, all tensors of a transfer, several at once.
+    def receive(self, transfer: WeightTransfer, offsets: Sequence[int], pool: ThreadPoolExecutor) -> None:
+        """Read, or only verify, all tensors of a transfer, several at once, on a pool of `_READERS` threads.
 
         Raises:
             InvalidArgument: a checksum differs, or the file became shorter.
@@ -120,15 +120,14 @@ class SharedFile:
             for index in waiting:
                 self._receive(transfer.receivers[index], offsets[index], transfer.borrowed)
 
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="weights") as pool:
-            for done in [pool.submit(take) for _ in range(_READERS)]:
-                done.result()
+        for done in [pool.submit(take) for _ in range(_READERS)]:
+            done.result()
         transfer.received_bytes = sum(tensor.wire_bytes for tensor in transfer.manifest.tensors)
 
     def _receive(self, receiver: TensorReceiver, offset: int, borrowed: bool) -> None:
         while len(room := receiver.room):
-            block = room[:_BLOCK_BYTES]
-            count = len(block) if borrowed else os.preadv(self._fd, [block.data], offset)
+            # What is in memory already is hashed as one.
+            count = len(room) if borrowed else os.preadv(self._fd, [room[:_BLOCK_BYTES].data], offset)
             if not count:
                 raise InvalidArgument(f"uri.{receiver.tensor.name}", "the end of the file", f"{len(room)} bytes more")
             offset += count
@@ -171,6 +170,8 @@ class SharedFiles:
         self._map_files = map_files
         self._mappings: dict[tuple[int, int, int], mmap.mmap] = {}
         self._lock = threading.Lock()
+        # Kept, because new threads need milliseconds until each has a core of its own.
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="weights")
 
     def prepare(self, weights: ServedWeights, manifest: IncomingManifest, gone: threading.Event) -> int:
         """Prepare the version that the file of a manifest holds. Returns the bytes received.
@@ -191,7 +192,7 @@ class SharedFiles:
             transfer = weights.begin(manifest, mapped)
             staged: Install | None = None
             try:
-                file.receive(transfer, offsets)
+                file.receive(transfer, offsets, self._pool)
                 staged = None if gone.is_set() else weights.stage(transfer)
             finally:
                 weights.end(transfer, None if gone.is_set() else staged)

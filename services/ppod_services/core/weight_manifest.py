@@ -31,7 +31,7 @@ class IncomingTensor:
         name: as the model, or the adapter, names it.
         dtype: a key of `ITEM_BYTES`.
         shape: its shape; empty is a scalar.
-        xxh3: XXH3-64 of the bytes of the whole tensor.
+        xxh3: XXH3-64 of the bytes of the whole tensor; None: it comes after all bytes.
         encoding: how its bytes travel.
         encoded_bytes: how many travel, where it is not dense.
     """
@@ -39,7 +39,7 @@ class IncomingTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    xxh3: int
+    xxh3: int | None
     encoding: TensorEncoding = TensorEncoding.DENSE
     encoded_bytes: int = 0
 
@@ -124,7 +124,7 @@ def read_manifest(message: weights_pb2.WeightManifest) -> IncomingManifest:
     adapter = _read_adapter(message.adapter) if message.HasField("adapter") else None
     manifest = IncomingManifest(
         weight_version=message.weight_version,
-        tensors=tuple(_read_tensor(spec) for spec in message.tensors),
+        tensors=tuple(_read_tensor(spec, message.checksums_follow) for spec in message.tensors),
         base_version=message.base_version if message.HasField("base_version") else None,
         adapter=adapter,
         uri=message.uri,
@@ -132,6 +132,8 @@ def read_manifest(message: weights_pb2.WeightManifest) -> IncomingManifest:
     )
     if adapter is not None and manifest.encoded:
         raise InvalidArgument("manifest.tensors.encoding", "changes of an adapter's tensors", "dense tensors")
+    if message.checksums_follow and (manifest.uri or manifest.collective is not None):
+        raise InvalidArgument("manifest.checksums_follow", "true", "checksums in the manifest, where no chunks follow")
     if manifest.base_version is None and (adapter is not None or manifest.encoded):
         raise InvalidArgument("manifest.base_version", "none", "the version that changes or the adapter are against")
     return manifest
@@ -186,7 +188,7 @@ def check_tensors(tensors: Sequence[IncomingTensor], shapes: Mapping[str, tuple[
         raise InvalidArgument("manifest.tensors", f"{len(missing)} missing, first {missing[0]}", f"all {len(shapes)}")
 
 
-def _read_tensor(spec: weights_pb2.TensorSpec) -> IncomingTensor:
+def _read_tensor(spec: weights_pb2.TensorSpec, checksums_follow: bool) -> IncomingTensor:
     dtype = _DTYPES.get(spec.dtype)
     if dtype is None:
         raise InvalidArgument(f"manifest.tensors.{spec.name}.dtype", str(spec.dtype), " or ".join(ITEM_BYTES))
@@ -199,7 +201,7 @@ def _read_tensor(spec: weights_pb2.TensorSpec) -> IncomingTensor:
         name=spec.name,
         dtype=dtype,
         shape=tuple(spec.shape),
-        xxh3=spec.xxh3,
+        xxh3=None if checksums_follow else spec.xxh3,
         encoding=encoding,
         encoded_bytes=spec.encoded_bytes,
     )

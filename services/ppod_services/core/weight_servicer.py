@@ -21,7 +21,7 @@ from ppod_services.core.logs import LogValue, log_event
 from ppod_services.core.weight_manifest import IncomingManifest, read_manifest
 from ppod_services.core.weight_relay import RelayedTransfer, WeightRelay
 from ppod_services.core.weight_store import Install
-from ppod_services.core.weight_stream import WeightStream, read_chunk
+from ppod_services.core.weight_stream import WeightStream, read_part
 
 if TYPE_CHECKING:
     # Importing torch would delay the binding of the ports by seconds.
@@ -218,7 +218,12 @@ async def _receive(transfer: WeightTransfer, stream: WeightStream, relay: Relaye
             await relay.forward(message)
             if writing is not None:
                 await writing
-            writing = asyncio.ensure_future(asyncio.to_thread(transfer.write, read_chunk(message)))
+                writing = None
+            part = read_part(message)
+            if isinstance(part, memoryview):
+                writing = asyncio.ensure_future(asyncio.to_thread(transfer.write, part))
+            else:
+                transfer.verify(part)
         if writing is not None:
             await writing
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from google.protobuf.message import DecodeError
 
@@ -54,8 +54,8 @@ class WeightStream:
             yield data
 
 
-def read_chunk(message: bytes) -> memoryview:
-    """The chunk that a message holds; raise InvalidArgument when it holds something else."""
+def read_part(message: bytes) -> memoryview | Sequence[int]:
+    """The chunk, or the checksums, that a message holds; raise InvalidArgument when it holds something else."""
     if message[:1] == _CHUNK_TAG:
         length = position = 0
         for position, byte in enumerate(message[1:6], start=2):
@@ -68,9 +68,13 @@ def read_chunk(message: bytes) -> memoryview:
             return memoryview(message)[position:]
     # Another order of fields, or an unknown one: rare, but valid.
     part = _parse(message)
-    if part.WhichOneof("part") != "chunk":
-        raise InvalidArgument("part", part.WhichOneof("part") or "nothing", "a chunk in every later message")
-    return memoryview(part.chunk)
+    match part.WhichOneof("part"):
+        case "chunk":
+            return memoryview(part.chunk)
+        case "checksums":
+            return part.checksums.xxh3
+        case other:
+            raise InvalidArgument("part", other or "nothing", "a chunk or checksums in every later message")
 
 
 def _parse(data: bytes) -> weights_pb2.PrepareWeightsRequest:

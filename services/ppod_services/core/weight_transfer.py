@@ -34,6 +34,7 @@ class TensorReceiver:
         self._into = bytes_of(buffer) if self._dense else np.empty(tensor.encoded_bytes, np.uint8)
         self._hash = xxhash.xxh3_64()
         self._filled = 0
+        self._found = 0
         self.done = False
 
     @property
@@ -45,7 +46,7 @@ class TensorReceiver:
         """The next `count` bytes are there; the last ones complete the tensor.
 
         Raises:
-            InvalidArgument: the checksum differs, or the changes are damaged.
+            InvalidArgument: the checksum of the manifest differs, or the changes are damaged.
             FailedPrecondition: there is nothing to apply changes to.
         """
         if self._dense:
@@ -60,10 +61,15 @@ class TensorReceiver:
         if not self._dense:
             self._apply()
             self._hash.update(bytes_of(self.buffer).data)
-        found = self._hash.intdigest()
-        if found != tensor.xxh3:
-            raise InvalidArgument(f"tensors.{tensor.name}.xxh3", f"{found:016x}", f"{tensor.xxh3:016x}")
+        self._found = self._hash.intdigest()
+        if tensor.xxh3 is not None:
+            self.verify(tensor.xxh3)
         self.done = True
+
+    def verify(self, xxh3: int) -> None:
+        """Raise InvalidArgument unless this is the checksum of the tensor, which must be complete."""
+        if self._found != xxh3:
+            raise InvalidArgument(f"tensors.{self.tensor.name}.xxh3", f"{self._found:016x}", f"{xxh3:016x}")
 
     def _apply(self) -> None:
         tensor = self.tensor
@@ -96,6 +102,7 @@ class WeightTransfer:
             TensorReceiver(tensor, buffer, image) for tensor, buffer in zip(manifest.tensors, buffers, strict=True)
         ]
         self._position = 0
+        self._owed = any(tensor.xxh3 is None for tensor in manifest.tensors)
 
     @property
     def weight_version(self) -> int:
@@ -121,13 +128,32 @@ class WeightTransfer:
             self.received_bytes += taken
             receiver.advance(taken)
 
+    def verify(self, checksums: Sequence[int]) -> None:
+        """Verify all tensors by checksums that came behind them.
+
+        Raises:
+            InvalidArgument: one differs, there are more or fewer, bytes are missing, or the manifest announced none.
+        """
+        self._check_whole()
+        expected = len(self.receivers) if self._owed else 0
+        if len(checksums) != expected:
+            raise InvalidArgument("checksums", str(len(checksums)), f"{expected}, as the manifest announced")
+        for receiver, checksum in zip(self.receivers, checksums, strict=True):
+            receiver.verify(checksum)
+        self._owed = False
+
     def finish(self) -> Mapping[str, torch.Tensor]:
-        """All tensors by name; raise InvalidArgument when bytes are missing."""
+        """All tensors by name; raise InvalidArgument when bytes or checksums are missing."""
+        self._check_whole()
+        if self._owed:
+            raise InvalidArgument("checksums", "end of stream", f"{len(self.receivers)}, as the manifest announced")
+        return {receiver.tensor.name: receiver.buffer for receiver in self.receivers}
+
+    def _check_whole(self) -> None:
         receiver = self._next()
         if receiver is not None:
-            found = f"end of stream after {self.received_bytes} bytes, within {receiver.tensor.name}"
+            found = f"end of the chunks after {self.received_bytes} bytes, within {receiver.tensor.name}"
             raise InvalidArgument("chunk", found, "the bytes of all tensors")
-        return {receiver.tensor.name: receiver.buffer for receiver in self.receivers}
 
     def _next(self) -> TensorReceiver | None:
         """The receiver of the next byte; those that need none are completed."""

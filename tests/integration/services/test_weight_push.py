@@ -82,14 +82,14 @@ def test_a_commit_changes_outputs_and_version(
 
 
 def corrupt(tensors: list[WeightTensor], name: str) -> list[weights_pb2.PrepareWeightsRequest]:
-    """The messages of a good transfer, with one byte of one tensor turned over."""
-    manifest, *chunks = map(
+    """The messages of a good transfer, its chunks as one, with one byte of one tensor turned over."""
+    manifest, *chunks, checksums = map(
         weights_pb2.PrepareWeightsRequest.FromString, weight_calls.messages(WeightPush(10_000, tensors))
     )
     data = bytearray(b"".join(part.chunk for part in chunks))
     start = sum(len(tensor.data) for tensor in tensors[: [tensor.name for tensor in tensors].index(name)])
     data[start] ^= 1
-    return [manifest, weights_pb2.PrepareWeightsRequest(chunk=bytes(data))]
+    return [manifest, weights_pb2.PrepareWeightsRequest(chunk=bytes(data)), checksums]
 
 
 def refused(
@@ -142,14 +142,25 @@ def test_damaged_and_incomplete_streams_leave_nothing(service: ServiceProcess, w
     tokens = [done.token_ids.tolist() for done in complete(service)]
     tensors = weight_tensors(build_model(seed=8))
     flipped = corrupt(tensors, "model.layers.1.mlp.up_proj.weight")
-    manifest, whole = corrupt(tensors, tensors[0].name)
+    manifest, _, checksums = corrupt(tensors, tensors[0].name)
     whole = weights_pb2.PrepareWeightsRequest(chunk=b"".join(bytes(tensor.data) for tensor in tensors))
     chunk = weights_pb2.PrepareWeightsRequest
+    fewer = chunk(checksums=weights_pb2.WeightChecksums(xxh3=checksums.checksums.xxh3[:-1]))
+    count = len(tensors)
+    first = weights_pb2.PrepareWeightsRequest()
+    first.CopyFrom(manifest)
+    first.manifest.checksums_follow = False
     cases = [
         (flipped, "model.layers.1.mlp.up_proj.weight.xxh3"),
-        ([manifest, chunk(chunk=whole.chunk[:-1])], "end of stream"),
+        ([first, whole], f"{tensors[0].name}.xxh3"),
+        ([manifest, chunk(chunk=whole.chunk[:-1])], "end of the chunks"),
+        ([manifest, chunk(chunk=whole.chunk[:-1]), checksums], "end of the chunks"),
+        ([manifest, whole], f"checksums: found end of stream, expected {count}"),
+        ([manifest, whole, fewer], f"checksums: found {count - 1}, expected {count}"),
+        ([manifest, whole, checksums, checksums], f"checksums: found {count}, expected 0"),
+        ([manifest, whole, checksums, chunk(chunk=b"x")], "1 bytes more"),
         ([manifest, whole, chunk(chunk=b"x")], "1 bytes more"),
-        ([manifest, manifest], "a chunk in every later message"),
+        ([manifest, manifest], "a chunk or checksums in every later message"),
         ([whole], "the manifest in the first message"),
         ([], "empty stream"),
         ([weights_pb2.PrepareWeightsRequest()], "nothing"),
@@ -165,7 +176,7 @@ def test_damaged_and_incomplete_streams_leave_nothing(service: ServiceProcess, w
 
 def test_a_broken_stream_leaves_nothing_and_blocks_nobody(service: ServiceProcess, weights: WeightClient) -> None:
     tensors = weight_tensors(build_model(seed=9))
-    manifest, whole = corrupt(tensors, tensors[0].name)
+    manifest, whole, _ = corrupt(tensors, tensors[0].name)
     hold = threading.Event()
     begun = threading.Event()
 

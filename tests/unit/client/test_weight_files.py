@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,16 @@ LAYOUT = (
 VALUES = [np.arange(15, dtype=np.float32), np.empty(0, np.float32), np.arange(300_000, dtype=np.float32)]
 
 
-def write_values(index: int, first: int, memory: memoryview) -> None:
-    target = np.frombuffer(memory, np.float32)
-    target[:] = VALUES[index][first : first + len(target)]
+BLOCK = 400_000
+
+
+def write_values(index: int, memory: memoryview) -> Iterator[memoryview]:
+    """In three blocks at most, the last one shorter."""
+    data = VALUES[index].tobytes()
+    for begin in range(0, len(data), BLOCK):
+        block = memory[begin : begin + BLOCK]
+        block[:] = data[begin : begin + BLOCK]
+        yield block
 
 
 def test_an_image_is_filled_block_by_block_with_its_checksums() -> None:
@@ -47,10 +55,11 @@ def test_changes_of_an_image_carry_the_checksum_of_the_whole() -> None:
     base, new = WireImage(LAYOUT), WireImage(LAYOUT)
     base.fill(write_values)
 
-    def write_changed(index: int, first: int, memory: memoryview) -> None:
-        write_values(index, first, memory)
-        if index == 2 and first == 0:
-            np.frombuffer(memory, np.float32)[1000] = -1.0
+    def write_changed(index: int, memory: memoryview) -> Iterator[memoryview]:
+        for number, block in enumerate(write_values(index, memory)):
+            if index == 2 and number == 0:
+                np.frombuffer(block, np.float32)[1000] = -1.0
+            yield block
 
     new.fill(write_changed)
     unchanged, empty, changed = new.changes(base)
@@ -80,7 +89,12 @@ def test_a_segment_is_a_safetensors_file_and_is_not_reused_while_it_is_held(tmp_
 def test_encoded_tensors_are_bytes_in_their_file(tmp_path: Path) -> None:
     base, new = WireImage(LAYOUT), WireImage(LAYOUT)
     base.fill(write_values)
-    new.fill(lambda *block: np.frombuffer(block[-1], np.float32).fill(1.5))
+
+    def write_ones(_: int, memory: memoryview) -> Iterator[memoryview]:
+        np.frombuffer(memory, np.float32).fill(1.0)
+        yield memory
+
+    new.fill(write_ones)
     tensors = new.changes(base)
     with SharedDirectory(tmp_path) as directory:
         path = directory.write(tensors)
@@ -139,5 +153,10 @@ def test_several_tensors_are_filled_at_once() -> None:
     """Each of two writers waits for the other: one after the other they would wait for ever."""
     both = threading.Barrier(2, timeout=20)
     layout = [TensorLayout(name, TensorDtype.BFLOAT16, (4,)) for name in "ab"]
-    WireImage(layout).fill(lambda *_: both.wait())  # type: ignore[arg-type,return-value]
+
+    def write(_: int, memory: memoryview) -> Iterator[memoryview]:
+        both.wait()
+        yield memory
+
+    WireImage(layout).fill(write)
     assert not both.broken

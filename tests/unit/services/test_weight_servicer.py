@@ -17,7 +17,7 @@ from ppod_services.core.described import Deferred, ModelInfo
 from ppod_services.core.model_weights import ModelWeights
 from ppod_services.core.weight_manifest import read_manifest
 from ppod_services.core.weight_servicer import WeightServicer, WeightTarget
-from ppod_services.core.weight_stream import WeightStream, read_chunk
+from ppod_services.core.weight_stream import WeightStream, read_part
 from ppod_services.core.weights import ServedWeights
 from support.tiny_model import build_model
 
@@ -58,11 +58,13 @@ def test_a_commit_says_what_becomes_of_running_sequences() -> None:
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 16_383, 16_384, 2_097_152])
 def test_a_chunk_is_read_where_it_lies(size: int) -> None:
     message = weights_pb2.PrepareWeightsRequest(chunk=b"x" * size).SerializeToString()
-    chunk = read_chunk(message)
+    chunk = read_part(message)
+    assert isinstance(chunk, memoryview)
     assert bytes(chunk) == b"x" * size
     # A field that a newer client may add, behind the chunk.
-    later = message + b"\x78\x01"
-    assert bytes(read_chunk(later)) == b"x" * size
+    later = read_part(message + b"\x78\x01")
+    assert isinstance(later, memoryview)
+    assert bytes(later) == b"x" * size
 
 
 @pytest.mark.parametrize(
@@ -73,13 +75,32 @@ def test_a_chunk_is_read_where_it_lies(size: int) -> None:
         (b"\x12", "cannot be decoded"),
         (b"\x12\x80", "cannot be decoded"),
         (b"\x12\x80\x80\x80\x80\x80\x80", "cannot be decoded"),
-        (b"", "a chunk in every later message"),
-        (weights_pb2.PrepareWeightsRequest(manifest=weights_pb2.WeightManifest()).SerializeToString(), "a chunk in"),
+        (b"", "a chunk or checksums in every later message"),
+        (
+            weights_pb2.PrepareWeightsRequest(manifest=weights_pb2.WeightManifest()).SerializeToString(),
+            "a chunk or checksums in",
+        ),
     ],
 )
 def test_what_is_no_chunk_is_refused(message: bytes, words: str) -> None:
     with pytest.raises(InvalidArgument, match=words):
-        read_chunk(message)
+        read_part(message)
+
+
+@pytest.mark.parametrize("where", ["uri", "collective"])
+def test_checksums_that_would_follow_no_chunks_are_asked_for(where: str) -> None:
+    spec = weights_pb2.TensorSpec(name="a", dtype=weights_pb2.TENSOR_DTYPE_FLOAT32, shape=[1], xxh3=0)
+    manifest = weights_pb2.WeightManifest(weight_version=1, tensors=[spec])
+    if where == "uri":
+        manifest.uri = "file:///weights.safetensors"
+    else:
+        group = manifest.collective
+        group.name, group.address, group.backend = "group", "trainer:1", "gloo"
+        group.rank, group.world_size, group.bucket_bytes = 1, 2, 2**20
+    assert read_manifest(manifest).tensors[0].xxh3 == 0
+    manifest.checksums_follow = True
+    with pytest.raises(InvalidArgument, match=r"manifest\.checksums_follow: found true"):
+        read_manifest(manifest)
 
 
 def test_a_silent_stream_ends() -> None:
