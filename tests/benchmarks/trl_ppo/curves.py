@@ -5,7 +5,7 @@ usage: python curves.py --trl-python PYTHON [--setting NAME] [--sides NAME ...] 
 
 Both get the same weights, reward model, batch, epochs, minibatches, learning rate and KL coefficient, chosen for
 neither; all else is each program's own default. One side of ppod's has its KL penalty in the loss instead, with a
-coefficient of its own. ppod runs as `ppod run` starts it. Setting small-model trains a small
+coefficient of its own. ppod runs as `ppod run` starts it. Settings small-model and small-steps train a small
 language model of movie reviews (small_model.py), default-run SmolLM2. Score and KL of a step are those of its samples,
 which the policy drew before it was updated with them; KL is k1 to the reference, in nats a response, on both sides.
 
@@ -49,6 +49,7 @@ SIDES: dict[str, dict[str, object]] = {
 }
 """Who learns, and what ppod's trainer is configured with besides."""
 
+SMALL_MODEL = ("small-model", "small-steps")
 SMOOTHED_STEPS = 5
 
 
@@ -167,7 +168,7 @@ def draw(path: Path, curves: Mapping[str, Sequence[Curve]], setting: Setting) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", required=True, type=Path, help="interpreter of the environment with TRL")
-    parser.add_argument("--setting", choices=("small-model", "default-run"), default="small-model")
+    parser.add_argument("--setting", choices=(*SMALL_MODEL, "default-run"), default="small-model")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="TRL among them")
     parser.add_argument("--first-seed", type=int, default=0)
@@ -178,7 +179,7 @@ def main() -> None:
     setting, task = SETTINGS[options.setting], Task()
     if options.kl_coefficient is not None:
         setting = replace(setting, kl_coefficient=options.kl_coefficient)
-    if setting.name == "small-model":
+    if setting.name in SMALL_MODEL:
         model, head = make_small_model(default_cache_dir() / "benchmarks/small-reviews-model", REVIEWS)
         task = Task(str(model), str(head))
     out: Path = options.out / setting.name

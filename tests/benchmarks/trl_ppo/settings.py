@@ -90,5 +90,7 @@ SETTINGS = {
             ppod_value_learning_rate=1e-3,
         ),
         Setting("small-model", 32, 6, 24, 2, 2, SMALL, SMALL, learning_rate=3e-4, kl_coefficient=0.035),
+        # The same with more and smaller steps, each by the whole batch.
+        Setting("small-steps", 32, 6, 24, 8, 1, SMALL, SMALL, learning_rate=1e-4, kl_coefficient=0.035),
     )
 }
