@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -77,22 +77,23 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
     prompts = _load_prompts(config, environment, codec.encode)
     estimates = PreEstimates()
     leader, state = load_leader(config, ranks, estimates)
-    connections = None
-    collector = None
-    metrics = None
-    try:
+    with ExitStack() as opened:
+        # Last of all: the other ranks wait for it to end.
+        opened.callback(leader.close)
         metrics = MetricsLog(config.run_dir, config.metrics, state.step if state.components else None)
+        opened.callback(metrics.close)
         with stop.interruptible():
             connections = connect(config, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc)
+            opened.callback(connections.close)
             served = check_services(connections, config.rollout, loading.vocab_size(leader.learner.policy.model))
         bad_samples = BadSamples(config.rollout.on_bad_sample)
         sampler = _build_sampler(config, connections.generation, served.limits.max_sequence_tokens, environment, codec)
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
-        evaluator = Evaluator(collector, connections.judge, prompts.heldout, codec.decode)
+        opened.callback(collector.close)
         parts = Parts(
             connections=connections,
             collector=collector,
-            evaluator=evaluator,
+            evaluator=Evaluator(collector, connections.judge, prompts.heldout, codec.decode),
             learner=leader,
             kl=build_kl_controller(config.kl),
             prompts=prompts,
@@ -105,22 +106,12 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
         )
         restore_components(parts.stateful, state)
         run = TrainingRun(config, parts, state)
-        try:
-            _synchronise(run)
-            if config.advantages.kind == "pvpo" and not estimates.values:
-                with stop.interruptible():
-                    _presample(run)
-            yield run
-        finally:
-            run.close()
-    finally:
-        leader.close()
-        if metrics is not None:
-            metrics.close()
-        if connections is not None:
-            connections.close()
-        if collector is not None:
-            collector.close()
+        opened.callback(run.close)
+        _synchronise(run)
+        if config.advantages.kind == "pvpo" and not estimates.values:
+            with stop.interruptible():
+                _presample(run)
+        yield run
 
 
 def _codec(tokenizer: PreTrainedTokenizerFast) -> TextCodec:

@@ -125,24 +125,48 @@ def build_ppo_batch(
     controls: StepControls,
 ) -> PpoBatch:
     """Turn scores into token rewards, and those into advantages and returns."""
-    device = responses.input_ids.device
     mask = responses.action_mask
+    ref_logprobs = _pad_actions([scored.ref_logprobs for scored in rollouts], responses)
+    sampler_logprobs = _pad_actions([scored.rollout.sampler_logprobs for scored in rollouts], responses)
+    experience = _experience(rollouts, responses, view, ref_logprobs, rules, controls)
+    result = rules.estimator.estimate(experience)
+    matched = _matched_tokens(view.logprobs, sampler_logprobs, mask, rules.ratio_mask)
+    loss_mask = matched & ~experience.truncated.unsqueeze(1) if rules.rewards.mask_truncated else matched
+    kl = estimate_kl(view.logprobs, ref_logprobs, "k1")
+    return PpoBatch(
+        responses=responses,
+        loss_mask=loss_mask,
+        old_logprobs=view.logprobs,
+        sampler_logprobs=sampler_logprobs,
+        ref_logprobs=ref_logprobs,
+        old_values=view.values,
+        advantages=whiten(result.advantages, loss_mask) if rules.whiten else result.advantages,
+        returns=result.returns,
+        mean_kl=float(masked_sum(kl, mask)) / len(rollouts),
+        mean_return=float(experience.rewards.sum()) / len(rollouts),
+        mismatched=1 - float(matched.sum() / mask.sum()),
+    )
 
-    def pad(rows: Sequence[npt.NDArray[np.float32]]) -> torch.Tensor:
-        return torch.where(mask, _pad(rows, responses.response_mask), 0.0)
 
-    ref_logprobs = pad([scored.ref_logprobs for scored in rollouts])
-    sampler_logprobs = pad([scored.rollout.sampler_logprobs for scored in rollouts])
-    turn_rewards = pad([scored.rollout.rewards for scored in rollouts])
+def _experience(
+    rollouts: Sequence[ScoredRollout],
+    responses: ResponseBatch,
+    view: PolicyView,
+    ref_logprobs: torch.Tensor,
+    rules: ExperienceRules,
+    controls: StepControls,
+) -> Experience:
+    """What was paid for each token, and all that an estimator of advantages may look at."""
+    device, mask = responses.input_ids.device, responses.action_mask
+    turn_rewards = _pad_actions([scored.rollout.rewards for scored in rollouts], responses)
     truncated = torch.tensor([scored.rollout.truncated for scored in rollouts], device=device)
     scores = torch.tensor([scored.score for scored in rollouts], device=device)
     scores = shape_scores(scores, truncated, mask.sum(dim=1), rules.rewards, controls.score)
     penalty = estimate_kl(view.logprobs, ref_logprobs, rules.kl.estimator) if rules.kl.placement == "reward" else None
-    rewards = token_rewards(scores, penalty, mask, controls.kl_coefficient, turn_rewards)
     paid = token_rewards(scores, None, mask, 0.0, turn_rewards)
     anchors = read_anchors([scored.rollout for scored in rollouts])
-    experience = Experience(
-        rewards=rewards,
+    return Experience(
+        rewards=token_rewards(scores, penalty, mask, controls.kl_coefficient, turn_rewards),
         paid=paid,
         outcomes=paid.double().sum(dim=1).float(),
         values=view.values,
@@ -155,24 +179,6 @@ def build_ppo_batch(
         contexts=pad_numbers(anchors.contexts, responses),
         observations=pad_numbers(anchors.observations, responses),
         turn_states=view.turn_states,
-    )
-    result = rules.estimator.estimate(experience)
-    matched = _matched_tokens(view.logprobs, sampler_logprobs, mask, rules.ratio_mask)
-    loss_mask = matched & ~truncated.unsqueeze(1) if rules.rewards.mask_truncated else matched
-    advantages = whiten(result.advantages, loss_mask) if rules.whiten else result.advantages
-    kl = estimate_kl(view.logprobs, ref_logprobs, "k1")
-    return PpoBatch(
-        responses=responses,
-        loss_mask=loss_mask,
-        old_logprobs=view.logprobs,
-        sampler_logprobs=sampler_logprobs,
-        ref_logprobs=ref_logprobs,
-        old_values=view.values,
-        advantages=advantages,
-        returns=result.returns,
-        mean_kl=float(masked_sum(kl, mask)) / len(rollouts),
-        mean_return=float(rewards.sum()) / len(rollouts),
-        mismatched=1 - float(matched.sum() / mask.sum()),
     )
 
 
@@ -188,6 +194,11 @@ def _matched_tokens(
 def pad_numbers(rows: Sequence[npt.NDArray[np.int64]], responses: ResponseBatch) -> torch.Tensor:
     """Numbers of action tokens, below 2^24, as int64 [B, T]; -1 elsewhere."""
     return torch.where(responses.action_mask, _pad(rows, responses.response_mask), -1).long()
+
+
+def _pad_actions(rows: Sequence[npt.NDArray[np.float32]], responses: ResponseBatch) -> torch.Tensor:
+    """Values of action tokens as float32 [B, T]; 0 elsewhere."""
+    return torch.where(responses.action_mask, _pad(rows, responses.response_mask), 0.0)
 
 
 def _pad(rows: Sequence[npt.NDArray[np.float32] | npt.NDArray[np.int64]], mask: torch.Tensor) -> torch.Tensor:
