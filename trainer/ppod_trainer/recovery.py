@@ -9,10 +9,13 @@ from collections.abc import Callable
 from ppod import DeadlineExceeded, FailedPrecondition, PpodError, Unavailable
 from ppod_trainer.connections import Connections
 from ppod_trainer.errors import WeightPushError
+from ppod_trainer.stopping import StopSignal
 
 log = logging.getLogger(__name__)
 
 _PAUSE_S = 0.5
+_LOOK_S = 1.0
+"""How often a wait looks whether a signal came in, which would wait as long as the services stay away."""
 
 
 class Recovery:
@@ -21,17 +24,19 @@ class Recovery:
     Args:
         connections: the run's services.
         timeout_s: longest wait; 0: none.
+        stop: a signal ends a wait.
     """
 
-    def __init__(self, connections: Connections, timeout_s: float) -> None:
+    def __init__(self, connections: Connections, timeout_s: float, stop: StopSignal) -> None:
         self._connections = connections
         self._timeout_s = timeout_s
+        self._stop = stop
 
     def come_back(self, error: PpodError | WeightPushError, restore: Callable[[], None]) -> None:
         """Return when all services are ready and `restore` worked.
 
         Raises:
-            The error that was given: it is none that time heals, or time ran out.
+            The error that was given: it is none that time heals, time ran out, or a signal came in.
         """
         until = time.monotonic() + self._timeout_s
         if not _heals(error) or not self._timeout_s:
@@ -39,10 +44,10 @@ class Recovery:
         log.warning("waiting up to %g s for the services: %s", self._timeout_s, error)
         while True:
             try:
-                self._connections.wait_ready(max(until - time.monotonic(), _PAUSE_S))
+                self._connections.wait_ready(min(max(until - time.monotonic(), _PAUSE_S), _LOOK_S))
                 restore()
             except (PpodError, WeightPushError) as latest:
-                if not _heals(latest) or time.monotonic() >= until:
+                if not _heals(latest) or time.monotonic() >= until or self._stop.received is not None:
                     raise error from latest
                 time.sleep(_PAUSE_S)
             else:

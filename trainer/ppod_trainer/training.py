@@ -6,6 +6,7 @@ prompts -> generation -> rollouts -> reward || reference -> scored rollouts
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,8 @@ from ppod_trainer.step_figures import rollout_figures, update_figures
 from ppod_trainer.step_rollouts import StepRollouts
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.watch import Watcher
+
+log = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 
@@ -117,7 +120,7 @@ class TrainingRun:
         )
         self._reference = ReferencePolicy(config.run_dir / "reference", parts.connections)
         self._to_generation = PolicyPush(parts.learner, parts.connections.generation_weights, parts.stop)
-        self._recovery = Recovery(parts.connections, config.services.recovery_timeout_s)
+        self._recovery = Recovery(parts.connections, config.services.recovery_timeout_s, parts.stop)
 
     def close(self) -> None:
         """Begin no more rollouts."""
@@ -174,13 +177,20 @@ class TrainingRun:
     def push_policy(self, weight_version: int) -> None:
         """Put the policy's weights into generation under a new version; a later one if it has to be done again.
 
+        A run that was told to stop does without, so that its step is kept: resumed, it begins with a push.
+
         Raises:
             WeightPushError, Unavailable: a replica did not get them, and did not come back in time.
         """
         try:
-            self._push(weight_version)
+            try:
+                self._push(weight_version)
+            except (WeightPushError, Unavailable) as error:
+                self._recovery.come_back(error, lambda: self._push_again(weight_version))
         except (WeightPushError, Unavailable) as error:
-            self._recovery.come_back(error, lambda: self._push_again(weight_version))
+            if self.parts.stop.received is None:
+                raise
+            log.warning("stopping without a push of version %d: %s", weight_version, error)
 
     def _push_again(self, weight_version: int) -> None:
         """After a push that failed: some replicas may have its version, others lack the policy's weights."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,16 @@ def fragile(tiny_model_dir: Path, tmp_path: Path) -> Iterator[System]:
         yield made
 
 
+@contextmanager
+def started_again(fragile: System, directory: Path) -> Iterator[None]:
+    """The generation service where it was, with the weights that it was deployed with."""
+    gone = fragile.generation
+    listen = {"port": gone.port, "admin_port": gone.admin_port, "metrics_port": gone.metrics_port}
+    values = {"model": tiny_model_config(fragile.model_dir), "listen": listen}
+    with running_service("ppod_services.generation", directory, values):
+        yield
+
+
 @pytest.mark.parametrize("changes", [{}, OVERLAPPED], ids=["in step", "overlapped"])
 def test_a_generation_service_that_comes_back_gets_its_weights(
     fragile: System, changes: Config, tmp_path: Path
@@ -109,9 +121,7 @@ def test_a_generation_service_that_comes_back_gets_its_weights(
     gone = fragile.generation
     gone.signal(signal.SIGKILL)
     gone.wait()
-    listen = {"port": gone.port, "admin_port": gone.admin_port, "metrics_port": gone.metrics_port}
-    values = {"model": tiny_model_config(fragile.model_dir), "listen": listen}
-    with running_service("ppod_services.generation", tmp_path, values):
+    with started_again(fragile, tmp_path):
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     records = steps_of(config)
@@ -119,3 +129,30 @@ def test_a_generation_service_that_comes_back_gets_its_weights(
     assert all(record.get("sampler/gap_max", 0) < 1e-3 for record in records), "no sample of other weights"
     bound = 1 if changes else 0
     assert max(record["sampler/staleness_max"] for record in records) <= bound
+
+
+def test_who_is_told_to_stop_waits_for_no_service(fragile: System, tmp_path: Path) -> None:
+    """The update is done and only its push is missing: the step is kept, and a resumed run begins by pushing it."""
+    services = {**fragile.config("x")["services"], "judge_model": None, "recovery_timeout_s": 300}  # type: ignore[dict-item]
+    # Updates of a second or two, so that it is in one when generation goes.
+    config = fragile.config("stops", steps=4, services=services, ppo={"epochs": 100}, resume="if_possible")
+    process = fragile.start(config)
+    run_dir = Path(str(config["run_dir"]))
+    wait_for_step(process, run_dir, 1)
+    time.sleep(0.5)
+    fragile.generation.signal(signal.SIGKILL)
+    time.sleep(5)
+    assert process.poll() is None, "it waits for generation"
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert "stopping without a push of version" in stderr
+    done = len(steps_of(config))
+    assert done >= 2
+    assert f"stopped after step {done}; resume from" in stdout
+    with started_again(fragile, tmp_path):
+        result = fragile.train(config)
+    assert result.returncode == 0, result.stderr
+    records = steps_of(config)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert all(record["sampler/gap_max"] < 1e-3 for record in records), "no sample of other weights"
