@@ -160,7 +160,7 @@ def draw(path: Path, curves: Mapping[str, Sequence[Curve]], setting: Setting) ->
     by_kl.set(xlabel="episodes", ylabel="KL to the reference, nats a response")
     frontier.set(xlabel="KL, nats a response", ylabel="score", title=f"means of {SMOOTHED_STEPS} steps, a line a seed")
     by_score.legend()
-    figure.suptitle(f"{setting.name}: median and range of {len(curves['ppod'])} seeds")
+    figure.suptitle(f"{setting.name}: median and range of {len(curves['TRL'])} seeds")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
