@@ -314,6 +314,20 @@ def test_a_broken_stream_with_seeds_is_resumed(
         assert generate(server.target, [], patient) == [[7, 1], [7, 2], [7, 3]]
 
 
+@pytest.mark.parametrize("seeds", [[11, 22, 33], []], ids=["seeds", "no seeds"])
+@pytest.mark.parametrize(
+    "generate", [_generate_blocking, lambda *arguments: asyncio.run(_generate_awaited(*arguments))]
+)
+def test_a_stream_that_breaks_behind_its_last_completion_lacks_nothing(
+    generate: Callable[[str, list[int], Delivery], list[list[int]]], seeds: list[int]
+) -> None:
+    script = Script(broken_end=Unavailable("gone"))
+    with scripted_server(script) as server:
+        found = generate(server.target, seeds, Delivery())
+    assert found == [[seed, length] for seed, length in zip(seeds or [7, 7, 7], [1, 2, 3], strict=True)]
+    assert len(script.of(generation_pb2.GenerateRequest)) == 3, "a reply for each prompt, and no second request"
+
+
 def test_of_several_completions_only_those_that_are_missing_are_asked_for_again() -> None:
     """The first stream breaks after two of the third prompt and one of the second: no whole number of n is left."""
     patient = Delivery(retry=RetryPolicy(initial_backoff_s=0.01))

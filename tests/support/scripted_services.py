@@ -40,9 +40,13 @@ TIMING = common_pb2.Timing(queue_s=0.25, compute_s=0.5, tokens=7)
 
 @dataclass
 class Script:
-    """What a server does: `change` may alter a reply, block or raise before it is sent, given the call's number."""
+    """What a server does: `change` may alter a reply, block or raise before it is sent, given the call's number.
+
+    With `broken_end` the first stream ends with that error behind its last reply.
+    """
 
     change: Callable[[Message, int], None] | None = None
+    broken_end: PpodError | None = None
     state: common_pb2.ModelState = field(default_factory=lambda: STATE)
     requests: list[Message] = field(default_factory=list[Message])
     metadata: list[dict[str, str | bytes]] = field(default_factory=list[dict[str, str | bytes]])
@@ -202,6 +206,8 @@ class ScriptedGeneration(generation_pb2_grpc.GenerationServiceServicer):
     def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[generation_pb2.GenerateResponse]:
+        if not request.prompts.lengths:
+            abort(context, InvalidArgument("prompts", "0 sequences", "1 or more, as a real service asks for"))
         n = request.sampling.n or 1
         seeds = list(request.seeds) or [7] * n * len(request.prompts.lengths)
         for place in reversed(range(len(seeds))):
@@ -218,6 +224,9 @@ class ScriptedGeneration(generation_pb2_grpc.GenerationServiceServicer):
             )
             self.script.answer(request, reply, context)
             yield reply
+        if self.script.broken_end is not None:
+            error, self.script.broken_end = self.script.broken_end, None
+            abort(context, error)
 
     def GetGenerationModel(
         self, request: generation_pb2.GetGenerationModelRequest, context: grpc.ServicerContext

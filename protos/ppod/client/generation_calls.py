@@ -65,6 +65,11 @@ class GenerateJob:
         """Whether what is missing may be asked for again."""
         return bool(self._request.seeds) or len(self._missing) == len(self._all)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every completion is there."""
+        return bool(self._all) and not self._missing
+
     def encode(self) -> bytes:
         """The request for the completions that are missing."""
         if len(self._missing) == len(self._all):

@@ -30,6 +30,11 @@ class StreamJob(Protocol[ItemT_co]):
         """Whether what is missing may be asked for again."""
         ...
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing any more."""
+        ...
+
     def encode(self) -> bytes:
         """The request for what is missing."""
         ...
@@ -83,8 +88,11 @@ class StreamDelivery(Generic[ItemT]):
             self._shared.replicas.release(self._address, self.job.tokens)
             self._address = None
 
-    def failed(self, error: PpodError, now: float) -> float:
-        """The stream broke: seconds to wait before the next `open`; raises the error where there is to be none."""
+    def failed(self, error: PpodError, now: float) -> float | None:
+        """The stream broke: seconds to wait before the next `open`; raises the error where there is to be none.
+
+        None: all had arrived, and only the stream's end is lost.
+        """
         address = self._address or ""
         self.closed()
         refused = isinstance(error, ResourceExhausted) and error.retry_after_s > 0
@@ -92,7 +100,9 @@ class StreamDelivery(Generic[ItemT]):
         other_weights = isinstance(error, FailedPrecondition) and error.what == "weight_version"
         if isinstance(error, Unavailable):
             self._shared.replicas.mark_down(address, now)
-        elif not refused and not other_weights:
+        if self.job.complete:
+            return None
+        if not isinstance(error, Unavailable) and not refused and not other_weights:
             raise error
         self._tried.add(address)
         if not self.job.resumable:

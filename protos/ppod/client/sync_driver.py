@@ -88,6 +88,8 @@ class SyncDriver:
                 typed = typed_error(error, self._core.service_name, opening.address)
                 code = typed.code.name
                 wait_s = delivery.failed(typed, time.monotonic())
+                if wait_s is None:
+                    return
             finally:
                 delivery.closed()
                 if isinstance(call, grpc.RpcContext):

@@ -34,7 +34,8 @@ class Trained:
     def records(self) -> list[Record]:
         """One for each step so far; evaluations are left out."""
         path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
+        # What follows the last line's end is still being written.
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         return [record for record in map(json.loads, lines) if "score/mean" in record]
 
     def steps(self, count: int, timeout_s: float = 60.0) -> None:
