@@ -255,7 +255,12 @@ def from_rpc_error(error: grpc.RpcError) -> PpodError:
     if rebuilt is not None:
         return rebuilt
     code = error.code()
-    return _nearest(code, error.details() or code.name, status)
+    detail = error.details() or code.name
+    if code == grpc.StatusCode.CANCELLED and detail == code.name:
+        # Whoever cancels a call leaves other words. A server that stops says no more than that, of calls that it has
+        # taken from the wire and not begun, or cut short.
+        return Unavailable("the server stopped before it answered")
+    return _nearest(code, detail, status)
 
 
 def from_status(code: int, message: str, data: bytes) -> PpodError | None:

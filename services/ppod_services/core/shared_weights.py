@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import torch
 
+from ppod.client import WEIGHT_BLOCK_BYTES
 from ppod.errors import InvalidArgument, NotFound, PermissionDenied
 from ppod.weight_changes import TensorEncoding
 from ppod_models.loading import DTYPES
@@ -25,9 +26,6 @@ from ppod_services.core.weight_manifest import ITEM_BYTES, IncomingManifest, Inc
 from ppod_services.core.weight_store import Install
 from ppod_services.core.weight_transfer import TensorReceiver, WeightTransfer
 from ppod_services.core.weights import ServedWeights
-
-_BLOCK_BYTES = 1024 * 1024
-"""Read and hashed at once: small enough to be hashed while it is in the processor's cache."""
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
@@ -127,7 +125,7 @@ class SharedFile:
     def _receive(self, receiver: TensorReceiver, offset: int, borrowed: bool) -> None:
         while len(room := receiver.room):
             # What is in memory already is hashed as one.
-            count = len(room) if borrowed else os.preadv(self._fd, [room[:_BLOCK_BYTES].data], offset)
+            count = len(room) if borrowed else os.preadv(self._fd, [room[:WEIGHT_BLOCK_BYTES].data], offset)
             if not count:
                 raise InvalidArgument(f"uri.{receiver.tensor.name}", "the end of the file", f"{len(room)} bytes more")
             offset += count
