@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import psutil
 import pytest
@@ -31,10 +32,14 @@ def require_vllm() -> None:
 
 
 @contextmanager
-def running_vllm(model_dir: Path, directory: Path) -> Iterator[ServiceProcess]:
-    """A generation service on vLLM; the test is skipped where vLLM is not installed."""
+def running_vllm(
+    model_dir: Path, directory: Path, further: Mapping[str, Mapping[str, object]] | None = None
+) -> Iterator[ServiceProcess]:
+    """A generation service on vLLM, configured with what is `further`; skipped where vLLM is not installed."""
     require_vllm()
     values = {"model": tiny_model_config(model_dir), **VALUES}
+    for section, given in (further or {}).items():
+        values[section] = {**cast("dict[str, object]", values.get(section, {})), **given}
     module = "ppod_services.generation"
     # As users start it: the engine starts processes of its own.
     with running_service(module, directory, values, fresh=True, start_timeout_s=START_TIMEOUT_S) as service:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -32,13 +34,14 @@ class CollectivePlane:
 
     Args:
         config: where the parties meet, and how.
-        targets: the replicas' administration ports; rank 1 is the first one's.
+        ask_ranks: tells how many ranks each replica takes, by its administration port; asked before each push, because
+            one that was started again may have another number of workers.
 
     Raises:
         TrainerError: the port is in use, or there is no such backend here.
     """
 
-    def __init__(self, config: CollectiveConfig, targets: Sequence[str]) -> None:
+    def __init__(self, config: CollectiveConfig, ask_ranks: Callable[[], Mapping[str, int]]) -> None:
         self._config = config
         self._backend: GroupBackend = usable_backends()[0] if config.backend == "auto" else config.backend
         if self._backend not in usable_backends():
@@ -48,8 +51,8 @@ class CollectivePlane:
             self._store = open_store(config.host, config.port, master=True, timeout_s=config.timeout_s)
         except GroupError as error:
             raise TrainerError(f"weight_transfer.collective: {error}; set host and port") from error
-        self._ranks = {target: rank for rank, target in enumerate(targets, start=1)}
-        self._name = secrets.token_hex(8)
+        self._ask_ranks = ask_ranks
+        self._group = CollectiveGroup("", "", self._backend, {}, config.bucket_mib * _MIB)
         self._epoch = 0
         self._members: BroadcastGroup | None = None
         self._refused = threading.Event()
@@ -57,15 +60,9 @@ class CollectivePlane:
     @contextmanager
     def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
         """See `WeightPlane`: while the context lasts, all replicas are to be asked to take the push."""
+        self._place(self._ask_ranks())
         tensors = with_checksums(outgoing.policy.tensors())
-        group = CollectiveGroup(
-            self._name,
-            f"{self._config.host}:{self._config.port}",
-            self._backend,
-            self._ranks,
-            self._config.bucket_mib * _MIB,
-        )
-        push = WeightPush(outgoing.weight_version, tensors, collective=group)
+        push = WeightPush(outgoing.weight_version, tensors, collective=self._group)
         self._refused.clear()
         # Left last to first: who is told that nobody listens, then waits for the broadcast's end.
         with ThreadPoolExecutor(1, thread_name_prefix="broadcast") as pool, ExitStack() as failed:
@@ -94,8 +91,18 @@ class CollectivePlane:
         self._leave()
         del self._store
 
+    def _place(self, counts: Mapping[str, int]) -> None:
+        """Give each replica its ranks; others than before make another group."""
+        ends = list(accumulate(counts.values(), initial=1))
+        ranks = {target: range(*ends[index : index + 2]) for index, target in enumerate(counts)}
+        if ranks != self._group.ranks:
+            self._leave()
+            self._epoch = 0
+            address = f"{self._config.host}:{self._config.port}"
+            self._group = replace(self._group, name=secrets.token_hex(8), address=address, ranks=ranks)
+
     def _send(self, push: WeightPush) -> None:
-        store = PrefixStore(f"ppod/{self._name}", self._store)
+        store = PrefixStore(f"ppod/{self._group.name}", self._store)
         go = f"{push.weight_version}/go"
         try:
             epochs = self._gather(store, push.weight_version)
@@ -108,23 +115,23 @@ class CollectivePlane:
         store.set(go, str(self._epoch))
         try:
             if self._members is None:
-                world = len(self._ranks) + 1
-                prefix = PrefixStore(str(self._epoch), store)
+                prefix, world = PrefixStore(str(self._epoch), store), self._group.world_size
                 self._members = BroadcastGroup(self._backend, prefix, 0, world, self._config.timeout_s)
-            _broadcast(self._members, push.tensors, self._config.bucket_mib * _MIB)
+            _broadcast(self._members, push.tensors, self._group.bucket_bytes)
         except GroupError:
             self._leave()
             raise
 
     def _gather(self, store: PrefixStore, weight_version: int) -> Collection[int]:
         """Wait until all replicas are ready; the epochs of the groups that they are in."""
-        keys = [f"{weight_version}/joined/{rank}" for rank in self._ranks.values()]
+        keys = [f"{weight_version}/joined/{rank}" for rank in range(1, self._group.world_size)]
         deadline = time.monotonic() + self._config.timeout_s
         while not store.check(keys):
             if self._refused.is_set():
                 raise GroupError("a replica refused")
             if time.monotonic() > deadline:
-                missing = [target for target, rank in self._ranks.items() if not store.check([keys[rank - 1]])]
+                ranks = self._group.ranks.items()
+                missing = [target for target, own in ranks if not store.check([keys[rank - 1] for rank in own])]
                 raise GroupError(f"{', '.join(missing)} did not join within {self._config.timeout_s:g} s")
             time.sleep(_POLL_S)
         return {int(store.get(key)) for key in keys}

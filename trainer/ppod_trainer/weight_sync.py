@@ -291,11 +291,16 @@ class WeightSync:
                 raise WeightPushError(f"{target} does not tell which weights it has: {answer}") from answer
         return found
 
+    def _collective_ranks(self) -> dict[str, int]:
+        """How many ranks each replica takes; of one that does not answer now that is no matter: its push fails."""
+        statuses = self._statuses()
+        return {target: statuses[target].collective_ranks if target in statuses else 1 for target in self._clients}
+
     def _make_plane(self) -> WeightPlane:
         if self._config.directory is not None:
             return SharedPlane(self._config.directory, self._held.uris)
         if self._config.plane == "collective":
-            return CollectivePlane(self._config.collective, list(self._replicas.listed()))
+            return CollectivePlane(self._config.collective, self._collective_ranks)
         return GrpcPlane()
 
     def _free_image(self, policy: PolicyTensors) -> WireImage:

@@ -96,15 +96,20 @@ class CollectiveGroup:
         name: of the group.
         address: the sender's TCPStore, `host:port`.
         backend: `nccl` or `gloo`.
-        ranks: of each server, by its target, from 1; the sender is 0.
+        ranks: of each server, by its target, from 1 without gaps; the sender is 0. See `WeightStatus.collective_ranks`.
         bucket_bytes: what is broadcast at once.
     """
 
     name: str
     address: str
     backend: str
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, range]
     bucket_bytes: int
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks, the sender's among them."""
+        return 1 + sum(map(len, self.ranks.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +172,14 @@ class WeightStatus:
         prepared_version: what waits for its commit.
         base_version: version of the whole weights in service, below an adapter where one serves.
         held_uris: shared files that serve or wait; whoever writes to one damages them.
+        collective_ranks: how many ranks the server takes in a `CollectiveGroup`.
     """
 
     state: ModelState
     prepared_version: int | None
     base_version: int = 0
     held_uris: tuple[str, ...] = ()
+    collective_ranks: int = 1
 
 
 def read_prepared(data: bytes, target: str, push: WeightPush) -> PreparedWeights:
@@ -211,7 +218,13 @@ def status(core: ClientCore, timeout_s: float | None) -> Program[WeightStatus]:
     yield from core.ask(job, timeout_s)
     reply = parse(weights_pb2.GetWeightsResponse, job.reply)
     prepared = reply.prepared_version if reply.HasField("prepared_version") else None
-    return WeightStatus(check_state(reply.model, core.pin), prepared, reply.base_version, tuple(reply.held_uris))
+    return WeightStatus(
+        check_state(reply.model, core.pin),
+        prepared,
+        reply.base_version,
+        tuple(reply.held_uris),
+        reply.collective_ranks or 1,
+    )
 
 
 def with_checksums(tensors: Sequence[WeightTensor]) -> list[WeightTensor]:
@@ -292,8 +305,9 @@ def _manifest(push: WeightPush, target: str) -> weights_pb2.WeightManifest:
         manifest.collective.name = group.name
         manifest.collective.address = group.address
         manifest.collective.backend = group.backend
-        manifest.collective.rank = group.ranks[target]
-        manifest.collective.world_size = len(group.ranks) + 1
+        manifest.collective.rank = group.ranks[target].start
+        manifest.collective.ranks = len(group.ranks[target])
+        manifest.collective.world_size = group.world_size
         manifest.collective.bucket_bytes = group.bucket_bytes
     for tensor in push.tensors:
         dense = tensor.encoding is TensorEncoding.DENSE

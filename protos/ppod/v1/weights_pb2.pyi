@@ -78,20 +78,22 @@ class RelayHop(_message.Message):
     def __init__(self, target: _Optional[str] = ..., hops: _Optional[_Iterable[_Union[RelayHop, _Mapping]]] = ...) -> None: ...
 
 class CollectiveGroup(_message.Message):
-    __slots__ = ("name", "address", "backend", "rank", "world_size", "bucket_bytes")
+    __slots__ = ("name", "address", "backend", "rank", "world_size", "bucket_bytes", "ranks")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     BUCKET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: str
     backend: str
     rank: int
     world_size: int
     bucket_bytes: int
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., bucket_bytes: _Optional[int] = ...) -> None: ...
+    ranks: int
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., bucket_bytes: _Optional[int] = ..., ranks: _Optional[int] = ...) -> None: ...
 
 class WeightManifest(_message.Message):
     __slots__ = ("weight_version", "tensors", "base_version", "uri", "relay", "adapter", "collective", "checksums_follow")
@@ -174,13 +176,15 @@ class GetWeightsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWeightsResponse(_message.Message):
-    __slots__ = ("model", "prepared_version", "base_version", "held_uris")
+    __slots__ = ("model", "prepared_version", "base_version", "held_uris", "collective_ranks")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PREPARED_VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     HELD_URIS_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_RANKS_FIELD_NUMBER: _ClassVar[int]
     model: _common_pb2.ModelState
     prepared_version: int
     base_version: int
     held_uris: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[_Union[_common_pb2.ModelState, _Mapping]] = ..., prepared_version: _Optional[int] = ..., base_version: _Optional[int] = ..., held_uris: _Optional[_Iterable[str]] = ...) -> None: ...
+    collective_ranks: int
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelState, _Mapping]] = ..., prepared_version: _Optional[int] = ..., base_version: _Optional[int] = ..., held_uris: _Optional[_Iterable[str]] = ..., collective_ranks: _Optional[int] = ...) -> None: ...

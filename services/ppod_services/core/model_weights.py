@@ -26,6 +26,8 @@ class ModelWeights:
     the next adapter, or changes against the base, find no trace of the one before.
     """
 
+    group_receiver = None
+
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters())
         self._linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} & {

@@ -77,8 +77,9 @@ class IncomingGroup:
         name: of the group.
         address: the sender's store, `host:port`.
         backend: of torch.distributed.
-        rank, world_size: this server's, and how many there are.
+        rank, world_size: this server's first, and how many there are.
         bucket_bytes: what is broadcast at once.
+        ranks: how many from `rank` on are this server's.
     """
 
     name: str
@@ -87,6 +88,7 @@ class IncomingGroup:
     rank: int
     world_size: int
     bucket_bytes: int
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +151,9 @@ def _read_group(message: weights_pb2.WeightManifest) -> IncomingGroup:
     backend = group.backend
     if backend not in ("nccl", "gloo"):
         raise InvalidArgument(f"{field}.backend", repr(backend), "nccl or gloo")
-    if not 1 <= group.rank < group.world_size:
-        raise InvalidArgument(f"{field}.rank", str(group.rank), f"1 to {int(group.world_size) - 1}")
+    ranks = group.ranks or 1
+    if not 1 <= group.rank <= group.world_size - ranks:
+        raise InvalidArgument(f"{field}.rank", str(group.rank), f"1 to {int(group.world_size) - ranks}")
     low, high = _BUCKET_BYTES
     if not low <= group.bucket_bytes <= high:
         raise InvalidArgument(f"{field}.bucket_bytes", str(group.bucket_bytes), f"{low} to {high}")
@@ -159,7 +162,7 @@ def _read_group(message: weights_pb2.WeightManifest) -> IncomingGroup:
         raise InvalidArgument(f"{field}.address", repr(group.address), "host:port")
     if not group.name:
         raise InvalidArgument(f"{field}.name", "none", "a name of the sender's")
-    return IncomingGroup(group.name, group.address, backend, group.rank, group.world_size, group.bucket_bytes)
+    return IncomingGroup(group.name, group.address, backend, group.rank, group.world_size, group.bucket_bytes, ranks)
 
 
 def _is_encoded(spec: weights_pb2.TensorSpec) -> bool:

@@ -162,6 +162,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             prepared_version=weights.prepared_version,
             base_version=weights.base_version,
             held_uris=weights.held_uris,
+            collective_ranks=weights.collective_ranks,
         )
 
     async def _prepare(

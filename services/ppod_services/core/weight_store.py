@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from ppod_services.core.weight_manifest import IncomingTensor, LoraAdapter
+from ppod_services.core.weight_manifest import IncomingManifest, IncomingTensor, LoraAdapter
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +34,36 @@ class ReceivedWeights:
     borrowed: bool = False
 
 
+class GroupReceiver(Protocol):
+    """Processes of an engine that are ranks of a group themselves, so that the bytes reach their devices directly."""
+
+    @property
+    def ranks(self) -> int:
+        """How many they are."""
+        ...
+
+    def receive(self, manifest: IncomingManifest, timeout_s: float) -> None:
+        """Have them receive and verify the version that `manifest.collective` brings, and wait until they have it.
+
+        It goes into the buffers of the last `allocate`, too. The `stage` that follows is this version's.
+
+        Args:
+            manifest: what comes; no adapter.
+            timeout_s: longest silence of the sender.
+
+        Raises:
+            GroupError: the group broke. InvalidArgument: a checksum differs. FailedPrecondition: it does not fit.
+        """
+        ...
+
+
 class WeightStore(Protocol):
     """The weights of one engine. `ServedWeights` puts versions, checks and transfers around it."""
+
+    @property
+    def group_receiver(self) -> GroupReceiver | None:
+        """Who receives a group's broadcasts in this process's place; None: this process does."""
+        ...
 
     def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of all tensors that a transfer must bring, no more and no less.

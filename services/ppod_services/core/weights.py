@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ppod.errors import FailedPrecondition, ResourceExhausted
 from ppod_services.core.weight_manifest import IncomingManifest, check_tensors
-from ppod_services.core.weight_store import Install, ReceivedWeights, WeightStore
+from ppod_services.core.weight_store import GroupReceiver, Install, ReceivedWeights, WeightStore
 from ppod_services.core.weight_transfer import WeightTransfer
 
 if TYPE_CHECKING:
@@ -68,6 +68,16 @@ class ServedWeights:
         with self._lock:
             held = (self._held_uri, "" if self._prepared is None else self._prepared.held_uri)
         return tuple(dict.fromkeys(uri for uri in held if uri))
+
+    @property
+    def group_receiver(self) -> GroupReceiver | None:
+        """See `WeightStore`."""
+        return self._store.group_receiver
+
+    @property
+    def collective_ranks(self) -> int:
+        """How many ranks receive a group's broadcasts."""
+        return 1 if self._store.group_receiver is None else self._store.group_receiver.ranks
 
     def begin(self, manifest: IncomingManifest, mapped: Sequence[torch.Tensor] | None = None) -> WeightTransfer:
         """Check a manifest and open its transfer. Every begin needs its `end`.

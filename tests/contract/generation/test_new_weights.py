@@ -93,7 +93,7 @@ def serve_by_group(weights: WeightClient, seed: int) -> int:
     """Put the weights of that model into service by a broadcast."""
     version = weights.status().state.weight_version + 1
     config = CollectiveConfig(port=free_ports(1)[0], bucket_mib=1)
-    plane = CollectivePlane(config, [weights.target])
+    plane = CollectivePlane(config, lambda: {weights.target: weights.status().collective_ranks})
     try:
         with plane.whole(Outgoing(version, PolicyTensors(MODELS[seed], torch.float32), None)) as push:
             weights.push(push)

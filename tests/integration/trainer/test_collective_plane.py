@@ -5,30 +5,26 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch._C._distributed_c10d import PrefixStore
 
 from ppod import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable, WeightClient
-from ppod.client import CollectiveGroup, WeightPush
-from ppod_models.process_groups import BroadcastGroup, GroupError, open_store, wait_for
+from ppod_models.process_groups import GroupError
 from ppod_trainer.collective_plane import CollectivePlane
 from ppod_trainer.config import CollectiveConfig, WeightTransferConfig
 from ppod_trainer.errors import TrainerError, WeightPushError
 from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
+from support.broadcasts import BUCKET, ask, group_of, sending
 from support.processes import ServiceProcess, running_service
 from support.services import tiny_model_config
 from support.tiny_model import build_model
 from support.weight_checks import assert_serves, assert_takes_next
 from support.weight_tensors import weight_tensors
 
-BUCKET = 64 * 1024
 FULL_BYTES = sum(parameter.numel() * 4 for parameter in build_model().parameters())
 
 
@@ -146,71 +142,24 @@ def restarted(service: ServiceProcess, model_dir: Path, directory: Path) -> Iter
         yield service
 
 
-def ask(replica: ServiceProcess, group: CollectiveGroup) -> None:
-    with WeightClient(replica.admin_target, timeout_s=20) as client:
-        version = client.status().state.weight_version + 1
-        client.push(WeightPush(version, weight_tensors(build_model(seed=9)), collective=group))
-
-
-def group_of(replica: ServiceProcess, port: int, backend: str = "gloo") -> CollectiveGroup:
-    return CollectiveGroup("test", f"127.0.0.1:{port}", backend, {replica.admin_target: 1}, 1024 * 1024)
-
-
 def test_a_group_that_cannot_be_met_is_refused(
     replicas: list[ServiceProcess], tiny_model_dir: Path, tmp_path: Path, port: int
 ) -> None:
     with pytest.raises(InvalidArgument, match="backend"):
-        ask(replicas[0], group_of(replicas[0], port, "mpi"))
+        ask(replicas[0], build_model(seed=9), group_of(replicas[0], port, "mpi"))
     with pytest.raises(Unavailable, match="cannot be reached"):
-        ask(replicas[0], group_of(replicas[0], port))
+        ask(replicas[0], build_model(seed=9), group_of(replicas[0], port))
     if not torch.cuda.is_available():
         with pytest.raises(FailedPrecondition, match="nccl"):
-            ask(replicas[0], group_of(replicas[0], port, "nccl"))
+            ask(replicas[0], build_model(seed=9), group_of(replicas[0], port, "nccl"))
     with (
         generator(tiny_model_dir, tmp_path, "10.0.0.1:*") as strict,
         pytest.raises(PermissionDenied, match=r"127\.0\.0\.1"),
     ):
-        ask(strict, group_of(strict, port))
+        ask(strict, build_model(seed=9), group_of(strict, port))
     with WeightClient(replicas[0].admin_target) as client:
         version = client.status().state.weight_version
     assert_takes_next(replicas[0], version + 1, seed=6)
-
-
-@dataclass
-class Sender:
-    """The sender's side, bucket by bucket."""
-
-    replica: ServiceProcess
-    port: int
-    data: bytes
-    asking: Future[None]
-    members: BroadcastGroup
-
-    def send(self, count: int) -> None:
-        for begin in range(0, count * BUCKET, BUCKET):
-            bucket = torch.frombuffer(
-                bytearray(self.data[begin : begin + BUCKET].ljust(BUCKET, b"\0")), dtype=torch.uint8
-            )
-            self.members.finish(self.members.broadcast(bucket))
-
-
-@contextmanager
-def sending(replica: ServiceProcess, port: int) -> Iterator[Sender]:
-    """A push of which the test sends the buckets itself."""
-    group = CollectiveGroup("by hand", f"127.0.0.1:{port}", "gloo", {replica.admin_target: 1}, BUCKET)
-    with WeightClient(replica.admin_target) as client:
-        version = client.status().state.weight_version + 1
-    store = open_store("127.0.0.1", port, master=True, timeout_s=5)
-    prefix = PrefixStore("ppod/by hand", store)
-    with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(ask, replica, group)
-        assert wait_for(prefix, f"{version}/joined/1", 5) == b"0"
-        prefix.set(f"{version}/go", "1")
-        members = BroadcastGroup("gloo", PrefixStore("1", prefix), 0, 2, 5)
-        yield Sender(
-            replica, port, b"".join(bytes(one.data) for one in weight_tensors(build_model(seed=9))), asking, members
-        )
-        members.close()
 
 
 def test_a_sender_that_ends_in_the_middle_leaves_the_old_version(replicas: list[ServiceProcess], port: int) -> None:
@@ -218,7 +167,7 @@ def test_a_sender_that_ends_in_the_middle_leaves_the_old_version(replicas: list[
     with WeightClient(replicas[0].admin_target) as client:
         version = client.status().state.weight_version + 1
     assert_takes_next(replicas[0], version, seed=6)
-    with sending(replicas[0], port) as sender:
+    with sending(replicas[0], port, build_model(seed=9)) as sender:
         sender.send(2)
         sender.members.close()
         with pytest.raises(Unavailable, match="the group by hand"):
@@ -228,12 +177,12 @@ def test_a_sender_that_ends_in_the_middle_leaves_the_old_version(replicas: list[
 
 
 def test_a_damaged_bucket_is_named_by_its_tensor(replicas: list[ServiceProcess], port: int) -> None:
-    with sending(replicas[0], port) as sender:
+    with sending(replicas[0], port, build_model(seed=9)) as sender:
         damaged = bytearray(sender.data)
         damaged[BUCKET + 5] ^= 1
         sender.data = bytes(damaged)
         with pytest.raises(GroupError):
-            sender.send(-(-len(damaged) // BUCKET))
+            sender.send_all()
         with pytest.raises(InvalidArgument, match="xxh3"):
             sender.asking.result(10)
     with WeightClient(replicas[0].admin_target) as client:
@@ -244,7 +193,7 @@ def test_a_damaged_bucket_is_named_by_its_tensor(replicas: list[ServiceProcess],
 def test_a_replica_that_is_killed_in_the_middle_is_noticed_at_once(
     tiny_model_dir: Path, tmp_path: Path, port: int
 ) -> None:
-    with generator(tiny_model_dir, tmp_path) as mortal, sending(mortal, port) as sender:
+    with generator(tiny_model_dir, tmp_path) as mortal, sending(mortal, port, build_model(seed=9)) as sender:
         sender.send(2)
         mortal.process.kill()
         begun = time.monotonic()
@@ -258,9 +207,9 @@ def test_a_replica_that_is_killed_in_the_middle_is_noticed_at_once(
 
 def test_a_sender_that_never_comes_is_given_up(replicas: list[ServiceProcess], port: int) -> None:
     """The store is there, the sender is not: the server gives up after its idle timeout."""
-    plane = CollectivePlane(CollectiveConfig(port=port, timeout_s=4), [replicas[0].admin_target])
+    plane = CollectivePlane(CollectiveConfig(port=port, timeout_s=4), dict)
     with pytest.raises(Unavailable, match="was not told within 3 s"):
-        ask(replicas[0], group_of(replicas[0], port))
+        ask(replicas[0], build_model(seed=9), group_of(replicas[0], port))
     plane.close()
 
 
@@ -269,4 +218,4 @@ def test_a_port_in_use_is_named(port: int) -> None:
         taken.bind(("127.0.0.1", port))
         taken.listen()
         with pytest.raises(TrainerError, match="set host and port"):
-            CollectivePlane(CollectiveConfig(port=port), ["127.0.0.1:1"])
+            CollectivePlane(CollectiveConfig(port=port), dict)

@@ -10,6 +10,12 @@ from typing import Protocol, cast
 
 from pydantic import JsonValue
 from vllm import SamplingParams as _SamplingParams  # pyright: ignore[reportMissingImports]
+from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMissingImports]
+    WeightTransferInitRequest as _WeightTransferInitRequest,
+)
+from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMissingImports]
+    WeightTransferUpdateRequest as _WeightTransferUpdateRequest,
+)
 from vllm.engine.arg_utils import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
 from vllm.exceptions import VLLMValidationError as _VLLMValidationError  # pyright: ignore[reportMissingImports]
 from vllm.inputs import tokens_input  # pyright: ignore[reportMissingImports]
@@ -66,6 +72,22 @@ class Engine(Protocol):
         """Call a method of every worker; returns their results."""
         ...
 
+    async def init_weight_transfer_engine(self, request: object) -> None:
+        """Tell the workers' transfer engines where weights come from."""
+        ...
+
+    async def start_weight_update(self) -> None:
+        """Begin an update."""
+        ...
+
+    async def update_weights(self, request: object) -> None:
+        """Have the workers receive weights."""
+        ...
+
+    async def finish_weight_update(self) -> None:
+        """End an update: what was received serves."""
+        ...
+
     def shutdown(self, timeout: float | None = None) -> None:
         """End the engine's processes."""
         ...
@@ -95,6 +117,16 @@ def make_sampling(values: Mapping[str, object], *, stepwise: bool) -> Sampling:
     """SamplingParams of one completion; it is told of at its end only, or with all its tokens so far at each step."""
     kind = RequestOutputKind.CUMULATIVE if stepwise else RequestOutputKind.FINAL_ONLY
     return cast(Sampling, _SamplingParams(**values, output_kind=kind))
+
+
+def init_request(values: dict[str, object]) -> object:
+    """What `Engine.init_weight_transfer_engine` takes, with the fields of the transfer engine's `init_info_cls`."""
+    return _WeightTransferInitRequest(init_info=values)
+
+
+def update_request(values: dict[str, object]) -> object:
+    """What `Engine.update_weights` takes, with the fields of the transfer engine's `update_info_cls`."""
+    return _WeightTransferUpdateRequest(update_info=values)
 
 
 def make_prompt(token_ids: list[int]) -> object:

@@ -34,7 +34,7 @@ from ppod_services.core.weights import ServedWeights
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.requests import GeneratedSample, GenerationItem
 from ppod_services.generation.vllm_backend.checkpoint import Checkpoint
-from ppod_services.generation.vllm_backend.settings import VllmConfig
+from ppod_services.generation.vllm_backend.settings import TRANSFER_ENGINE, VllmConfig
 from ppod_services.generation.vllm_backend.watch import FORKS_VARIABLE, SERVICE_VARIABLE
 
 _GIB = 2**30
@@ -76,6 +76,7 @@ def load_vllm(config: GenerationServiceConfig, on_version: Callable[[int], None]
         from ppod_services.generation.vllm_backend.engine import VllmEngine  # noqa: PLC0415
         from ppod_services.generation.vllm_backend.host import EngineHost  # noqa: PLC0415
         from ppod_services.generation.vllm_backend.weight_store import VllmWeights  # noqa: PLC0415
+        from ppod_services.generation.vllm_backend.worker_transfer import WorkerTransfer  # noqa: PLC0415
 
         path = resolve(config.model.source).path
         arguments = engine_arguments(config, path, api.platform(), api.engine_argument_names())
@@ -87,10 +88,11 @@ def load_vllm(config: GenerationServiceConfig, on_version: Callable[[int], None]
         except (ValueError, RuntimeError, OSError) as error:
             raise ModelSourceError(f"model {config.model.source!r} with vLLM: {error}") from error
     host.call(lambda engine: engine.update_weight_version("0"))
-    both = all(host.call(lambda engine: engine.collective_rpc("ppod_tell_both_logprobs")))
-    store = VllmWeights(host, described.shapes, described.linear, Checkpoint(path))
+    told = host.call(lambda engine: engine.collective_rpc("ppod_tell_both_logprobs"))
+    workers = WorkerTransfer(host, len(told)) if config.vllm.weights_received_by == "workers" else None
+    store = VllmWeights(host, described.shapes, described.linear, Checkpoint(path), workers)
     weights = ServedWeights(store, on_version)
-    engine = VllmEngine(host, weights, described.tokenizer, both_logprobs=both)
+    engine = VllmEngine(host, weights, described.tokenizer, both_logprobs=all(told))
     model = LoadedModel(described.info, engine.run, weights)
     return LoadedVllm(model, described.tokenizer, lambda: host.failure, host.close)
 
@@ -148,6 +150,7 @@ def engine_arguments(
         "max_num_seqs": batching.max_batch_size,
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": f"{_WORKER}.PpodWorker",
+        "weight_transfer_config": {"backend": TRANSFER_ENGINE} if vllm.weights_received_by == "workers" else None,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }

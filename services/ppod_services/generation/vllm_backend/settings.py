@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import Field, JsonValue, field_validator
 
@@ -24,6 +25,7 @@ _FIXED = {
     "tokenizer": "the model's own tokenizer makes the fingerprint that callers pin",
     "logprobs_mode": "completions carry the logprobs of the distribution that was sampled",
     "worker_extension_cls": "ppod's own loads pushed weights",
+    "weight_transfer_config": "ppod's own engine receives pushed weights; see vllm.weights_received_by",
     "data_parallel_size": "run one service for each replica; clients balance over them",
     "speculative_config": "logprobs of speculative decoding are not told exactly",
     "logits_processors": "logprobs would be of another distribution than the request describes",
@@ -32,6 +34,10 @@ _FIXED = {
     "quantization": "pushed weights would be compared with, and rounded to, another model than the trainer's",
 }
 """Engine arguments that would break what the service promises, and why."""
+
+
+TRANSFER_ENGINE = "ppod"
+"""What vLLM's factory of transfer engines knows ppod's by."""
 
 
 class VllmConfig(ConfigModel):
@@ -55,6 +61,11 @@ class VllmConfig(ConfigModel):
     )
     start_timeout_s: float = Field(
         default=600, gt=0, le=86_400, description="longest time for the engine's processes to load the model"
+    )
+    weights_received_by: Literal["service", "workers"] = Field(
+        default="service",
+        description="who is part of the groups of weight_transfer.plane collective: the service, or each worker, onto "
+        "its own device, which then needs room for a second copy of its weights in the type that travels",
     )
     engine_args: Mapping[str, JsonValue] = Field(
         default={}, description="further arguments of vLLM's AsyncEngineArgs, by their names there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from ppod.errors import FailedPrecondition, Internal
 from ppod_models.loading import DTYPES
 from ppod_services.core.logs import log_event
 from ppod_services.core.lora import adapter_shapes, merge_layer
-from ppod_services.core.weight_manifest import IncomingTensor, LoraAdapter
-from ppod_services.core.weight_store import Install, ReceivedWeights
+from ppod_services.core.weight_manifest import IncomingManifest, IncomingTensor, LoraAdapter
+from ppod_services.core.weight_store import GroupReceiver, Install, ReceivedWeights
 from ppod_services.generation.vllm_backend.api import Engine
 from ppod_services.generation.vllm_backend.checkpoint import Checkpoint
 from ppod_services.generation.vllm_backend.host import EngineHost
 from ppod_services.generation.vllm_backend.segments import Segment
+from ppod_services.generation.vllm_backend.worker_calls import have_workers
+from ppod_services.generation.vllm_backend.worker_transfer import WorkerTransfer
 
 _LOGGER = logging.getLogger(__name__)
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -40,12 +43,15 @@ class _Image:
         ]
 
     async def load(self, engine: Engine) -> None:
-        """Have all workers load it, and label the tokens that come.
+        """Have all workers load it from the segment, and label the tokens that come.
 
-        Raises:
-            Exception: as vLLM tells that a worker's call failed.
+        Raises: as `have_workers`.
         """
-        await engine.collective_rpc("ppod_load_weights", args=(self.segment.path, self.layout))
+        await have_workers(engine, "ppod_load_weights", self.segment.path, self.layout)
+        await self.label(engine)
+
+    async def label(self, engine: Engine) -> None:
+        """Label the tokens that come, now that it is loaded."""
         if not await engine.reset_prefix_cache():
             raise Internal("vLLM kept cached prefixes of the old weights")
         await engine.update_weight_version(str(self.weight_version))
@@ -62,6 +68,7 @@ class VllmWeights:
         shapes: names and shapes of all weights, as a checkpoint has them.
         linear: names of the linear layers that have weights of their own.
         checkpoint: what the engine started with.
+        workers: receive a group's broadcasts; None: the service does.
     """
 
     def __init__(
@@ -70,15 +77,33 @@ class VllmWeights:
         shapes: Mapping[str, tuple[int, ...]],
         linear: Set[str],
         checkpoint: Checkpoint,
+        workers: WorkerTransfer | None = None,
     ) -> None:
         self._host = host
         self._shapes = shapes
         self._linear = linear
         self._checkpoint = checkpoint
+        self._workers = workers
         self._base: _Image | None = None
         self._serving: _Image | None = None
         self._receiving: Segment | None = None
         self._spare: Segment | None = None
+
+    @property
+    def group_receiver(self) -> GroupReceiver | None:
+        """See `WeightStore`."""
+        return None if self._workers is None else self
+
+    @property
+    def ranks(self) -> int:
+        """See `GroupReceiver`: one for each worker."""
+        return 1 if self._workers is None else self._workers.workers
+
+    def receive(self, manifest: IncomingManifest, timeout_s: float) -> None:
+        """See `GroupReceiver`."""
+        assert self._workers is not None
+        assert self._receiving is not None
+        self._workers.receive(manifest, self._receiving, timeout_s)
 
     def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
         """See `WeightStore`."""
@@ -133,7 +158,8 @@ class VllmWeights:
         Raises:
             Internal: the new weights could not be loaded, and the old ones serve on. Unavailable: nothing serves.
         """
-        error = self._host.wait(self._host.pause).exception() or self._host.wait(image.load).exception()
+        bring = functools.partial(self._bring, image)
+        error = self._host.wait(self._host.pause).exception() or self._host.wait(bring).exception()
         if error is not None:
             self._restore(error)
             self._resume()
@@ -143,10 +169,24 @@ class VllmWeights:
         self._spare = old.segment if old is not None and old is not base else None
         self._resume()
 
+    async def _bring(self, image: _Image, engine: Engine) -> None:
+        """Have the workers load it from where it is nearest. Raises as `have_workers`."""
+        workers = self._workers
+        if workers is not None and workers.version == image.weight_version:
+            await workers.finish(engine)
+            await image.label(engine)
+            return
+        await self._load(image, engine)
+
+    async def _load(self, image: _Image | None, engine: Engine) -> None:
+        """Have the workers load what the service keeps, or the model's files."""
+        if self._workers is not None:
+            await self._workers.drop(engine)
+        await (_load_checkpoint(engine) if image is None else image.load(engine))
+
     def _restore(self, error: BaseException) -> None:
         """Load the serving version again; whatever a failed load left behind must never sample."""
-        load = _load_checkpoint if self._serving is None else self._serving.load
-        again = self._host.wait(load).exception()
+        again = self._host.wait(functools.partial(self._load, self._serving)).exception()
         if again is None:
             log_event(_LOGGER, "weights_restored", {"cause": str(error)}, level=logging.ERROR)
             return
@@ -180,4 +220,4 @@ async def _resume(engine: Engine) -> None:
 
 
 async def _load_checkpoint(engine: Engine) -> None:
-    await engine.collective_rpc("ppod_load_checkpoint")
+    await have_workers(engine, "ppod_load_checkpoint")

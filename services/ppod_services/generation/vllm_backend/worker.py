@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import mmap
-from collections.abc import Iterator, Sequence
-from typing import Protocol, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
 
+from ppod_models.loading import DTYPES
+from ppod_services.generation.vllm_backend.reload import reload_weights
 from ppod_services.generation.vllm_backend.segments import read_tensor
+from ppod_services.generation.vllm_backend.settings import TRANSFER_ENGINE
 from ppod_services.generation.vllm_backend.watch import end_with_service
+from ppod_services.generation.vllm_backend.worker_calls import failure_of
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from ppod_services.generation.vllm_backend.receiver import Outcome
+    from ppod_services.generation.vllm_backend.transfer_engine import StagedTransferEngine
+
 
 TensorAt = tuple[str, str, tuple[int, ...], int]
 """Name, data type, shape and offset of a tensor in a segment."""
@@ -25,14 +31,12 @@ class _ModelRunner(Protocol):
     def get_model(self) -> nn.Module: ...
 
 
-class _Loads(Protocol):
-    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None: ...
-
-
 class PpodWorker:
-    """Methods that the service calls in all workers together."""
+    """Methods that the service calls in all workers together; see `worker_calls`."""
 
     model_runner: _ModelRunner
+    vllm_config: Any
+    weight_transfer_engine: StagedTransferEngine
 
     def ppod_tell_both_logprobs(self) -> bool:
         """Have the sampler put each token's unscaled logprob where its likeliest alternative's would stand.
@@ -47,41 +51,39 @@ class PpodWorker:
         sampler.register_forward_hook(observer.after, with_kwargs=True)
         return True
 
-    def ppod_load_weights(self, path: str, tensors: Sequence[TensorAt]) -> int:
-        """Load all weights from a segment, in the layout and precision of this worker; returns their number.
+    def ppod_load_weights(self, path: str, tensors: Sequence[TensorAt]) -> str | None:
+        """Load all weights from a segment, in the layout and precision of this worker."""
+        return failure_of(lambda: self._load(path, tensors))
 
-        Raises:
-            ValueError: vLLM did not take a tensor, or some of its own parameters got none.
-        """
+    def _load(self, path: str, tensors: Sequence[TensorAt]) -> None:
         with open(path, "rb") as file:
             memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
-        loaded = _LoadedWeights(memory, tensors)
-        _reload(self, loaded)
-        if loaded.count != len(tensors):
-            raise ValueError(f"vLLM took {loaded.count} of {len(tensors)} tensors")
-        return loaded.count
+        found = ((name, read_tensor(memory, offset, shape, DTYPES[dtype])) for name, dtype, shape, offset in tensors)
+        reload_weights(self.vllm_config, self.model_runner.get_model(), found)
 
-    def ppod_load_checkpoint(self) -> None:
+    def ppod_load_checkpoint(self) -> str | None:
         """Load the weights again that the engine started with."""
+        return failure_of(self._load_checkpoint)
+
+    def _load_checkpoint(self) -> None:
         from vllm.model_executor.model_loader import get_model_loader  # pyright: ignore  # noqa: PLC0415
 
-        config = self.vllm_config  # pyright: ignore
+        config, model = self.vllm_config, self.model_runner.get_model()
         loader = get_model_loader(config.load_config)
-        _reload(self, loader.get_all_weights(config.model_config, self.model_runner.get_model()))
+        reload_weights(config, model, loader.get_all_weights(config.model_config, model))
 
+    def ppod_received(self) -> Outcome | None:
+        """What became of the version that the transfer engine receives; see `WorkerReceiver.outcome`."""
+        return self.weight_transfer_engine.receiver.outcome()
 
-class _LoadedWeights:
-    """The tensors of a segment, counted as they are taken."""
+    def ppod_finished(self) -> str | None:
+        """What went wrong as vLLM's finish_weight_update loaded what was received."""
+        return self.weight_transfer_engine.failure
 
-    def __init__(self, memory: mmap.mmap, tensors: Sequence[TensorAt]) -> None:
-        self.count = 0
-        self._memory = memory
-        self._tensors = tensors
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, dtype, shape, offset in self._tensors:
-            self.count += 1
-            yield name, read_tensor(self._memory, offset, shape, _DTYPES[dtype])
+    def ppod_drop_received(self) -> None:
+        """Give up an update: vLLM has no way to end one that is not finished."""
+        self.weight_transfer_engine.receiver.drop()
+        self._weight_update_active = False
 
 
 class _SamplerObserver:
@@ -110,49 +112,15 @@ class _SamplerObserver:
         self._logprobs = None
 
 
-def _reload(worker: object, weights: object) -> None:
-    """Put weights in checkpoint form through vLLM's loader, which splits, merges and packs them as at its start."""
-    from vllm.config import set_current_vllm_config  # pyright: ignore  # noqa: PLC0415
-    from vllm.model_executor.model_loader.reload import (  # pyright: ignore  # noqa: PLC0415
-        finalize_layerwise_reload,
-        initialize_layerwise_reload,
+def _offer_transfer_engine() -> None:
+    from vllm.distributed.weight_transfer.factory import (  # pyright: ignore  # noqa: PLC0415
+        WeightTransferEngineFactory,
     )
 
-    config = getattr(worker, "vllm_config")  # noqa: B009
-    model = cast(_ModelRunner, getattr(worker, "model_runner")).get_model()  # noqa: B009
-    # One that is tied to another goes by the first name.
-    expected = {name for name, _ in model.named_parameters()}
-    # It warns of each tensor that travels in another type than the model computes in.
-    logging.getLogger("vllm.model_executor.models.utils").setLevel(logging.ERROR)
-    with torch.no_grad(), set_current_vllm_config(config):
-        initialize_layerwise_reload(model)
-        try:
-            loaded = cast(_Loads, model).load_weights(iter(cast("Sequence[tuple[str, torch.Tensor]]", weights)))
-        finally:
-            # Also after a failure: the next load must not find what this one left half done.
-            finalize_layerwise_reload(model, config.model_config)
-        _repack_tied_head(model)
-    missing = sorted(expected - loaded) if loaded is not None else []
-    if missing:
-        raise ValueError(f"{len(missing)} parameters of vLLM's model got no weights, the first {missing[0]}")
-
-
-def _repack_tied_head(model: nn.Module) -> None:
-    """A CPU computes with a packed copy of a weight, and a head that shares the embedding's weight has its own copy.
-
-    vLLM's reload makes the embedding's copy anew and leaves the head's as it was, which would go on with old weights.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore  # noqa: PLC0415
-        ParallelLMHead,
-    )
-    from vllm.platforms import current_platform  # pyright: ignore  # noqa: PLC0415
-
-    if not current_platform.is_cpu():
-        return
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            getattr(module, "quant_method").process_weights_after_loading(module)  # noqa: B009
+    module = "ppod_services.generation.vllm_backend.transfer_engine"
+    WeightTransferEngineFactory.register_engine(TRANSFER_ENGINE, module, "StagedTransferEngine")
 
 
 # vLLM imports this module in its workers, before they load anything, and nobody else does.
 end_with_service()
+_offer_transfer_engine()
