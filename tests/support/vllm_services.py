@@ -69,8 +69,13 @@ def assert_gone(processes: list[psutil.Process]) -> None:
 
 
 def cut_weights_that_wait(service: ServiceProcess) -> None:
-    """Take away the second half of the shared memory that holds them: the largest, where bfloat16 or nothing serves."""
+    """Take away the second half of the shared memory that holds them: the largest, where bfloat16 or nothing serves.
+
+    All of that size, because memory of a push that failed before may still be there, too.
+    """
     directory = Path(f"/proc/{service.process.pid}/fd")
     segments = [link for link in directory.iterdir() if "memfd:ppod-weights" in os.readlink(link)]
-    largest = max(segments, key=lambda link: link.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
+    largest = max(link.stat().st_size for link in segments)
+    for link in segments:
+        if link.stat().st_size == largest:
+            os.truncate(link, largest // 2)
