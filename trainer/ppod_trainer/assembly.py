@@ -179,6 +179,7 @@ def load_leader(
         build_estimator(config.advantages, int(loaded.policy.model.config.hidden_size), estimates or PreEstimates()),
         config.advantages.whiten,
         config.ppo.ratio_mask,
+        config.advantages.gamma,
     )
     learner = build_learner(loaded.policy, config.ppo, rules, config.optimizer, config.seed, ranks)
     state = TrainerState(0, 0, 0, configuration_fingerprint(config))

@@ -7,16 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
 from ppod import ReferenceClient, RewardClient
-from ppod.client import Truncation
 from ppod.tensors import FloatArray
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.metrics import StepTimer
+from ppod_trainer.potentials import ShapingLevel, score_rollouts
 from ppod_trainer.prompts import Prompt
 from ppod_trainer.reward_components import component_scores
 from ppod_trainer.rollouts import Rollout, ScoredRollout, common_temperature
 from ppod_trainer.sampling import Sampler
 
-Components = dict[str, float]
+Judged = tuple[float, dict[str, float], FloatArray | None]
+"""Score, its parts, and potentials."""
 
 
 class RolloutCollector:
@@ -70,29 +71,31 @@ class RolloutCollector:
         with timer.phase("generate"):
             return self._sampler.sample(prompts, seeds, policy_version, temperature)
 
-    def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
+    def score(
+        self, rollouts: Sequence[Rollout], timer: StepTimer, shaping: ShapingLevel = "none"
+    ) -> list[ScoredRollout]:
         """Ask reward and reference at the same time; a sample that either refuses is dropped from both."""
         with timer.phase("score_and_reference"):
             # With this thread's context, so that the call belongs to the step's trace.
             pending = self._pool.submit(copy_context().run, self._ask_reference, rollouts, timer)
             with timer.phase("score"):
-                scored, scores = self._ask_reward(rollouts)
+                scored, scores = self._ask_reward(rollouts, shaping)
             judged, ref_logprobs = pending.result()
         by_seed = dict(zip((rollout.seed for rollout in judged), ref_logprobs, strict=True))
         return [
-            ScoredRollout(rollout, score, by_seed[rollout.seed], components)
-            for rollout, (score, components) in zip(scored, scores, strict=True)
+            ScoredRollout(rollout, score, by_seed[rollout.seed], components, potentials)
+            for rollout, (score, components, potentials) in zip(scored, scores, strict=True)
             if rollout.seed in by_seed
         ]
 
-    def _ask_reward(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[tuple[float, Components]]]:
+    def _ask_reward(self, rollouts: Sequence[Rollout], shaping: ShapingLevel) -> tuple[list[Rollout], list[Judged]]:
         client = self._reward
         if client is None:
-            return list(rollouts), [(0.0, {}) for _ in rollouts]
+            return list(rollouts), [(0.0, {}, None) for _ in rollouts]
 
-        def score(kept: Sequence[Rollout]) -> list[tuple[float, Components]]:
-            scores = client.score([rollout.visible_tokens for rollout in kept], truncation=Truncation.NONE)
-            return list(zip(scores.values.tolist(), component_scores(scores), strict=True))
+        def score(kept: Sequence[Rollout]) -> list[Judged]:
+            scores, potentials = score_rollouts(client, list(kept), shaping)
+            return list(zip(scores.values.tolist(), component_scores(scores), potentials, strict=True))
 
         return self._bad_samples.call(rollouts, score)
 

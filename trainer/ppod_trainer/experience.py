@@ -19,10 +19,11 @@ from ppod_trainer.controls import StepControls
 from ppod_trainer.kl import estimate_kl
 from ppod_trainer.masking import masked_sum, whiten
 from ppod_trainer.policy import PolicyWithValue, ResponseBatch
+from ppod_trainer.potentials import shaping_rewards
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.rollouts import ScoredRollout
 from ppod_trainer.sampler_mismatch import tokens_within
-from ppod_trainer.score_shaping import shape_scores
+from ppod_trainer.score_shaping import normalised, shape_scores
 from ppod_trainer.sharding import free_gathered
 from ppod_trainer.token_rewards import token_rewards
 
@@ -54,7 +55,7 @@ class PpoBatch:
         advantages: whitened where the configuration says so.
         returns: value targets.
         mean_kl: mean over samples of the summed k1 estimate against the reference, nats a response.
-        mean_return: mean over samples of the summed token rewards.
+        mean_return: mean over samples of the summed token rewards, what shaping takes off among them.
         mismatched: share of action tokens left out for their ratio trainer / sampler.
     """
 
@@ -107,6 +108,7 @@ class ExperienceRules:
         estimator: of advantages.
         whiten: advantages to mean 0 and variance 1 over the loss's tokens.
         ratio_mask: what to leave out of the loss for the sampler's mismatch; None: nothing.
+        gamma: discount, that potentials are shaped with.
     """
 
     rewards: RewardsConfig
@@ -114,6 +116,7 @@ class ExperienceRules:
     estimator: AdvantageEstimator
     whiten: bool
     ratio_mask: RatioMaskConfig | None = None
+    gamma: float = 1.0
 
 
 @torch.no_grad()
@@ -164,9 +167,10 @@ def _experience(
     scores = shape_scores(scores, truncated, mask.sum(dim=1), rules.rewards, controls.score)
     penalty = estimate_kl(view.logprobs, ref_logprobs, rules.kl.estimator) if rules.kl.placement == "reward" else None
     paid = token_rewards(scores, None, mask, 0.0, turn_rewards)
+    shaping = _shaping(rollouts, responses, rules, controls)
     anchors = read_anchors([scored.rollout for scored in rollouts])
     return Experience(
-        rewards=token_rewards(scores, penalty, mask, controls.kl_coefficient, turn_rewards),
+        rewards=token_rewards(scores, penalty, mask, controls.kl_coefficient, turn_rewards + shaping),
         paid=paid,
         outcomes=paid.double().sum(dim=1).float(),
         values=view.values,
@@ -180,6 +184,17 @@ def _experience(
         observations=pad_numbers(anchors.observations, responses),
         turn_states=view.turn_states,
     )
+
+
+def _shaping(
+    rollouts: Sequence[ScoredRollout], responses: ResponseBatch, rules: ExperienceRules, controls: StepControls
+) -> torch.Tensor:
+    """What shaping adds to the token rewards, float32 [B, T]; in the units of the shaped scores."""
+    asked = [scored.potentials for scored in rollouts if scored.potentials is not None]
+    if len(asked) < len(rollouts):
+        return torch.zeros(responses.action_mask.shape, device=responses.action_mask.device)
+    potentials = normalised(_pad_actions(asked, responses), rules.rewards, controls.score)
+    return shaping_rewards(potentials, responses.action_mask, rules.gamma)
 
 
 def _matched_tokens(

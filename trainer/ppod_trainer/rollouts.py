@@ -121,12 +121,14 @@ class ScoredRollout:
         score: the reward model's; 0 where none is asked.
         ref_logprobs: float32 [T], the reference's.
         components: scores of all rewards that the score is made of, by name; empty where the service does not tell.
+        potentials: float32 [T], the reward model's score of all before each token; None where nobody asked.
     """
 
     rollout: Rollout
     score: float
     ref_logprobs: FloatArray
     components: Mapping[str, float] = field(default_factory=dict[str, float])
+    potentials: FloatArray | None = None
 
     @property
     def outcome(self) -> float:

@@ -48,9 +48,7 @@ def shape_scores(
         config: clip and penalties.
         scale: the normalisation.
     """
-    shaped = (scores - scale.shift) / scale.scale
-    if config.clip is not None:
-        shaped = shaped.clamp(-config.clip, config.clip)
+    shaped = normalised(scores, config, scale)
     shaped = shaped - config.missing_eos_penalty * truncated.to(shaped.dtype)
     if config.length_penalty is not None:
         shaped = shaped - length_penalty(lengths, config.length_penalty.budget_tokens, config.length_penalty.per_token)
@@ -58,6 +56,12 @@ def shape_scores(
         one = config.overlong
         shaped = shaped - one.penalty * overlong_penalty(lengths, one.max_tokens, one.cache_tokens)
     return shaped
+
+
+def normalised(scores: torch.Tensor, config: RewardsConfig, scale: ScoreScale) -> torch.Tensor:
+    """Scores, or potentials, of any shape, after normalisation and clipping."""
+    found = (scores - scale.shift) / scale.scale
+    return found if config.clip is None else found.clamp(-config.clip, config.clip)
 
 
 def length_penalty(lengths: torch.Tensor, budget_tokens: int, per_token: float) -> torch.Tensor:

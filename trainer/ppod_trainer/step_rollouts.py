@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.metrics import StepTimer
+from ppod_trainer.potentials import ShapingLevel
 from ppod_trainer.prompts import PromptSet
 from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
 from ppod_trainer.schedules import temperature_at
@@ -33,6 +34,7 @@ class StepRollouts:
         selection: chooses among the samples.
         temperature: that a step samples at.
         collector: asks the services.
+        shaping: what the reward is asked for besides scores.
     """
 
     samples_per_prompt: int
@@ -41,6 +43,7 @@ class StepRollouts:
     selection: Selection
     temperature: Callable[[int], float]
     collector: RolloutCollector
+    shaping: ShapingLevel = "none"
 
     @property
     def max_rounds(self) -> int:
@@ -61,7 +64,7 @@ class StepRollouts:
 
     def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
         """Ask reward and reference."""
-        return self.collector.score(rollouts, timer)
+        return self.collector.score(rollouts, timer, self.shaping)
 
     def select(self, step: int, rounds: Sequence[Sequence[ScoredRollout]]) -> Selected:
         """Choose, and remember what was sampled once nothing more is."""
@@ -86,4 +89,5 @@ def build_step_rollouts(config: TrainerConfig, prompts: PromptSet, collector: Ro
         selection=AllRollouts() if dynamic is None else DynamicSampling(groups, dynamic.max_rounds),
         temperature=lambda step: temperature_at(step, config),
         collector=collector,
+        shaping=config.rewards.shaping,
     )

@@ -69,3 +69,19 @@ def test_a_safety_reward_that_is_not_there_stops_before_anything_is_trained(syst
     result = system.train(config)
     assert result.returncode == 0, result.stderr
     assert sum(record["samples/rejected_unsafe"] for record in steps_of(config)) > 0
+
+
+def test_shaped_scores_arrive_at_the_advantages(system: System) -> None:
+    """The first step samples the same either way; what is learnt from it differs, and resumes as it was."""
+    found: dict[str, dict[str, float]] = {}
+    for shaping in ("none", "token"):
+        config = system.config(f"shaped-{shaping}", steps=2, rewards={"shaping": shaping})
+        result = system.train(config)
+        assert result.returncode == 0, result.stderr
+        found[shaping] = steps_of(config)[0]
+    for key in ("score/mean", "kl/reference", "response/length"):
+        assert found["token"][key] == found["none"][key]
+    # Less by the prompts' own scores.
+    assert found["token"]["return/mean"] != pytest.approx(found["none"]["return/mean"], abs=1e-3)
+    assert found["token"]["policy/grad_norm"] != pytest.approx(found["none"]["policy/grad_norm"], rel=1e-3)
+    assert found["token"]["policy/first_ratio_error"] == 0

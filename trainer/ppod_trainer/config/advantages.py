@@ -33,6 +33,9 @@ NEEDS_GROUPS: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo", "rloo", "
 LEAVES_OUT_KL: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo", "pvpo", "gigpo"})
 """These read what was paid for a response, not its token rewards, of which a KL penalty may be a part."""
 
+READS_TOKEN_REWARDS: frozenset[AdvantageKind] = frozenset({"gae", "monte_carlo", "one_step", "reinforce_pp"})
+"""These tell tokens apart by what was paid for each and behind it."""
+
 ONE_RANK: frozenset[AdvantageKind] = frozenset({"pvpo", "spa"})
 """These have a state that is not shared among ranks."""
 

@@ -60,6 +60,11 @@ class RewardsConfig(ConfigModel):
         "whiten: take their mean off first",
     )
     clip: float | None = Field(default=None, gt=0, description="bounds the score to [-clip, clip]")
+    shaping: Literal["none", "token", "step"] = Field(
+        default="none",
+        description="pay the score as it arises, by the reward model's scores of the response so far: after each token "
+        "or step, and in sum the same but for the prompt's own score; see potentials.py",
+    )
     missing_eos_penalty: float = Field(default=0.0, ge=0, description="taken off the score of a response cut off")
     length_penalty: LengthPenaltyConfig | None = Field(default=None, description="none: length costs nothing")
     overlong: OverlongConfig | None = Field(default=None, description="none: as long as it may be costs nothing")
@@ -68,9 +73,10 @@ class RewardsConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _scores_are_there(self) -> Self:
-        if not self.model and (self.normalize != "none" or self.filters.safety is not None):
+        read = self.normalize != "none" or self.filters.safety is not None or self.shaping != "none"
+        if not self.model and read:
             raise ValueError(
-                "normalize and filters.safety read the reward model's scores, which model false leaves out"
+                "normalize, shaping and filters.safety read the reward model's scores, which model false leaves out"
             )
         return self
 

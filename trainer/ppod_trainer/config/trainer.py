@@ -8,7 +8,13 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ppod_models.configuration import ConfigModel, TracingConfig
-from ppod_trainer.config.advantages import LEAVES_OUT_KL, NEEDS_CRITIC, NEEDS_GROUPS, AdvantagesConfig
+from ppod_trainer.config.advantages import (
+    LEAVES_OUT_KL,
+    NEEDS_CRITIC,
+    NEEDS_GROUPS,
+    READS_TOKEN_REWARDS,
+    AdvantagesConfig,
+)
 from ppod_trainer.config.memory import MemoryConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.policy import CriticConfig, PolicyConfig
@@ -127,6 +133,21 @@ class TrainerConfig(ConfigModel):
             raise ValueError(
                 f"advantages.kind {kind} reads outcomes, which a KL penalty in the reward is no part of; set "
                 "kl.placement to loss (with kl.estimator k3, as in the paper, or k2), or kl.coefficient to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shaping_is_read(self) -> Self:
+        shaping, advantages = self.rewards.shaping, self.advantages
+        if shaping != "none" and advantages.kind not in READS_TOKEN_REWARDS:
+            raise ValueError(
+                f"rewards.shaping is {shaping}, and advantages.kind {advantages.kind} reads what whole responses were "
+                f"paid; expected {', '.join(sorted(READS_TOKEN_REWARDS))}, or shaping none"
+            )
+        if shaping != "none" and advantages.bootstrap_truncated:
+            raise ValueError(
+                f"rewards.shaping is {shaping}, where every response ends with the potential 0, and "
+                "advantages.bootstrap_truncated goes on behind it: choose one"
             )
         return self
 

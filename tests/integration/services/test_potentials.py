@@ -1,0 +1,88 @@
+"""The potentials of responses, asked of a real reward service, against the score of each prefix by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from ppod import RewardClient
+from ppod.client import Pin
+from ppod_trainer.potentials import score_rollouts
+from ppod_trainer.prompts import Prompt
+from ppod_trainer.rollouts import Rollout
+from support.tiny_model import build_tokenizer
+
+from .conftest import Zoo
+
+PROMPTS = [[65, 66, 67], [70], [71, 72]]
+RESPONSES = [[80, 81, 82, 83], [84, 85, 256], [256]]
+
+
+@pytest.fixture
+def client(zoo: Zoo) -> Iterator[RewardClient]:
+    with RewardClient(zoo.service.target, pin=Pin(model="first")) as client:
+        yield client
+
+
+def rollouts() -> list[Rollout]:
+    """One that was cut off, one that ended, and one that ended at once; the first has a word of the environment's."""
+    made: list[Rollout] = []
+    for index, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        count = len(response)
+        acted = np.ones(count, np.bool_)
+        acted[2:3] = index != 0
+        made.append(
+            Rollout(
+                prompt=Prompt(index, np.asarray(prompt, np.int32)),
+                response=np.asarray(response, np.int32),
+                action_mask=acted,
+                sampler_logprobs=np.zeros(count, np.float32),
+                versions=np.ones(count, np.int64),
+                turns=np.zeros(count, np.int64),
+                rewards=np.zeros(count, np.float32),
+                truncated=index == 0,
+                stop_token=index != 0,
+                seed=index,
+            )
+        )
+    return made
+
+
+def test_potentials_are_scores_of_all_that_stands_before(client: RewardClient) -> None:
+    scores, potentials = score_rollouts(client, rollouts(), "token")
+    plain, none = score_rollouts(client, rollouts(), "none")
+    np.testing.assert_allclose(scores.values, plain.values, atol=1e-6)
+    assert none == [None] * 3
+    for prompt, response, found in zip(PROMPTS, RESPONSES, potentials, strict=True):
+        prefixes = [[*prompt, *response[:count]] for count in range(len(response))]
+        assert found is not None
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, client.score(prefixes).values, atol=1e-5)
+
+
+def test_by_steps_the_potential_changes_where_a_step_ends(client: RewardClient, zoo: Zoo) -> None:
+    [one, *_] = rollouts()
+    response = build_tokenizer().encode("one\ntwo\nx", add_special_tokens=False)
+    count = len(response)
+    stepped = Rollout(
+        prompt=one.prompt,
+        response=np.asarray(response, np.int32),
+        action_mask=np.ones(count, np.bool_),
+        sampler_logprobs=np.zeros(count, np.float32),
+        versions=np.ones(count, np.int64),
+        turns=np.zeros(count, np.int64),
+        rewards=np.zeros(count, np.float32),
+        truncated=True,
+        stop_token=False,
+        seed=0,
+    )
+    _, [found] = score_rollouts(client, [stepped], "step")
+    assert found is not None
+    first, second = client.score([[*PROMPTS[0], *response[:4]], [*PROMPTS[0], *response[:8]]]).values
+    np.testing.assert_allclose(found, [0, 0, 0, 0, first, first, first, first, second], atol=1e-5)
+    with RewardClient(zoo.service.target, pin=Pin(model="encoder")) as other:
+        # A model that reads both ways has no prefixes of one forward; the service computes each by itself.
+        _, ways = score_rollouts(other, [one], "token")
+        assert ways[0] is not None

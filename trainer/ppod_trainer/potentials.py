@@ -1,0 +1,78 @@
+"""Potential-based shaping: the reward model's score is paid as it arises, instead of all at the end.
+
+The potential of a state is the reward model's score of all that stands there: prompt, response so far, and what an
+environment said. With gamma the discount each action is paid, besides what it is paid anyway,
+
+    F(s, s') = gamma * potential(s') - potential(s)    (Ng, Harada and Russell 1999, equation 2)
+
+and the state after the last action has the potential 0. Every policy then loses the same, the potential of the prompt,
+so that the best one stays the best. The critic learns V - potential: it begins with what the reward model knows, and
+an action that moved the score is told from its neighbours before the critic has learnt anything.
+
+Shape legend: B sequences, T response tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ppod import RewardClient
+from ppod.client import Granularity, ProcessScores, Scores, Truncation
+from ppod.tensors import FloatArray
+from ppod_trainer.rollouts import Rollout
+
+ShapingLevel = Literal["none", "token", "step"]
+
+
+def score_rollouts(
+    client: RewardClient, rollouts: list[Rollout], level: ShapingLevel
+) -> tuple[Scores, list[FloatArray | None]]:
+    """The scores of responses, and the potentials that shaping needs; one call, and one forward, for both.
+
+    Returns:
+        scores: of what the user sees.
+        potentials: of each rollout float32 [T], that of the state before each token; None where `level` is none.
+
+    Raises:
+        PpodError: as the client.
+    """
+    sequences = [rollout.visible_tokens for rollout in rollouts]
+    if level == "none":
+        return client.score(sequences, truncation=Truncation.NONE), [None] * len(rollouts)
+    # By token the prompt's last one counts as response: the score behind it is the prompt's potential.
+    behind = 1 if level == "token" else 0
+    starts = [len(rollout.prompt.token_ids) - behind for rollout in rollouts]
+    granularity = Granularity.TOKEN if level == "token" else Granularity.STEP
+    scores = client.score(sequences, prompt_lengths=starts, process=granularity, truncation=Truncation.NONE)
+    assert scores.process is not None
+    return scores, list(_potentials(scores.process, rollouts))
+
+
+def _potentials(process: ProcessScores, rollouts: list[Rollout]) -> list[FloatArray]:
+    """Before each token the score of the last position that is not behind it; 0 where there is none."""
+    found: list[FloatArray] = []
+    for positions, scores, rollout in zip(process.positions, process.scores, rollouts, strict=True):
+        lengths = len(rollout.prompt.token_ids) + np.arange(len(rollout.response))
+        known = np.concatenate([np.zeros(1, np.float32), scores])
+        found.append(known[np.searchsorted(positions, lengths, side="right")])
+    return found
+
+
+def shaping_rewards(potentials: torch.Tensor, mask: torch.Tensor, gamma: float) -> torch.Tensor:
+    """What each action is paid for the change of the potential, float32 [B, T]; 0 elsewhere.
+
+    The state after an action is the one before the next action: what an environment says in between is its doing.
+
+    Args:
+        potentials: float32 [B, T], of the state before each token.
+        mask: bool [B, T]; true on action tokens, at least one in every row.
+        gamma: discount.
+    """
+    before = potentials[mask]
+    row = mask.nonzero()[:, 0]
+    after = torch.zeros_like(before)
+    after[:-1] = torch.where(row[1:] == row[:-1], before[1:], 0.0)
+    return torch.zeros_like(potentials).masked_scatter(mask, gamma * after - before)
