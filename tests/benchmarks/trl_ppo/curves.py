@@ -1,16 +1,18 @@
 """What ppod and TRL's PPOTrainer learn on the same task, over seeds: score and KL at the same number of episodes.
 
 usage: python curves.py --trl-python PYTHON [--setting NAME] [--sides NAME ...] [--seeds N] [--steps N]
-    [--kl-coefficient C] [--out DIR]
+    [--kl-coefficient C] [--at KL ...] [--out DIR]
 
 Both get the same weights, reward model, batch, epochs, minibatches, learning rate and KL coefficient, chosen for
-neither; all else is each program's own default. One side of ppod's has its KL penalty in the loss instead, with a
-coefficient of its own. ppod runs as `ppod run` starts it. Settings small-model and small-steps train a small
-language model of movie reviews (small_model.py), default-run SmolLM2. Score and KL of a step are those of its samples,
-which the policy drew before it was updated with them; KL is k1 to the reference, in nats a response, on both sides.
+neither; all else is each program's own default. Further sides have a stronger penalty, TRL's as well as ppod's, and
+what TRL has not: the penalty in the loss, or the score paid as it arises. ppod runs as `ppod run` starts it. Settings
+small-model and small-steps train a small language model of movie reviews (small_model.py), default-run SmolLM2. Score
+and KL of a step are those of its samples, which the policy drew before it was updated with them; KL is k1 to the
+reference, in nats a response, on both sides.
 
-Scores are compared at equal KL: a run's curve of score over KL is read at a KL that both sides reach, the lower of
-their medians at the end. Writes result.json, result.md and result.png; what is there already is not run again.
+Scores are compared at equal KL: a run's curve of score over KL is read at a KL that all sides reach, the lowest of
+their medians at the end, or at those that are given. Writes result.json, result.md and result.png; what is there
+already is not run again.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import matplotlib as mpl
 
@@ -36,6 +39,9 @@ from small_model import make_small_model
 from ppod_deploy.processes import CHILD_ENVIRONMENT
 from ppod_models.sources import default_cache_dir, resolve
 
+SHAPED: dict[str, object] = {"rewards": {"shaping": "token"}, "kl": {"coefficient": 0.12}}
+"""The score paid as it arises, with a penalty that ends near the KL of TRL with 0.08."""
+
 SIDES: dict[str, dict[str, object]] = {
     "ppod": {},
     # As TRL has one.
@@ -46,8 +52,11 @@ SIDES: dict[str, dict[str, object]] = {
         "critic": {"kind": "model"},
         "kl": {"placement": "loss", "estimator": "k2", "coefficient": 0.15},
     },
+    "TRL, KL coefficient 0.08": {"kl": {"coefficient": 0.08}},
+    "ppod, shaped": {"critic": {"kind": "model"}, **SHAPED},
+    "ppod, shaped, a value head": SHAPED,
 }
-"""Who learns, and what ppod's trainer is configured with besides."""
+"""Who learns, and what ppod's trainer is configured with besides; of TRL the KL coefficient alone."""
 
 SMALL_MODEL = ("small-model", "small-steps")
 SMOOTHED_STEPS = 5
@@ -91,19 +100,20 @@ def run_ppod(side: str, setting: Setting, task: Task, steps: int, directory: Pat
     return Curve(side, setting.seed, scores, kls)
 
 
-def run_trl(python: Path, setting: Setting, task: Task, steps: int, directory: Path) -> Curve:
+def run_trl(side: str, python: Path, setting: Setting, task: Task, steps: int, directory: Path) -> Curve:
     """Train with TRL."""
     directory.mkdir(parents=True, exist_ok=True)
     result_file = directory / "trl.json"
     command = [str(python), str(Path(__file__).with_name("run_trl.py")), setting.name, "--steps", str(steps)]
     command += ["--model", str(resolve(task.model).path), "--reviews", str(REVIEWS), "--reward", task.head]
     command += ["--services", str(ROOT / "services"), "--seed", str(setting.seed), "--out", str(result_file)]
-    command += ["--kl-coefficient", str(setting.kl_coefficient)]
+    kl = cast("dict[str, object]", SIDES[side].get("kl", {}))
+    command += ["--kl-coefficient", str(kl.get("coefficient", setting.kl_coefficient))]
     with (directory / "trl.log").open("wb") as log:
         environment = {**os.environ, **(CHILD_ENVIRONMENT if setting.trl.tuned else {})}
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
     result = json.loads(result_file.read_text())
-    return Curve("TRL", setting.seed, result["scores"], result["kl"])
+    return Curve(side, setting.seed, result["scores"], result["kl"])
 
 
 def kept(path: Path, run: Callable[[], Curve]) -> Curve:
@@ -118,37 +128,42 @@ def kept(path: Path, run: Callable[[], Curve]) -> Curve:
 
 
 def equal_kl(curves: Mapping[str, Sequence[Curve]]) -> float:
-    """A KL that both sides come to: the lower of their medians at the end."""
+    """A KL that all sides come to: the lowest of their medians at the end."""
     return min(statistics.median(curve.end()[0] for curve in some) for some in curves.values())
 
 
-def table(curves: Mapping[str, Sequence[Curve]]) -> str:
+def table(curves: Mapping[str, Sequence[Curve]], given: Sequence[float]) -> str:
     """One row a side: medians over seeds with the range."""
-    at = equal_kl(curves)
+    kls = list(given) or [equal_kl(curves)]
+    names = " | ".join(f"score at a KL of {kl:.2f}" for kl in kls)
     rows = [
-        f"| | seeds | score before | score at the end | KL at the end, nats | score at a KL of {at:.2f} |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| | seeds | score before | score at the end | KL at the end, nats | {names} |",
+        f"|---|---:|---:|---:|---:|{'---:|' * len(kls)}",
     ]
     for side, some in curves.items():
         columns = (
             [curve.scores[0] for curve in some],
             [curve.end()[1] for curve in some],
             [curve.end()[0] for curve in some],
-            [curve.score_at(at) for curve in some],
+            *([curve.score_at(kl) for curve in some] for kl in kls),
         )
         shown = [f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in columns]
         rows.append(f"| {side} | {len(some)} | {' | '.join(shown)} |")
-    theirs = [curve.score_at(at) for curve in curves["TRL"]]
     for side in [side for side in curves if side != "TRL"]:
-        higher = sum(curve.score_at(at) > other for curve, other in zip(curves[side], theirs, strict=True))
-        rows += ["", f"{side}: the higher score at that KL with {higher} of {len(theirs)} seeds."]
+        for kl in kls:
+            pairs = zip(curves[side], curves["TRL"], strict=True)
+            higher = sum(curve.score_at(kl) > other.score_at(kl) for curve, other in pairs)
+            rows += [
+                "",
+                f"{side}: a higher score than TRL at a KL of {kl:.2f} with {higher} of {len(curves[side])} seeds.",
+            ]
     return "\n".join([*rows, "", "Medians (ranges)."]) + "\n"
 
 
 def draw(path: Path, curves: Mapping[str, Sequence[Curve]], setting: Setting) -> None:
     """Score and KL by episodes, and score by KL."""
     figure, (by_score, by_kl, frontier) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for color, (side, some) in zip(("tab:blue", "tab:orange", "tab:green", "tab:red"), curves.items(), strict=False):
+    for color, (side, some) in zip(mpl.color_sequences["tab10"], curves.items(), strict=False):
         episodes = np.arange(1, len(some[0].scores) + 1) * setting.batch_size
         for axis, values in ((by_score, [c.scores for c in some]), (by_kl, [c.kls for c in some])):
             stacked = np.array(values)
@@ -173,6 +188,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="TRL among them")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--kl-coefficient", type=float, help="of the penalty in the reward; none: the setting's")
+    parser.add_argument("--at", nargs="+", type=float, default=[], help="KLs to compare scores at")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-curves"))
     options = parser.parse_args()
@@ -191,17 +207,17 @@ def main() -> None:
             place = directory / side.replace(",", "").replace(" ", "-")
 
             def run(side: str = side, setting: Setting = seeded, place: Path = place) -> Curve:
-                if side == "TRL":
-                    return run_trl(options.trl_python, setting, task, options.steps, place)
+                if side.startswith("TRL"):
+                    return run_trl(side, options.trl_python, setting, task, options.steps, place)
                 return run_ppod(side, setting, task, options.steps, place)
 
             found.append(kept(place.with_suffix(".json"), run))
         # After each seed, so that what was measured stays if the next is cut off.
         record = {"setting": asdict(setting), "curves": [asdict(one) for some in curves.values() for one in some]}
         (out / "result.json").write_text(json.dumps(record, indent=1))
-        (out / "result.md").write_text(table(curves))
+        (out / "result.md").write_text(table(curves, options.at))
         draw(out / "result.png", curves, setting)
-    print(table(curves))
+    print(table(curves, options.at))
 
 
 if __name__ == "__main__":
