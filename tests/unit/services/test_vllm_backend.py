@@ -85,6 +85,8 @@ def read(output: Output, of: GenerationItem | None = None, *, tokens: int | None
     [
         ({"engine_args": {"dtype": "float16"}}, "vllm.engine_args: dtype is set by model.dtype"),
         ({"engine_args": {"logprobs_mode": "raw_logits"}}, "vllm.engine_args: logprobs_mode cannot be set"),
+        ({"engine_args": {"weight_transfer_config": {"backend": "nccl"}}}, "weight_transfer_config cannot be set"),
+        ({"weights_received_by": "nobody"}, "vllm.weights_received_by"),
         ({"tensor_parallel_size": 0}, "vllm.tensor_parallel_size"),
         ({"nonsense": 1}, "vllm.nonsense: unknown key"),
     ],
@@ -104,6 +106,9 @@ def test_engine_arguments_come_from_the_configuration(tiny_model_dir: Path) -> N
     on_gpu = engine_arguments(config(max_model_len=100, kv_cache_gib=2), tiny_model_dir, "cuda", KNOWN)
     assert (on_gpu["max_model_len"], on_gpu["kv_cache_memory_bytes"]) == (100, 2**31)
     assert on_gpu["enforce_eager"] is False
+    assert (found["weight_transfer_config"], on_gpu["weight_transfer_config"]) == (None, None)
+    receiving = engine_arguments(config(weights_received_by="workers"), tiny_model_dir, "cuda", KNOWN)
+    assert receiving["weight_transfer_config"] == {"backend": "ppod"}
     assert "enable_chunked_prefill" not in on_gpu
 
 
