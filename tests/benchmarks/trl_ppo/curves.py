@@ -211,7 +211,8 @@ def main() -> None:
                     return run_trl(side, options.trl_python, setting, task, options.steps, place)
                 return run_ppod(side, setting, task, options.steps, place)
 
-            found.append(kept(place.with_suffix(".json"), run))
+            # Not with_suffix: a side's name may have a number with a point.
+            found.append(kept(place.with_name(f"{place.name}.json"), run))
         # After each seed, so that what was measured stays if the next is cut off.
         record = {"setting": asdict(setting), "curves": [asdict(one) for some in curves.values() for one in some]}
         (out / "result.json").write_text(json.dumps(record, indent=1))
