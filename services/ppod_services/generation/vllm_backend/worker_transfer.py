@@ -24,7 +24,7 @@ from ppod_services.generation.vllm_backend.receiver import (
 from ppod_services.generation.vllm_backend.segments import Segment
 from ppod_services.generation.vllm_backend.worker_calls import have_workers
 
-_POLL_S = 0.01
+_POLL_S = 0.02
 
 
 class WorkerTransfer:
