@@ -19,18 +19,21 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ppod_models.loading import max_sequence_tokens
-from ppod_models.packing import Layout, enable_packing, hidden_states, lay_out
+from ppod_models.packing import Layout, enable_packing, hidden_states, lay_out, probe_tolerance
+from ppod_models.prefix_features import divide, groups, lay_out_prefixes, prefix_means
 from ppod_models.reward_cards import FeatureSpec, Pooling
 from ppod_models.reward_heads import RewardHeadError
 
 RMS_EPSILON = 1e-6
+_PROBE_TOKENS = 6
 
 
 class TrunkFeatures:
     """Reads features off a trunk; runs no layer above the highest one that is asked for.
 
     The trunk is shared, not copied; its weights are left as they were. `packs` tells whether sequences share a batch
-    without padding. One forward at a time: calls are not thread-safe.
+    without padding, `reads_prefixes` whether `extract_prefixes` may be asked. One forward at a time: calls are not
+    thread-safe.
 
     Raises:
         RewardHeadError: the trunk has no such layers, or is of an architecture whose layers cannot be found.
@@ -45,6 +48,7 @@ class TrunkFeatures:
         self.packs = enable_packing(trunk)
         self._body = lower_layers(cast(PreTrainedModel, trunk.base_model), max(read.layer for read in spec.reads))
         self.max_sequence_tokens = max_sequence_tokens(trunk) - len(self._prefix) - len(self._suffix)
+        self.reads_prefixes = self._reads_prefixes()
 
     @torch.no_grad()
     def extract(self, sequences: Sequence[npt.NDArray[np.integer]]) -> torch.Tensor:
@@ -68,6 +72,74 @@ class TrunkFeatures:
         lengths = torch.tensor([len(content) for content in contents], device=self._device)
         parts = [unit_rms(self._pool(states[read.layer], read.pooling, starts, lengths)) for read in self.spec.reads]
         return torch.cat(parts, dim=-1)
+
+    @property
+    def suffix_tokens(self) -> int:
+        """Tokens that each prefix of `extract_prefixes` costs."""
+        return len(self._suffix)
+
+    @torch.no_grad()
+    def extract_prefixes(
+        self, sequences: Sequence[npt.NDArray[np.integer]], lengths: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Features of prefixes of token sequences, as `extract` gives them of each; only where `reads_prefixes`.
+
+        Args:
+            sequences: as for `extract`.
+            lengths: of the prefixes of each sequence, in tokens, from 1.
+
+        Returns:
+            float32 [prefixes, F], all of the first sequence first.
+
+        Raises:
+            ValueError: a sequence is empty or too long.
+        """
+        rows = [
+            row
+            for sequence, some in zip(sequences, lengths, strict=True)
+            for row in divide(*self._prefixes(sequence, some), len(self._suffix))
+        ]
+        found: list[torch.Tensor] = []
+        for group in groups(rows, len(self._prefix), len(self._suffix)):
+            laid = lay_out_prefixes(group, self._prefix, self._suffix, self._device, self._body.dtype)
+            states = self._states(laid.layout)
+            parts: list[torch.Tensor] = []
+            for read in self.spec.reads:
+                hidden = states[read.layer]
+                match read.pooling:
+                    case "end":
+                        pooled = states_at(hidden, laid.ends)
+                    case "last":
+                        pooled = states_at(hidden, laid.starts + laid.lengths - 1)
+                    case "mean":
+                        pooled = prefix_means(hidden, laid.starts, laid.lengths)
+                parts.append(unit_rms(pooled))
+            found.append(torch.cat(parts, dim=-1))
+        return torch.cat(found)
+
+    def _prefixes(
+        self, sequence: npt.NDArray[np.integer], lengths: Sequence[int]
+    ) -> tuple[npt.NDArray[np.int64], list[int]]:
+        """The text, and how long its prefixes are without the end-of-sequence tokens that `extract` drops."""
+        ends = [len(self._content(sequence[:length])) for length in lengths]
+        return np.asarray(sequence[: max(ends)], dtype=np.int64), ends
+
+    def _reads_prefixes(self) -> bool:
+        """Whether the trunk makes of a row of prefixes what it makes of each alone; a sliding window would be lost."""
+        config = self._body.config
+        if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+            return False
+        probe = np.arange(1, _PROBE_TOKENS + 1)
+        lengths = [1, 3, _PROBE_TOKENS]
+        try:
+            together = self.extract_prefixes([probe], [lengths])
+            alone = self.extract([probe[:length] for length in lengths])
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            # An architecture that takes no mask or positions of others.
+            return False
+        return bool(
+            (together - alone).abs().max() <= probe_tolerance(self._body.dtype) * alone.abs().max().clamp(min=1)
+        )
 
     def _pool(
         self, hidden: torch.Tensor, pooling: Pooling, starts: torch.Tensor, lengths: torch.Tensor

@@ -64,6 +64,16 @@ class RewardModel:
         return self._features.packs
 
     @property
+    def scores_prefixes(self) -> bool:
+        """Whether `score_prefixes` may be asked."""
+        return self._features.reads_prefixes
+
+    @property
+    def tokens_of_prefix(self) -> int:
+        """Tokens that a further prefix of `score_prefixes` costs."""
+        return self._features.suffix_tokens
+
+    @property
     def max_sequence_tokens(self) -> int:
         """Longest sequence that `score` takes: the trunk's positions less the template's tokens."""
         return self._features.max_sequence_tokens
@@ -87,3 +97,22 @@ class RewardModel:
         # float32 throughout: in bfloat16 the sum over hundreds of features would cost two digits of the score.
         scores = self._features.extract(sequences) @ self._weight + self._bias
         return scores.cpu().numpy()
+
+    @torch.no_grad()
+    def score_prefixes(
+        self, sequences: Sequence[npt.NDArray[np.integer]], lengths: Sequence[Sequence[int]]
+    ) -> list[npt.NDArray[np.float32]]:
+        """Score prefixes of sequences, each as `score` would by itself, in about one forward.
+
+        Args:
+            sequences: as for `score`.
+            lengths: of each sequence's prefixes, in tokens, from 1; one at least.
+
+        Returns:
+            float32 [prefixes] for each sequence.
+
+        Raises:
+            ValueError: a sequence is empty or too long.
+        """
+        scores = (self._features.extract_prefixes(sequences, lengths) @ self._weight + self._bias).cpu().numpy()
+        return np.split(scores, np.cumsum([len(some) for some in lengths])[:-1])

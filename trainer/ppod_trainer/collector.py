@@ -10,12 +10,13 @@ from ppod import ReferenceClient, RewardClient
 from ppod.tensors import FloatArray
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.metrics import StepTimer
-from ppod_trainer.potentials import ShapingLevel, score_rollouts
+from ppod_trainer.potentials import Shaping, score_rollouts
 from ppod_trainer.prompts import Prompt
 from ppod_trainer.reward_components import component_scores
 from ppod_trainer.rollouts import Rollout, ScoredRollout, common_temperature
 from ppod_trainer.sampling import Sampler
 
+_UNSHAPED = Shaping()
 Judged = tuple[float, dict[str, float], FloatArray | None]
 """Score, its parts, and potentials."""
 
@@ -71,9 +72,7 @@ class RolloutCollector:
         with timer.phase("generate"):
             return self._sampler.sample(prompts, seeds, policy_version, temperature)
 
-    def score(
-        self, rollouts: Sequence[Rollout], timer: StepTimer, shaping: ShapingLevel = "none"
-    ) -> list[ScoredRollout]:
+    def score(self, rollouts: Sequence[Rollout], timer: StepTimer, shaping: Shaping = _UNSHAPED) -> list[ScoredRollout]:
         """Ask reward and reference at the same time; a sample that either refuses is dropped from both."""
         with timer.phase("score_and_reference"):
             # With this thread's context, so that the call belongs to the step's trace.
@@ -88,7 +87,7 @@ class RolloutCollector:
             if rollout.seed in by_seed
         ]
 
-    def _ask_reward(self, rollouts: Sequence[Rollout], shaping: ShapingLevel) -> tuple[list[Rollout], list[Judged]]:
+    def _ask_reward(self, rollouts: Sequence[Rollout], shaping: Shaping) -> tuple[list[Rollout], list[Judged]]:
         client = self._reward
         if client is None:
             return list(rollouts), [(0.0, {}, None) for _ in rollouts]

@@ -14,6 +14,7 @@ Shape legend: B sequences, T response tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -27,26 +28,37 @@ from ppod_trainer.rollouts import Rollout
 ShapingLevel = Literal["none", "token", "step"]
 
 
+@dataclass(frozen=True, slots=True)
+class Shaping:
+    """Where potentials are asked for: by `level`, and by tokens from one to the next `interval`."""
+
+    level: ShapingLevel = "none"
+    interval: int = 1
+
+
 def score_rollouts(
-    client: RewardClient, rollouts: list[Rollout], level: ShapingLevel
+    client: RewardClient, rollouts: list[Rollout], shaping: Shaping
 ) -> tuple[Scores, list[FloatArray | None]]:
     """The scores of responses, and the potentials that shaping needs; one call, and one forward, for both.
 
     Returns:
         scores: of what the user sees.
-        potentials: of each rollout float32 [T], that of the state before each token; None where `level` is none.
+        potentials: of each rollout float32 [T], that of the state before each token; None where none are asked for.
 
     Raises:
         PpodError: as the client.
     """
     sequences = [rollout.visible_tokens for rollout in rollouts]
-    if level == "none":
+    if shaping.level == "none":
         return client.score(sequences, truncation=Truncation.NONE), [None] * len(rollouts)
     # By token the prompt's last one counts as response: the score behind it is the prompt's potential.
-    behind = 1 if level == "token" else 0
-    starts = [len(rollout.prompt.token_ids) - behind for rollout in rollouts]
-    granularity = Granularity.TOKEN if level == "token" else Granularity.STEP
-    scores = client.score(sequences, prompt_lengths=starts, process=granularity, truncation=Truncation.NONE)
+    by_token = shaping.level == "token"
+    scores = client.score(
+        sequences,
+        prompt_lengths=[len(rollout.prompt.token_ids) - by_token for rollout in rollouts],
+        process=shaping.interval if by_token else Granularity.STEP,
+        truncation=Truncation.NONE,
+    )
     assert scores.process is not None
     return scores, list(_potentials(scores.process, rollouts))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.metrics import StepTimer
-from ppod_trainer.potentials import ShapingLevel
+from ppod_trainer.potentials import Shaping
 from ppod_trainer.prompts import PromptSet
 from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
 from ppod_trainer.schedules import temperature_at
@@ -43,7 +43,7 @@ class StepRollouts:
     selection: Selection
     temperature: Callable[[int], float]
     collector: RolloutCollector
-    shaping: ShapingLevel = "none"
+    shaping: Shaping
 
     @property
     def max_rounds(self) -> int:
@@ -89,5 +89,5 @@ def build_step_rollouts(config: TrainerConfig, prompts: PromptSet, collector: Ro
         selection=AllRollouts() if dynamic is None else DynamicSampling(groups, dynamic.max_rounds),
         temperature=lambda step: temperature_at(step, config),
         collector=collector,
-        shaping=config.rewards.shaping,
+        shaping=Shaping(config.rewards.shaping, config.rewards.shaping_interval),
     )

@@ -28,7 +28,7 @@ class RewardClient(ServiceClient):
         *,
         prompt_lengths: Sequence[int] = (),
         references: Sequence[str] = (),
-        process: Granularity | None = None,
+        process: Granularity | int | None = None,
         truncation: Truncation = Truncation.NONE,
         priority: Priority = Priority.NORMAL,
         request_id: str = "",
@@ -40,7 +40,8 @@ class RewardClient(ServiceClient):
             sequences: token ids of prompt and response, each of shape [length], without padding.
             prompt_lengths: prompt tokens of each sequence; empty: the whole sequence is response.
             references: what rewards that check an answer hold each response against; empty: nothing.
-            process: also score the way, for process reward models.
+            process: also score the way: each step, each response token, or the first token, every so many behind it,
+                and the last.
             truncation: what to do with a sequence longer than the model takes.
             priority: who goes first among the team's requests.
             request_id: empty: a new one; repeats of the request carry the same.
@@ -112,7 +113,7 @@ class AsyncRewardClient(AsyncServiceClient):
         *,
         prompt_lengths: Sequence[int] = (),
         references: Sequence[str] = (),
-        process: Granularity | None = None,
+        process: Granularity | int | None = None,
         truncation: Truncation = Truncation.NONE,
         priority: Priority = Priority.NORMAL,
         request_id: str = "",

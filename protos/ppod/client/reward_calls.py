@@ -104,7 +104,7 @@ class ScoreOptions:
 
     truncation: Truncation = Truncation.NONE
     references: Sequence[str] = ()
-    process: Granularity | None = None
+    process: Granularity | int | None = None
     priority: Priority = Priority.NORMAL
     request_id: str = ""
 
@@ -142,6 +142,7 @@ class ScoreJob:
             truncation=whole.truncation,
             priority=whole.priority,
             process=whole.process,
+            process_interval=whole.process_interval,
             prompt_lengths=whole.prompt_lengths[rows.start : rows.stop],
             references=whole.references[rows.start : rows.stop],
         )
@@ -229,10 +230,12 @@ class ScoreJob:
         prompts = self._request.prompt_lengths
         for row, found in zip(rows, lengths, strict=True):
             whole = 0 if self._lengths is None else self._lengths[row]
-            expected = whole - (prompts[row] if prompts else 0)
+            tokens = whole - (prompts[row] if prompts else 0)
+            # The first one, every so many behind it, and the last one.
+            expected = -(-(tokens - 1) // (self._request.process_interval or 1)) + 1
             # Truncation may have dropped some of them.
             if found > expected or (found < expected and self._request.truncation == Truncation.NONE.value):
-                raise InvalidReply("process.lengths", f"{found} for sequence {row}", f"{expected} response tokens")
+                raise InvalidReply("process.lengths", f"{found} for sequence {row}", f"{expected}, as response tokens")
 
 
 def token_job(
@@ -305,8 +308,15 @@ def _request(options: ScoreOptions, pin: Pin, count: int) -> reward_pb2.ScoreReq
         truncation=options.truncation.value,
         priority=options.priority.value,
         references=options.references,
-        process=reward_pb2.PROCESS_GRANULARITY_UNSPECIFIED if options.process is None else options.process.value,
+        process=_granularity(options.process),
+        process_interval=options.process if isinstance(options.process, int) else 0,
     )
+
+
+def _granularity(process: Granularity | int | None) -> reward_pb2.ProcessGranularity:
+    if process is None:
+        return reward_pb2.PROCESS_GRANULARITY_UNSPECIFIED
+    return reward_pb2.PROCESS_GRANULARITY_TOKEN if isinstance(process, int) else process.value
 
 
 def _check_count(field: str, found: int, expected: int) -> None:

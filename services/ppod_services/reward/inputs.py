@@ -62,8 +62,14 @@ def read_truncation(side: int) -> Truncation:
         raise InvalidArgument("truncation", str(side), "a value of ppod.v1.TruncationSide") from error
 
 
-def read_granularity(process: int) -> Granularity | None:
-    """The granularity asked for, or None; raise InvalidArgument for a number that the contract does not have."""
+def read_granularity(process: int, interval: int) -> Granularity | None:
+    """The granularity asked for, or None.
+
+    Raises:
+        InvalidArgument: a number that the contract does not have, or an interval without tokens to count.
+    """
+    if interval and process != Granularity.TOKEN.value:
+        raise InvalidArgument("process_interval", str(interval), "0, but with PROCESS_GRANULARITY_TOKEN")
     try:
         return Granularity(process) if process else None
     except ValueError as error:

@@ -41,20 +41,26 @@ ClassifierT = TypeVar("ClassifierT", SequenceClassifier, TokenClassifier)
 
 
 class HeadScorer:
-    """A trunk with a head, as a scorer: one score, at the end."""
-
-    scores_prefixes = False
+    """A trunk with a head, as a scorer."""
 
     def __init__(self, model: RewardModel) -> None:
         self._model = model
+        self.scores_prefixes = model.scores_prefixes
 
     def end_of(self, tokens: TokenArray) -> int:
         """The last token; the head itself knows which states it reads."""
         return len(tokens) - 1
 
     def score(self, inputs: Sequence[ModelInput]) -> list[FloatArray]:
-        """float32 [1] for each input."""
-        return list(self._model.score([one.tokens for one in inputs]).reshape(-1, 1))
+        """float32 [reads] for each input."""
+        tokens = [one.tokens for one in inputs]
+        if all(one.reads.tolist() == [len(one.tokens) - 1] for one in inputs):
+            return list(self._model.score(tokens).reshape(-1, 1))
+        return self._model.score_prefixes(tokens, [(one.reads + 1).tolist() for one in inputs])
+
+    def tokens_of(self, one: ModelInput) -> int:
+        """A prefix costs the tokens that the head puts behind it."""
+        return len(one.tokens) + (len(one.reads) - 1) * self._model.tokens_of_prefix
 
 
 class SequenceScorer:
@@ -72,6 +78,10 @@ class SequenceScorer:
         """float32 [reads] for each input."""
         return self._model.score([ClassifierInput(one.tokens, one.reads) for one in inputs])
 
+    def tokens_of(self, one: ModelInput) -> int:
+        """Reads cost nothing."""
+        return len(one.tokens)
+
 
 class ProcessScorer:
     """A process reward model as a scorer."""
@@ -88,6 +98,10 @@ class ProcessScorer:
     def score(self, inputs: Sequence[ModelInput]) -> list[FloatArray]:
         """float32 [reads] for each input."""
         return self._model.score([ClassifierInput(one.tokens, one.reads) for one in inputs])
+
+    def tokens_of(self, one: ModelInput) -> int:
+        """Reads cost nothing."""
+        return len(one.tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -24,7 +24,7 @@ from ppod_services.reward.samples import (
 )
 from ppod_services.reward.scored import Adjustment, Kind, RawScores, Scored, Work, adjusted
 from ppod_services.reward.served import ServedModel
-from ppod_services.reward.steps import step_positions, token_positions
+from ppod_services.reward.steps import step_positions
 
 
 class Reward(Protocol):
@@ -129,7 +129,8 @@ class ProcessReward:
         ]
         asked = list(query.samples)
         if query.steps is not None and query.steps.granularity is Granularity.TOKEN:
-            inputs += [self._every_token(sample, reader) for sample in query.samples]
+            pairs = zip(query.samples, query.steps.positions, strict=True)
+            inputs += [self._tokens(sample, ends, reader) for sample, ends in pairs]
             asked += query.samples
         elif query.steps is not None and query.steps.positions != own:
             pairs = zip(query.samples, query.steps.positions, strict=True)
@@ -139,11 +140,11 @@ class ProcessReward:
         side = query.truncation
         return [truncate_reads(sample, one, side, most) for sample, one in zip(asked, inputs, strict=True)]
 
-    def _every_token(self, sample: Sample, reader: Reader) -> ModelInput:
+    def _tokens(self, sample: Sample, ends: Sequence[int], reader: Reader) -> ModelInput:
         if not isinstance(sample.content, TokenContent) or not reader.same_tokens:
             expected = f"token ids of the tokenizer of {self._config.name!r}, or granularity STEP"
             raise InvalidArgument("process", "PROCESS_GRANULARITY_TOKEN", expected, sample.index)
-        return ModelInput(sample.content.tokens, np.asarray(token_positions(sample), dtype=np.int32) - 1)
+        return ModelInput(sample.content.tokens, np.asarray(ends, dtype=np.int32) - 1)
 
 
 _REDUCTIONS: dict[str, Callable[[FloatArray], np.floating]] = {

@@ -37,6 +37,10 @@ class Scorer(Protocol):
         """float32 [reads] for each input; pads by itself."""
         ...
 
+    def tokens_of(self, one: ModelInput) -> int:
+        """Tokens that the model runs for an input."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RewardItem:

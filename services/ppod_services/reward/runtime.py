@@ -44,13 +44,14 @@ class Runtime:
         """Put inputs into the models' queue together and wait for all; leaving early takes them out again."""
         group = (model.info.name, model.weight_version)
         packed = model.info.packs
-        submissions = [Submission(RewardItem(model.scorer, one), len(one.tokens), group, packed) for one in inputs]
+        scorer = model.scorer
+        submissions = [Submission(RewardItem(scorer, one), scorer.tokens_of(one), group, packed) for one in inputs]
         ticket = self.scheduler.submit(submissions, seconds_left(query), query.caller)
         try:
             outcomes = await ticket.gather()
         finally:
             ticket.cancel()
-        return [outcome.result for outcome in outcomes], _work_of(outcomes, inputs)
+        return [outcome.result for outcome in outcomes], _work_of(outcomes, sum(one.tokens for one in submissions))
 
 
 def seconds_left(query: Query) -> float:
@@ -77,9 +78,9 @@ def holds_tokens_of(sample: Sample, query: Query, model: ServedModel) -> bool:
     return query.source is None or query.source.codec.fingerprint == model.info.tokenizer_fingerprint
 
 
-def _work_of(outcomes: Sequence[Outcome[FloatArray]], inputs: Sequence[ModelInput]) -> Work:
+def _work_of(outcomes: Sequence[Outcome[FloatArray]], tokens: int) -> Work:
     seconds: dict[int, float] = {}
     for outcome in outcomes:
         seconds[outcome.batch] = max(outcome.compute_s, seconds.get(outcome.batch, 0.0))
     queue_s = min(outcome.queue_s for outcome in outcomes)
-    return Work(queue_s, seconds, sum(len(one.tokens) for one in inputs))
+    return Work(queue_s, seconds, tokens)

@@ -15,7 +15,7 @@ from ppod_services.reward.kinds import RewardConfig
 from ppod_services.reward.replies import write_description, write_limits, write_scores, write_state
 from ppod_services.reward.rewards import RewardSet
 from ppod_services.reward.samples import Granularity, Query, Sample, Steps, TokenSource
-from ppod_services.reward.steps import find_steps
+from ppod_services.reward.steps import StepRule, find_steps
 
 REWARD_SERVICE = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
 
@@ -43,7 +43,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         pinned_version(request.selector, identity.weight_version)
         needed = rewards.needs_references(config)
         samples = read_samples(request, source, limits.max_request_sequences, needs_references=needed)
-        granularity = read_granularity(request.process)
+        granularity = read_granularity(request.process, request.process_interval)
         query = Query(
             samples=samples,
             truncation=read_truncation(request.truncation),
@@ -52,7 +52,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             source=source,
             steps=None
             if granularity is None
-            else await self._find_steps(rewards, config, samples, granularity, source),
+            else await self._find_steps(rewards, config, samples, granularity, request.process_interval or 1, source),
         )
         return write_scores(await rewards.score(config, query), identity, query.steps)
 
@@ -91,10 +91,11 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         config: RewardConfig,
         samples: tuple[Sample, ...],
         granularity: Granularity,
+        interval: int,
         source: TokenSource | None,
     ) -> Steps:
         """Where to score on the way: the reward that was asked for says what a step is, for its members too."""
         codec = None if source is None else source.codec
         most = self._config.max_process_positions
-        separator = config.steps.separator
-        return await rewards.parts.runtime.tokenize(lambda: find_steps(samples, granularity, separator, codec, most))
+        rule = StepRule(granularity, config.steps.separator, interval)
+        return await rewards.parts.runtime.tokenize(lambda: find_steps(samples, rule, codec, most))

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ppod.errors import InvalidArgument
 from ppod_services.reward.samples import ChatContent, Codec, Granularity, Sample, Steps, TextContent, TokenContent
 
 
-def find_steps(
-    samples: tuple[Sample, ...], granularity: Granularity, separator: str, codec: Codec | None, most: int
-) -> Steps:
+@dataclass(frozen=True, slots=True)
+class StepRule:
+    """Where to score.
+
+    Attributes:
+        granularity: each step, or response tokens.
+        separator: what ends a step.
+        interval: response tokens from one to the next.
+    """
+
+    granularity: Granularity
+    separator: str
+    interval: int = 1
+
+
+def find_steps(samples: tuple[Sample, ...], rule: StepRule, codec: Codec | None, most: int) -> Steps:
     """The positions at which a request is to be scored.
 
     Args:
         samples: the sequences.
-        granularity: each step, or each response token.
-        separator: what ends a step.
+        rule: where.
         codec: of the token ids, where there are any.
         most: most positions in all.
 
@@ -22,20 +36,23 @@ def find_steps(
         InvalidArgument: there are more, or tokens were asked for where text came.
     """
     positions = tuple(
-        step_positions(sample, separator, codec) if granularity is Granularity.STEP else token_positions(sample)
+        step_positions(sample, rule.separator, codec)
+        if rule.granularity is Granularity.STEP
+        else token_positions(sample, rule.interval)
         for sample in samples
     )
     count = sum(len(one) for one in positions)
     if count > most:
         raise InvalidArgument("process", f"{count} positions", f"at most {most} in one request")
-    return Steps(granularity, positions)
+    return Steps(rule.granularity, positions)
 
 
-def token_positions(sample: Sample) -> tuple[int, ...]:
-    """After each response token; raise InvalidArgument for a sample that is text."""
+def token_positions(sample: Sample, interval: int = 1) -> tuple[int, ...]:
+    """After the first response token, every `interval` further, and the last; InvalidArgument: the sample is text."""
     if not isinstance(sample.content, TokenContent):
         raise InvalidArgument("process", "PROCESS_GRANULARITY_TOKEN", "token ids as input, or granularity STEP")
-    return tuple(range(sample.content.prompt_length + 1, len(sample.content.tokens) + 1))
+    whole = len(sample.content.tokens)
+    return (*range(sample.content.prompt_length + 1, whole, interval), whole)
 
 
 def step_positions(sample: Sample, separator: str, codec: Codec | None) -> tuple[int, ...]:

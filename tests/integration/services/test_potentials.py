@@ -9,7 +9,7 @@ import pytest
 
 from ppod import RewardClient
 from ppod.client import Pin
-from ppod_trainer.potentials import score_rollouts
+from ppod_trainer.potentials import Shaping, score_rollouts
 from ppod_trainer.prompts import Prompt
 from ppod_trainer.rollouts import Rollout
 from support.tiny_model import build_tokenizer
@@ -51,8 +51,8 @@ def rollouts() -> list[Rollout]:
 
 
 def test_potentials_are_scores_of_all_that_stands_before(client: RewardClient) -> None:
-    scores, potentials = score_rollouts(client, rollouts(), "token")
-    plain, none = score_rollouts(client, rollouts(), "none")
+    scores, potentials = score_rollouts(client, rollouts(), Shaping("token"))
+    plain, none = score_rollouts(client, rollouts(), Shaping())
     np.testing.assert_allclose(scores.values, plain.values, atol=1e-6)
     assert none == [None] * 3
     for prompt, response, found in zip(PROMPTS, RESPONSES, potentials, strict=True):
@@ -60,6 +60,19 @@ def test_potentials_are_scores_of_all_that_stands_before(client: RewardClient) -
         assert found is not None
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, client.score(prefixes).values, atol=1e-5)
+
+
+@pytest.mark.parametrize("interval", [2, 3, 50])
+def test_fewer_potentials_stand_until_the_next_one(client: RewardClient, interval: int) -> None:
+    _, every = score_rollouts(client, rollouts(), Shaping("token"))
+    _, fewer = score_rollouts(client, rollouts(), Shaping("token", interval))
+    for rollout, one, other in zip(rollouts(), every, fewer, strict=True):
+        assert one is not None
+        assert other is not None
+        last = np.arange(len(one)) // interval * interval
+        # The end of what is visible has a score in any case.
+        last[len(rollout.visible_tokens) - len(rollout.prompt.token_ids) :] = len(one) - 1
+        np.testing.assert_allclose(other, one[last], atol=1e-5)
 
 
 def test_by_steps_the_potential_changes_where_a_step_ends(client: RewardClient, zoo: Zoo) -> None:
@@ -78,11 +91,11 @@ def test_by_steps_the_potential_changes_where_a_step_ends(client: RewardClient, 
         stop_token=False,
         seed=0,
     )
-    _, [found] = score_rollouts(client, [stepped], "step")
+    _, [found] = score_rollouts(client, [stepped], Shaping("step"))
     assert found is not None
     first, second = client.score([[*PROMPTS[0], *response[:4]], [*PROMPTS[0], *response[:8]]]).values
     np.testing.assert_allclose(found, [0, 0, 0, 0, first, first, first, first, second], atol=1e-5)
     with RewardClient(zoo.service.target, pin=Pin(model="encoder")) as other:
         # A model that reads both ways has no prefixes of one forward; the service computes each by itself.
-        _, ways = score_rollouts(other, [one], "token")
+        _, ways = score_rollouts(other, [one], Shaping("token"))
         assert ways[0] is not None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ppod_models import prefix_features
 from ppod_models.reward_cards import FeatureSpec, Read
 from ppod_models.reward_heads import RewardHead, RewardHeadError, read_head, weights_digest, write_head
 from ppod_models.reward_model import RewardModel
@@ -225,3 +226,45 @@ def test_layer_beyond_the_trunk_is_refused(trunk, tokenizer, tmp_path) -> None:
     write_head(make_head(trunk, tokenizer, FeatureSpec(reads=(Read(layer=9, pooling="end"),))), tmp_path)
     with pytest.raises(RewardHeadError, match="reads layer 9, the trunk has 4"):
         RewardModel.load(trunk, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("suffix", [" it is", ""])
+def test_prefixes_in_one_row_score_as_each_does_alone(
+    tokenizer: PreTrainedTokenizerFast, suffix: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever rows the prefixes are divided into, and with end-of-sequence tokens, which carry no text."""
+    trunk = tiny_trunk()
+    trunk.set_attn_implementation(attention)
+    model = RewardModel(trunk, tokenizer, make_head(trunk, tokenizer, SPEC.model_copy(update={"suffix": suffix})))
+    assert model.scores_prefixes
+    assert model.tokens_of_prefix == len(tokenizer.encode(suffix, add_special_tokens=False))
+    eos = tokenizer.eos_token_id
+    sequences = [*some_sequences(), np.array([5, 6, eos, eos]), np.array([eos, eos])]
+    lengths = [list(range(1, len(sequence) + 1)) for sequence in sequences]
+    lengths[3] = [2, 9, 20]
+    expected = [
+        model.score([sequence[:length] for length in some]) for sequence, some in zip(sequences, lengths, strict=True)
+    ]
+    for cells in (2**24, 500):
+        monkeypatch.setattr(prefix_features, "_MASK_CELLS", cells)
+        found = model.score_prefixes(sequences, lengths)
+        assert [len(one) for one in found] == [len(some) for some in lengths]
+        np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), atol=2e-5)
+
+
+def test_rows_of_prefixes_stay_about_as_long_as_the_text() -> None:
+    text = np.arange(1000)
+    lengths = list(range(1, 1001))
+    rows = list(prefix_features.divide(text, lengths, suffix_tokens=10))
+    assert [length for row in rows for length in row.lengths] == lengths
+    assert all(10 * len(row.lengths) <= 1000 and len(row.text) == max(row.lengths) for row in rows)
+    assert len(rows) == 10
+    # Without a suffix one row has them all.
+    assert len(list(prefix_features.divide(text, lengths, suffix_tokens=0))) == 1
+
+
+def test_a_trunk_that_looks_back_only_so_far_reads_no_prefixes(tokenizer: PreTrainedTokenizerFast) -> None:
+    trunk = tiny_trunk()
+    trunk.config.sliding_window = 8  # pyright: ignore[reportAttributeAccessIssue]
+    assert not RewardModel(trunk, tokenizer, make_head(trunk, tokenizer)).scores_prefixes

@@ -24,7 +24,7 @@ from ppod_services.reward.samples import (
     read_text,
 )
 from ppod_services.reward.scored import Adjustment, Kind, Scored
-from ppod_services.reward.steps import find_steps, step_ends
+from ppod_services.reward.steps import StepRule, find_steps, step_ends
 from support.tiny_model import build_tokenizer
 
 
@@ -55,14 +55,14 @@ def test_steps_of_tokens_hold_the_text_of_the_steps() -> None:
     # The tiny tokenizer's end of sequence, which adds no text.
     tokens = np.concatenate([head, tail, [256]]).astype(np.int32)
     sample = Sample(0, TokenContent(tokens, len(head)))
-    steps = find_steps((sample,), Granularity.STEP, "\n", codec, 10)
+    steps = find_steps((sample,), StepRule(Granularity.STEP, "\n"), codec, 10)
     texts = [read_text(sample.prefix(position), codec).response for position in steps.positions[0]]
     assert texts == ["größer\n", "größer\n✓ ok\n", response]
     assert steps.positions[0][-1] == len(tokens)
     before = [read_text(sample.prefix(position - 1), codec).response for position in steps.positions[0][:-1]]
     assert before == ["größer", "größer\n✓ ok"]
     with pytest.raises(InvalidArgument, match="3 positions"):
-        find_steps((sample,), Granularity.STEP, "\n", codec, 2)
+        find_steps((sample,), StepRule(Granularity.STEP, "\n"), codec, 2)
 
 
 @pytest.mark.parametrize(

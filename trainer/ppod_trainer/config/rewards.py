@@ -65,6 +65,9 @@ class RewardsConfig(ConfigModel):
         description="pay the score as it arises, by the reward model's scores of the response so far: after each token "
         "or step, and in sum the same but for the prompt's own score; see potentials.py",
     )
+    shaping_interval: int = Field(
+        default=1, ge=1, description="by token: how many from one score to the next; fewer scores cost less"
+    )
     missing_eos_penalty: float = Field(default=0.0, ge=0, description="taken off the score of a response cut off")
     length_penalty: LengthPenaltyConfig | None = Field(default=None, description="none: length costs nothing")
     overlong: OverlongConfig | None = Field(default=None, description="none: as long as it may be costs nothing")
