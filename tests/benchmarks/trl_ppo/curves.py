@@ -162,7 +162,7 @@ def table(curves: Mapping[str, Sequence[Curve]], given: Sequence[float]) -> str:
 
 def draw(path: Path, curves: Mapping[str, Sequence[Curve]], setting: Setting) -> None:
     """Score and KL by episodes, and score by KL."""
-    figure, (by_score, by_kl, frontier) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, (by_score, by_kl, frontier) = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
     for color, (side, some) in zip(mpl.color_sequences["tab10"], curves.items(), strict=False):
         episodes = np.arange(1, len(some[0].scores) + 1) * setting.batch_size
         for axis, values in ((by_score, [c.scores for c in some]), (by_kl, [c.kls for c in some])):
@@ -174,7 +174,7 @@ def draw(path: Path, curves: Mapping[str, Sequence[Curve]], setting: Setting) ->
     by_score.set(xlabel="episodes", ylabel="mean score of the samples")
     by_kl.set(xlabel="episodes", ylabel="KL to the reference, nats a response")
     frontier.set(xlabel="KL, nats a response", ylabel="score", title=f"means of {SMOOTHED_STEPS} steps, a line a seed")
-    by_score.legend()
+    figure.legend(*by_score.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"{setting.name}: median and range of {len(curves['TRL'])} seeds")
     figure.savefig(path, dpi=110)
     plt.close(figure)
