@@ -52,7 +52,9 @@ class CollectivePlane:
         except GroupError as error:
             raise TrainerError(f"weight_transfer.collective: {error}; set host and port") from error
         self._ask_ranks = ask_ranks
-        self._group = CollectiveGroup("", "", self._backend, {}, config.bucket_mib * _MIB)
+        address, bucket_bytes = f"{config.host}:{config.port}", config.bucket_mib * _MIB
+        # Its name comes with its ranks, at the first push.
+        self._group = CollectiveGroup("", address, self._backend, {}, bucket_bytes)
         self._epoch = 0
         self._members: BroadcastGroup | None = None
         self._refused = threading.Event()
@@ -98,8 +100,7 @@ class CollectivePlane:
         if ranks != self._group.ranks:
             self._leave()
             self._epoch = 0
-            address = f"{self._config.host}:{self._config.port}"
-            self._group = replace(self._group, name=secrets.token_hex(8), address=address, ranks=ranks)
+            self._group = replace(self._group, name=secrets.token_hex(8), ranks=ranks)
 
     def _send(self, push: WeightPush) -> None:
         store = PrefixStore(f"ppod/{self._group.name}", self._store)

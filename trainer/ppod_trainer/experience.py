@@ -190,11 +190,12 @@ def _shaping(
     rollouts: Sequence[ScoredRollout], responses: ResponseBatch, rules: ExperienceRules, controls: StepControls
 ) -> torch.Tensor:
     """What shaping adds to the token rewards, float32 [B, T]; in the units of the shaped scores."""
-    asked = [scored.potentials for scored in rollouts if scored.potentials is not None]
-    if len(asked) < len(rollouts):
-        return torch.zeros(responses.action_mask.shape, device=responses.action_mask.device)
-    potentials = normalised(_pad_actions(asked, responses), rules.rewards, controls.score)
-    return shaping_rewards(potentials, responses.action_mask, rules.gamma)
+    mask = responses.action_mask
+    if rules.rewards.shaping == "none":
+        return torch.zeros(mask.shape, device=mask.device)
+    found = [scored.potentials for scored in rollouts if scored.potentials is not None]
+    potentials = normalised(_pad_actions(found, responses), rules.rewards, controls.score)
+    return shaping_rewards(potentials, mask, rules.gamma)
 
 
 def _matched_tokens(

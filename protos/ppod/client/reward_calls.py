@@ -316,6 +316,8 @@ def _request(options: ScoreOptions, pin: Pin, count: int) -> reward_pb2.ScoreReq
 def _granularity(process: Granularity | int | None) -> reward_pb2.ProcessGranularity:
     if process is None:
         return reward_pb2.PROCESS_GRANULARITY_UNSPECIFIED
+    if isinstance(process, int) and process < 1:
+        raise InvalidArgument("process", str(process), "1 or more tokens from one score to the next")
     return reward_pb2.PROCESS_GRANULARITY_TOKEN if isinstance(process, int) else process.value
 
 

@@ -53,10 +53,19 @@ class HeadScorer:
 
     def score(self, inputs: Sequence[ModelInput]) -> list[FloatArray]:
         """float32 [reads] for each input."""
-        tokens = [one.tokens for one in inputs]
-        if all(one.reads.tolist() == [len(one.tokens) - 1] for one in inputs):
-            return list(self._model.score(tokens).reshape(-1, 1))
-        return self._model.score_prefixes(tokens, [(one.reads + 1).tolist() for one in inputs])
+        # Whoever asks for the end alone gets it as if nobody in the batch had asked for more.
+        whole = [index for index, one in enumerate(inputs) if one.reads.tolist() == [len(one.tokens) - 1]]
+        ways = [index for index in range(len(inputs)) if index not in set(whole)]
+        found: dict[int, FloatArray] = {}
+        if whole:
+            found |= zip(
+                whole, self._model.score([inputs[index].tokens for index in whole]).reshape(-1, 1), strict=True
+            )
+        if ways:
+            lengths = [(inputs[index].reads + 1).tolist() for index in ways]
+            scores = self._model.score_prefixes([inputs[index].tokens for index in ways], lengths)
+            found |= zip(ways, scores, strict=True)
+        return [found[index] for index in range(len(inputs))]
 
     def tokens_of(self, one: ModelInput) -> int:
         """A prefix costs the tokens that the head puts behind it."""

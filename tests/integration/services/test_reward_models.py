@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ppod import InvalidArgument
+from ppod import InvalidArgument, RewardClient
 from support.tiny_head import scores_alone
 from support.tiny_model import build_tokenizer
 
@@ -145,6 +145,21 @@ def test_every_token_of_a_decoder_in_one_forward_equals_its_prefixes(zoo: Zoo) -
     head = score(zoo.service, with_process(of_tokens([ids], [2]), TOKEN), "first")
     # So does a head, which here has no suffix to put behind each.
     assert head.timing.tokens == 5
+
+
+def test_an_interval_counts_tokens(zoo: Zoo) -> None:
+    request = with_process(of_tokens([[11, 22, 33, 44, 55, 66]], [2]), TOKEN)
+    every = dict(way_of(score(zoo.service, request, "first"))[0])
+    request.process_interval = 2
+    [way] = way_of(score(zoo.service, request, "first"))
+    assert [end for end, _ in way] == [3, 5, 6]
+    assert [value for _, value in way] == pytest.approx([every[end] for end in (3, 5, 6)], abs=NOISE)
+    request.process = STEP
+    refused = failure(zoo.service, request, "first")
+    assert isinstance(refused, InvalidArgument)
+    assert "process_interval" in str(refused)
+    with RewardClient(zoo.service.target) as client, pytest.raises(InvalidArgument, match="process: found 0"):
+        client.score([[1, 2]], process=0)
 
 
 def test_a_sum_asks_its_members_at_its_own_steps(zoo: Zoo) -> None:

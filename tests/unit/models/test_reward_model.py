@@ -12,6 +12,9 @@ from ppod_models import prefix_features
 from ppod_models.reward_cards import FeatureSpec, Read
 from ppod_models.reward_heads import RewardHead, RewardHeadError, read_head, weights_digest, write_head
 from ppod_models.reward_model import RewardModel
+from ppod_services.reward.loading import HeadScorer
+from ppod_services.reward.model_inputs import at_end
+from ppod_services.reward.requests import ModelInput
 from support.tiny_head import tiny_card
 from support.tiny_trunk import HIDDEN, LAYERS, POSITIONS, tiny_tokenizer, tiny_trunk
 
@@ -268,3 +271,12 @@ def test_a_trunk_that_looks_back_only_so_far_reads_no_prefixes(tokenizer: PreTra
     trunk = tiny_trunk()
     trunk.config.sliding_window = 8  # pyright: ignore[reportAttributeAccessIssue]
     assert not RewardModel(trunk, tokenizer, make_head(trunk, tokenizer)).scores_prefixes
+
+
+def test_who_asks_for_the_end_alone_gets_the_same_bits_in_any_company(model: RewardModel) -> None:
+    scorer = HeadScorer(model)
+    ends = [at_end(sequence.astype(np.int32), len(sequence) - 1) for sequence in some_sequences()[:2]]
+    way = ModelInput(some_sequences()[3].astype(np.int32), np.array([1, 8, 19], np.int32))
+    first, middle, last = scorer.score([ends[0], way, ends[1]])
+    assert [first.tolist(), last.tolist()] == [one.tolist() for one in scorer.score(ends)]
+    np.testing.assert_allclose(middle, [model.score([way.tokens[:end]])[0] for end in (2, 9, 20)], atol=2e-5)

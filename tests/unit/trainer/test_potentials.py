@@ -107,4 +107,5 @@ def test_shaping_that_nobody_would_read_is_refused() -> None:
     assert "kind sequence reads what whole" in problem({"rewards": shaped, "advantages": {"kind": "sequence"}})
     assert "bootstrap_truncated goes on" in problem({"rewards": shaped, "advantages": {"bootstrap_truncated": True}})
     assert "shaping" in problem({"rewards": {**shaped, "model": False}})
+    assert "counts no tokens" in problem({"rewards": {"shaping": "step", "shaping_interval": 4}})
     assert problem({"rewards": {"shaping": "word"}}).startswith("rewards.shaping")

@@ -75,6 +75,15 @@ class RewardsConfig(ConfigModel):
     filters: FiltersConfig = FiltersConfig()
 
     @model_validator(mode="after")
+    def _interval_is_read(self) -> Self:
+        if self.shaping_interval != 1 and self.shaping != "token":
+            raise ValueError(
+                f"shaping_interval is {self.shaping_interval}, and shaping {self.shaping} counts no tokens: set "
+                "shaping to token, or leave the interval out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _scores_are_there(self) -> Self:
         read = self.normalize != "none" or self.filters.safety is not None or self.shaping != "none"
         if not self.model and read:

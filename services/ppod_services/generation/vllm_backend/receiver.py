@@ -185,16 +185,19 @@ class WorkerReceiver:
             member.close()
 
     def _receive(self, version: VersionInfo) -> None:
+        # What this thread does not catch stands in the log, and nothing counts as received.
+        self._outcome = (FAILED, "its thread ended; the log tells why")
         try:
             with _beside_serving(self._device):
                 copy = _map(version.segment) if self._worker == 0 else None
-                self._staged = StagedTensors(version.tensors, self._device, copy)
-                for bucket in self._meet().buckets(version.weight_version, self._staged.total_bytes):
-                    self._staged.write(bucket)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the service asks for it
+                staged = StagedTensors(version.tensors, self._device, copy)
+                for bucket in self._meet().buckets(version.weight_version, staged.total_bytes):
+                    staged.write(bucket)
+        except (GroupError, ChecksumError, RuntimeError, OSError) as error:
             self._outcome = _describe(error)
-            self._staged = None
             self._leave()
+        else:
+            self._staged, self._outcome = staged, ()
 
     def _meet(self) -> GroupMember:
         if self._group is None:
@@ -204,7 +207,7 @@ class WorkerReceiver:
         return self._member
 
 
-def _describe(error: BaseException) -> Outcome:
+def _describe(error: Exception) -> Outcome:
     if isinstance(error, GroupError):
         return (GROUP_BROKE, str(error))
     if isinstance(error, ChecksumError):

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ppod_services.generation.vllm_backend.api import Engine
 
 _LOGGER = logging.getLogger(__name__)
+_LOADING = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, OSError)
+"""What vLLM's loaders raise for weights that they do not take, and torch for memory that is not there."""
 
 
 class WorkerError(Exception):
@@ -21,10 +23,10 @@ class WorkerError(Exception):
 
 
 def failure_of(do: Callable[[], None]) -> str | None:
-    """In a worker: do something; what went wrong, or None."""
+    """In a worker: load something; what went wrong, or None."""
     try:
         do()
-    except Exception as error:
+    except _LOADING as error:
         _LOGGER.exception("a call of the service failed")
         return f"{type(error).__name__}: {error}"
     return None
