@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from support.tiny_model import save_nan_model
 
 
 def tiny_model_config(directory: Path) -> dict[str, object]:
-    """The tiny model in float32 on one thread."""
-    return {"source": str(directory), "device": "cpu", "dtype": "float32", "threads": 1}
+    """The tiny model in float32 on one thread, or on the device that `make test-cuda` names."""
+    device = os.environ.get("PPOD_TEST_DEVICE", "cpu")
+    return {"source": str(directory), "device": device, "dtype": "float32", "threads": 1}
 
 
 @pytest.fixture(scope="session")

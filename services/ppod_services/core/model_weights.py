@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -13,14 +14,18 @@ from ppod_services.core.weight_manifest import IncomingTensor, LoraAdapter
 from ppod_services.core.weight_store import Install, ReceivedWeights
 
 
+_CPU = torch.device("cpu")
+
+
 class ModelWeights:
     """A `WeightStore` for a model in this process.
 
     Names are those of `model.named_parameters()`: a tied parameter has one name, that of its first owner.
 
-    On the CPU new tensors take the parameters' places, without a copy while nobody can decode, and the tensors that
-    they replace are received into next time: memory that was never touched costs a page fault every 4 KiB. On another
-    device they are copied into the parameters.
+    New tensors take the parameters' places, without a copy while nobody can decode, and the tensors that they replace
+    are written to next time: memory that was never touched costs a page fault every 4 KiB. So another device than the
+    CPU holds two versions; where it has no room for a tensor of the second one, that tensor is copied into its parameter
+    while nobody can decode.
 
     An adapter is merged into copies of the layers that it changes. The base's own tensors stay as they came, so that
     the next adapter, or changes against the base, find no trace of the one before.
@@ -30,11 +35,12 @@ class ModelWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters())
+        self._device = next(iter(self._parameters.values())).device
         self._linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} & {
             name.removesuffix(".weight") for name in self._parameters if name.endswith(".weight")
         }
         self._covered: dict[str, torch.Tensor] = {}  # the base's tensors, where merged ones serve
-        self._spare: dict[str, torch.Tensor] = {}
+        self._spare: dict[tuple[str, torch.device], torch.Tensor] = {}
         self._borrowed: set[str] = set()  # whose memory is a sender's file
 
     def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
@@ -45,7 +51,7 @@ class ModelWeights:
 
     def allocate(self, tensors: Sequence[IncomingTensor]) -> Sequence[torch.Tensor]:
         """See `WeightStore`."""
-        return [self._buffer(tensor.name, tensor.shape, DTYPES[tensor.dtype]) for tensor in tensors]
+        return [self._buffer(tensor.name, tensor.shape, DTYPES[tensor.dtype], _CPU) for tensor in tensors]
 
     def image(self, name: str, dtype: str) -> torch.Tensor | None:
         """See `WeightStore`: what a wider type holds is narrowed to the bits that came."""
@@ -58,7 +64,13 @@ class ModelWeights:
         """See `WeightStore`."""
         if received.adapter is not None:
             return self._stage_adapter(received.adapter, received.tensors)
-        ready = {name: self._ready(name, tensor) for name, tensor in received.tensors.items()}
+        ready = {name: self._place(name, tensor) for name, tensor in received.tensors.items()}
+        with _beside_decoding(self._device):
+            for name, tensor in received.tensors.items():
+                if ready[name] is not tensor:
+                    ready[name].copy_(tensor)
+                    if tensor.device != self._device and not received.borrowed:
+                        self._keep(name, tensor)
         borrowed = {name for name, tensor in received.tensors.items() if received.borrowed and ready[name] is tensor}
 
         @torch.no_grad()
@@ -95,24 +107,44 @@ class ModelWeights:
             self._parameters[name].data = tensor
         self._covered.clear()
 
-    def _ready(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as its parameter will hold it, where that is in this machine's own memory."""
-        parameter = self._parameters[name]
-        if parameter.device.type != "cpu" or parameter.dtype == tensor.dtype:
+    def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Where the tensor is to wait: as its parameter will hold it, or as it is where there is no room for that."""
+        dtype = self._parameters[name].dtype
+        if (tensor.device, tensor.dtype) == (self._device, dtype):
             return tensor
-        return self._buffer(name, tuple(tensor.shape), parameter.dtype).copy_(tensor)
+        try:
+            return self._buffer(name, tuple(tensor.shape), dtype, self._device)
+        except torch.OutOfMemoryError:
+            return tensor
 
     def _replace(self, parameter: nn.Parameter, name: str, tensor: torch.Tensor) -> None:
-        if parameter.device.type != "cpu":
+        if tensor.device != self._device:
             parameter.copy_(tensor)
-            self._spare[name] = tensor
             return
         if name not in self._borrowed and parameter.data.is_contiguous():
-            self._spare[name] = parameter.data
+            self._keep(name, parameter.data)
         parameter.data = tensor
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        spare = self._spare.get(name)
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        """It may be written to from now on."""
+        self._spare[name, tensor.device] = tensor
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        spare = self._spare.get((name, device))
         if spare is not None and spare.dtype == dtype:
-            return self._spare.pop(name)
-        return torch.empty(shape, dtype=dtype)
+            return self._spare.pop((name, device))
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
+@contextmanager
+def _beside_decoding(device: torch.device) -> Generator[None]:
+    """Copies to a CUDA device that do not stand in line with what decodes there; they are done at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    # What is written to may have been read until a moment ago.
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()

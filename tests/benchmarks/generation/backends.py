@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, TypedDict
@@ -22,7 +22,7 @@ class Backend:
     """An engine.
 
     Attributes:
-        engine: module that drives it in process.
+        engine: module that drives it in process; its argument is the service's configuration.
         python: interpreter that has it; empty: this one.
         values: its part of the service's configuration, besides model and batching.
         joins: whether it can be driven without joins too.
@@ -34,12 +34,12 @@ class Backend:
     joins: bool = True
 
 
-VLLM_VALUES: dict[str, object] = {"backend": "vllm", "vllm": {"max_model_len": 512}}
+VLLM_VALUES: dict[str, object] = {"max_model_len": 512}
 """Long enough for all workloads."""
 BACKENDS = {
     "transformers": Backend("benchmarks.generation.transformers_engine"),
     # Run the whole benchmark in an environment that has vLLM, such as that of `make setup-vllm`.
-    "vllm": Backend("benchmarks.generation.vllm_engine", values=VLLM_VALUES, joins=False),
+    "vllm": Backend("benchmarks.generation.vllm_engine", values={"backend": "vllm"}, joins=False),
 }
 
 
@@ -66,9 +66,9 @@ class Engine:
 
 
 @contextmanager
-def running_engine(backend: Backend, model: dict[str, object]) -> Iterator[Engine]:
-    """Start an engine; it ends with the block."""
-    command = [backend.python or sys.executable, "-m", backend.engine, json.dumps(model)]
+def running_engine(backend: Backend, values: Mapping[str, object]) -> Iterator[Engine]:
+    """Start an engine with a service's configuration; it ends with the block."""
+    command = [backend.python or sys.executable, "-m", backend.engine, json.dumps(values)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
     ) as process:

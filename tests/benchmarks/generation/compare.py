@@ -1,7 +1,7 @@
 """Tokens a second through gRPC over the same engine driven in process, on the same prompts.
 
-usage: python -m benchmarks.generation.compare [--backend NAME] [--rounds N] [--dtype NAME] [--threads N] [--only TEXT]
-    [--out DIR]
+usage: python -m benchmarks.generation.compare [--backend NAME] [--model SOURCE] [--device NAME] [--rounds N]
+    [--dtype NAME] [--threads N] [--only TEXT] [--out DIR]
 
 One engine runs in a process of its own, the other behind the service; while one works the other sleeps. Each round runs
 every workload on both, in turns, the first one of a round second in the next. Both decode at most 32 sequences at a
@@ -25,8 +25,9 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.generation.backends import BACKENDS, Backend, Engine, running_engine
-from benchmarks.generation.workloads import BATCH, MODEL, Workload, workloads
+from benchmarks.generation.backends import BACKENDS, VLLM_VALUES, Backend, Engine, running_engine
+from benchmarks.generation.workloads import BATCH, Workload, workloads
+from benchmarks.subject import add_arguments, subject_of
 from ppod import AsyncGenerationClient, Sampling
 from support.processes import ServiceProcess, running_service
 
@@ -141,7 +142,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", metavar="TEXT", help="workloads whose names hold this")
+    parser.add_argument("--vllm", default="{}", metavar="JSON", help="more of the service's section `vllm`")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-generation"))
+    add_arguments(parser)
     return parser.parse_args()
 
 
@@ -149,19 +152,20 @@ def main() -> int:
     """Measure, write, judge."""
     options = parse()
     backend = BACKENDS[options.backend]
-    model: dict[str, object] = {
-        "source": MODEL,
-        "dtype": options.dtype,
-        "attention": options.attention,
-        "threads": options.threads,
-    }
+    subject = subject_of(options)
+    model = {**subject.served(options.dtype), "attention": options.attention, "threads": options.threads}
+    if options.backend == "vllm":
+        # It has one kind of device, by how it was built.
+        model["device"] = "auto"
     batching = {"max_batch_size": BATCH, "max_batch_tokens": 2**20, "max_queue_tokens": 2**20, "max_batch_s": 3_600}
     values: dict[str, object] = {"model": model, "batching": batching, **backend.values}
+    if options.backend == "vllm":
+        values["vllm"] = {**VLLM_VALUES, **json.loads(options.vllm)}
     chosen = {name: one for name, one in workloads().items() if options.only in name}
     results = {name: Measured(name, one.tokens, one.static_steps) for name, one in chosen.items()}
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_engine(backend, model) as engine,
+        running_engine(backend, values) as engine,
         running_service("ppod_services.generation", Path(folder), values, fresh=True, start_timeout_s=600) as service,
     ):
         first = next(iter(chosen.values()))
@@ -171,7 +175,8 @@ def main() -> int:
             print(f"round {number} of {options.rounds}", flush=True)
             measure_round(number, backend, service, engine, results)
     heading = (
-        f"{options.backend}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {options.threads} "
+        f"{options.backend}, {Path(subject.source).name}, "
+        f"{subject.machine() or platform.processor() or platform.machine()}, {os.cpu_count()} cores, {options.threads} "
         f"thread(s), {options.dtype}, at most {BATCH} sequences at a time; medians of {options.rounds} rounds"
     )
     misses = [

@@ -1,6 +1,6 @@
 """The transformers engine driven in this process: no gRPC, no queue, no event loop.
 
-usage: python -m benchmarks.generation.transformers_engine MODEL-CONFIGURATION
+usage: python -m benchmarks.generation.transformers_engine CONFIGURATION
 
 Answers each line of its input, {"workload": NAME, "joins": BOOL}, with one line: seconds, and the tokens of each
 completion. Without joins a batch runs to its end before the next one begins.
@@ -81,7 +81,7 @@ def as_item(index: int, one: Wanted) -> GenerationItem:
 
 def main() -> None:
     """Answer until the input ends."""
-    model = load_causal_model(ModelConfig.model_validate(json.loads(sys.argv[1])), "policy", 2**24)
+    model = load_causal_model(ModelConfig.model_validate(json.loads(sys.argv[1])["model"]), "policy", 2**24)
     weights = ServedWeights(ModelWeights(model.model), lambda _: None)
     engine = GenerationEngine(model, weights, model.tokenizer)
     known = workloads()

@@ -1,6 +1,6 @@
 """vLLM's AsyncLLM driven in this process, with the engine arguments that the service gives it and nothing else of ppod.
 
-usage: python -m benchmarks.generation.vllm_engine MODEL-CONFIGURATION
+usage: python -m benchmarks.generation.vllm_engine CONFIGURATION
 
 Answers as `transformers_engine` does; vLLM does not tell its steps.
 """
@@ -14,8 +14,9 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.generation.backends import VLLM_VALUES
-from benchmarks.generation.workloads import BATCH, Wanted, workloads
+import torch
+
+from benchmarks.generation.workloads import Wanted, workloads
 from ppod_models.configuration import parse_config
 from ppod_models.sources import resolve
 from ppod_services.generation.config import GenerationServiceConfig
@@ -23,11 +24,14 @@ from ppod_services.generation.vllm_backend.completions import signed_seed
 from ppod_services.generation.vllm_backend.loading import engine_arguments
 
 
-def arguments(model: dict[str, Any]) -> dict[str, object]:
+def arguments(values: dict[str, Any]) -> dict[str, object]:
     """Of AsyncEngineArgs, as the service makes them."""
-    values = {"listen": {"port": 1}, "model": model, "batching": {"max_batch_size": BATCH}, **VLLM_VALUES}
-    config = parse_config(GenerationServiceConfig, values, "benchmark")
-    made = dict(engine_arguments(config, resolve(config.model.source).path, "cpu", frozenset()))
+    from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
+    from vllm.platforms import current_platform  # noqa: PLC0415
+
+    config = parse_config(GenerationServiceConfig, {"listen": {"port": 1}, **values}, "benchmark")
+    path, known = resolve(config.model.source).path, frozenset(AsyncEngineArgs.__dataclass_fields__)
+    made = dict(engine_arguments(config, path, current_platform.device_type, known))
     del made["worker_extension_cls"]
     return made
 
@@ -53,12 +57,12 @@ async def complete(engine: Any, name: str, one: Wanted) -> list[int]:
     return tokens
 
 
-async def answer(model: dict[str, Any]) -> None:
+async def answer(values: dict[str, Any]) -> None:
     """Answer until the input ends."""
     from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
     from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments(model)))
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments(values)))
     known = workloads()
     while line := await asyncio.to_thread(sys.stdin.readline):
         workload = known[json.loads(line)["workload"]]
@@ -73,16 +77,17 @@ async def answer(model: dict[str, Any]) -> None:
 
 def main() -> None:
     """Set what vLLM reads from the environment, as the service does, and answer."""
-    model = json.loads(sys.argv[1])
+    values = json.loads(sys.argv[1])
     os.environ |= {
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(model["threads"]),
+        "OMP_NUM_THREADS": str(values["model"]["threads"]),
     }
-    asyncio.run(answer(model))
+    if not torch.cuda.is_available():
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    asyncio.run(answer(values))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
+from benchmarks.subject import SMOLLM2
 from ppod_models.sources import resolve
 from support.processes import ROOT
 
-MODEL = "packaged:smollm2-135m-instruct"
 REVIEWS = ROOT / "trainer/ppod_trainer/data/movie_review_ratings.tsv"
 BATCH = 32
 """Most sequences that decode together, in every run."""
@@ -58,7 +58,7 @@ class Workload:
 @functools.cache
 def workloads() -> dict[str, Workload]:
     """By name."""
-    tokenizer = Tokenizer.from_file(str(resolve(MODEL).path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(resolve(SMOLLM2).path / "tokenizer.json"))
     rng = np.random.default_rng(0)
     texts = [line.split("\t")[3] for line in REVIEWS.read_text(encoding="utf-8").splitlines()[1:]]
     chosen = iter([texts[index] for index in rng.permutation(len(texts))])

@@ -6,7 +6,8 @@ Run as `python -m benchmarks.overlap.compare` with tests/ on the path. Two setti
    its own would leave this machine's cores alone; a tiny model, so that all else is small beside rollout and update.
    The engine's speed is set so that a rollout takes about as long as an update. Bar: a step takes at most 1.15 times
    the longer of the two.
-2. real: SmolLM2, everything on these cores. Rollout and update then share them; there is no bar.
+2. real: SmolLM2, or --model, everything on these cores or on one device. Rollout and update then share them; there is
+   no bar.
 
 Each is run with max_staleness 0 and 1, in turns. Writes result.json, result.md and result.png.
 """
@@ -29,13 +30,13 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.subject import SMOLLM2, Subject, add_arguments, subject_of
 from support.processes import ServiceProcess, running_service, start_module, write_config
 from support.tiny_head import save_tiny_head
 from support.tiny_model import save_tiny_model
 
 BAR = 1.15
 WARM_UP_STEPS = 2
-SMOLLM2 = "packaged:smollm2-135m-instruct"
 Values = Mapping[str, object]
 
 
@@ -76,17 +77,17 @@ class Measured:
 
 
 @contextmanager
-def services(directory: Path, model: Values, head: str, generation_module: str) -> Iterator[Services]:
+def services(directory: Path, model: Values, reward: Values, head: str, generation_module: str) -> Iterator[Services]:
     """Start the three, reward and reference with a thread each."""
     with ExitStack() as stack:
 
         def start(module: str, values: Values) -> ServiceProcess:
             return stack.enter_context(running_service(module, directory, values, fresh=True))
 
-        one_thread = {**model, "threads": 1}
+        rewards = [{"name": "reward", "model": {**reward, "threads": 1}, "head": head}]
         yield Services(
-            reward=start("ppod_services.reward", {"rewards": [{"name": "reward", "model": one_thread, "head": head}]}),
-            reference=start("ppod_services.reference", {"model": one_thread}),
+            reward=start("ppod_services.reward", {"rewards": rewards}),
+            reference=start("ppod_services.reference", {"model": {**model, "threads": 1}}),
             generation=start(generation_module, {"model": model, "batching": {"max_batch_size": 128}}),
         )
 
@@ -146,7 +147,7 @@ def measure_simulated(directory: Path, steps: int, rounds: int) -> list[Measured
     step_s = 0.0
     for _ in range(rounds + 1):
         os.environ["PPOD_SIMULATED_STEP_S"] = str(step_s)
-        with services(directory, model, head, "benchmarks.overlap.simulated_generation") as up:
+        with services(directory, model, model, head, "benchmarks.overlap.simulated_generation") as up:
             running = {**config, "services": up.targets()}
             first = train("simulated", running, directory, 0)
             if not step_s:
@@ -157,19 +158,20 @@ def measure_simulated(directory: Path, steps: int, rounds: int) -> list[Measured
     return measured
 
 
-def measure_real(directory: Path, steps: int) -> list[Measured]:
-    """SmolLM2, with the default run's task in float32."""
-    model = {"source": SMOLLM2, "dtype": "float32"}
+def measure_real(directory: Path, subject: Subject, steps: int, batch_size: int, max_tokens: int) -> list[Measured]:
+    """The default run's task, on CPUs in float32."""
+    model = subject.served("float32" if subject.device == "cpu" else "auto")
     config = {
         "steps": steps + WARM_UP_STEPS + 1,
         "policy": model,
         "prompts": {"first_tokens": 6, "heldout": 1},
-        "rollout": {"batch_size": 32, "max_tokens": 16},
+        "rollout": {"batch_size": batch_size, "max_tokens": max_tokens},
         "ppo": {"epochs": 1},
         "optimizer": {"learning_rate": 1.35e-4},
         "metrics": {"port": None, "tensorboard": False},
     }
-    with services(directory, model, "reviews-reward", "ppod_services.generation") as up:
+    reward = Subject(SMOLLM2, subject.device).served(str(model["dtype"]))
+    with services(directory, model, reward, "reviews-reward", "ppod_services.generation") as up:
         running = {**config, "services": up.targets()}
         return [train("real", running, directory, staleness) for staleness in (0, 1)]
 
@@ -203,14 +205,18 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each run (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="of the simulated setting (default: %(default)s)")
     parser.add_argument("--real-steps", type=int, default=4, help="of the real setting; 0: leave it out")
+    parser.add_argument("--batch-size", type=int, default=32, help="of the real setting (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=16, help="of the real setting (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-overlap"))
+    add_arguments(parser)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         measured = measure_simulated(directory, options.steps, options.rounds)
         if options.real_steps:
-            measured += measure_real(directory, options.real_steps)
+            subject = subject_of(options)
+            measured += measure_real(directory, subject, options.real_steps, options.batch_size, options.max_tokens)
     shown = table(measured)
     (options.out / "result.md").write_text(shown)
     figures = [

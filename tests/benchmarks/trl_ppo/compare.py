@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
+import torch
 import yaml
 from settings import SETTINGS, Setting, Side, Task
 
@@ -41,6 +42,7 @@ class Machine(TypedDict):
 
     cpu: str
     cores: int
+    device: str
     load_before: float
     versions: dict[str, str]
 
@@ -172,12 +174,13 @@ def run_values(setting: Setting, steps: int, run_dir: Path, task: Task = Task())
 
 
 def describe_machine() -> Machine:
-    """CPU, cores, load and ppod's versions."""
+    """CPU, cores, CUDA device, load and ppod's versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count() or 0,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "load_before": round(os.getloadavg()[0], 2),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "grpcio")},
     }

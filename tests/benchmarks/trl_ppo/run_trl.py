@@ -106,6 +106,7 @@ def build_trainer(options: Options):
     torch.nn.init.zeros_(value.score.weight)
     reference = AutoModelForCausalLM.from_pretrained(options.model, attn_implementation=attention, dtype=frozen).eval()
     trunk = AutoModelForCausalLM.from_pretrained(options.model, attn_implementation=attention, dtype=frozen).eval()
+    trunk.to("cuda" if torch.cuda.is_available() else "cpu")
     prompts = read_prompts(options.reviews, tokenizer, setting)
     clock = make_clock()
     config = PPOConfig(
@@ -194,8 +195,8 @@ def make_reward_model(options: Options, trunk, tokenizer):
 
     class Backbone(nn.Module):
         def forward(self, input_ids, attention_mask, **kwargs) -> BaseModelOutput:
-            rows = [ids[mask].numpy() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
-            scores = torch.as_tensor(score_sequences(rows), dtype=torch.float32)
+            rows = [ids[mask].cpu().numpy() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
+            scores = torch.as_tensor(score_sequences(rows), dtype=torch.float32, device=input_ids.device)
             return BaseModelOutput(hidden_states=(scores[:, None, None].expand(*input_ids.shape, 1),))
 
     class RewardModule(nn.Module):

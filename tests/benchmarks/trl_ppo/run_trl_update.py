@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import sys
 import time
 
 from run_trl import build_trainer, read_options
+from settings import peak_mib
 
 
 class Stopwatch:
@@ -31,9 +31,10 @@ class Stopwatch:
     def __call__(self, values, mask, shift_mean=True):
         whitened = self._whiten(values, mask, shift_mean)
         train = sys._getframe(1).f_locals
-        self.samples = {name: train[name].numpy().copy() for name in ("query_responses", "ref_logprobs", "scores")}
+        names = ("query_responses", "ref_logprobs", "scores")
+        self.samples = {name: train[name].cpu().numpy().copy() for name in names}
         self.samples["context_length"] = train["context_length"]
-        self.samples["sequence_lengths"] = train["sequence_lengths"].numpy().copy()
+        self.samples["sequence_lengths"] = train["sequence_lengths"].cpu().numpy().copy()
         self.begun.append(time.perf_counter())
         return whitened
 
@@ -55,7 +56,7 @@ def main() -> None:
     result = {
         "update_seconds": [round(value, 3) for value in seconds],
         "median": statistics.median(seconds),
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
         "threads": torch.get_num_threads(),
     }
     options.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from settings import SETTINGS, Setting, Task
+from settings import SETTINGS, Setting, Task, peak_mib
 
 from ppod_models.loading import DTYPES, load_causal_lm, vocab_size
 from ppod_models.sources import resolve
@@ -37,11 +36,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rollouts", type=Path, required=True)
     parser.add_argument("--critic", choices=["head", "model"], default="head")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     setting = SETTINGS[options.setting]
     rollouts = read_rollouts(options.rollouts, setting.temperature)
-    learner = make_learner(setting, options.critic)
+    device = torch.device(options.device)
+    learner = make_learner(setting, options.critic, device)
     old, update = [], []
     for step in range(options.steps):
         timer = StepTimer()
@@ -52,11 +53,11 @@ def main() -> None:
         "update_seconds": [round(value, 3) for value in update],
         "old_logprobs_seconds": [round(value, 3) for value in old],
         "median": statistics.median(update),
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
         "threads": torch.get_num_threads(),
     }
     options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"ppod, {options.critic}: {result['median']:.2f} s, {result['peak_rss_mib']:.0f} MiB", flush=True)
+    print(f"ppod, {options.critic}: {result['median']:.2f} s, {result['peak_mib']:.0f} MiB", flush=True)
 
 
 def read_rollouts(path: Path, temperature: float) -> list[ScoredRollout]:
@@ -73,9 +74,9 @@ def read_rollouts(path: Path, temperature: float) -> list[ScoredRollout]:
     return rollouts
 
 
-def make_learner(setting: Setting, critic: str) -> Learner:
+def make_learner(setting: Setting, critic: str, device: torch.device) -> Learner:
     """The learner of a run, as `ppod train` makes it."""
-    path, device, side = resolve(Task().model).path, torch.device("cpu"), setting.ppod
+    path, side = resolve(Task().model).path, setting.ppod
     started = time.perf_counter()
     model = load_causal_lm(path, device=device, dtype=torch.float32, attention=side.attention)
     value_model = None

@@ -1,7 +1,8 @@
-"""What both sides of the benchmark are given. Free of torch: ppod's environment and TRL's both import it."""
+"""What both sides of the benchmark are given. ppod's environment and TRL's both import it."""
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 
 
@@ -20,9 +21,19 @@ class Side:
     tuned: bool
 
 
+def peak_mib() -> float:
+    """The most memory that this process has had, in MiB: of the CUDA device's tensors, or else of all that it is."""
+    import torch  # noqa: PLC0415 - settings are read without it, too
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 PPOD = Side("bfloat16", "eager", tuned=True)
 """ppod's default run on a CPU."""
 
+CUDA = Side("bfloat16", "sdpa", tuned=True)
 TRL = Side("float32", "sdpa", tuned=False)
 """TRL as it comes: PPOConfig's and from_pretrained's defaults."""
 
@@ -81,6 +92,9 @@ SETTINGS = {
         Setting("as-they-come-single", 16, 20, 32, 1, 1, trl=TRL, ppod=PPOD),
         # TRL with all that ppod's launcher and configuration do for speed, to see what the programs themselves cost.
         Setting("equal-bfloat16", 32, 6, 24, 2, 2, trl=PPOD, ppod=PPOD),
+        # The size of the packaged run file for CUDA devices; its attention there is sdpa.
+        Setting("cuda", 128, 6, 48, 2, 2, trl=TRL, ppod=CUDA),
+        Setting("cuda-equal-bfloat16", 128, 6, 48, 2, 2, trl=CUDA, ppod=CUDA),
         Setting("equal-float32", 32, 6, 24, 2, 2, trl=TUNED_FLOAT32, ppod=TUNED_FLOAT32),
         # What is learnt, with the numbers of ppod's default run: curves.py.
         Setting(

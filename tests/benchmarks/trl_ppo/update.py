@@ -1,6 +1,6 @@
 """Seconds of an update and peak of memory, ppod's trainer and TRL's PPOTrainer on the same samples, in turns.
 
-usage: python update.py --trl-python PYTHON [--setting NAME] [--rounds N] [--steps N] [--out DIRECTORY]
+usage: python update.py --trl-python PYTHON [--setting NAME] [--device NAME] [--rounds N] [--steps N] [--out DIRECTORY]
 
 TRL holds policy, value model, reference and reward model in one process. ppod's trainer holds policy and critic; it is
 measured with its value head, which is the default, and with a value model of its own, as TRL has one.
@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--setting", choices=list(SETTINGS), default="as-they-come")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="updates of each side in a round")
+    parser.add_argument("--device", default="cpu", help="of ppod's side; TRL takes a CUDA device where there is one")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-trl"))
     options = parser.parse_args()
     directory = options.out / f"update-{os.getpid()}"
@@ -40,7 +41,7 @@ def main() -> int:
     for _ in range(options.rounds):
         found["TRL"].append(run_trl(options.trl_python, options.setting, options.steps, directory))
         for critic in ("head", "model"):
-            found[f"ppod, value {critic}"].append(run_ppod(options.setting, options.steps, critic, directory))
+            found[f"ppod, value {critic}"].append(run_ppod(options, critic, directory))
     return report(found, options.setting, directory)
 
 
@@ -61,11 +62,12 @@ def run_trl(python: Path, setting: str, steps: int, directory: Path) -> dict[str
     return json.loads(out.read_text())
 
 
-def run_ppod(setting: str, steps: int, critic: str, directory: Path) -> dict[str, float]:
+def run_ppod(options: argparse.Namespace, critic: str, directory: Path) -> dict[str, float]:
     """ppod's figures of one round, on the samples of TRL's."""
     out = directory / f"ppod-{critic}.json"
-    command = [sys.executable, str(Path(__file__).with_name("run_update.py")), setting, "--steps", str(steps)]
-    command += ["--rollouts", str(directory / "rollouts.npz"), "--critic", critic, "--out", str(out)]
+    command = [sys.executable, str(Path(__file__).with_name("run_update.py")), options.setting]
+    command += ["--steps", str(options.steps), "--device", options.device, "--critic", critic]
+    command += ["--rollouts", str(directory / "rollouts.npz"), "--out", str(out)]
     roots = [str(ROOT / name) for name in ("protos", "services", "trainer")]
     environment = {**os.environ, **CHILD_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(roots)}
     _run(command, environment, directory / f"ppod-{critic}.log")
@@ -78,7 +80,7 @@ def report(found: dict[str, list[dict[str, float]]], setting: str, directory: Pa
     for side, rounds in found.items():
         rows[side] = {
             "seconds": statistics.median(one["median"] for one in rounds),
-            "peak MiB": max(one["peak_rss_mib"] for one in rounds),
+            "peak MiB": max(one["peak_mib"] for one in rounds),
         }
     met = True
     for side, row in rows.items():

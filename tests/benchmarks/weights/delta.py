@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from benchmarks.weights.figures import SMOLLM2, Bar, Timing, generation, load_policy, report, say, syncing
+from benchmarks.weights.figures import Bar, Place, Timing, generation, report, say, syncing
 from ppod.client import WireImage
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.policy_weights import PolicyTensors
@@ -38,27 +38,27 @@ def train(run_dir: Path, steps: int) -> None:
         process.wait(120)
 
 
-def measure_delta(checkpoints: Path, shared: Path, out: Path) -> bool:
+def measure_delta(checkpoints: Path, place: Place) -> bool:
     """Push every checkpoint after the one before it, by gRPC and by files."""
     found = sorted(checkpoints.glob("step_*"))
     if not found:
         raise SystemExit(f"{checkpoints} holds no checkpoints")
     timings: list[Timing] = []
     figures: dict[str, object] = {"checkpoints": [path.name for path in found]}
-    model = load_policy(torch.float32)
+    model = place.subject.load(torch.float32)
     full = sum(parameter.numel() * 2 for parameter in model.parameters())
     encode = _encodings(model, found, figures)
     timings.append(Timing("finding and encoding the changes of one step", full, encode))
-    target = {"source": SMOLLM2, "device": "cpu", "dtype": "bfloat16"}
+    target = place.subject.served("bfloat16")
     for name, config in (
         ("gRPC", WeightTransferConfig(encoding="delta")),
-        ("a file", WeightTransferConfig(encoding="delta", plane="shared", directory=shared)),
+        ("a file", WeightTransferConfig(encoding="delta", plane="shared", directory=place.shared)),
         ("gRPC, whole", WeightTransferConfig()),
     ):
-        model = load_policy(torch.float32)
+        model = place.subject.load(torch.float32)
         seconds: list[float] = []
         sent: list[int] = []
-        with generation(target, shared) as service, syncing([service.admin_target], config) as sync:
+        with generation(target, place) as service, syncing([service.admin_target], config) as sync:
             sync.push(model, torch.bfloat16, 1)
             for version, path in enumerate(found, start=2):
                 _load(model, path)
@@ -70,7 +70,7 @@ def measure_delta(checkpoints: Path, shared: Path, out: Path) -> bool:
         timings.append(Timing(f"push after a step over {name}, from float32 parameters", full, seconds))
         figures[f"sent_bytes over {name}"] = sent
     bars: list[Bar] = []
-    return report("delta", out, timings, bars, figures)
+    return report("delta", place, timings, bars, figures)
 
 
 def _encodings(model: PreTrainedModel, found: list[Path], figures: dict[str, object]) -> list[float]:

@@ -13,18 +13,31 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
-
+from benchmarks.subject import Subject
 from ppod import WeightClient
-from ppod_models.loading import load_causal_lm
-from ppod_models.sources import resolve
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
 from support.processes import ServiceProcess, running_service
 
-SMOLLM2 = "packaged:smollm2-135m-instruct"
+
+@dataclass(frozen=True)
+class Place:
+    """What the parts are told.
+
+    Attributes:
+        subject: the model that is pushed.
+        rounds: of each figure.
+        shared: a directory in memory, which services may read.
+        out: directory of the figures.
+        service: more of the services' configuration.
+    """
+
+    subject: Subject
+    rounds: int
+    shared: Path
+    out: Path
+    service: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -69,21 +82,19 @@ def say(line: object) -> None:
     sys.stdout.flush()
 
 
-def load_policy(dtype: torch.dtype) -> PreTrainedModel:
-    """SmolLM2 as the trainer would hold it."""
-    return load_causal_lm(resolve(SMOLLM2).path, device=torch.device("cpu"), dtype=dtype)
-
-
 @contextmanager
 def generation(
-    model: Mapping[str, object], shared: Path, *, map_files: bool = False, relay: bool = False
+    model: Mapping[str, object], place: Place, *, map_files: bool = False, relay: bool = False
 ) -> Iterator[ServiceProcess]:
-    """A generation service; it reads files below `shared`."""
+    """A generation service; it reads the shared files."""
+    vllm = place.service.get("backend") == "vllm"
     values = {
-        "model": dict(model),
+        # vLLM has one kind of device, by how it was built.
+        "model": {**model, "device": "auto"} if vllm else dict(model),
         "warm_up_tokens": 16,
+        **place.service,
         "weights": {
-            "shared_directories": [str(shared)],
+            "shared_directories": [str(place.shared)],
             "map_shared_files": map_files,
             "collective_addresses": ["127.0.0.1:*"],
             "relay_targets": ["127.0.0.1:*"] if relay else [],
@@ -91,7 +102,9 @@ def generation(
     }
     with (
         tempfile.TemporaryDirectory() as directory,
-        running_service("ppod_services.generation", Path(directory), values) as service,
+        running_service(
+            "ppod_services.generation", Path(directory), values, fresh=vllm, start_timeout_s=600
+        ) as service,
     ):
         yield service
 
@@ -106,17 +119,19 @@ def syncing(targets: Sequence[str], config: WeightTransferConfig) -> Iterator[We
         sync.close()
 
 
-def report(name: str, out: Path, timings: Sequence[Timing], bars: Sequence[Bar], figures: Mapping[str, object]) -> bool:
+def report(
+    name: str, place: Place, timings: Sequence[Timing], bars: Sequence[Bar], figures: Mapping[str, object]
+) -> bool:
     """Print all, and write it as JSON; whether all bars are met."""
-    out.mkdir(parents=True, exist_ok=True)
-    machine = {"processor": _processor(), "cores": os.cpu_count()}
+    place.out.mkdir(parents=True, exist_ok=True)
+    machine = {"processor": _processor(), "cores": os.cpu_count(), "device": place.subject.machine()}
     content = {
         "timings": [{**asdict(timing), "median_s": timing.median_s} for timing in timings],
         "bars": [{**asdict(bar), "met": bar.met} for bar in bars],
         "figures": dict(figures),
         "machine": machine,
     }
-    (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    (place.out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     for line in (*timings, *(f"{key}: {value}" for key, value in figures.items()), *bars):
         say(f"  {line}")
     return all(bar.met for bar in bars)

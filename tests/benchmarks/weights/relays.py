@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.weights.figures import Bar, Timing, generation, report, say, syncing
+from benchmarks.subject import Subject
+from benchmarks.weights.figures import Bar, Place, Timing, generation, report, say, syncing
 from benchmarks.weights.slow_link import slow_links
 from ppod_trainer.config import WeightTransferConfig
 from support.processes import ServiceProcess
@@ -40,32 +41,32 @@ def small_model(hidden_size: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def measure_relays(rounds: int, shared: Path, out: Path, hidden_size: int) -> bool:
+def measure_relays(place: Place, hidden_size: int) -> bool:
     """Alternate one replica and eight."""
-    policy, model, size = _saved(shared, hidden_size)
+    policy, model, size = _saved(place, hidden_size)
     ways = {
         "chain": WeightTransferConfig(relay="chain"),
         "tree of 2": WeightTransferConfig(relay="tree", relay_fanout=2),
         "tree of 4": WeightTransferConfig(relay="tree", relay_fanout=4),
         "each from the trainer": WeightTransferConfig(),
-        "one shared file": WeightTransferConfig(plane="shared", directory=shared / "files"),
+        "one shared file": WeightTransferConfig(plane="shared", directory=place.shared / "files"),
     }
     with ExitStack() as stack:
-        services = [stack.enter_context(generation(model, shared, map_files=True, relay=True)) for _ in range(REPLICAS)]
+        services = [stack.enter_context(generation(model, place, map_files=True, relay=True)) for _ in range(REPLICAS)]
         targets = [service.admin_target for service in services]
         alone: list[float] = []
         timings: list[Timing] = []
         computed: dict[str, float] = {}
         for name, config in ways.items():
             seconds: list[float] = []
-            for number in range(rounds + 1):
+            for number in range(place.rounds + 1):
                 one = _push(targets[:1], WeightTransferConfig(), policy)
                 before = _cpu_s(services)
                 eight = _push(targets, config, policy)
                 if number:
                     alone.append(one)
                     seconds.append(eight)
-                    computed[name] = computed.get(name, 0.0) + (_cpu_s(services) - before) / rounds
+                    computed[name] = computed.get(name, 0.0) + (_cpu_s(services) - before) / place.rounds
             timings.append(Timing(f"eight replicas, {name}", size, seconds))
             say(f"    {timings[-1]}")
     timings.insert(0, Timing("one replica", size, alone))
@@ -74,15 +75,15 @@ def measure_relays(rounds: int, shared: Path, out: Path, hidden_size: int) -> bo
     figures: dict[str, object] = {"bytes": size, "replicas": REPLICAS}
     # Where this, over the number of cores, is more than the bar, no way of sending reaches it.
     figures["processor seconds of all eight replicas in one push"] = computed
-    return report("relay", out, timings, bars, figures)
+    return report("relay", place, timings, bars, figures)
 
 
-def measure_uplinks(rounds: int, shared: Path, out: Path, hidden_size: int) -> bool:
+def measure_uplinks(place: Place, hidden_size: int) -> bool:
     """The same where every sender's uplink carries so many bytes a second, which is what a relay is for."""
-    policy, model, size = _saved(shared, hidden_size)
+    policy, model, size = _saved(place, hidden_size)
     relay = WeightTransferConfig(relay="chain")
     with ExitStack() as stack:
-        services = [stack.enter_context(generation(model, shared, relay=True)) for _ in range(REPLICAS)]
+        services = [stack.enter_context(generation(model, place, relay=True)) for _ in range(REPLICAS)]
         ports = [service.admin_port for service in services]
         own = stack.enter_context(slow_links(ports, UPLINK_BYTES_PER_S, one_uplink=False))
         trainers = stack.enter_context(slow_links(ports, UPLINK_BYTES_PER_S, one_uplink=True))
@@ -92,7 +93,7 @@ def measure_uplinks(rounds: int, shared: Path, out: Path, hidden_size: int) -> b
             "eight replicas, each from the trainer": (trainers, WeightTransferConfig()),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for number in range(rounds + 1):
+        for number in range(place.rounds + 1):
             for name, (targets, config) in ways.items():
                 took = _push(targets, config, policy)
                 if number:
@@ -101,16 +102,17 @@ def measure_uplinks(rounds: int, shared: Path, out: Path, hidden_size: int) -> b
         Timing(f"{name}, uplinks of {UPLINK_BYTES_PER_S / 1e6:g} MB/s", size, took) for name, took in seconds.items()
     ]
     bars = [Bar("eight replicas by relay / one, by slow uplinks", timings[1].median_s / timings[0].median_s, 2.0)]
-    return report("uplinks", out, timings, bars, {"bytes": size, "replicas": REPLICAS})
+    return report("uplinks", place, timings, bars, {"bytes": size, "replicas": REPLICAS})
 
 
-def _saved(shared: Path, hidden_size: int) -> tuple[LlamaForCausalLM, dict[str, object], int]:
+def _saved(place: Place, hidden_size: int) -> tuple[LlamaForCausalLM, dict[str, object], int]:
     """The small model, what a service loads it by, and its bytes."""
     policy = small_model(hidden_size)
-    directory = shared / "model"
+    directory = place.shared / "model"
     policy.save_pretrained(directory)
     build_tokenizer().save_pretrained(directory)
-    model: dict[str, object] = {"source": str(directory), "device": "cpu", "dtype": "bfloat16", "threads": 1}
+    model: dict[str, object] = {**Subject(str(directory), place.subject.device).served("bfloat16"), "threads": 1}
+    policy.to(place.subject.device)  # pyright: ignore[reportArgumentType]
     return policy, model, sum(parameter.numel() * 2 for parameter in policy.parameters())
 
 
