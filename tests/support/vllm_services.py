@@ -20,7 +20,12 @@ BLOCK_SIZE = 32
 START_TIMEOUT_S = 240.0
 VALUES: dict[str, object] = {
     "backend": "vllm",
-    "vllm": {"kv_cache_gib": 0.125, "engine_args": {"block_size": BLOCK_SIZE}},
+    "vllm": {
+        "kv_cache_gib": 0.125,
+        "engine_args": {"block_size": BLOCK_SIZE},
+        # On a GPU several engines share one device, and compile nothing.
+        **({"gpu_memory_utilization": 0.05, "enforce_eager": True} if "PPOD_TEST_DEVICE" in os.environ else {}),
+    },
 }
 """Configuration of the backend for tiny models."""
 

@@ -13,7 +13,6 @@ from ppod_services.core.lora import adapter_shapes, merge_layer
 from ppod_services.core.weight_manifest import IncomingTensor, LoraAdapter
 from ppod_services.core.weight_store import Install, ReceivedWeights
 
-
 _CPU = torch.device("cpu")
 
 
@@ -24,8 +23,8 @@ class ModelWeights:
 
     New tensors take the parameters' places, without a copy while nobody can decode, and the tensors that they replace
     are written to next time: memory that was never touched costs a page fault every 4 KiB. So another device than the
-    CPU holds two versions; where it has no room for a tensor of the second one, that tensor is copied into its parameter
-    while nobody can decode.
+    CPU holds two versions; where it has no room for a tensor of the second one, that tensor is copied into its
+    parameter while nobody can decode.
 
     An adapter is merged into copies of the layers that it changes. The base's own tensors stay as they came, so that
     the next adapter, or changes against the base, find no trace of the one before.
