@@ -6,10 +6,15 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+import xxhash
 
+from ppod.client import with_checksums
+from ppod_models.page_locks import page_locked
 from ppod_services.core.model_weights import ModelWeights
 from ppod_services.core.weight_manifest import IncomingTensor
 from ppod_services.core.weight_store import ReceivedWeights
+from ppod_trainer.policy_weights import PolicyTensors
+from ppod_trainer.weight_planes import HostCopy, Outgoing
 from support.tiny_model import build_model
 
 DEVICE = torch.device("cuda:0")
@@ -51,6 +56,39 @@ def test_versions_wait_on_the_device_and_change_places(dtype: torch.dtype) -> No
         places.append({value.data_ptr() for value in model.parameters()})
     assert places[0] == places[2]
     assert places[1] == places[3]
+
+
+def test_from_the_second_version_on_it_is_received_into_page_locked_memory() -> None:
+    store = ModelWeights(build_model().to(DEVICE))
+    for version in range(1, 4):
+        arrived = received(store, weights_of(version), version, torch.bfloat16)
+        assert all(tensor.is_pinned() for tensor in arrived.tensors.values()) == (version > 1)
+        store.stage(arrived)()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_policy_on_the_device_is_sent_as_it_is(dtype: torch.dtype) -> None:
+    model = build_model(seed=7).to(DEVICE, dtype)
+    policy = PolicyTensors(model, torch.bfloat16)
+    expected = [value.detach().to("cpu", torch.bfloat16) for value in model.parameters()]
+    copy = HostCopy()
+    for version in range(1, 3):
+        with copy.tensors(Outgoing(version, policy, None)) as arriving:
+            tensors = with_checksums(arriving)
+        for tensor, value in zip(tensors, expected, strict=True):
+            data = value.contiguous().view(-1).view(torch.uint8).numpy()
+            assert bytes(tensor.data) == data.tobytes()
+            assert tensor.xxh3 == xxhash.xxh3_64_intdigest(data)
+    copy.close()
+
+
+def test_memory_is_locked_and_let_go() -> None:
+    memory, lock = page_locked(3_000_000)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    assert lock.locked
+    assert tensor.is_pinned()
+    lock.close()
+    assert not tensor.is_pinned()
 
 
 def test_what_has_no_room_is_copied_at_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:

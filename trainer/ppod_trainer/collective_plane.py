@@ -22,7 +22,7 @@ from ppod.client import CollectiveGroup, WeightPush, WeightTensor, with_checksum
 from ppod_models.process_groups import BroadcastGroup, GroupBackend, GroupError, open_store, usable_backends
 from ppod_trainer.config import CollectiveConfig
 from ppod_trainer.errors import TrainerError, WeightPushError
-from ppod_trainer.weight_planes import Outgoing
+from ppod_trainer.weight_planes import HostCopy, Outgoing
 
 _POLL_S = 0.002
 _GIVEN_UP = 0
@@ -52,6 +52,7 @@ class CollectivePlane:
         except GroupError as error:
             raise TrainerError(f"weight_transfer.collective: {error}; set host and port") from error
         self._ask_ranks = ask_ranks
+        self._copy = HostCopy()
         address, bucket_bytes = f"{config.host}:{config.port}", config.bucket_mib * _MIB
         # Its name comes with its ranks, at the first push.
         self._group = CollectiveGroup("", address, self._backend, {}, bucket_bytes)
@@ -63,7 +64,8 @@ class CollectivePlane:
     def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
         """See `WeightPlane`: while the context lasts, all replicas are to be asked to take the push."""
         self._place(self._ask_ranks())
-        tensors = with_checksums(outgoing.policy.tensors())
+        with self._copy.tensors(outgoing) as arriving:
+            tensors = with_checksums(arriving)
         push = WeightPush(outgoing.weight_version, tensors, collective=self._group)
         self._refused.clear()
         # Left last to first: who is told that nobody listens, then waits for the broadcast's end.
@@ -91,6 +93,7 @@ class CollectivePlane:
     def close(self) -> None:
         """Leave the group; the port is free again."""
         self._leave()
+        self._copy.close()
         del self._store
 
     def _place(self, counts: Mapping[str, int]) -> None:

@@ -10,6 +10,8 @@ from torch import nn
 
 from ppod.client import WEIGHT_BLOCK_BYTES, TensorDtype, TensorLayout, WeightTensor
 
+_DEVICE_BLOCK_BYTES = 16 * WEIGHT_BLOCK_BYTES
+"""What is copied from a device at once: each copy costs it, and the caller, some ten microseconds."""
 _WIRE = {
     torch.float32: TensorDtype.FLOAT32,
     torch.bfloat16: TensorDtype.BFLOAT16,
@@ -23,13 +25,23 @@ class PolicyTensors:
     Args:
         model: its parameters are read when they are sent, so they must not change meanwhile.
         dtype: float32, bfloat16 or float16.
+
+    Attributes:
+        layout: what travels.
+        on_device: whether they are on a CUDA device.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._dtype = dtype
         named = list(model.named_parameters())
         self._parameters = [parameter.detach().contiguous().view(-1) for _, parameter in named]
+        self.on_device = any(parameter.device.type == "cuda" for parameter in self._parameters)
         self.layout = tuple(TensorLayout(name, _WIRE[dtype], tuple(parameter.shape)) for name, parameter in named)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether `tensors` copies nothing: they are on the CPU, in the data type that travels."""
+        return all((one.device.type, one.dtype) == ("cpu", self._dtype) for one in self._parameters)
 
     def write(self, index: int, memory: memoryview) -> Iterator[memoryview]:
         """Convert one tensor into `memory`; see `ppod.client.WriteBlocks`."""
@@ -43,8 +55,9 @@ class PolicyTensors:
                 yield block.data
             return
         first = 0
-        for begin in range(0, len(memory), WEIGHT_BLOCK_BYTES):
-            block = memory[begin : begin + WEIGHT_BLOCK_BYTES]
+        size = WEIGHT_BLOCK_BYTES if source.device.type == "cpu" else _DEVICE_BLOCK_BYTES
+        for begin in range(0, len(memory), size):
+            block = memory[begin : begin + size]
             target = torch.frombuffer(block, dtype=self._dtype)
             target.copy_(source[first : first + len(target)])
             first += len(target)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ppod.client import SharedDirectory, WeightPush, WeightTensor, WireImage
+from ppod_models.page_locks import PageLock, page_locked
 from ppod_trainer.policy_weights import PolicyTensors
 
 
@@ -43,14 +44,53 @@ class WeightPlane(Protocol):
         ...
 
 
+class HostCopy:
+    """The policy's tensors for planes that send them from this process's memory.
+
+    Those on a device, or of another data type, are copied to memory that is kept: pages that were never touched cost
+    more than the copy. Each can be sent while the next ones are copied.
+    """
+
+    def __init__(self) -> None:
+        self._image: WireImage | None = None
+        self._lock: PageLock | None = None
+
+    @contextmanager
+    def tensors(self, outgoing: Outgoing) -> Generator[Sequence[WeightTensor]]:
+        """All tensors; at the end of the context nobody reads the policy any more."""
+        policy = outgoing.policy
+        if outgoing.image is not None:
+            yield outgoing.image.tensors()
+        elif policy.in_place:
+            yield policy.tensors()
+        else:
+            if self._image is None or self._image.layout != policy.layout:
+                self._image = self._allocate(policy)
+            with self._image.filling(policy.write) as tensors:
+                yield tensors
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._image = self._lock = None
+
+    def _allocate(self, policy: PolicyTensors) -> WireImage:
+        if not policy.on_device:
+            return WireImage(policy.layout)
+        memory, self._lock = page_locked(sum(tensor.nbytes for tensor in policy.layout))
+        return WireImage(policy.layout, memory)
+
+
 class GrpcPlane:
     """Chunks over gRPC."""
+
+    def __init__(self) -> None:
+        self._copy = HostCopy()
 
     @contextmanager
     def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
         """See `WeightPlane`."""
-        tensors = outgoing.policy.tensors() if outgoing.image is None else outgoing.image.tensors()
-        yield WeightPush(outgoing.weight_version, tensors)
+        with self._copy.tensors(outgoing) as tensors:
+            yield WeightPush(outgoing.weight_version, tensors)
 
     @contextmanager
     def changes(self, outgoing: Outgoing, base_version: int, tensors: Sequence[WeightTensor]) -> Generator[WeightPush]:
@@ -62,6 +102,7 @@ class GrpcPlane:
 
     def close(self) -> None:
         """See `WeightPlane`."""
+        self._copy.close()
 
 
 class SharedPlane:
@@ -75,12 +116,15 @@ class SharedPlane:
     def __init__(self, directory: Path, held_uris: Callable[[], Collection[str]]) -> None:
         self._directory = SharedDirectory(directory)
         self._held_uris = held_uris
+        self._locks: dict[Path, PageLock] = {}
 
     @contextmanager
     def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
         """See `WeightPlane`."""
         segment = self._directory.segment(outgoing.policy.layout, self._held_uris())
         if outgoing.image is None:
+            if outgoing.policy.on_device and segment.path not in self._locks:
+                self._locks[segment.path] = PageLock(memoryview(segment.memory))
             segment.image.fill(outgoing.policy.write)
         else:
             segment.image.copy_from(outgoing.image)
@@ -101,4 +145,5 @@ class SharedPlane:
 
     def close(self) -> None:
         """Remove all files."""
+        self._locks.clear()
         self._directory.close()

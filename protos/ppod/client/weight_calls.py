@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -60,6 +60,7 @@ class WeightTensor:
         data: a flat view of the bytes that travel: row-major, little-endian, or encoded.
         encoding: how they travel.
         xxh3: XXH3-64 of the whole tensor's bytes; None: that of `data`, found as it is sent.
+        arriving: waits until `data` holds the bytes, and gives their checksum; None: they are there.
     """
 
     name: str
@@ -68,6 +69,7 @@ class WeightTensor:
     data: memoryview
     encoding: TensorEncoding = TensorEncoding.DENSE
     xxh3: int | None = None
+    arriving: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +230,7 @@ def status(core: ClientCore, timeout_s: float | None) -> Program[WeightStatus]:
 
 
 def with_checksums(tensors: Sequence[WeightTensor]) -> list[WeightTensor]:
-    """The tensors, each with its checksum; several are hashed at once."""
+    """The tensors, all there, each with its checksum; several are hashed at once."""
     if all(tensor.xxh3 is not None for tensor in tensors):
         return list(tensors)
     with ThreadPoolExecutor(_HASHERS, thread_name_prefix="checksums") as pool:
@@ -251,18 +253,19 @@ def messages(push: WeightPush, target: str = "") -> Iterator[bytes]:
     for tensor in push.tensors:
         offset = 0
         checksum = xxhash.xxh3_64()
+        found = tensor.xxh3 if tensor.arriving is None else tensor.arriving()
         while offset < len(tensor.data):
             taken = tensor.data[offset : offset + WEIGHT_CHUNK_BYTES - size]
             offset += len(taken)
             size += len(taken)
             pieces.append(taken)
-            if tensor.xxh3 is None:
+            if found is None:
                 # Just before it is copied: so it is read from memory once.
                 checksum.update(taken)
             if size == WEIGHT_CHUNK_BYTES:
                 yield _chunk(pieces, size)
                 pieces, size = [], 0
-        checksums.append(checksum.intdigest() if tensor.xxh3 is None else tensor.xxh3)
+        checksums.append(checksum.intdigest() if found is None else found)
     if pieces:
         yield _chunk(pieces, size)
     if _checksums_follow(push):
@@ -285,6 +288,8 @@ def _chunk(pieces: Sequence[memoryview], size: int) -> bytes:
 
 
 def _with_checksum(tensor: WeightTensor) -> WeightTensor:
+    if tensor.arriving is not None:
+        return replace(tensor, xxh3=tensor.arriving(), arriving=None)
     return tensor if tensor.xxh3 is not None else replace(tensor, xxh3=xxhash.xxh3_64_intdigest(tensor.data))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import xxhash
 from ppod.client.weight_calls import TensorDtype, WeightTensor
 from ppod.weight_changes import bit_patterns, encode_changes
 
-_THREADS = min(4, os.cpu_count() or 1)
+_THREADS = min(8, os.cpu_count() or 1)
 WEIGHT_BLOCK_BYTES = 1024 * 1024
 """Written and hashed at once: small enough to be hashed while it is in the processor's cache."""
 
@@ -62,6 +63,32 @@ class WireImage:
         """Have every tensor written, several at once, and take its checksum while it is in the cache."""
         self._each(lambda index: self._fill(index, write))
 
+    @contextmanager
+    def filling(self, write: WriteBlocks) -> Generator[list[WeightTensor]]:
+        """Have the tensors written in their order, and push each as soon as it is there.
+
+        The context's end waits until all are written, and raises what went wrong there.
+        """
+        arrived: list[Future[int]] = [Future() for _ in self.layout]
+
+        def fill(index: int) -> None:
+            try:
+                self._fill(index, write)
+            except BaseException as error:
+                arrived[index].set_exception(error)
+                raise
+            arrived[index].set_result(self._checksums[index])
+
+        running = self._start(fill, range(len(self.layout)))
+        try:
+            yield [
+                WeightTensor(tensor.name, tensor.dtype, tensor.shape, part, arriving=future.result)
+                for tensor, part, future in zip(self.layout, self._parts, arrived, strict=True)
+            ]
+        finally:
+            for done in running:
+                done.result()
+
     def copy_from(self, other: WireImage) -> None:
         """Take the tensors of an image of the same layout."""
 
@@ -101,12 +128,16 @@ class WireImage:
 
     def _each(self, work: Callable[[int], None]) -> None:
         """Do the work for every tensor, the largest first, so that the threads end together."""
-        waiting = iter(sorted(range(len(self.layout)), key=lambda index: -self.layout[index].nbytes))
+        order = sorted(range(len(self.layout)), key=lambda index: -self.layout[index].nbytes)
+        for done in self._start(work, order):
+            done.result()
+
+    def _start(self, work: Callable[[int], None], order: Sequence[int]) -> list[Future[None]]:
+        waiting = iter(order)
 
         def take() -> None:
             # One iterator for all threads: a future for each of hundreds of small tensors would cost more than they do.
             for index in waiting:
                 work(index)
 
-        for done in [self._pool.submit(take) for _ in range(_THREADS)]:
-            done.result()
+        return [self._pool.submit(take) for _ in range(_THREADS)]

@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from ppod_models.loading import DTYPES
+from ppod_services.core.arena import Arena
 from ppod_services.core.lora import adapter_shapes, merge_layer
 from ppod_services.core.weight_manifest import IncomingTensor, LoraAdapter
 from ppod_services.core.weight_store import Install, ReceivedWeights
-
-_CPU = torch.device("cpu")
 
 
 class ModelWeights:
@@ -39,8 +38,14 @@ class ModelWeights:
             name.removesuffix(".weight") for name in self._parameters if name.endswith(".weight")
         }
         self._covered: dict[str, torch.Tensor] = {}  # the base's tensors, where merged ones serve
-        self._spare: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._spare: dict[str, torch.Tensor] = {}
+        self._arena: Arena | None = None  # what is received into on its way to a device
         self._borrowed: set[str] = set()  # whose memory is a sender's file
+
+    @property
+    def borrows(self) -> bool:
+        """See `WeightStore`."""
+        return self._device.type == "cpu"
 
     def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
         """See `WeightStore`."""
@@ -50,7 +55,11 @@ class ModelWeights:
 
     def allocate(self, tensors: Sequence[IncomingTensor]) -> Sequence[torch.Tensor]:
         """See `WeightStore`."""
-        return [self._buffer(tensor.name, tensor.shape, DTYPES[tensor.dtype], _CPU) for tensor in tensors]
+        if self._arena is not None and (found := self._arena.tensors(tensors)) is not None:
+            return found
+        if self._device.type != "cpu":
+            return [torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]) for tensor in tensors]
+        return [self._buffer(tensor.name, tensor.shape, DTYPES[tensor.dtype]) for tensor in tensors]
 
     def image(self, name: str, dtype: str) -> torch.Tensor | None:
         """See `WeightStore`: what a wider type holds is narrowed to the bits that came."""
@@ -67,9 +76,10 @@ class ModelWeights:
         with _beside_decoding(self._device):
             for name, tensor in received.tensors.items():
                 if ready[name] is not tensor:
-                    ready[name].copy_(tensor)
-                    if tensor.device != self._device and not received.borrowed:
-                        self._keep(name, tensor)
+                    # Both may be page-locked, or on the CPU: the context's end waits.
+                    ready[name].copy_(tensor, non_blocking=True)
+        if self._device.type == "cuda":
+            self._make_room(received.tensors, kept=any(ready[name] is one for name, one in received.tensors.items()))
         borrowed = {name for name, tensor in received.tensors.items() if received.borrowed and ready[name] is tensor}
 
         @torch.no_grad()
@@ -112,27 +122,32 @@ class ModelWeights:
         if (tensor.device, tensor.dtype) == (self._device, dtype):
             return tensor
         try:
-            return self._buffer(name, tuple(tensor.shape), dtype, self._device)
+            return self._buffer(name, tuple(tensor.shape), dtype)
         except torch.OutOfMemoryError:
             return tensor
+
+    def _make_room(self, tensors: Mapping[str, torch.Tensor], *, kept: bool) -> None:
+        """Have page-locked memory for the next version, which takes seconds the first time; not what is kept."""
+        needed = Arena.size_of(tensors.values())
+        if kept:
+            self._arena = None
+        elif self._arena is None or self._arena.nbytes < needed:
+            self._arena = None
+            self._arena = Arena(needed)
 
     def _replace(self, parameter: nn.Parameter, name: str, tensor: torch.Tensor) -> None:
         if tensor.device != self._device:
             parameter.copy_(tensor)
             return
         if name not in self._borrowed and parameter.data.is_contiguous():
-            self._keep(name, parameter.data)
+            self._spare[name] = parameter.data
         parameter.data = tensor
 
-    def _keep(self, name: str, tensor: torch.Tensor) -> None:
-        """It may be written to from now on."""
-        self._spare[name, tensor.device] = tensor
-
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        spare = self._spare.get((name, device))
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        spare = self._spare.get(name)
         if spare is not None and spare.dtype == dtype:
-            return self._spare.pop((name, device))
-        return torch.empty(shape, dtype=dtype, device=device)
+            return self._spare.pop(name)
+        return torch.empty(shape, dtype=dtype, device=self._device)
 
 
 @contextmanager

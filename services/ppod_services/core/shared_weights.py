@@ -32,7 +32,7 @@ _MAX_HEADER_BYTES = 100_000_000
 """As safetensors itself bounds it."""
 
 _KEPT_MAPPINGS = 2
-_READERS = min(4, os.cpu_count() or 1)
+_READERS = min(8, os.cpu_count() or 1)
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -185,7 +185,7 @@ class SharedFiles:
         with SharedFile(manifest.uri, self._directories) as file:
             offsets = file.offsets(manifest)
             # Changes and adapters are read once, to make other tensors of them.
-            mappable = self._map_files and manifest.adapter is None and not manifest.encoded
+            mappable = self._map_files and weights.borrows and manifest.adapter is None and not manifest.encoded
             mapped = _tensors_in(self._mapping(file), manifest, offsets) if mappable else None
             transfer = weights.begin(manifest, mapped)
             staged: Install | None = None

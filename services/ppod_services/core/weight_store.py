@@ -65,6 +65,11 @@ class WeightStore(Protocol):
         """Who receives a group's broadcasts in this process's place; None: this process does."""
         ...
 
+    @property
+    def borrows(self) -> bool:
+        """Whether it can serve from a file's memory. Else files are read into the buffers of `allocate`."""
+        ...
+
     def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of all tensors that a transfer must bring, no more and no less.
 

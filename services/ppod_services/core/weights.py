@@ -75,6 +75,11 @@ class ServedWeights:
         return self._store.group_receiver
 
     @property
+    def borrows(self) -> bool:
+        """See `WeightStore`."""
+        return self._store.borrows
+
+    @property
     def collective_ranks(self) -> int:
         """How many ranks receive a group's broadcasts."""
         return 1 if self._store.group_receiver is None else self._store.group_receiver.ranks

@@ -16,7 +16,18 @@ import xxhash
 from safetensors.numpy import load_file
 
 from ppod import ResourceExhausted
-from ppod.client import RelayHop, SharedDirectory, TensorDtype, TensorLayout, WireImage, relay_tree
+from ppod.client import (
+    RelayHop,
+    SharedDirectory,
+    TensorDtype,
+    TensorLayout,
+    WeightPush,
+    WireImage,
+    relay_tree,
+    with_checksums,
+)
+from ppod.client.weight_calls import messages
+from ppod.v1 import weights_pb2
 from ppod.weight_changes import TensorEncoding
 from support.processes import environment
 
@@ -49,6 +60,42 @@ def test_an_image_is_filled_block_by_block_with_its_checksums() -> None:
     copied = WireImage(LAYOUT)
     copied.copy_from(image)
     assert [bytes(tensor.data) for tensor in copied.tensors()] == [value.tobytes() for value in VALUES]
+
+
+def test_tensors_of_an_image_are_pushed_while_the_next_are_written() -> None:
+    image, first_was_read = WireImage(LAYOUT), threading.Event()
+
+    def write(index: int, memory: memoryview) -> Iterator[memoryview]:
+        if index:
+            assert first_was_read.wait(20)
+        yield from write_values(index, memory)
+
+    with image.filling(write) as tensors:
+        push = WeightPush(1, tensors)
+        stream = messages(push)
+        manifest = weights_pb2.PrepareWeightsRequest.FromString(next(stream)).manifest
+        assert manifest.checksums_follow
+        assert tensors[0].arriving is not None
+        assert tensors[0].arriving() == xxhash.xxh3_64_intdigest(VALUES[0].tobytes())
+        first_was_read.set()
+        *chunks, last = [weights_pb2.PrepareWeightsRequest.FromString(one) for one in stream]
+    assert b"".join(one.chunk for one in chunks) == b"".join(value.tobytes() for value in VALUES)
+    assert list(last.checksums.xxh3) == [xxhash.xxh3_64_intdigest(value.tobytes()) for value in VALUES]
+    again = with_checksums(tensors)
+    assert [one.xxh3 for one in again] == list(last.checksums.xxh3)
+    assert not any(one.arriving for one in again)
+
+
+def test_what_cannot_be_written_fails_the_push_and_the_context() -> None:
+    def write(index: int, memory: memoryview) -> Iterator[memoryview]:
+        if index == 1:
+            raise OSError("gone")
+        yield from write_values(index, memory)
+
+    with pytest.raises(OSError, match="gone"), WireImage(LAYOUT).filling(write) as tensors:  # noqa: PT012
+        with pytest.raises(OSError, match="gone"):
+            list(messages(WeightPush(1, tensors)))
+        assert bytes(tensors[0].data) == VALUES[0].tobytes()
 
 
 def test_changes_of_an_image_carry_the_checksum_of_the_whole() -> None:

@@ -95,6 +95,11 @@ class VllmWeights:
         return None if self._workers is None else self
 
     @property
+    def borrows(self) -> bool:
+        """See `WeightStore`: the workers read from segments of ours alone."""
+        return False
+
+    @property
     def ranks(self) -> int:
         """See `GroupReceiver`: one for each worker."""
         return 1 if self._workers is None else self._workers.workers
