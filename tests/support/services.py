@@ -12,11 +12,13 @@ from support.processes import ServiceProcess, running_service
 from support.tiny_head import save_tiny_head
 from support.tiny_model import save_nan_model
 
+TEST_DEVICE = os.environ.get("PPOD_TEST_DEVICE", "cpu")
+"""Where the services of most tests compute: `make test-cuda` names a CUDA device."""
+
 
 def tiny_model_config(directory: Path) -> dict[str, object]:
-    """The tiny model in float32 on one thread, or on the device that `make test-cuda` names."""
-    device = os.environ.get("PPOD_TEST_DEVICE", "cpu")
-    return {"source": str(directory), "device": device, "dtype": "float32", "threads": 1}
+    """The tiny model in float32 on one thread."""
+    return {"source": str(directory), "device": TEST_DEVICE, "dtype": "float32", "threads": 1}
 
 
 @pytest.fixture(scope="session")

@@ -14,19 +14,17 @@ import psutil
 import pytest
 
 from support.processes import ServiceProcess, running_service
-from support.services import tiny_model_config
+from support.services import TEST_DEVICE, tiny_model_config
 
 BLOCK_SIZE = 32
 START_TIMEOUT_S = 240.0
-VALUES: dict[str, object] = {
-    "backend": "vllm",
-    "vllm": {
-        "kv_cache_gib": 0.125,
-        "engine_args": {"block_size": BLOCK_SIZE},
-        # On a GPU several engines share one device, and compile nothing.
-        **({"gpu_memory_utilization": 0.05, "enforce_eager": True} if "PPOD_TEST_DEVICE" in os.environ else {}),
-    },
+VLLM: dict[str, object] = {
+    "kv_cache_gib": 0.125,
+    "engine_args": {"block_size": BLOCK_SIZE},
+    # On a GPU several engines share one device, and compile nothing.
+    **({} if TEST_DEVICE == "cpu" else {"gpu_memory_utilization": 0.05, "enforce_eager": True}),
 }
+VALUES: dict[str, object] = {"backend": "vllm", "vllm": VLLM}
 """Configuration of the backend for tiny models."""
 
 
@@ -42,7 +40,8 @@ def running_vllm(
 ) -> Iterator[ServiceProcess]:
     """A generation service on vLLM, configured with what is `further`; skipped where vLLM is not installed."""
     require_vllm()
-    values = {"model": tiny_model_config(model_dir), **VALUES}
+    # It has one kind of device, by how it was built.
+    values: dict[str, object] = {"model": {**tiny_model_config(model_dir), "device": "auto"}, **VALUES}
     for section, given in (further or {}).items():
         values[section] = {**cast("dict[str, object]", values.get(section, {})), **given}
     module = "ppod_services.generation"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -19,84 +19,75 @@ from ppod_trainer.policy_weights import PolicyTensors
 from ppod_trainer.weight_sync import PushReport, WeightSync
 from support.processes import ServiceProcess
 
+_PUSH = "push over gRPC, prepared, verified and committed"
+
 
 def measure_grpc(place: Place) -> bool:
     """Alternate the bare streams and the push, so that all of them meet the same machine."""
     policy = place.subject.load(torch.bfloat16)
     chunks = list(weight_calls.messages(WeightPush(1, PolicyTensors(policy, torch.bfloat16).tensors())))[1:]
     size = sum(map(len, chunks))
-    bare: list[float] = []
-    blocking: list[float] = []
-    pushes: list[float] = []
-    broadcasts: list[float] = []
-    with bare_server() as target, generation(place.subject.served("bfloat16"), place) as service:
+    taken: dict[str, list[float]] = {}
+    with (
+        bare_server() as target,
+        generation(place.subject.served("bfloat16"), place) as service,
+        syncing([service.admin_target], WeightTransferConfig()) as sync,
+        ExitStack() as stack,
+    ):
         clients = BareClient(target), BlockingBareClient(target)
-        replica = [service.admin_target]
-        collective = WeightTransferConfig(plane="collective", collective=CollectiveConfig(backend="gloo"))
-        with syncing(replica, WeightTransferConfig()) as sync, syncing(replica, collective) as group:
-            for number in range(place.rounds + 1):
-                seconds = (
-                    clients[0].send(chunks),
-                    clients[1].send(chunks),
-                    _timed_push(sync, policy)[0],
-                    _timed_push(group, policy)[0],
-                )
-                if number:
-                    for kept, value in zip((bare, blocking, pushes, broadcasts), seconds, strict=True):
-                        kept.append(value)
-                say("    round {}: bare {:.3f} s, blocking {:.3f}, push {:.3f}, gloo {:.3f}".format(number, *seconds))
+        ways: dict[str, Callable[[], float]] = {
+            "bare byte stream, grpc.aio": lambda: clients[0].send(chunks),
+            "bare byte stream, blocking client": lambda: clients[1].send(chunks),
+            _PUSH: lambda: _timed_push(sync, policy)[0],
+        }
+        if place.subject.device == "cpu":
+            gloo = WeightTransferConfig(plane="collective", collective=CollectiveConfig(backend="gloo"))
+            group = stack.enter_context(syncing([service.admin_target], gloo))
+            name = "push by a group's broadcast (gloo), prepared, verified and committed"
+            ways[name] = lambda: _timed_push(group, policy)[0]
+        for number in range(place.rounds + 1):
+            seconds = {name: send() for name, send in ways.items()}
+            say(f"    round {number}: " + ", ".join(f"{value:.3f} s" for value in seconds.values()))
+            for name, value in seconds.items() if number else ():
+                taken.setdefault(name, []).append(value)
         for client in clients:
             client.close()
-    timings = [
-        Timing("bare byte stream, grpc.aio", size, bare),
-        Timing("bare byte stream, blocking client", size, blocking),
-        Timing("push over gRPC, prepared, verified and committed", size, pushes),
-        Timing("push by a group's broadcast (gloo), prepared, verified and committed", size, broadcasts),
-    ]
+    timings = [Timing(name, size, seconds) for name, seconds in taken.items()]
     reference = min(timings[0].median_s, timings[1].median_s)
     bars = [Bar("push over gRPC / the faster bare byte stream", timings[2].median_s / reference, 1.25)]
     return report("grpc", place, timings, bars, {"chunk_bytes": len(chunks[0]), "bytes": size})
 
 
 def measure_shared(place: Place) -> bool:
-    """Alternate memcpy and push, by mapped and by copied files, from bfloat16 and from float32 parameters."""
-    policy = place.subject.load(torch.bfloat16)
+    """Alternate memcpy and push, from bfloat16 and from float32 parameters: by mapped files, where the CPU serves, and
+    by files that are read."""
+    policy, master = place.subject.load(torch.bfloat16), place.subject.load(torch.float32)
     size = sum(parameter.numel() * 2 for parameter in policy.parameters())
     source = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     target = np.zeros_like(source)
     config = WeightTransferConfig(plane="shared", directory=place.shared)
     timings = [Timing("memcpy", size, _rounds(place.rounds, lambda: _timed(lambda: np.copyto(target, source))))]
-    for name, mapped in (("mapped", True), ("copied", False)):
-        with (
-            generation(place.subject.served("bfloat16"), place, map_files=mapped) as service,
-            syncing([service.admin_target], config) as sync,
-        ):
-            _timed_push(sync, policy)
-            _timed_push(sync, policy)
-            copies: list[float] = []
-            pushes: list[float] = []
-            for number in range(place.rounds):
-                copies.append(_timed(lambda: np.copyto(target, source)))
-                seconds, done = _timed_push(sync, policy)
-                pushes.append(seconds)
-                say(f"    {name}, round {number}: {seconds:.3f} s (prepare {done.prepare_s:.3f})")
-            timings += [
-                Timing(f"memcpy, beside {name}", size, copies),
-                Timing(f"push by a {name} file, prepared, verified and committed", size, pushes),
-            ]
-    master = place.subject.load(torch.float32)
-    with (
-        generation(place.subject.served("bfloat16"), place, map_files=True) as service,
-        syncing([service.admin_target], config) as sync,
-    ):
-        _timed_push(sync, master)
-        _timed_push(sync, master)
-        pushes = _rounds(place.rounds, lambda: _timed_push(sync, master)[0])
-        timings.append(Timing("push by a mapped file, from float32 parameters", size, pushes))
-    bars = [
-        Bar("push by a mapped file / memcpy", timings[2].median_s / timings[1].median_s, 2.0),
-        Bar("push by a copied file / memcpy", timings[4].median_s / timings[3].median_s, 2.0),
-    ]
+    bars: list[Bar] = []
+    for name in ("mapped", "read") if place.subject.device == "cpu" else ("read",):
+        with _replica(place, "bfloat16", [config], mapped=name == "mapped") as (_, (sync,)):
+            for kind, model in (("bfloat16", policy), ("float32", master)):
+                # Two files are written in turns.
+                _timed_push(sync, model)
+                _timed_push(sync, model)
+                copies: list[float] = []
+                pushes: list[float] = []
+                for number in range(place.rounds):
+                    copies.append(_timed(lambda: np.copyto(target, source)))
+                    seconds, done = _timed_push(sync, model)
+                    pushes.append(seconds)
+                    say(f"    {name}, {kind}, round {number}: {seconds:.3f} s (prepare {done.prepare_s:.3f})")
+                timings += [
+                    Timing(f"memcpy, beside {name}, {kind}", size, copies),
+                    Timing(f"push by a {name} file, from {kind} parameters", size, pushes),
+                ]
+                if model is policy:
+                    ratio = timings[-1].median_s / timings[-2].median_s
+                    bars.append(Bar(f"push by a {name} file / memcpy", ratio, 2.0))
     return report("shared", place, timings, bars, {"bytes": size})
 
 
@@ -107,11 +98,12 @@ def measure_pause(place: Place) -> bool:
     bars: list[Bar] = []
     figures: dict[str, object] = {}
     size = sum(parameter.numel() * 2 for parameter in policy.parameters())
-    for name, config in (
-        ("gRPC", WeightTransferConfig(pause="keep")),
-        ("mapped file", WeightTransferConfig(pause="keep", plane="shared", directory=place.shared)),
-    ):
-        with _replica(place, "auto", config, mapped=True) as (service, sync):
+    configs = [
+        WeightTransferConfig(pause="keep"),
+        WeightTransferConfig(pause="keep", plane="shared", directory=place.shared),
+    ]
+    with _replica(place, "auto", configs, mapped=True) as (service, syncs):
+        for name, sync in zip(("gRPC", "a file"), syncs, strict=True):
             _timed_push(sync, policy)
             with _Generating(service) as load:
                 reports = [_while_generating(sync, policy, load) for _ in range(place.rounds)]
@@ -126,13 +118,10 @@ def measure_pause(place: Place) -> bool:
 
 @contextmanager
 def _replica(
-    place: Place, dtype: str, config: WeightTransferConfig, *, mapped: bool
-) -> Generator[tuple[ServiceProcess, WeightSync]]:
-    with (
-        generation(place.subject.served(dtype), place, map_files=mapped) as service,
-        syncing([service.admin_target], config) as sync,
-    ):
-        yield service, sync
+    place: Place, dtype: str, configs: Sequence[WeightTransferConfig], *, mapped: bool
+) -> Generator[tuple[ServiceProcess, list[WeightSync]]]:
+    with generation(place.subject.served(dtype), place, map_files=mapped) as service, ExitStack() as stack:
+        yield service, [stack.enter_context(syncing([service.admin_target], config)) for config in configs]
 
 
 class _Generating:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from benchmarks.subject import Subject
 from benchmarks.weights.figures import Bar, Place, Timing, generation, report, say, syncing
 from benchmarks.weights.slow_link import slow_links
 from ppod_trainer.config import WeightTransferConfig
+from ppod_trainer.weight_sync import WeightSync
 from support.processes import ServiceProcess
 from support.tiny_model import VOCAB_SIZE, build_tokenizer
 
@@ -54,15 +54,17 @@ def measure_relays(place: Place, hidden_size: int) -> bool:
     with ExitStack() as stack:
         services = [stack.enter_context(generation(model, place, map_files=True, relay=True)) for _ in range(REPLICAS)]
         targets = [service.admin_target for service in services]
+        single = stack.enter_context(syncing(targets[:1], WeightTransferConfig()))
         alone: list[float] = []
         timings: list[Timing] = []
         computed: dict[str, float] = {}
         for name, config in ways.items():
             seconds: list[float] = []
+            sync = stack.enter_context(syncing(targets, config))
             for number in range(place.rounds + 1):
-                one = _push(targets[:1], WeightTransferConfig(), policy)
+                one = _push(single, policy)
                 before = _cpu_s(services)
-                eight = _push(targets, config, policy)
+                eight = _push(sync, policy)
                 if number:
                     alone.append(one)
                     seconds.append(eight)
@@ -88,14 +90,14 @@ def measure_uplinks(place: Place, hidden_size: int) -> bool:
         own = stack.enter_context(slow_links(ports, UPLINK_BYTES_PER_S, one_uplink=False))
         trainers = stack.enter_context(slow_links(ports, UPLINK_BYTES_PER_S, one_uplink=True))
         ways = {
-            "one replica": (own[:1], WeightTransferConfig()),
-            "eight replicas, chain": (own, relay),
-            "eight replicas, each from the trainer": (trainers, WeightTransferConfig()),
+            "one replica": stack.enter_context(syncing(own[:1], WeightTransferConfig())),
+            "eight replicas, chain": stack.enter_context(syncing(own, relay)),
+            "eight replicas, each from the trainer": stack.enter_context(syncing(trainers, WeightTransferConfig())),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(place.rounds + 1):
-            for name, (targets, config) in ways.items():
-                took = _push(targets, config, policy)
+            for name, sync in ways.items():
+                took = _push(sync, policy)
                 if number:
                     seconds[name].append(took)
     timings = [
@@ -125,12 +127,11 @@ def _cpu_s(services: list[ServiceProcess]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _push(targets: Sequence[str], config: WeightTransferConfig, policy: LlamaForCausalLM) -> float:
-    with syncing(targets, config) as sync:
-        version = max(sync.serving_versions()) + 1
-        start = time.perf_counter()
-        done = sync.push(policy, torch.bfloat16, version)
-        seconds = time.perf_counter() - start
+def _push(sync: WeightSync, policy: LlamaForCausalLM) -> float:
+    version = max(sync.serving_versions()) + 1
+    start = time.perf_counter()
+    done = sync.push(policy, torch.bfloat16, version)
+    seconds = time.perf_counter() - start
     if done.fallbacks or done.lost:
         raise SystemExit(f"a replica was lost: {done}")
     return seconds

@@ -41,7 +41,7 @@ class Pool:
         directory = self._directory / f"{backend.name}-{dtype}-{purpose}"
         directory.mkdir()
         values: dict[str, object] = {
-            "model": {**tiny_model_config(self._model_dir), "dtype": dtype},
+            "model": {**tiny_model_config(self._model_dir), "dtype": dtype, "device": backend.device},
             "limits": {"max_request_sequences": 64},
             "weights": {"collective_addresses": ["127.0.0.1:*"]},
             **backend.values,

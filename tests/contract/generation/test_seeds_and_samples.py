@@ -9,6 +9,7 @@ from ppod import GenerationClient, Sampling
 from ppod.client import SeedPromise
 from support.generation_requests import PROMPTS, SEEDS
 from support.recomputed import tokens_of
+from support.services import TEST_DEVICE
 from support.tiny_model import MAX_TOKENS
 
 from .backends import Served
@@ -87,4 +88,4 @@ def test_description(served: Served, client: GenerationClient) -> None:
     assert described.seed_promise is served.backend.seed_promise
     limits = described.limits
     assert (limits.vocab_size, limits.max_sequence_tokens, limits.max_request_sequences) == (320, MAX_TOKENS, 64)
-    assert (limits.dtype, limits.device) == ("float32", "cpu")
+    assert (limits.dtype, limits.device.partition(":")[0]) == ("float32", TEST_DEVICE.partition(":")[0])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ppod_models.loading import DTYPES
 from ppod_models.process_groups import GroupBackend, GroupError
 from ppod_services.core.group_member import GroupMember
 from ppod_services.core.weight_manifest import IncomingGroup
+from ppod_services.generation.vllm_backend.staging import SideStream
 
 GROUP_BROKE = "group"
 OTHER_CHECKSUM = "checksum"
@@ -128,6 +128,7 @@ class WorkerReceiver:
 
     def __init__(self, device: torch.device, worker: int) -> None:
         self._device = device
+        self._side = SideStream(device)
         self._worker = worker
         self._group: IncomingGroup | None = None
         self._timeout_s = 0.0
@@ -188,7 +189,7 @@ class WorkerReceiver:
         # What this thread does not catch stands in the log, and nothing counts as received.
         self._outcome = (FAILED, "its thread ended; the log tells why")
         try:
-            with _beside_serving(self._device):
+            with self._side.working():
                 copy = _map(version.segment) if self._worker == 0 else None
                 staged = StagedTensors(version.tensors, self._device, copy)
                 for bucket in self._meet().buckets(version.weight_version, staged.total_bytes):
@@ -215,17 +216,6 @@ def _describe(error: Exception) -> Outcome:
     if isinstance(error, torch.OutOfMemoryError):
         return (NO_MEMORY, str(error).split("\n", maxsplit=1)[0])
     return (FAILED, f"{type(error).__name__}: {error}")
-
-
-@contextmanager
-def _beside_serving(device: torch.device) -> Generator[None]:
-    """On a GPU, a stream of its own: what it does waits for no decoding step, and is done when the context ends."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-        yield
-        torch.cuda.current_stream().synchronize()
 
 
 def _map(path: str) -> np.ndarray:

@@ -67,6 +67,11 @@ class VllmConfig(ConfigModel):
         description="who is part of the groups of weight_transfer.plane collective: the service, or each worker, onto "
         "its own device, which then needs room for a second copy of its weights in the type that travels",
     )
+    stage_weights: bool | None = Field(
+        default=None,
+        description="copy pushed weights to the devices while the old ones serve, where there is room for both beside "
+        "gpu_memory_utilization, so that a commit is short; none: on GPUs",
+    )
     engine_args: Mapping[str, JsonValue] = Field(
         default={}, description="further arguments of vLLM's AsyncEngineArgs, by their names there"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from collections.abc import Mapping, Sequence, Set
@@ -23,6 +24,7 @@ from ppod_services.generation.vllm_backend.worker_calls import have_workers
 from ppod_services.generation.vllm_backend.worker_transfer import WorkerTransfer
 
 _LOGGER = logging.getLogger(__name__)
+_POLL_S = 0.005
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -47,8 +49,14 @@ class _Image:
 
         Raises: as `have_workers`.
         """
-        await have_workers(engine, "ppod_load_weights", self.segment.path, self.layout)
+        await have_workers(engine, "ppod_load_weights", self.segment.path, self.layout, self.weight_version)
         await self.label(engine)
+
+    async def stage(self, engine: Engine) -> None:
+        """Have all workers copy it to their devices, and wait until that has ended."""
+        await engine.collective_rpc("ppod_stage_weights", args=(self.segment.path, self.layout, self.weight_version))
+        while not all(await engine.collective_rpc("ppod_staged")):
+            await asyncio.sleep(_POLL_S)
 
     async def label(self, engine: Engine) -> None:
         """Label the tokens that come, now that it is loaded."""
@@ -69,6 +77,7 @@ class VllmWeights:
         linear: names of the linear layers that have weights of their own.
         checkpoint: what the engine started with.
         workers: receive a group's broadcasts; None: the service does.
+        stages: have the workers copy a version to their devices before its commit.
     """
 
     def __init__(
@@ -78,12 +87,15 @@ class VllmWeights:
         linear: Set[str],
         checkpoint: Checkpoint,
         workers: WorkerTransfer | None = None,
+        *,
+        stages: bool = False,
     ) -> None:
         self._host = host
         self._shapes = shapes
         self._linear = linear
         self._checkpoint = checkpoint
         self._workers = workers
+        self._stages = stages
         self._base: _Image | None = None
         self._serving: _Image | None = None
         self._receiving: Segment | None = None
@@ -134,11 +146,18 @@ class VllmWeights:
         """See `WeightStore`: what lies elsewhere than in shared memory is copied there."""
         receiving, self._receiving = self._receiving, None
         if received.adapter is None:
-            image = _shared(received.weight_version, received.tensors, receiving)
+            image = self._staged(_shared(received.weight_version, received.tensors, receiving))
             return lambda: self._install(image, image)
         merged = self._merged(received.adapter, received.tensors)
-        image = _shared(received.weight_version, merged, None)
+        image = self._staged(_shared(received.weight_version, merged, None))
         return lambda: self._install(image, self._base)
+
+    def _staged(self, image: _Image) -> _Image:
+        """The version, on its way to the workers' devices where it is to wait there and has not come there already."""
+        there = self._workers is not None and self._workers.version == image.weight_version
+        if self._stages and not there:
+            self._host.call(image.stage)
+        return image
 
     def _merged(self, adapter: LoraAdapter, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """All weights, with an adapter's change of the base's."""

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
 
-from ppod_models.loading import DTYPES
 from ppod_services.generation.vllm_backend.reload import reload_weights
-from ppod_services.generation.vllm_backend.segments import read_tensor
 from ppod_services.generation.vllm_backend.settings import TRANSFER_ENGINE
+from ppod_services.generation.vllm_backend.staging import SegmentStage, TensorAt, read_segment
 from ppod_services.generation.vllm_backend.watch import end_with_service
 from ppod_services.generation.vllm_backend.worker_calls import failure_of
 
 if TYPE_CHECKING:
     from ppod_services.generation.vllm_backend.receiver import Outcome
     from ppod_services.generation.vllm_backend.transfer_engine import StagedTransferEngine
-
-
-TensorAt = tuple[str, str, tuple[int, ...], int]
-"""Name, data type, shape and offset of a tensor in a segment."""
 
 
 class _ModelRunner(Protocol):
@@ -34,8 +28,10 @@ class _ModelRunner(Protocol):
 class PpodWorker:
     """Methods that the service calls in all workers together; see `worker_calls`."""
 
+    device: torch.device
     model_runner: _ModelRunner
     vllm_config: Any
+    stage: SegmentStage | None = None
     weight_transfer_engine: StagedTransferEngine
 
     def ppod_tell_both_logprobs(self) -> bool:
@@ -54,15 +50,27 @@ class PpodWorker:
             return True
         return False
 
-    def ppod_load_weights(self, path: str, tensors: Sequence[TensorAt]) -> str | None:
-        """Load all weights from a segment, in the layout and precision of this worker."""
-        return failure_of(lambda: self._load(path, tensors))
+    def ppod_stage_weights(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
+        """Begin to copy a segment's weights to this worker's device, beside serving."""
+        if self.stage is None:
+            self.stage = SegmentStage(self.device)
+        self.stage.begin(path, tensors, weight_version)
 
-    def _load(self, path: str, tensors: Sequence[TensorAt]) -> None:
-        with open(path, "rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
-        found = ((name, read_tensor(memory, offset, shape, DTYPES[dtype])) for name, dtype, shape, offset in tensors)
+    def ppod_staged(self) -> bool:
+        """Whether that has ended."""
+        return self.stage is None or self.stage.done
+
+    def ppod_load_weights(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> str | None:
+        """Load all weights, staged or from their segment, in the layout and precision of this worker."""
+        return failure_of(lambda: self._load(path, tensors, weight_version))
+
+    def _load(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
+        staged = None if self.stage is None else self.stage.take(weight_version)
+        found = read_segment(path, tensors) if staged is None else staged
         reload_weights(self.vllm_config, self.model_runner.get_model(), found)
+        if self.device.type == "cuda":
+            # The next version is copied to where this one was read.
+            torch.cuda.synchronize(self.device)
 
     def ppod_load_checkpoint(self) -> str | None:
         """Load the weights again that the engine started with."""

@@ -1,0 +1,105 @@
+"""Pushed weights on their way from the service's memory to a worker's device, beside serving. Free of vLLM."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ppod_models.loading import DTYPES
+from ppod_services.generation.vllm_backend.segments import read_tensor
+
+_LOGGER = logging.getLogger(__name__)
+
+TensorAt = tuple[str, str, tuple[int, ...], int]
+"""Name, data type, shape and offset of a tensor in a segment."""
+
+
+def read_segment(path: str, tensors: Sequence[TensorAt]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a segment, in its own memory; who writes to them writes to copies."""
+    with Path(path).open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
+    return ((name, read_tensor(memory, offset, shape, DTYPES[dtype])) for name, dtype, shape, offset in tensors)
+
+
+class SideStream:
+    """Work on a device that waits for no decoding step, and is done when its context ends. One stream for all of it:
+    memory that was freed on one stream is not used on another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    @contextmanager
+    def working(self) -> Generator[None]:
+        """In the thread that calls."""
+        if self._device.type != "cuda":
+            yield
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield
+            self._stream.synchronize()
+
+
+class SegmentStage:
+    """Copies one segment at a time to a device; the memory there is kept for the next one.
+
+    Args:
+        device: the worker's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = SideStream(device)
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._version: int | None = None
+
+    def begin(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
+        """Copy a version while the worker goes on; of one before it nothing is left."""
+        self._wait()
+        self._version = None
+        arguments = (path, list(tensors), weight_version)
+        self._thread = threading.Thread(target=self._copy, args=arguments, name="weights", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is being copied."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def take(self, weight_version: int) -> Iterator[tuple[str, torch.Tensor]] | None:
+        """Names and tensors of a version, once; None: it is not here, and has to be read from its segment."""
+        self._wait()
+        found, self._version = self._version, None
+        return iter(self._tensors.items()) if found == weight_version else None
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    @torch.no_grad()
+    def _copy(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
+        try:
+            with self._side.working():
+                copied = {name: self._place(name, tensor).copy_(tensor) for name, tensor in read_segment(path, tensors)}
+        except torch.OutOfMemoryError:
+            self._tensors = {}
+            _LOGGER.warning("no room on %s for weights that wait: they are loaded at their commit", self._device)
+            return
+        self._tensors = copied
+        self._version = weight_version
+
+    def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        kept = self._tensors.get(name)
+        if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
+            return kept
+        return torch.empty_like(tensor, device=self._device)

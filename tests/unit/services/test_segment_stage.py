@@ -1,0 +1,71 @@
+"""Weights that wait on a worker's device: here the CPU."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from ppod_services.generation.vllm_backend.segments import Segment
+from ppod_services.generation.vllm_backend.staging import SegmentStage, TensorAt, read_segment
+
+SHAPES = [(3, 5), (0, 2), (7,)]
+DTYPES = [torch.float32, torch.float32, torch.bfloat16]
+NAMES = ("a", "empty", "b")
+
+
+def filled(seed: int) -> tuple[Segment, list[TensorAt], dict[str, torch.Tensor]]:
+    """A segment with random tensors, how a worker finds them, and what they are."""
+    generator = torch.Generator().manual_seed(seed)
+    segment = Segment(SHAPES, DTYPES)
+    for tensor in segment.tensors:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    found = list(zip(NAMES, names, SHAPES, segment.offsets, strict=True))
+    return segment, found, {name: tensor.clone() for name, tensor in zip(NAMES, segment.tensors, strict=True)}
+
+
+def assert_holds(found: object, expected: dict[str, torch.Tensor]) -> None:
+    assert found is not None
+    tensors = dict(found)  # type: ignore[call-overload]
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+def test_a_segment_is_read_by_its_path() -> None:
+    segment, tensors, expected = filled(0)
+    assert_holds(read_segment(segment.path, tensors), expected)
+
+
+def test_a_version_is_taken_once_and_outlives_its_segment() -> None:
+    stage = SegmentStage(torch.device("cpu"))
+    assert stage.done
+    for version in (1, 2):
+        segment, tensors, expected = filled(version)
+        stage.begin(segment.path, tensors, version)
+        assert stage.take(version + 5) is None, "another version"
+        stage.begin(segment.path, tensors, version)
+        stage._wait()
+        for tensor in segment.tensors:
+            tensor.zero_()
+        assert_holds(stage.take(version), expected)
+        assert stage.take(version) is None, "a second time"
+
+
+def test_where_there_is_no_room_nothing_is_staged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    segment, tensors, expected = filled(3)
+    stage = SegmentStage(torch.device("cpu"))
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(torch, "empty_like", full)
+        stage.begin(segment.path, tensors, 3)
+        assert stage.take(3) is None
+    assert "no room on cpu" in caplog.text
+    stage.begin(segment.path, tensors, 3)
+    assert_holds(stage.take(3), expected)
