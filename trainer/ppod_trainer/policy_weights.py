@@ -59,14 +59,16 @@ class PolicyTensors:
         for begin in range(0, len(memory), size):
             block = memory[begin : begin + size]
             target = torch.frombuffer(block, dtype=self._dtype)
-            target.copy_(source[first : first + len(target)])
+            part = source[first : first + len(target)]
+            # On a device in two steps: torch would convert on the CPU, many times slower.
+            target.copy_(part if part.device.type == "cpu" else part.to(self._dtype))
             first += len(target)
             yield block
 
     def tensors(self) -> list[WeightTensor]:
         """All tensors; those that have the data type already are sent from where they are."""
         return [
-            WeightTensor(one.name, one.dtype, one.shape, bytes_of(flat.to("cpu", self._dtype)))
+            WeightTensor(one.name, one.dtype, one.shape, bytes_of(flat.to(self._dtype).cpu()))
             for one, flat in zip(self.layout, self._parameters, strict=True)
         ]
 

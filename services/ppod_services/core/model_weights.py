@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 from ppod_models.loading import DTYPES
 from ppod_services.core.arena import Arena
 from ppod_services.core.lora import adapter_shapes, merge_layer
+from ppod_services.core.side_stream import SideStream
 from ppod_services.core.weight_manifest import IncomingTensor, LoraAdapter
 from ppod_services.core.weight_store import Install, ReceivedWeights
 
@@ -39,6 +39,7 @@ class ModelWeights:
         }
         self._covered: dict[str, torch.Tensor] = {}  # the base's tensors, where merged ones serve
         self._spare: dict[str, torch.Tensor] = {}
+        self._side = SideStream(self._device)
         self._arena: Arena | None = None  # what is received into on its way to a device
         self._borrowed: set[str] = set()  # whose memory is a sender's file
 
@@ -65,7 +66,7 @@ class ModelWeights:
         """See `WeightStore`: what a wider type holds is narrowed to the bits that came."""
         base = self._base(name)
         wire = DTYPES[dtype]
-        return base.to("cpu", wire) if base.dtype in (wire, torch.float32) else None
+        return base.to(wire).cpu() if base.dtype in (wire, torch.float32) else None
 
     @torch.no_grad()
     def stage(self, received: ReceivedWeights) -> Install:
@@ -73,11 +74,11 @@ class ModelWeights:
         if received.adapter is not None:
             return self._stage_adapter(received.adapter, received.tensors)
         ready = {name: self._place(name, tensor) for name, tensor in received.tensors.items()}
-        with _beside_decoding(self._device):
+        with self._side.working():
             for name, tensor in received.tensors.items():
                 if ready[name] is not tensor:
-                    # Both may be page-locked, or on the CPU: the context's end waits.
-                    ready[name].copy_(tensor, non_blocking=True)
+                    # In this order: torch would convert a data type on the CPU. The context's end waits for both.
+                    ready[name].copy_(tensor.to(self._device, non_blocking=True))
         if self._device.type == "cuda":
             self._make_room(received.tensors, kept=any(ready[name] is one for name, one in received.tensors.items()))
         borrowed = {name for name, tensor in received.tensors.items() if received.borrowed and ready[name] is tensor}
@@ -148,17 +149,3 @@ class ModelWeights:
         if spare is not None and spare.dtype == dtype:
             return self._spare.pop(name)
         return torch.empty(shape, dtype=dtype, device=self._device)
-
-
-@contextmanager
-def _beside_decoding(device: torch.device) -> Generator[None]:
-    """Copies to a CUDA device that do not stand in line with what decodes there; they are done at the end."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    # What is written to may have been read until a moment ago.
-    stream.wait_stream(torch.cuda.default_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()

@@ -16,8 +16,8 @@ import xxhash
 from ppod_models.loading import DTYPES
 from ppod_models.process_groups import GroupBackend, GroupError
 from ppod_services.core.group_member import GroupMember
+from ppod_services.core.side_stream import SideStream
 from ppod_services.core.weight_manifest import IncomingGroup
-from ppod_services.generation.vllm_backend.staging import SideStream
 
 GROUP_BROKE = "group"
 OTHER_CHECKSUM = "checksum"

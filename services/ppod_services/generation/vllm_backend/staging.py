@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from ppod_models.loading import DTYPES
+from ppod_services.core.side_stream import SideStream
 from ppod_services.generation.vllm_backend.segments import read_tensor
 
 _LOGGER = logging.getLogger(__name__)
@@ -25,27 +25,6 @@ def read_segment(path: str, tensors: Sequence[TensorAt]) -> Iterator[tuple[str, 
     with Path(path).open("rb") as file:
         memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
     return ((name, read_tensor(memory, offset, shape, DTYPES[dtype])) for name, dtype, shape, offset in tensors)
-
-
-class SideStream:
-    """Work on a device that waits for no decoding step, and is done when its context ends. One stream for all of it:
-    memory that was freed on one stream is not used on another."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream: torch.cuda.Stream | None = None
-
-    @contextmanager
-    def working(self) -> Generator[None]:
-        """In the thread that calls."""
-        if self._device.type != "cuda":
-            yield
-            return
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            yield
-            self._stream.synchronize()
 
 
 class SegmentStage:
