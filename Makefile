@@ -35,7 +35,7 @@ RUN_STAMP := $(VENV)/.installed-run-$(KEY)
 DEV_STAMP := $(VENV)/.installed-dev-$(KEY)
 VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraints.txt services/install-vllm.sh | cksum | tr ' ' -)
 
-.PHONY: help setup setup-run setup-vllm run test test-vllm test-images test-image-generation test-replicas images \
+.PHONY: help setup setup-run setup-vllm run test test-vllm test-cuda test-images test-image-generation test-replicas images \
 	format protos monitoring clean \
 	lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos lint-manifests lint-images \
 	bench-trl bench-update bench-curves bench-serving bench-generation bench-overlap bench-weights bench-fairness \
@@ -69,6 +69,10 @@ setup-vllm: $(VLLM_STAMP) ## install vLLM's CPU build and ppod's services beside
 test-vllm: export OMP_WAIT_POLICY ?= PASSIVE
 test-vllm: setup-vllm ## run the tests of the vLLM backend with the real engine on the CPU
 	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
+
+test-cuda: setup ## run what needs a CUDA device, and the contract of generation with services on it
+	$(BIN)/python -m pytest tests/cuda
+	PPOD_TEST_DEVICE=cuda:0 $(BIN)/python -m pytest tests/contract/generation -k transformers
 
 images: $(IMAGE_TOOLS)/.installed ## build the images and what each holds, into build/sbom/ (docker/README.md)
 	docker/build.sh $(IMAGES)
