@@ -77,7 +77,7 @@ class PushReport:
         prepare_s: seconds until the version was prepared everywhere.
         commit_s: seconds from then until it served everywhere.
         paused_s: longest time for which no batch could start on a replica.
-        fallbacks: replicas that refused changes and got whole weights instead.
+        fallbacks: replicas that refused changes, or that a broadcast did not reach, and were sent whole weights.
         lost: replicas that did not get the version, where the run may go on without them.
     """
 
@@ -206,8 +206,23 @@ class WeightSync:
                 _LOGGER.warning("%s gets whole weights: %s", target, outcomes[target])
         if targets:
             with self._plane.whole(outgoing) as push:
-                outcomes |= self._send(push, targets)
+                # Who does not answer is no part of a group.
+                members = (
+                    targets if push.collective is None else [one for one in targets if one in push.collective.ranks]
+                )
+                outcomes |= self._send(push, members)
+            if self._config.plane == "collective" and self._replicas.change:
+                outcomes |= self._stream_to(outgoing, [one for one in targets if _broke(outcomes, one)])
         return outcomes
+
+    def _stream_to(self, outgoing: Outgoing, targets: Sequence[str]) -> Outcomes:
+        """One who leaves breaks a group for all: the others get the version by itself."""
+        if not targets:
+            return {}
+        _LOGGER.warning("the broadcast did not reach %s: it is sent to each", ", ".join(targets))
+        self.fallbacks += len(targets)
+        with GrpcPlane().whole(outgoing) as push:
+            return self._send_directly(push, targets)
 
     def _send(self, push: WeightPush, targets: Sequence[str]) -> Outcomes:
         """Push to these replicas, by a relay where one is configured, and directly to whom it does not reach."""
@@ -292,8 +307,10 @@ class WeightSync:
         return found
 
     def _collective_ranks(self) -> dict[str, int]:
-        """How many ranks each replica takes; of one that does not answer now that is no matter: its push fails."""
+        """How many ranks each replica takes. One of a list that does not answer counts as one: its push fails."""
         statuses = self._statuses()
+        if self._replicas.change:
+            return {target: status.collective_ranks for target, status in statuses.items()}
         return {target: statuses[target].collective_ranks if target in statuses else 1 for target in self._clients}
 
     def _make_plane(self) -> WeightPlane:
@@ -326,3 +343,8 @@ class WeightSync:
 def _unreached(found: Outcomes, target: str) -> bool:
     """Whether a relay failed before it came to this replica; what the replica itself answered stands."""
     return target not in found or isinstance(found[target], Unavailable | DeadlineExceeded | PermissionDenied)
+
+
+def _broke(found: Outcomes, target: str) -> bool:
+    """Whether a broadcast did not reach this replica, or ended before it was whole there."""
+    return target not in found or isinstance(found[target], Unavailable | DeadlineExceeded)

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from support.pods import Cluster
+from support.processes import free_ports
 
 from .conftest import seconds_until, served_calls
 from .training import Trained, assert_nothing_lost, seconds_until_working, training
@@ -63,6 +64,16 @@ def test_shared_files_follow_too(cluster: Cluster, tiny_model_dir: Path, tiny_he
             scale_up_and_down(run)
             records = run.stop()
         assert list(Path(directory).iterdir()) == []
+    assert_nothing_lost(records)
+
+
+def test_groups_follow_too(cluster: Cluster, tiny_model_dir: Path, tiny_heads: dict[str, Path]) -> None:
+    """Each change of the pods makes another group."""
+    [port] = free_ports(1)
+    transfer = {"plane": "collective", "collective": {"port": port, "timeout_s": 4}}
+    with training(cluster, tiny_model_dir, tiny_heads["first"], weight_transfer=transfer) as run:
+        scale_up_and_down(run)
+        records = run.stop()
     assert_nothing_lost(records)
 
 

@@ -94,7 +94,12 @@ def training(
     model = tiny_model_config(model_dir)
     rewards = deploy_reward(cluster, model_dir, head, reward)
     reference = cluster.deploy("ppod-reference", "ppod_services.reference", {"model": model}, 1)
-    weights = {"relay_targets": ["*:*"], "shared_directories": ["/dev/shm"], "map_shared_files": True}
+    weights = {
+        "relay_targets": ["*:*"],
+        "collective_addresses": ["*:*"],
+        "shared_directories": ["/dev/shm"],
+        "map_shared_files": True,
+    }
     generator = cluster.deploy(
         "ppod-generation", "ppod_services.generation", {"model": model, "weights": weights}, generation
     )

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppod import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable, WeightClient
+from ppod import FailedPrecondition, InvalidArgument, PermissionDenied, PpodError, Unavailable, WeightClient
+from ppod.client import WeightPush
 from ppod_models.process_groups import GroupError
 from ppod_trainer.collective_plane import CollectivePlane
 from ppod_trainer.config import CollectiveConfig, WeightTransferConfig
@@ -114,6 +115,55 @@ def test_a_replica_that_was_started_again_joins_a_new_group(
         version = push_in_the_end(sync, model, version + 2)
         assert_serves(replicas[0], version, model)
         assert_serves(again, version, model)
+
+
+class ComingAndGoing(FixedReplicas):
+    """As pods are: the run goes on without those that are away."""
+
+    change = True
+
+    def excuses(self, target: str, error: PpodError) -> bool:
+        del target
+        return isinstance(error, Unavailable)
+
+
+def test_who_leaves_breaks_the_group_for_nobody(
+    replicas: list[ServiceProcess], tiny_model_dir: Path, tmp_path: Path, port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One is killed as the broadcast begins: the others get that version by a stream, and the next one by a group."""
+    config = WeightTransferConfig(plane="collective", collective=CollectiveConfig(port=port, bucket_mib=1, timeout_s=4))
+    with ExitStack() as stack:
+        mortal = stack.enter_context(generator(tiny_model_dir, tmp_path))
+        targets = [one.admin_target for one in (*replicas, mortal)]
+        clients = [WeightClient(target, timeout_s=20) for target in targets]
+        sync = WeightSync(ComingAndGoing(clients, "stop"), config)
+        stack.callback(sync.close)
+        version = max(sync.serving_versions()) + 1
+        assert sync.push(build_model(seed=7), torch.float32, version).fallbacks == 0
+        plane = sync._plane
+        assert isinstance(plane, CollectivePlane)
+        send = plane._send
+
+        def kill_and_send(push: WeightPush) -> None:
+            mortal.process.kill()
+            mortal.wait()
+            send(push)
+
+        plane._send = kill_and_send
+        model = build_model(seed=8)
+        report = sync.push(model, torch.float32, version + 1)
+        plane._send = send
+        assert (report.fallbacks, report.lost) == (3, (mortal.admin_target,))
+        assert "the broadcast did not reach" in caplog.text
+        for replica in replicas:
+            assert_serves(replica, version + 1, model)
+        model = build_model(seed=9)
+        report = sync.push(model, torch.float32, version + 2)
+        # It does not answer, so it is no part of the group, and a stream does not reach it either.
+        assert (report.fallbacks, report.lost) == (1, (mortal.admin_target,))
+        for replica in replicas:
+            assert_serves(replica, version + 2, model)
+            assert_takes_next(replica, version + 3, seed=6)
 
 
 def push_in_the_end(sync: WeightSync, model: torch.nn.Module, version: int) -> int:

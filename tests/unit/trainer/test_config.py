@@ -87,8 +87,6 @@ def test_services_of_kubernetes_are_followed_and_weights_reach_their_pods() -> N
     assert "pushed to one server" in problems({"services": {"reference_admin": "k8s:///ref:admin"}})[0]
     refreshed = {"services": {"reference": "k8s:///ref:grpc"}, "reference_refresh_steps": 5}
     assert "refreshed must be one server" in problems(refreshed)[0]
-    collective = {"services": followed, "weight_transfer": {"plane": "collective"}}
-    assert "process group's members are fixed" in problems(collective)[0]
 
 
 def test_a_shared_directory_goes_with_its_plane() -> None:

@@ -71,15 +71,6 @@ class TrainerConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
-    def _group_is_fixed(self) -> Self:
-        if self.weight_transfer.plane == "collective" and self.services.follows_generation:
-            raise ValueError(
-                f"services.generation is {self.services.generation!r} with weight_transfer.plane 'collective': a "
-                "process group's members are fixed; use plane grpc or shared, or list every host:port"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _something_pays(self) -> Self:
         if self.environment is None and not self.rewards.model:
             raise ValueError("rewards.model is false and there is no environment: nothing would pay a reward")
