@@ -37,6 +37,9 @@ CUDA = Side("bfloat16", "sdpa", tuned=True)
 TRL = Side("float32", "sdpa", tuned=False)
 """TRL as it comes: PPOConfig's and from_pretrained's defaults."""
 
+TRL_CUDA = Side("bfloat16", "sdpa", tuned=False)
+"""The same on a CUDA device, where PPOConfig's default is bfloat16."""
+
 TUNED_FLOAT32 = Side("float32", "eager", tuned=True)
 SMALL = Side("float32", "sdpa", tuned=True)
 
@@ -93,8 +96,8 @@ SETTINGS = {
         # TRL with all that ppod's launcher and configuration do for speed, to see what the programs themselves cost.
         Setting("equal-bfloat16", 32, 6, 24, 2, 2, trl=PPOD, ppod=PPOD),
         # The size of the packaged run file for CUDA devices; its attention there is sdpa.
-        Setting("cuda", 128, 6, 48, 2, 2, trl=TRL, ppod=CUDA),
-        Setting("cuda-equal-bfloat16", 128, 6, 48, 2, 2, trl=CUDA, ppod=CUDA),
+        Setting("cuda", 128, 6, 48, 2, 2, trl=TRL_CUDA, ppod=CUDA),
+        Setting("cuda-float32", 128, 6, 48, 2, 2, trl=TRL, ppod=CUDA),
         Setting("equal-float32", 32, 6, 24, 2, 2, trl=TUNED_FLOAT32, ppod=TUNED_FLOAT32),
         # What is learnt, with the numbers of ppod's default run: curves.py.
         Setting(
