@@ -76,9 +76,10 @@ class ModelWeights:
         ready = {name: self._place(name, tensor) for name, tensor in received.tensors.items()}
         with self._side.working():
             for name, tensor in received.tensors.items():
-                if ready[name] is not tensor:
-                    # In this order: torch would convert a data type on the CPU. The context's end waits for both.
-                    ready[name].copy_(tensor.to(self._device, non_blocking=True))
+                if (place := ready[name]) is not tensor:
+                    # In two steps where the data type changes: torch would convert on the CPU. The end waits for both.
+                    moved = tensor if tensor.dtype == place.dtype else tensor.to(self._device, non_blocking=True)
+                    place.copy_(moved, non_blocking=True)
         if self._device.type == "cuda":
             self._make_room(received.tensors, kept=any(ready[name] is one for name, one in received.tensors.items()))
         borrowed = {name for name, tensor in received.tensors.items() if received.borrowed and ready[name] is tensor}
