@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -69,25 +69,16 @@ class WireImage:
 
         The context's end waits until all are written, and raises what went wrong there.
         """
-        arrived: list[Future[int]] = [Future() for _ in self.layout]
-
-        def fill(index: int) -> None:
-            try:
-                self._fill(index, write)
-            except BaseException as error:
-                arrived[index].set_exception(error)
-                raise
-            arrived[index].set_result(self._checksums[index])
-
-        running = self._start(fill, range(len(self.layout)))
+        arriving = [self._pool.submit(self._fill, index, write) for index in range(len(self.layout))]
         try:
             yield [
                 WeightTensor(tensor.name, tensor.dtype, tensor.shape, part, arriving=future.result)
-                for tensor, part, future in zip(self.layout, self._parts, arrived, strict=True)
+                for tensor, part, future in zip(self.layout, self._parts, arriving, strict=True)
             ]
         finally:
-            for done in running:
-                done.result()
+            wait(arriving)
+        for future in arriving:
+            future.result()
 
     def copy_from(self, other: WireImage) -> None:
         """Take the tensors of an image of the same layout."""
@@ -120,24 +111,21 @@ class WireImage:
         self._each(encode)
         return [tensor for tensor in encoded if tensor is not None]
 
-    def _fill(self, index: int, write: WriteBlocks) -> None:
+    def _fill(self, index: int, write: WriteBlocks) -> int:
         checksum = xxhash.xxh3_64()
         for block in write(index, self._parts[index]):
             checksum.update(block)
         self._checksums[index] = checksum.intdigest()
+        return self._checksums[index]
 
-    def _each(self, work: Callable[[int], None]) -> None:
+    def _each(self, work: Callable[[int], object]) -> None:
         """Do the work for every tensor, the largest first, so that the threads end together."""
-        order = sorted(range(len(self.layout)), key=lambda index: -self.layout[index].nbytes)
-        for done in self._start(work, order):
-            done.result()
-
-    def _start(self, work: Callable[[int], None], order: Sequence[int]) -> list[Future[None]]:
-        waiting = iter(order)
+        waiting = iter(sorted(range(len(self.layout)), key=lambda index: -self.layout[index].nbytes))
 
         def take() -> None:
             # One iterator for all threads: a future for each of hundreds of small tensors would cost more than they do.
             for index in waiting:
                 work(index)
 
-        return [self._pool.submit(take) for _ in range(_THREADS)]
+        for done in [self._pool.submit(take) for _ in range(_THREADS)]:
+            done.result()
