@@ -6,7 +6,7 @@ usage: python curves.py --trl-python PYTHON [--setting NAME] [--sides NAME ...] 
 Both get the same weights, reward model, batch, epochs, minibatches, learning rate and KL coefficient, chosen for
 neither; all else is each program's own default. Further sides have a stronger penalty, TRL's as well as ppod's, and
 what TRL has not: the penalty in the loss, or the score paid as it arises. ppod runs as `ppod run` starts it. Settings
-small-model and small-steps train a small language model of movie reviews (small_model.py), default-run SmolLM2. Score
+small-model and small-steps train a small language model of movie reviews (small_model.py), the others SmolLM2. Score
 and KL of a step are those of its samples, which the policy drew before it was updated with them; KL is k1 to the
 reference, in nats a response, on both sides.
 
@@ -55,10 +55,16 @@ SIDES: dict[str, dict[str, object]] = {
     "TRL, KL coefficient 0.08": {"kl": {"coefficient": 0.08}},
     "ppod, shaped": {"critic": {"kind": "model"}, **SHAPED},
     "ppod, shaped, a value head": SHAPED,
+    # For SmolLM2, whose reward model reads further tokens behind each prefix.
+    "ppod, shaped every fourth token": {
+        "rewards": {"shaping": "token", "shaping_interval": 4},
+        "kl": {"coefficient": 0.08},
+    },
 }
 """Who learns, and what ppod's trainer is configured with besides; of TRL the KL coefficient alone."""
 
 SMALL_MODEL = ("small-model", "small-steps")
+SMOLLM2 = ("default-run", "default-run-float32")
 SMOOTHED_STEPS = 5
 
 
@@ -183,9 +189,15 @@ def draw(path: Path, curves: Mapping[str, Sequence[Curve]], setting: Setting) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", required=True, type=Path, help="interpreter of the environment with TRL")
-    parser.add_argument("--setting", choices=(*SMALL_MODEL, "default-run"), default="small-model")
+    parser.add_argument("--setting", choices=(*SMALL_MODEL, *SMOLLM2), default="small-model")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="TRL among them")
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=list(SIDES),
+        default=list(SIDES)[:-1],
+        help="TRL among them (default: all but the last)",
+    )
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--kl-coefficient", type=float, help="of the penalty in the reward; none: the setting's")
     parser.add_argument("--at", nargs="+", type=float, default=[], help="KLs to compare scores at")

@@ -106,6 +106,13 @@ SETTINGS = {
             kl_coefficient=0.035,
             ppod_value_learning_rate=1e-3,
         ),
+        # The same for CPUs that emulate bfloat16.
+        Setting(
+            *("default-run-float32", 32, 6, 24, 2, 2, TRL, TUNED_FLOAT32),
+            learning_rate=5e-5,
+            kl_coefficient=0.035,
+            ppod_value_learning_rate=1e-3,
+        ),
         Setting("small-model", 32, 6, 24, 2, 2, SMALL, SMALL, learning_rate=3e-4, kl_coefficient=0.035),
         # The same with more and smaller steps, each by the whole batch.
         Setting("small-steps", 32, 6, 24, 8, 1, SMALL, SMALL, learning_rate=1e-4, kl_coefficient=0.035),
