@@ -50,9 +50,10 @@ class PolicyTensors:
             # By numpy: several tensors are written at once, and torch would start its own threads for each.
             data, target = source.view(torch.uint8).numpy(), np.frombuffer(memory, np.uint8)
             for begin in range(0, len(data), WEIGHT_BLOCK_BYTES):
-                block = target[begin : begin + WEIGHT_BLOCK_BYTES]
-                np.copyto(block, data[begin : begin + WEIGHT_BLOCK_BYTES])
+                block = data[begin : begin + WEIGHT_BLOCK_BYTES]
+                # Hashed before the copy, which may go past the cache.
                 yield block.data
+                np.copyto(target[begin : begin + WEIGHT_BLOCK_BYTES], block)
             return
         first = 0
         size = WEIGHT_BLOCK_BYTES if source.device.type == "cpu" else _DEVICE_BLOCK_BYTES

@@ -335,6 +335,8 @@ class WeightSync:
             except PpodError as error:
                 return error
 
+        if len(targets) == 1:
+            return {targets[0]: ask(targets[0])}
         # With this thread's context, so that the calls belong to the step's trace.
         pending = {target: self._pool.submit(copy_context().run, ask, target) for target in targets}
         return {target: answer.result() for target, answer in pending.items()}

@@ -17,7 +17,7 @@ from ppod.weight_changes import bit_patterns, encode_changes
 
 _THREADS = min(8, os.cpu_count() or 1)
 WEIGHT_BLOCK_BYTES = 1024 * 1024
-"""Written and hashed at once: small enough to be hashed while it is in the processor's cache."""
+"""Hashed and written at once: small enough to be in the processor's cache the second time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class TensorLayout:
 
 
 WriteBlocks = Callable[[int, memoryview], Iterator[memoryview]]
-"""Writes the tensor at a layout's position into its memory, block by block, and yields each block once it is there."""
+"""Writes the tensor at a layout's position into its memory, block by block, and yields the bytes of each block."""
 
 
 class WireImage:

@@ -22,7 +22,7 @@ from ppod.client import WEIGHT_BLOCK_BYTES
 from ppod.errors import InvalidArgument, NotFound, PermissionDenied
 from ppod.weight_changes import TensorEncoding
 from ppod_models.loading import DTYPES
-from ppod_services.core.weight_manifest import ITEM_BYTES, IncomingManifest, IncomingTensor
+from ppod_services.core.weight_manifest import ITEM_BYTES, IncomingManifest, IncomingTensor, Layout
 from ppod_services.core.weight_store import Install
 from ppod_services.core.weight_transfer import TensorReceiver, WeightTransfer
 from ppod_services.core.weights import ServedWeights
@@ -75,9 +75,16 @@ class SharedFile:
     ) -> None:
         os.close(self._fd)
 
-    def offsets(self, manifest: IncomingManifest) -> list[int]:
+    def header(self) -> bytes:
+        """What tells which tensors the file holds; raise InvalidArgument when it is no safetensors file."""
+        length = int(np.frombuffer(os.pread(self._fd, _LENGTH_BYTES, 0).ljust(_LENGTH_BYTES, b"\0"), "<u8")[0])
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, self._size - _LENGTH_BYTES):
+            raise InvalidArgument("uri", f"a file of {self._size} bytes with a header of {length}", "safetensors")
+        return os.pread(self._fd, length, _LENGTH_BYTES)
+
+    def offsets(self, header: bytes, manifest: IncomingManifest) -> list[int]:
         """Where in the file each tensor begins; raise InvalidArgument unless it holds exactly those of the manifest."""
-        entries, start = self._read_header()
+        entries, start = _read_header(header), _LENGTH_BYTES + len(header)
         names = [tensor.name for tensor in manifest.tensors]
         if list(entries) != names:
             found = f"{len(entries)} tensors, the first other one {_first_other(list(entries), names)}"
@@ -133,23 +140,16 @@ class SharedFile:
         if not receiver.done:
             receiver.advance(0)
 
-    def _read_header(self) -> tuple[dict[str, _Entry], int]:
-        """The entries in their order, and where the tensors begin."""
-        length = int(np.frombuffer(os.pread(self._fd, _LENGTH_BYTES, 0).ljust(_LENGTH_BYTES, b"\0"), "<u8")[0])
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, self._size - _LENGTH_BYTES):
-            raise InvalidArgument("uri", f"a file of {self._size} bytes with a header of {length}", "safetensors")
-        try:
-            header: object = json.loads(os.pread(self._fd, length, _LENGTH_BYTES))
-            if not isinstance(header, dict):
-                raise TypeError("the header is no object")
-            entries = {
-                name: _read_entry(value)
-                for name, value in cast("dict[str, dict[str, object]]", header).items()
-                if name != "__metadata__"
-            }
-        except (ValueError, TypeError, KeyError) as error:
-            raise InvalidArgument("uri", f"a header that cannot be read: {error}", "safetensors") from error
-        return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))), _LENGTH_BYTES + length
+
+@dataclass(frozen=True, slots=True)
+class _Mapped:
+    """A file's memory, and what was found in it: header and layout told where the tensors are."""
+
+    memory: mmap.mmap
+    header: bytes
+    layout: Layout
+    offsets: Sequence[int]
+    tensors: Sequence[torch.Tensor]
 
 
 class SharedFiles:
@@ -166,7 +166,7 @@ class SharedFiles:
     def __init__(self, directories: Sequence[Path], *, map_files: bool) -> None:
         self._directories = directories
         self._map_files = map_files
-        self._mappings: dict[tuple[int, int, int], mmap.mmap] = {}
+        self._mappings: dict[tuple[int, int, int], _Mapped] = {}
         self._lock = threading.Lock()
         # Kept, because new threads need milliseconds until each has a core of its own.
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="weights")
@@ -183,11 +183,12 @@ class SharedFiles:
             PpodError: see `SharedFile` and `ServedWeights.begin`.
         """
         with SharedFile(manifest.uri, self._directories) as file:
-            offsets = file.offsets(manifest)
+            header = file.header()
             # Changes and adapters are read once, to make other tensors of them.
             mappable = self._map_files and weights.borrows and manifest.adapter is None and not manifest.encoded
-            mapped = _tensors_in(self._mapping(file), manifest, offsets) if mappable else None
-            transfer = weights.begin(manifest, mapped)
+            mapped = self._mapped(file, header, manifest) if mappable else None
+            offsets = file.offsets(header, manifest) if mapped is None else mapped.offsets
+            transfer = weights.begin(manifest, None if mapped is None else mapped.tensors)
             staged: Install | None = None
             try:
                 file.receive(transfer, offsets, self._pool)
@@ -196,13 +197,18 @@ class SharedFiles:
                 weights.end(transfer, None if gone.is_set() else staged)
         return transfer.received_bytes
 
-    def _mapping(self, file: SharedFile) -> mmap.mmap:
+    def _mapped(self, file: SharedFile, header: bytes, manifest: IncomingManifest) -> _Mapped:
         with self._lock:
-            mapping = self._mappings.pop(file.identity, None) or file.map()
-            self._mappings[file.identity] = mapping
+            found = self._mappings.pop(file.identity, None)
+            if found is None or (found.header, found.layout) != (header, manifest.layout):
+                offsets = file.offsets(header, manifest)
+                memory = file.map() if found is None else found.memory
+                tensors = _tensors_in(memory, manifest, offsets)
+                found = _Mapped(memory, header, manifest.layout, offsets, tensors)
+            self._mappings[file.identity] = found
             while len(self._mappings) > _KEPT_MAPPINGS:
                 del self._mappings[next(iter(self._mappings))]
-        return mapping
+        return found
 
 
 def _tensors_in(mapping: mmap.mmap, manifest: IncomingManifest, offsets: Sequence[int]) -> list[torch.Tensor]:
@@ -212,6 +218,22 @@ def _tensors_in(mapping: mmap.mmap, manifest: IncomingManifest, offsets: Sequenc
         flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset) if count else torch.empty(0).to(dtype)
         tensors.append(flat.view(tensor.shape))
     return tensors
+
+
+def _read_header(header: bytes) -> dict[str, _Entry]:
+    """The entries in their order."""
+    try:
+        content: object = json.loads(header)
+        if not isinstance(content, dict):
+            raise TypeError("the header is no object")
+        entries = {
+            name: _read_entry(value)
+            for name, value in cast("dict[str, dict[str, object]]", content).items()
+            if name != "__metadata__"
+        }
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidArgument("uri", f"a header that cannot be read: {error}", "safetensors") from error
+    return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
 
 
 def _read_entry(value: dict[str, object]) -> _Entry:

@@ -19,6 +19,8 @@ _DTYPES = {
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element of the data types that travel."""
 
+Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""Names, data types and shapes of tensors, in their order."""
 
 _BUCKET_BYTES = (64 * 1024, 1024**3)
 
@@ -110,6 +112,11 @@ class IncomingManifest:
     adapter: LoraAdapter | None = None
     uri: str = ""
     collective: IncomingGroup | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """What the tensors are, whatever they hold."""
+        return tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors)
 
     @property
     def encoded(self) -> bool:

@@ -42,6 +42,14 @@ class TensorReceiver:
         """Where the next bytes go."""
         return self._into[self._filled :]
 
+    def take(self, data: Bytes) -> None:
+        """Copy the next bytes to where they go; raises what `advance` raises."""
+        if self._dense:
+            # Where they lie, in the cache: a large copy may go past it.
+            self._hash.update(data.data)
+        np.copyto(self.room[: len(data)], data)
+        self._advance(len(data))
+
     def advance(self, count: int) -> None:
         """The next `count` bytes are there; the last ones complete the tensor.
 
@@ -51,7 +59,10 @@ class TensorReceiver:
         """
         if self._dense:
             # While the block is still in the cache.
-            self._hash.update(self._into[self._filled : self._filled + count].data)
+            self._hash.update(self.room[:count].data)
+        self._advance(count)
+
+    def _advance(self, count: int) -> None:
         self._filled += count
         if self._filled == len(self._into):
             self._complete()
@@ -121,12 +132,10 @@ class WeightTransfer:
             if receiver is None:
                 expected = f"{self.received_bytes} bytes, as the manifest announced"
                 raise InvalidArgument("chunk", f"{len(left)} bytes more", expected)
-            room = receiver.room
-            taken = min(len(left), len(room))
-            np.copyto(room[:taken], left[:taken])
+            taken = min(len(left), len(receiver.room))
+            receiver.take(left[:taken])
             left = left[taken:]
             self.received_bytes += taken
-            receiver.advance(taken)
 
     def verify_in_place(self) -> None:
         """Verify all tensors; their bytes are in the buffers already. Raises InvalidArgument: a checksum differs."""
