@@ -2,14 +2,14 @@
 
 The vocabulary makes logits by far the largest tensors of an RLHF step. Nothing here holds them for more than
 `CHUNK_POSITIONS` positions at a time: the backward pass makes them again from hidden states, which costs one more
-matrix product and saves gigabytes.
+matrix product and saves gigabytes. Only those of the forward pass's last chunk are kept, for the backward pass begins
+with them: where all positions are one chunk nothing is computed twice.
 
 Shape legend: N positions, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -117,9 +117,12 @@ class _TokenLogprobs(torch.autograd.Function):
         cast_weight = weight.to(hidden.dtype)
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         normalisers, entropies = torch.empty_like(logprobs), torch.zeros_like(logprobs)
+        scaled: torch.Tensor | None = None
         for rows in _chunks(len(hidden)):
+            scaled = None  # One chunk's at a time, this one's not yet made.
             scaled = _scaled_logits(hidden[rows], cast_weight, bias, temperature)
             logprobs[rows], normalisers[rows], entropies[rows] = _statistics(scaled, tokens[rows], with_entropy)
+        ctx.last_scaled = scaled if any(ctx.needs_input_grad) else None
         ctx.save_for_backward(hidden, weight, bias, tokens, normalisers, entropies)
         ctx.temperature = temperature
         ctx.with_entropy = with_entropy
@@ -128,33 +131,54 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, tokens, normalisers, entropies = ctx.saved_tensors
-        of_logprobs, of_entropy = gradients
+        of_logprobs, of_entropy = (gradient / ctx.temperature for gradient in gradients)
         cast_weight = weight.to(hidden.dtype)
         hidden_gradient = torch.empty_like(hidden)
         # The head of a model that is trained by an adapter stands still.
-        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        weight_gradient = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         bias_gradient = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         # A constant entropy, as in most runs, has a gradient of zeros; its passes over the vocabulary are saved.
         through_entropy = ctx.with_entropy and bool(of_entropy.any())
-        for rows in _chunks(len(hidden)):
-            log_p = _scaled_logits(hidden[rows], cast_weight, bias, ctx.temperature)
+        # Overwritten below, so a second backward pass through the same graph makes it again, too.
+        last_scaled, ctx.last_scaled = ctx.last_scaled, None
+        chunks = _chunks(len(hidden))
+        for rows in reversed(chunks):
+            log_p = last_scaled
+            if log_p is None:
+                log_p = _scaled_logits(hidden[rows], cast_weight, bias, ctx.temperature)
+            last_scaled = None
             log_p -= normalisers[rows].unsqueeze(-1)
-            slope = torch.exp(log_p)
             if through_entropy:
+                slope = torch.exp(log_p)
                 log_p += entropies[rows].unsqueeze(-1)
                 factor = log_p.mul_(of_entropy[rows].unsqueeze(-1)).add_(of_logprobs[rows].unsqueeze(-1))
                 slope *= factor.neg_()
             else:
+                slope = log_p.exp_()
                 slope *= -of_logprobs[rows].unsqueeze(-1)
             slope.scatter_add_(-1, tokens[rows].unsqueeze(-1), of_logprobs[rows].unsqueeze(-1))
-            slope /= ctx.temperature
             if bias_gradient is not None:
                 bias_gradient += slope.sum(dim=0)
             narrow = slope.to(hidden.dtype)
             hidden_gradient[rows] = narrow @ cast_weight
             if weight_gradient is not None:
-                weight_gradient += narrow.T @ hidden[rows]
+                _add_product(weight_gradient, narrow.T, hidden[rows], first=rows == chunks[-1])
+        if weight_gradient is not None and not chunks:
+            weight_gradient.zero_()
         return hidden_gradient, weight_gradient, bias_gradient, None, None, None
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, first: bool) -> None:
+    """total = left @ right, or total += left @ right, without a product of its own where the dtypes agree.
+
+    As large as the vocabulary's weights, it would cost as much to write and to add as the matrix product itself.
+    """
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=0.0 if first else 1.0)
+    elif first:
+        total.copy_(left @ right)
+    else:
+        total += left @ right
 
 
 class _Statistics(NamedTuple):
@@ -171,7 +195,7 @@ def _statistics(scaled: torch.Tensor, tokens: torch.Tensor, with_entropy: bool) 
     logprobs = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - normalisers
     if not with_entropy:
         return _Statistics(logprobs, normalisers, torch.zeros_like(logprobs))
-    probabilities = torch.exp(scaled - normalisers.unsqueeze(-1))
+    probabilities = (scaled - normalisers.unsqueeze(-1)).exp_()
     return _Statistics(logprobs, normalisers, normalisers - torch.linalg.vecdot(probabilities, scaled))
 
 
@@ -185,6 +209,7 @@ def _scaled_logits(
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _chunks(positions: int) -> Iterator[slice]:
-    for start in range(0, positions, CHUNK_POSITIONS):
-        yield slice(start, min(start + CHUNK_POSITIONS, positions))
+def _chunks(positions: int) -> list[slice]:
+    """All positions; the last chunk is a whole one where there are enough."""
+    ends = range(positions, 0, -CHUNK_POSITIONS)
+    return [slice(max(end - CHUNK_POSITIONS, 0), end) for end in reversed(ends)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -83,20 +84,48 @@ def test_chunks_equal_autograd_over_all_logits(
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_only_a_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("positions", "made"), [(11, [3, 4, 4, 4, 3]), (8, [4, 4, 4]), (4, [4]), (2, [2])])
+def test_only_a_chunk_of_logits_exists_at_a_time_and_the_last_is_not_made_again(
+    monkeypatch: pytest.MonkeyPatch, positions: int, made: list[int]
+) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_POSITIONS", 4)
     widths: list[int] = []
+    logits: list[weakref.ref[torch.Tensor]] = []
     original = logprobs._scaled_logits
 
     def watch(hidden: torch.Tensor, *rest: object) -> torch.Tensor:
         widths.append(len(hidden))
-        return original(hidden, *rest)
+        found = original(hidden, *rest)
+        logits.append(weakref.ref(found))
+        return found
 
     monkeypatch.setattr(logprobs, "_scaled_logits", watch)
     head = head_of(torch.randn(9, 6))
-    hidden = torch.randn(11, 6, requires_grad=True)
-    token_logprobs(hidden, head, torch.zeros(11, dtype=torch.long), 1.0).logprobs.sum().backward()
-    assert widths == [4, 4, 3] * 2
+    hidden = torch.randn(positions, 6, requires_grad=True)
+    found = token_logprobs(hidden, head, torch.zeros(positions, dtype=torch.long), 1.0).logprobs.sum()
+    assert [one() is None for one in logits] == [True] * (len(logits) - 1) + [False]
+    (first,) = torch.autograd.grad(found, [hidden], retain_graph=True)
+    assert widths == made
+    assert all(one() is None for one in logits)
+    (again,) = torch.autograd.grad(found, [hidden])
+    torch.testing.assert_close(again, first)
+
+
+def test_no_logits_are_kept_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits: list[weakref.ref[torch.Tensor]] = []
+    original = logprobs._scaled_logits
+
+    def watch(*arguments: object) -> torch.Tensor:
+        found = original(*arguments)
+        logits.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(logprobs, "_scaled_logits", watch)
+    head = head_of(torch.randn(9, 6))
+    with torch.no_grad():
+        found = token_logprobs(torch.randn(3, 6), head, torch.zeros(3, dtype=torch.long), 1.0)
+    assert found.logprobs.shape == (3,)
+    assert [one() for one in logits] == [None]
 
 
 @pytest.mark.parametrize("bias", [False, True])
