@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ppod_trainer.algorithms import build_estimator
 from ppod_trainer.config import AdvantagesConfig, KlConfig, OptimizerConfig, PpoConfig, RatioMaskConfig, RewardsConfig
@@ -51,6 +53,30 @@ def reset(policy: PolicyWithValue, saved: list[torch.Tensor]) -> None:
     with torch.no_grad():
         for parameter, value in zip(policy.parameters(), saved, strict=True):
             parameter.copy_(value)
+
+
+def mapped_files(parameters: Iterable[nn.Parameter]) -> set[str]:
+    """Files whose mapped memory these parameters lie in."""
+    found: set[str] = set()
+    ranges = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    files = [
+        (*(int(end, 16) for end in one[0].split("-")), one[5]) for one in ranges if len(one) > 5 and one[5][0] == "/"
+    ]
+    for parameter in parameters:
+        found.update(name for first, last, name in files if first <= parameter.data_ptr() < last)
+    return found
+
+
+def test_what_is_trained_lies_in_no_file(policy: PolicyWithValue, tiny_model_dir: Path) -> None:
+    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    files = mapped_files(policy.parameters())
+    assert files == {str(file) for file in tiny_model_dir.glob("*.safetensors")}
+    tied = policy.model.get_input_embeddings().weight is policy.model.get_output_embeddings().weight
+    learner_of(policy)
+    assert not mapped_files(policy.parameters())
+    assert tied == (policy.model.get_input_embeddings().weight is policy.model.get_output_embeddings().weight)
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter, before[name])
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
