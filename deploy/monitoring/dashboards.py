@@ -101,6 +101,14 @@ _SPEED = Row(
     "How fast",
     (
         Panel("Seconds of the last step, by phase", (_gauge("ppod_step_phase_seconds", "{{phase}}"),), unit="s"),
+        Panel("Bytes of the last push of weights", (_gauge("ppod_push_bytes", "bytes"),), unit="bytes"),
+        Panel(
+            "Replicas, in the last push of weights",
+            (
+                _gauge("ppod_push_fallbacks", "sent whole weights after all"),
+                _gauge("ppod_push_lost_replicas", "gone on without"),
+            ),
+        ),
         Panel("Response tokens trained on, a second", (_gauge("ppod_tokens_per_second", "tokens"),)),
         Panel(
             "Since the last step",

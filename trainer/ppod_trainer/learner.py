@@ -180,8 +180,8 @@ def build_learner(
     """
     for parameter in (*policy.policy_parameters(), *policy.critic_parameters()):
         if type(parameter.data) is torch.Tensor and parameter.device.type == "cpu":
-            # It may lie in the mapped file that it was loaded from. Written to there, every 4 KiB cost a page fault and a
-            # copy: the first update of SmolLM2 took 2 s longer.
+            # It may lie in the mapped file that it was loaded from. Written to there, every 4 KiB cost a page fault and
+            # a copy: the first update of SmolLM2 took 2 s longer.
             parameter.data = parameter.data.clone()
     rates = [optimizer.learning_rate, optimizer.value_learning_rate or optimizer.learning_rate]
     adam = torch.optim.AdamW(

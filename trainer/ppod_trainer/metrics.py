@@ -74,6 +74,12 @@ GAUGES = {
     "sampler/staleness_max": ("ppod_sampler_staleness_max_versions", "Age of the oldest tokens' weights, in versions"),
     "sampler/temperature": ("ppod_sampler_temperature", "Temperature that the step's samples were drawn at"),
     "sampler/mismatched": ("ppod_sampler_mismatched_ratio", "Share of tokens left out of the loss for their mismatch"),
+    "push/bytes": ("ppod_push_bytes", "Bytes of weights that left the trainer in the step's push"),
+    "push/fallbacks": (
+        "ppod_push_fallbacks",
+        "Replicas that refused the step's changes, or that its broadcast did not reach, and were sent whole weights",
+    ),
+    "push/lost": ("ppod_push_lost_replicas", "Replicas that the run goes on without, as they did not get the weights"),
     "learning_rate": ("ppod_learning_rate", "Learning rate of the policy"),
     "tokens_per_second": ("ppod_tokens_per_second", "Response tokens trained on, per second of the step"),
     "samples/dropped": ("ppod_samples_dropped", "Samples dropped in the step for a typed error"),

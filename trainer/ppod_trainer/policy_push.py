@@ -10,7 +10,7 @@ import torch
 from ppod_trainer.leader import Leader
 from ppod_trainer.policy_weights import wire_tensors
 from ppod_trainer.stopping import StopSignal
-from ppod_trainer.weight_sync import WeightSync
+from ppod_trainer.weight_sync import PushReport, WeightSync
 
 InService = Callable[[int], AbstractContextManager[None]]
 """Context in which weights of a version may come into service."""
@@ -23,6 +23,9 @@ class PolicyPush:
         leader: has the policy.
         generation: pushes to all replicas.
         stop: a signal waits while all ranks gather.
+
+    Attributes:
+        last: what the last push of the policy took; none where none went well.
     """
 
     def __init__(self, leader: Leader, generation: WeightSync, stop: StopSignal) -> None:
@@ -30,6 +33,7 @@ class PolicyPush:
         self._generation = generation
         self._stop = stop
         self._base_version: int | None = None
+        self.last: PushReport | None = None
 
     def push(self, dtype: torch.dtype, weight_version: int, in_service: InService) -> int:
         """Put the policy into service under `weight_version`; returns the version that serves.
@@ -39,11 +43,12 @@ class PolicyPush:
         Raises:
             WeightPushError: a replica did not get it.
         """
+        self.last = None
         if self._leader.adapter is None:
             with self._stop.deferred():
                 model = self._leader.whole_model(dtype)
             with in_service(weight_version):
-                self._generation.push(model, dtype, weight_version)
+                self.last = self._generation.push(model, dtype, weight_version)
             return weight_version
         if self._generation.base_versions() != {self._base_version}:
             self._push_base(dtype, weight_version, in_service)
@@ -51,7 +56,7 @@ class PolicyPush:
         with self._stop.deferred():
             tensors = wire_tensors(self._leader.adapter_weights())
         with in_service(weight_version):
-            self._generation.push_adapter(self._leader.adapter.description, tensors, weight_version)
+            self.last = self._generation.push_adapter(self._leader.adapter.description, tensors, weight_version)
         return weight_version
 
     def _push_base(self, dtype: torch.dtype, weight_version: int, in_service: InService) -> None:

@@ -295,6 +295,8 @@ class TrainingRun:
             figures |= {"judge/mean": float(self._judged.mean()), "judge/std": float(self._judged.std())}
         seconds = collected.seconds | timer.seconds
         figures |= collected.figures
+        if (push := self._to_generation.last) is not None:
+            figures |= push.figures()
         return figures | {f"seconds/{phase}": value for phase, value in seconds.items()}
 
     def _judge(self, rollouts: Sequence[ScoredRollout], timer: StepTimer) -> None:

@@ -88,6 +88,17 @@ class PushReport:
     fallbacks: int
     lost: tuple[str, ...]
 
+    def figures(self) -> dict[str, float]:
+        """As a step's record holds them; what each name means: `metrics.GAUGES`."""
+        return {
+            "push/bytes": float(self.sent_bytes),
+            "push/fallbacks": float(self.fallbacks),
+            "push/lost": float(len(self.lost)),
+            "seconds/push_prepare": self.prepare_s,
+            "seconds/push_commit": self.commit_s,
+            "seconds/push_pause": self.paused_s,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class _Committed:

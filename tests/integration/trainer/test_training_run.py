@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppod_trainer.metrics import GAUGES
 from support.processes import free_ports
+from support.tiny_model import build_model
 
 from .conftest import System, records_of, wait_for_step
 
@@ -131,4 +132,7 @@ def test_prometheus_exports_every_gauge_while_the_run_goes_on(system: System) ->
     assert values["ppod_samples_total"] == 8 * values["ppod_step"]
     assert values["ppod_policy_entropy_nats"] > 0
     assert values['ppod_step_phase_seconds{phase="update"}'] > 0
+    assert values['ppod_step_phase_seconds{phase="push_prepare"}'] > 0
+    assert values["ppod_push_bytes"] == sum(4 * one.numel() for one in build_model(seed=0).parameters())
+    assert values["ppod_push_fallbacks"] == values["ppod_push_lost_replicas"] == 0
     assert values['ppod_client_rpc_seconds_count{method="/ppod.v1.RewardService/Score"}'] >= 2
