@@ -1,4 +1,4 @@
-"""Documentation of the deployment: links lead somewhere, and what it names is there."""
+"""Documentation: links lead somewhere, and what it names is there."""
 
 from __future__ import annotations
 
@@ -18,13 +18,27 @@ from support.manifests import COMPONENTS, KUSTOMIZE, OVERLAYS, SCALERS
 from support.processes import ROOT
 
 PAGES = [ROOT / "deploy" / "README.md", *sorted((ROOT / "deploy" / "docs").glob("*.md"))]
+FOLDERS = ("deploy", "docker", "protos", "services", "tests", "trainer")
+ALL_PAGES = [ROOT / "README.md", *sorted(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
 CONFIGURATIONS = (TrainerConfig, CausalServiceConfig, GenerationServiceConfig, RewardServiceConfig)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def _name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def _anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=_name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        found = page.parent / target if target else page
+        assert found.exists(), target
+        assert not anchor or anchor in _anchors(found), f"{target}#{anchor}"
 
 
 def _sections(annotation: object) -> Iterator[type[BaseModel]]:
@@ -40,7 +54,7 @@ def _has(model: type[BaseModel], path: list[str]) -> bool:
     return len(path) == 1 or any(_has(one, path[1:]) for one in inner)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "trainer" / "README.md"], ids=_name)
 def test_keys_of_configurations_are_there(page: Path) -> None:
     """A dotted name in code whose first part is a section of a configuration is a key of it."""
     for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:: [^`]*)?`", page.read_text()):
@@ -68,8 +82,9 @@ def test_commands_name_objects_that_are_there() -> None:
 
 def test_every_make_target_that_is_named_is_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for page in PAGES:
-        assert set(re.findall(r"`make ([a-z-]+)", page.read_text())) <= targets, page.name
+    for page in ALL_PAGES:
+        named = set(re.findall(r"`make ([a-z-]+)|^    make ([a-z-]+)", page.read_text(), re.MULTILINE))
+        assert {one or other for one, other in named} <= targets, page.name
 
 
 def test_the_example_of_a_teams_file_is_one_that_the_service_takes() -> None:
