@@ -41,7 +41,9 @@ class ModelWeights:
         self._spare: dict[str, torch.Tensor] = {}
         self._side = SideStream(self._device)
         self._arena: Arena | None = None  # what is received into on its way to a device
-        self._borrowed: set[str] = set()  # whose memory is a sender's file
+        # Whose memory is a file's: a sender's, or at first the checkpoint's. Written to there, every 4 KiB would cost a
+        # page fault and a copy: the second push of SmolLM2 took 3 s.
+        self._borrowed = set(self._parameters) if self.borrows else set[str]()
 
     @property
     def borrows(self) -> bool:

@@ -76,6 +76,17 @@ def test_versions_follow_each_other_through_the_same_memory(own: torch.dtype, wi
     assert len(set(storages[1:])) == 2
 
 
+@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
+def test_the_memory_of_the_checkpoint_is_never_written_to(wire: torch.dtype) -> None:
+    """It may be a mapped file, where each page that is written to is a fault and a copy."""
+    model = build_model(seed=0)
+    loaded = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights, _ = served(model)
+    for version in range(1, 4):
+        put(weights, *whole(build_model(seed=version), version, wire))
+    assert_same(loaded, state(build_model(seed=0)))
+
+
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
 def test_borrowed_memory_is_never_received_into(own: torch.dtype) -> None:
     """Tensors in a sender's file serve as they are; where they are converted, the model's own memory is reused."""
