@@ -145,16 +145,29 @@ def _score(service: ServiceProcess, pin: Pin) -> object:
 
 
 @pytest.mark.parametrize(
-    ("fixture", "call"), [("generation_service", _generate), ("reference_service", _judge), ("reward_service", _score)]
+    ("fixture", "client", "call"),
+    [
+        ("generation_service", GenerationClient, _generate),
+        ("reference_service", ReferenceClient, _judge),
+        ("reward_service", RewardClient, _score),
+    ],
 )
-def test_pins_are_held(request: pytest.FixtureRequest, fixture: str, call: Call) -> None:
+def test_pins_are_held(
+    request: pytest.FixtureRequest,
+    fixture: str,
+    client: type[GenerationClient | ReferenceClient | RewardClient],
+    call: Call,
+) -> None:
     service: ServiceProcess = request.getfixturevalue(fixture)
-    call(service, Pin(weight_version=0))
+    with client(service.target) as asking:
+        serving = asking.describe().state.weight_version
+    call(service, Pin(weight_version=serving))
     with pytest.raises(NotFound, match="nobody"):
         call(service, Pin(model="nobody"))
     with pytest.raises(FailedPrecondition) as caught:
-        call(service, Pin(weight_version=3))
-    assert (caught.value.what, caught.value.found, caught.value.expected) == ("weight_version", "0", "3")
+        call(service, Pin(weight_version=serving + 3))
+    found = (caught.value.what, caught.value.found, caught.value.expected)
+    assert found == ("weight_version", str(serving), str(serving + 3))
     with pytest.raises(FailedPrecondition) as caught:
         call(service, Pin(tokenizer_fingerprint="0" * 16))
     assert caught.value.what == "tokenizer"
