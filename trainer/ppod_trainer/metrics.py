@@ -74,7 +74,10 @@ GAUGES = {
     "sampler/staleness_max": ("ppod_sampler_staleness_max_versions", "Age of the oldest tokens' weights, in versions"),
     "sampler/temperature": ("ppod_sampler_temperature", "Temperature that the step's samples were drawn at"),
     "sampler/mismatched": ("ppod_sampler_mismatched_ratio", "Share of tokens left out of the loss for their mismatch"),
-    "push/bytes": ("ppod_push_bytes", "Bytes of weights that left the trainer in the step's push"),
+    "push/bytes": (
+        "ppod_push_bytes",
+        "Bytes of weights that left the trainer in the step's push, without an adapter's base",
+    ),
     "push/fallbacks": (
         "ppod_push_fallbacks",
         "Replicas that refused the step's changes, or that its broadcast did not reach, and were sent whole weights",

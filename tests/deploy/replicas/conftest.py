@@ -23,7 +23,8 @@ collect_ignore = (
 )
 
 needs_namespaces = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
+    os.geteuid() != 0 or shutil.which("ip") is None,
+    reason="network namespaces need root and iproute2: `make test-replicas` as root runs this",
 )
 
 

@@ -24,7 +24,8 @@ from support.weight_checks import assert_serves
 from .conftest import System, records_of, running_system
 
 needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: it comes with ppod[qlora]"
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed: it comes with ppod[qlora], and with `make setup`",
 )
 
 

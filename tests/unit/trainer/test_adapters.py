@@ -24,7 +24,8 @@ from support.tiny_model import build_model
 CPU = torch.device("cpu")
 Make = Callable[..., list[ScoredRollout]]
 needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: it comes with ppod[qlora]"
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed: it comes with ppod[qlora], and with `make setup`",
 )
 
 
