@@ -30,15 +30,15 @@ def greedy_tokens(model: nn.Module) -> list[list[int]]:
     return found
 
 
-def assert_serves(service: ServiceProcess, version: int, model: nn.Module) -> None:
-    """It generates what this model would, tags it with the version, and has nothing else prepared."""
+def assert_serves(service: ServiceProcess, version: int, model: nn.Module, prepared: int | None = None) -> None:
+    """It generates what this model would, tags it with the version, and has nothing else prepared, or this version."""
     with GenerationClient(service.target) as client:
         completions = client.generate(PROMPTS, GREEDY)
     assert {done.state.weight_version for done in completions} == {version}
     assert [done.token_ids.tolist() for done in completions] == greedy_tokens(model)
     with WeightClient(service.admin_target) as weights:
         status = weights.status()
-    assert (status.state.weight_version, status.prepared_version) == (version, None)
+    assert (status.state.weight_version, status.prepared_version) == (version, prepared)
 
 
 def assert_takes_next(service: ServiceProcess, version: int, seed: int) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ppod import (
     DeadlineExceeded,
     FailedPrecondition,
+    NotFound,
     PermissionDenied,
     PpodError,
     Unavailable,
@@ -127,6 +128,7 @@ class WeightSync:
         self._config = config
         self._pool = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="replicas")
         self._held = HeldFiles()
+        self._directories: dict[str, str] = {}  # `WeightStatus.relay_directory_id` of each replica
         self._plane = self._make_plane()
         self._committed: _Committed | None = None
         self._retired: WireImage | None = None
@@ -239,8 +241,13 @@ class WeightSync:
         """Push to these replicas, by a relay where one is configured, and directly to whom it does not reach."""
         if self._config.relay == "none" or len(targets) == 1:
             return self._send_directly(push, targets)
-        tree = relay_tree(targets, 1 if self._config.relay == "chain" else self._config.relay_fanout)
+        fanout = 1 if self._config.relay == "chain" else self._config.relay_fanout
+        tree = relay_tree(self._by_directory(targets), fanout)
         found = self._send_directly(replace(push, relay=tree.hops), [tree.target])
+        for target in targets:
+            if found.get(target) is not None:
+                # What comes back at its address may be another one.
+                self._directories.pop(target, None)
         unreached = [target for target in targets if target != tree.target and _unreached(found, target)]
         if unreached:
             reasons = "; ".join(f"{target}: {found.get(target) or found[tree.target]}" for target in unreached)
@@ -317,6 +324,17 @@ class WeightSync:
                 raise WeightPushError(f"{target} does not tell which weights it has: {answer}") from answer
         return found
 
+    def _by_directory(self, targets: Sequence[str]) -> list[list[str]]:
+        """The replicas, together those that share a relay directory; each is asked once."""
+        unknown = [target for target in targets if target not in self._directories]
+        for target, answer in self._ask(unknown, lambda client: client.status()).items() if unknown else ():
+            if isinstance(answer, WeightStatus):
+                self._directories[target] = answer.relay_directory_id
+        groups: dict[str, list[str]] = {}
+        for target in targets:
+            groups.setdefault(self._directories.get(target) or target, []).append(target)
+        return list(groups.values())
+
     def _collective_ranks(self) -> dict[str, int]:
         """How many ranks each replica takes. One of a list that does not answer counts as one: its push fails."""
         statuses = self._statuses()
@@ -355,7 +373,8 @@ class WeightSync:
 
 def _unreached(found: Outcomes, target: str) -> bool:
     """Whether a relay failed before it came to this replica; what the replica itself answered stands."""
-    return target not in found or isinstance(found[target], Unavailable | DeadlineExceeded | PermissionDenied)
+    errors = Unavailable | DeadlineExceeded | PermissionDenied | NotFound
+    return target not in found or isinstance(found[target], errors)
 
 
 def _broke(found: Outcomes, target: str) -> bool:

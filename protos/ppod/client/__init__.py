@@ -28,7 +28,7 @@ from ppod.client.reward_admin import AsyncRewardAdminClient, ReplacedModel, Repl
 from ppod.client.reward_calls import ChatTurn, Granularity, ProcessScores, Scores, Truncation
 from ppod.client.security import ClientSecurity
 from ppod.client.service_watch import ServiceWatch, close_service_watch, open_service_watch
-from ppod.client.shared_weights import Segment, SharedDirectory
+from ppod.client.shared_weights import Segment, SharedDirectory, directory_id, hold_file, release_file
 from ppod.client.weight_calls import with_checksums
 from ppod.client.weight_image import WEIGHT_BLOCK_BYTES, TensorLayout, WireImage
 from ppod.client.weights import (
@@ -111,9 +111,12 @@ __all__ = [
     "WeightTensor",
     "WireImage",
     "close_service_watch",
+    "directory_id",
+    "hold_file",
     "new_request_id",
     "open_service_watch",
     "parse_kubernetes_target",
     "relay_tree",
+    "release_file",
     "with_checksums",
 ]

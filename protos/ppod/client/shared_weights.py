@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -17,12 +18,15 @@ from typing import Self
 
 from ppod.client.weight_calls import TensorDtype, WeightTensor
 from ppod.client.weight_image import TensorLayout, WireImage
-from ppod.errors import ResourceExhausted
+from ppod.errors import FailedPrecondition, ResourceExhausted
 from ppod.weight_changes import TensorEncoding
 
 _PREFIX = "ppod-weights-"
+_ID_FILE = "ppod-directory-id"
 _LOCK = "lock"
 _ALIGNMENT = 4096
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What file systems without locks answer."""
 _NAMES = {TensorDtype.FLOAT32: "F32", TensorDtype.BFLOAT16: "BF16", TensorDtype.FLOAT16: "F16"}
 
 
@@ -45,6 +49,67 @@ class Segment:
         """What a push tells."""
         return self.path.as_uri()
 
+    @property
+    def held(self) -> bool:
+        """Whether somebody holds it, by `hold_file`."""
+        opened = os.open(self.path, os.O_RDWR)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        finally:
+            os.close(opened)
+        return False
+
+
+def hold_file(opened: int) -> None:
+    """Lock an open file of weights against being written to, until `release_file` or its last descriptor is closed.
+
+    On file systems without locks nothing is locked: their senders ask which files are held (`WeightStatus.held_uris`).
+
+    Raises:
+        FailedPrecondition: it is about to be written to.
+    """
+    try:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FailedPrecondition("uri", "a file that its sender writes to", "one that is whole") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def release_file(opened: int) -> None:
+    """Give up what `hold_file` locked, also where a mapping shares the opening; closes the file."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_UN)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    finally:
+        os.close(opened)
+
+
+def directory_id(directory: Path) -> str:
+    """What tells a directory from all others, on whatever host and at whatever path; made where it is not there.
+
+    Raises:
+        OSError: it cannot be made, read or written to.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / _ID_FILE
+    if not path.exists():
+        mine = directory / f".{_ID_FILE}-{secrets.token_hex(8)}"
+        mine.write_text(secrets.token_hex(16), encoding="ascii")
+        # Whole or not at all, and the first one stays: several servers may come at once.
+        with contextlib.suppress(FileExistsError):
+            path.hardlink_to(mine)
+        mine.unlink()
+    return path.read_text(encoding="ascii")
+
 
 class SharedDirectory:
     """Writes the files of one sender into a folder of its own below `directory`; the context removes them.
@@ -53,7 +118,7 @@ class SharedDirectory:
     locks, is removed when the next one begins.
 
     Files of whole weights are written in place: memory that was never touched costs a page fault every 4 KiB. A file
-    that a service holds is never written to.
+    that a service holds, or says that it holds, is never written to.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -90,7 +155,7 @@ class SharedDirectory:
             ResourceExhausted: the directory has no room for it.
         """
         for segment in self._segments:
-            if segment.uri not in held_uris and segment.image.layout == tuple(layout):
+            if segment.uri not in held_uris and segment.image.layout == tuple(layout) and not segment.held:
                 return segment
         path = self._new_path()
         header = _header([(one.name, _NAMES[one.dtype], one.shape, one.nbytes) for one in layout])

@@ -84,10 +84,17 @@ class LoraAdapter:
 
 @dataclass(frozen=True, slots=True)
 class RelayHop:
-    """A further server that the weights are relayed to, and those that it relays them to."""
+    """A further server that the weights are relayed to, and those that it relays them to.
+
+    Attributes:
+        target: its administration port.
+        hops: behind it.
+        shares_directory: it gets whole weights by a file, once the server before it has them whole.
+    """
 
     target: str
     hops: tuple[RelayHop, ...] = ()
+    shares_directory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +182,7 @@ class WeightStatus:
         base_version: version of the whole weights in service, below an adapter where one serves.
         held_uris: shared files that serve or wait; whoever writes to one damages them.
         collective_ranks: how many ranks the server takes in a `CollectiveGroup`.
+        relay_directory_id: of the directory that it relays by; those with the same one see its files. Empty: none.
     """
 
     state: ModelState
@@ -182,6 +190,7 @@ class WeightStatus:
     base_version: int = 0
     held_uris: tuple[str, ...] = ()
     collective_ranks: int = 1
+    relay_directory_id: str = ""
 
 
 def read_prepared(data: bytes, target: str, push: WeightPush) -> PreparedWeights:
@@ -226,6 +235,7 @@ def status(core: ClientCore, timeout_s: float | None) -> Program[WeightStatus]:
         reply.base_version,
         tuple(reply.held_uris),
         reply.collective_ranks or 1,
+        reply.relay_directory_id,
     )
 
 
@@ -328,4 +338,5 @@ def _manifest(push: WeightPush, target: str) -> weights_pb2.WeightManifest:
 
 
 def _hop(hop: RelayHop) -> weights_pb2.RelayHop:
-    return weights_pb2.RelayHop(target=hop.target, hops=[_hop(inner) for inner in hop.hops])
+    hops = [_hop(inner) for inner in hop.hops]
+    return weights_pb2.RelayHop(target=hop.target, hops=hops, shares_directory=hop.shares_directory)

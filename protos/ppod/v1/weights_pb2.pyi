@@ -70,12 +70,14 @@ class LoraAdapter(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ..., rank_stabilized: _Optional[bool] = ...) -> None: ...
 
 class RelayHop(_message.Message):
-    __slots__ = ("target", "hops")
+    __slots__ = ("target", "hops", "shares_directory")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     HOPS_FIELD_NUMBER: _ClassVar[int]
+    SHARES_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     target: str
     hops: _containers.RepeatedCompositeFieldContainer[RelayHop]
-    def __init__(self, target: _Optional[str] = ..., hops: _Optional[_Iterable[_Union[RelayHop, _Mapping]]] = ...) -> None: ...
+    shares_directory: bool
+    def __init__(self, target: _Optional[str] = ..., hops: _Optional[_Iterable[_Union[RelayHop, _Mapping]]] = ..., shares_directory: _Optional[bool] = ...) -> None: ...
 
 class CollectiveGroup(_message.Message):
     __slots__ = ("name", "address", "backend", "rank", "world_size", "bucket_bytes", "ranks")
@@ -176,15 +178,17 @@ class GetWeightsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWeightsResponse(_message.Message):
-    __slots__ = ("model", "prepared_version", "base_version", "held_uris", "collective_ranks")
+    __slots__ = ("model", "prepared_version", "base_version", "held_uris", "collective_ranks", "relay_directory_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PREPARED_VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     HELD_URIS_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVE_RANKS_FIELD_NUMBER: _ClassVar[int]
+    RELAY_DIRECTORY_ID_FIELD_NUMBER: _ClassVar[int]
     model: _common_pb2.ModelState
     prepared_version: int
     base_version: int
     held_uris: _containers.RepeatedScalarFieldContainer[str]
     collective_ranks: int
-    def __init__(self, model: _Optional[_Union[_common_pb2.ModelState, _Mapping]] = ..., prepared_version: _Optional[int] = ..., base_version: _Optional[int] = ..., held_uris: _Optional[_Iterable[str]] = ..., collective_ranks: _Optional[int] = ...) -> None: ...
+    relay_directory_id: str
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelState, _Mapping]] = ..., prepared_version: _Optional[int] = ..., base_version: _Optional[int] = ..., held_uris: _Optional[_Iterable[str]] = ..., collective_ranks: _Optional[int] = ..., relay_directory_id: _Optional[str] = ...) -> None: ...

@@ -48,6 +48,7 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
         self._metrics = host.metrics
         self._engine: Deferred[RunBatch[ItemT, ResultT]] = Deferred()
         self.target: Deferred[WeightTarget] = Deferred()
+        self._weight_servicer: WeightServicer | None = None
         self.scheduler = Scheduler(self._run_batch, config.batching, host.executor, host.metrics)
 
     @abstractmethod
@@ -61,10 +62,10 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
     def register_admin(self, server: grpc.aio.Server) -> None:
         """Add WeightService."""
         try:
-            servicer = WeightServicer(self.target, self.scheduler, self._config.weights)
+            self._weight_servicer = WeightServicer(self.target, self.scheduler, self._config.weights)
         except InvalidArgument as error:
-            raise StartError(f"weights.relay_targets: {error}") from error
-        servicer.add_to_server(server)
+            raise StartError(f"weights: {error}") from error
+        self._weight_servicer.add_to_server(server)
 
     def load(self) -> None:
         """Load the model in the calling thread, and run it once."""
@@ -88,7 +89,11 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
 
     async def run(self) -> None:
         """Run batches until cancelled."""
-        await self.scheduler.run()
+        try:
+            await self.scheduler.run()
+        finally:
+            if self._weight_servicer is not None:
+                self._weight_servicer.close()
 
     def _run_batch(self, items: Sequence[ItemT], sink: JoinableSink[ItemT, ResultT]) -> None:
         self._engine.get()(items, sink)

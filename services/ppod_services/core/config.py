@@ -211,18 +211,40 @@ class WeightsConfig(ConfigModel):
         description="administration ports that weights may be relayed to, as patterns: `policy-*.policy:50063`; none: "
         "to nobody",
     )
+    relay_directory: Path | None = Field(
+        default=None,
+        description="a directory in memory that servers of one host share, as /dev/shm/ppod-relay: one of them "
+        "receives into a file there what it relays to the others, which read it, or serve from it (map_shared_files); "
+        "none: each gets all bytes by itself",
+    )
     relay_tls: ClientTlsConfig | None = Field(default=None, description="TLS to them; none: plain text")
     relay_plain_text_token: bool = Field(
         default=False, description="send them the token of PPOD_TOKEN or PPOD_TOKEN_FILE without TLS"
     )
 
+    @property
+    def readable_directories(self) -> tuple[Path, ...]:
+        """Directories below which weights may be read."""
+        return self.shared_directories + (() if self.relay_directory is None else (self.relay_directory,))
+
     @field_validator("shared_directories")
     @classmethod
     def _directories_are_absolute(cls, directories: tuple[Path, ...]) -> tuple[Path, ...]:
         for directory in directories:
-            if not directory.is_absolute() or ".." in directory.parts or directory == Path("/"):
-                raise ValueError(f"{directory} must be an absolute path below /, without ..")
+            _check_directory(directory)
         return directories
+
+    @field_validator("relay_directory")
+    @classmethod
+    def _relay_directory_is_absolute(cls, directory: Path | None) -> Path | None:
+        if directory is not None:
+            _check_directory(directory)
+        return directory
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.is_absolute() or ".." in directory.parts or directory == Path("/"):
+        raise ValueError(f"{directory} must be an absolute path below /, without ..")
 
 
 class AdapterConfig(ConfigModel):

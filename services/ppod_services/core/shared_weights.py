@@ -18,12 +18,12 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import torch
 
-from ppod.client import WEIGHT_BLOCK_BYTES
-from ppod.errors import InvalidArgument, NotFound, PermissionDenied
+from ppod.client import WEIGHT_BLOCK_BYTES, hold_file, release_file
+from ppod.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from ppod.weight_changes import TensorEncoding
 from ppod_models.loading import DTYPES
 from ppod_services.core.weight_manifest import ITEM_BYTES, IncomingManifest, IncomingTensor, Layout
-from ppod_services.core.weight_store import Install
+from ppod_services.core.weight_store import FileMemory, Install
 from ppod_services.core.weight_transfer import TensorReceiver, WeightTransfer
 from ppod_services.core.weights import ServedWeights
 
@@ -47,6 +47,31 @@ class _Entry:
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)} at bytes {self.begin} to {self.end}"
+
+
+class FileHold:
+    """A `Hold`: a lock that whoever writes the file looks for first.
+
+    Args:
+        uri: of the file.
+        opened: a descriptor of it, closed by `release`.
+
+    Raises:
+        FailedPrecondition: it is about to be written to.
+    """
+
+    def __init__(self, uri: str, opened: int) -> None:
+        self.uri = uri
+        self._opened = opened
+        try:
+            hold_file(opened)
+        except FailedPrecondition:
+            os.close(opened)
+            raise
+
+    def release(self) -> None:
+        """See `Hold`."""
+        release_file(self._opened)
 
 
 class SharedFile:
@@ -105,6 +130,10 @@ class SharedFile:
     def identity(self) -> tuple[int, int, int]:
         """Equal for the same file of the same size."""
         return self._identity
+
+    def hold(self) -> FileHold:
+        """Keep it from being written to; raise FailedPrecondition when it is about to be."""
+        return FileHold(self.uri, os.dup(self._fd))
 
     def map(self) -> mmap.mmap:
         """The file's own memory. Writing to it changes a private copy."""
@@ -188,7 +217,7 @@ class SharedFiles:
             mappable = self._map_files and weights.borrows and manifest.adapter is None and not manifest.encoded
             mapped = self._mapped(file, header, manifest) if mappable else None
             offsets = file.offsets(header, manifest) if mapped is None else mapped.offsets
-            transfer = weights.begin(manifest, None if mapped is None else mapped.tensors)
+            transfer = weights.begin(manifest, None if mapped is None else FileMemory(mapped.tensors, file.hold()))
             staged: Install | None = None
             try:
                 file.receive(transfer, offsets, self._pool)
@@ -203,7 +232,7 @@ class SharedFiles:
             if found is None or (found.header, found.layout) != (header, manifest.layout):
                 offsets = file.offsets(header, manifest)
                 memory = file.map() if found is None else found.memory
-                tensors = _tensors_in(memory, manifest, offsets)
+                tensors = tensors_in(memory, manifest.tensors, offsets)
                 found = _Mapped(memory, header, manifest.layout, offsets, tensors)
             self._mappings[file.identity] = found
             while len(self._mappings) > _KEPT_MAPPINGS:
@@ -211,9 +240,10 @@ class SharedFiles:
         return found
 
 
-def _tensors_in(mapping: mmap.mmap, manifest: IncomingManifest, offsets: Sequence[int]) -> list[torch.Tensor]:
+def tensors_in(mapping: mmap.mmap, described: Sequence[IncomingTensor], offsets: Sequence[int]) -> list[torch.Tensor]:
+    """Tensors in a file's memory, each at its offset."""
     tensors: list[torch.Tensor] = []
-    for tensor, offset in zip(manifest.tensors, offsets, strict=True):
+    for tensor, offset in zip(described, offsets, strict=True):
         dtype, count = DTYPES[tensor.dtype], tensor.dense_bytes // ITEM_BYTES[tensor.dtype]
         flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset) if count else torch.empty(0).to(dtype)
         tensors.append(flat.view(tensor.shape))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -44,6 +45,9 @@ class _Outcome:
 class WeightRelay:
     """Opens relays to the servers that the configuration allows.
 
+    A hop gets every message as it comes in. One that shares the relay directory gets whole weights as a file, instead,
+    once they are all there.
+
     Raises:
         InvalidArgument: the token or a certificate cannot be read.
     """
@@ -69,10 +73,16 @@ class WeightRelay:
         self, manifest: weights_pb2.WeightManifest, timeout_s: float | None
     ) -> AsyncGenerator[RelayedTransfer]:
         """Begin to send to all hops of a manifest; whoever leaves early calls off what is under way."""
+        by_file = self._config.relay_directory is not None and _whole_by_chunks(manifest)
         hops = [_Hop(hop, self._config.idle_timeout_s) for hop in manifest.relay]
-        transfer = RelayedTransfer(hops)
-        for hop in hops:
-            hop.start(self._send(hop, manifest, timeout_s))
+        waiting = [hop for hop in hops if by_file and hop.message.shares_directory]
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+
+        def start(hop: _Hop, message: weights_pb2.WeightManifest) -> None:
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            hop.start(self._send(hop, message, left_s))
+
+        transfer = RelayedTransfer(manifest, hops, waiting, start)
         try:
             yield transfer
         finally:
@@ -115,18 +125,53 @@ class WeightRelay:
 
 
 class RelayedTransfer:
-    """The hops of one transfer. A hop that fails is left behind; the others go on."""
+    """The hops of one transfer. A hop that fails is left behind; the others go on.
 
-    def __init__(self, hops: Sequence[_Hop]) -> None:
+    Args:
+        manifest: as it came.
+        hops: all of them.
+        waiting: those that get a file.
+        start: begins to send to a hop, with the manifest that it gets.
+    """
+
+    def __init__(
+        self,
+        manifest: weights_pb2.WeightManifest,
+        hops: Sequence[_Hop],
+        waiting: Sequence[_Hop],
+        start: Callable[[_Hop, weights_pb2.WeightManifest], None],
+    ) -> None:
+        self._manifest = manifest
         self._hops = hops
+        self._waiting = waiting
+        self._start = start
+        self._streams = [hop for hop in hops if hop not in waiting]
+        for hop in self._streams:
+            start(hop, manifest)
 
     def __bool__(self) -> bool:
         return bool(self._hops)
 
+    @property
+    def wants_file(self) -> bool:
+        """Whether a hop waits for `announce`."""
+        return bool(self._waiting)
+
     async def forward(self, part: bytes) -> None:
         """Send one message on to every hop that still takes it."""
-        if self._hops:
-            await asyncio.gather(*(hop.put(part) for hop in self._hops))
+        if self._streams:
+            await asyncio.gather(*(hop.put(part) for hop in self._streams))
+
+    def announce(self, uri: str, checksums: Sequence[int]) -> None:
+        """Tell the hops that wait for it of a file that holds all tensors, with these checksums."""
+        manifest = weights_pb2.WeightManifest()
+        manifest.CopyFrom(self._manifest)
+        manifest.uri, manifest.checksums_follow = uri, False
+        for tensor, checksum in zip(manifest.tensors, checksums, strict=True):
+            tensor.xxh3 = checksum
+        for hop in self._waiting:
+            self._start(hop, manifest)
+            hop.end()
 
     async def results(self, own: PpodError | None) -> list[weights_pb2.ReplicaResult]:
         """End all streams, wait for their replies, and tell what became of every server; empty without any hop."""
@@ -168,6 +213,10 @@ class _Hop:
             return
         self._parts.put_nowait(part)
 
+    def end(self) -> None:
+        """Nothing follows the first message."""
+        self._parts.put_nowait(None)
+
     async def messages(self, first: bytes) -> AsyncIterator[bytes]:
         """What is sent."""
         yield first
@@ -176,20 +225,23 @@ class _Hop:
 
     async def outcomes(self) -> list[_Outcome]:
         """Wait for the end: what became of this server and of those behind it."""
-        target = self.message.target
-        task = self._task
-        found: list[_Outcome] | PpodError
-        if task is not None and not task.done():
-            # Each server behind may itself wait so long for the next one, and still tell of it.
-            await asyncio.wait({task}, timeout=self._idle_timeout_s * _depth(self.message))
-        if task is not None and task.done() and not task.cancelled():
-            found = task.result()
-        else:
-            found = DeadlineExceeded(f"{target} took nothing, or did not answer, for {self._idle_timeout_s:g} s")
+        found = await self._end()
         if isinstance(found, list):
             return found
+        target = self.message.target
         behind = [_Outcome(name, Unavailable(f"not reached: {target} failed")) for name in _behind(self.message)]
         return [_Outcome(target, found), *behind]
+
+    async def _end(self) -> list[_Outcome] | PpodError:
+        target, task = self.message.target, self._task
+        if task is None:
+            return Unavailable(f"not reached: no file was made for {target}")
+        if not task.done():
+            # Each server behind may itself wait so long for the next one, and still tell of it.
+            await asyncio.wait({task}, timeout=self._idle_timeout_s * _depth(self.message))
+        if task.done() and not task.cancelled():
+            return task.result()
+        return DeadlineExceeded(f"{target} took nothing, or did not answer, for {self._idle_timeout_s:g} s")
 
     async def close(self) -> None:
         """Call off what is under way."""
@@ -217,6 +269,13 @@ def _read_reply(target: str, data: bytes) -> list[_Outcome]:
     if not reply.replicas:
         return [_Outcome(target, None)]
     return [_Outcome(one.target or target, from_status(one.code, one.message, one.status)) for one in reply.replicas]
+
+
+def _whole_by_chunks(manifest: weights_pb2.WeightManifest) -> bool:
+    """Whether chunks bring whole tensors of the model."""
+    dense = (weights_pb2.TENSOR_ENCODING_UNSPECIFIED, weights_pb2.TENSOR_ENCODING_DENSE)
+    elsewhere = manifest.uri or manifest.HasField("adapter") or manifest.HasField("collective")
+    return not elsewhere and all(spec.encoding in dense for spec in manifest.tensors)
 
 
 def _depth(hop: weights_pb2.RelayHop) -> int:

@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc.aio
 
-from ppod.errors import InvalidArgument, PpodError
+from ppod.client import directory_id
+from ppod.errors import InvalidArgument, PpodError, ResourceExhausted
 from ppod.v1 import weights_pb2, weights_pb2_grpc
 from ppod_services.core.batch_run import Pause
 from ppod_services.core.config import WeightsConfig
@@ -20,11 +22,12 @@ from ppod_services.core.described import Deferred, ModelInfo
 from ppod_services.core.logs import LogValue, log_event
 from ppod_services.core.weight_manifest import IncomingManifest, read_manifest
 from ppod_services.core.weight_relay import RelayedTransfer, WeightRelay
-from ppod_services.core.weight_store import Install
+from ppod_services.core.weight_store import FileMemory, Install
 from ppod_services.core.weight_stream import WeightStream, read_part
 
 if TYPE_CHECKING:
     # Importing torch would delay the binding of the ports by seconds.
+    from ppod_services.core.relay_files import RelayFiles
     from ppod_services.core.weight_transfer import WeightTransfer
     from ppod_services.core.weights import ServedWeights
 
@@ -68,6 +71,9 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
     """Replaces weights in two phases; see weights.proto.
 
     Register it by `add_to_server`: chunks come in as raw bytes, because parsing them would copy them twice.
+
+    Raises:
+        InvalidArgument: a token or certificate of the relay cannot be read, or its directory cannot be used.
     """
 
     def __init__(self, target: Deferred[WeightTarget], scheduler: Exclusive, config: WeightsConfig) -> None:
@@ -75,8 +81,11 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         self._scheduler = scheduler
         self._config = config
         self._relay = WeightRelay(config)
+        self._directory_id = _directory_id(config.relay_directory)
         self._files: WeightSource | None = None
         self._groups: WeightSource | None = None
+        self._relay_files: RelayFiles | None = None
+        self._relay_lock = threading.Lock()
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         """Register all methods."""
@@ -163,7 +172,13 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             base_version=weights.base_version,
             held_uris=weights.held_uris,
             collective_ranks=weights.collective_ranks,
+            relay_directory_id=self._directory_id,
         )
+
+    def close(self) -> None:
+        """Leave no files behind."""
+        if self._relay_files is not None:
+            self._relay_files.close()
 
     async def _prepare(
         self, weights: ServedWeights, manifest: IncomingManifest, stream: WeightStream, relay: RelayedTransfer
@@ -172,16 +187,41 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         source = self._source(manifest)
         if source is not None:
             return await _prepare_from(source, weights, manifest)
+        memory = await self._shared_memory(manifest) if relay.wants_file else None
         # Not in a thread: a caller that went away in between would leave the transfer open for ever.
-        transfer = weights.begin(manifest)
+        transfer = weights.begin(manifest, memory)
         staged: Install | None = None
         try:
             await _receive(transfer, stream, relay)
+            if memory is not None:
+                relay.announce(memory.hold.uri, transfer.checksums)
             staged = await asyncio.to_thread(weights.stage, transfer)
         finally:
             # Also reached when the caller goes away: then nothing is kept.
             weights.end(transfer, staged)
         return transfer.received_bytes
+
+    async def _shared_memory(self, manifest: IncomingManifest) -> FileMemory | None:
+        """A file's memory to receive into, for those that share the directory; None where it has no room."""
+        making = asyncio.ensure_future(asyncio.to_thread(self._make_memory, manifest))
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            making.add_done_callback(_release_memory)
+            raise
+        except ResourceExhausted as error:
+            # The sender reaches the others by itself.
+            log_event(_LOGGER, "relay_directory_full", {"error": str(error)})
+            return None
+
+    def _make_memory(self, manifest: IncomingManifest) -> FileMemory:
+        assert self._config.relay_directory is not None
+        with self._relay_lock:
+            if self._relay_files is None:
+                from ppod_services.core.relay_files import RelayFiles  # noqa: PLC0415
+
+                self._relay_files = RelayFiles(self._config.relay_directory)
+        return self._relay_files.memory(manifest)
 
     def _source(self, manifest: IncomingManifest) -> WeightSource | None:
         """Where the bytes are or come from; None: from the stream. Its modules need torch."""
@@ -190,7 +230,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             if self._files is None:
                 from ppod_services.core.shared_weights import SharedFiles  # noqa: PLC0415
 
-                self._files = SharedFiles(config.shared_directories, map_files=config.map_shared_files)
+                self._files = SharedFiles(config.readable_directories, map_files=config.map_shared_files)
             return self._files
         if manifest.collective is not None:
             if self._groups is None:
@@ -199,6 +239,22 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                 self._groups = CollectiveReceiver(config.collective_addresses, config.idle_timeout_s)
             return self._groups
         return None
+
+
+def _directory_id(directory: Path | None) -> str:
+    """Empty where there is none."""
+    if directory is None:
+        return ""
+    try:
+        return directory_id(directory)
+    except OSError as error:
+        raise InvalidArgument("relay_directory", f"{directory}: {error}", "one that can be written to") from error
+
+
+def _release_memory(made: asyncio.Future[FileMemory]) -> None:
+    """Of a caller that went away meanwhile."""
+    if not made.cancelled() and made.exception() is None:
+        made.result().hold.release()
 
 
 async def _prepare_from(source: WeightSource, weights: ServedWeights, manifest: IncomingManifest) -> int:

@@ -16,6 +16,27 @@ Install = Callable[[], None]
 before must serve on."""
 
 
+class Hold(Protocol):
+    """Keeps a shared file from being written to."""
+
+    @property
+    def uri(self) -> str:
+        """The file."""
+        ...
+
+    def release(self) -> None:
+        """The file may be written to."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileMemory:
+    """Tensors in a shared file's own memory, and what keeps others from writing to it."""
+
+    tensors: Sequence[torch.Tensor]
+    hold: Hold
+
+
 @dataclass(frozen=True, slots=True)
 class ReceivedWeights:
     """One version, whole: every tensor has the bytes that its manifest's checksum was made of.
@@ -24,8 +45,8 @@ class ReceivedWeights:
         weight_version: what these weights will be.
         tensors: contiguous CPU tensors in the data types that travelled, by the names of `WeightStore.shapes`.
         adapter: with it the tensors are that adapter's alone, and the base's stay as they are.
-        borrowed: the memory is a mapped file of the sender: it may serve for as long as this version does, but it is
-            never written to.
+        borrowed: the memory is a shared file's: it may serve for as long as this version does where the store
+            `borrows`, else until it is installed; it is never written to.
     """
 
     weight_version: int

@@ -14,6 +14,7 @@ import xxhash
 from ppod.errors import FailedPrecondition, InvalidArgument
 from ppod.weight_changes import TensorEncoding, apply_changes, bit_patterns
 from ppod_services.core.weight_manifest import ITEM_BYTES, IncomingManifest, IncomingTensor
+from ppod_services.core.weight_store import Hold
 
 Bytes = npt.NDArray[np.uint8]
 ReadImage = Callable[[str, str], "torch.Tensor | None"]
@@ -34,7 +35,7 @@ class TensorReceiver:
         self._into = bytes_of(buffer) if self._dense else np.empty(tensor.encoded_bytes, np.uint8)
         self._hash = xxhash.xxh3_64()
         self._filled = 0
-        self._found = 0
+        self.checksum = 0
         self.done = False
 
     @property
@@ -72,15 +73,15 @@ class TensorReceiver:
         if not self._dense:
             self._apply()
             self._hash.update(bytes_of(self.buffer).data)
-        self._found = self._hash.intdigest()
+        self.checksum = self._hash.intdigest()
         if tensor.xxh3 is not None:
             self.verify(tensor.xxh3)
         self.done = True
 
     def verify(self, xxh3: int) -> None:
         """Raise InvalidArgument unless this is the checksum of the tensor, which must be complete."""
-        if self._found != xxh3:
-            raise InvalidArgument(f"tensors.{self.tensor.name}.xxh3", f"{self._found:016x}", f"{xxh3:016x}")
+        if self.checksum != xxh3:
+            raise InvalidArgument(f"tensors.{self.tensor.name}.xxh3", f"{self.checksum:016x}", f"{xxh3:016x}")
 
     def _apply(self) -> None:
         tensor = self.tensor
@@ -99,14 +100,18 @@ class WeightTransfer:
         manifest: what must come.
         buffers: contiguous CPU tensors of the manifest's shapes and data types, in its order.
         image: the base's tensors, which changes are applied to.
-        borrowed: the buffers are a mapped file that already holds the bytes.
+        hold: of the shared file whose memory the buffers are; None: they are the engine's own.
     """
 
     def __init__(
-        self, manifest: IncomingManifest, buffers: Sequence[torch.Tensor], image: ReadImage, *, borrowed: bool = False
+        self,
+        manifest: IncomingManifest,
+        buffers: Sequence[torch.Tensor],
+        image: ReadImage,
+        hold: Hold | None = None,
     ) -> None:
         self.manifest = manifest
-        self.borrowed = borrowed
+        self.hold = hold
         self.received_bytes = 0
         self.started = time.monotonic()
         self.receivers = [
@@ -114,6 +119,17 @@ class WeightTransfer:
         ]
         self._position = 0
         self._owed = any(tensor.xxh3 is None for tensor in manifest.tensors)
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether the buffers are a shared file's memory."""
+        return self.hold is not None
+
+    @property
+    def checksums(self) -> list[int]:
+        """XXH3-64 of each tensor as it was found; all must be complete."""
+        self._check_whole()
+        return [receiver.checksum for receiver in self.receivers]
 
     @property
     def weight_version(self) -> int:

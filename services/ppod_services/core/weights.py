@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ppod.errors import FailedPrecondition, ResourceExhausted
 from ppod_services.core.weight_manifest import IncomingManifest, check_tensors
-from ppod_services.core.weight_store import GroupReceiver, Install, ReceivedWeights, WeightStore
+from ppod_services.core.weight_store import FileMemory, GroupReceiver, Hold, Install, ReceivedWeights, WeightStore
 from ppod_services.core.weight_transfer import WeightTransfer
-
-if TYPE_CHECKING:
-    import torch
 
 _BUSY_RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What waits for its commit; `held_uri` is the file that its memory is, or empty."""
+    """What waits for its commit; `hold` is of the file that its memory is, None where that is the engine's own."""
 
     manifest: IncomingManifest
     install: Install
-    held_uri: str
+    hold: Hold | None
 
 
 class ServedWeights:
@@ -41,7 +38,7 @@ class ServedWeights:
         self._on_version = on_version
         self._version = 0
         self._base_version = 0
-        self._held_uri = ""
+        self._hold: Hold | None = None  # of the file whose memory serves
         self._prepared: _Prepared | None = None
         self._transferring = False
         self._lock = threading.Lock()
@@ -66,8 +63,8 @@ class ServedWeights:
     def held_uris(self) -> tuple[str, ...]:
         """Shared files whose memory serves or waits."""
         with self._lock:
-            held = (self._held_uri, "" if self._prepared is None else self._prepared.held_uri)
-        return tuple(dict.fromkeys(uri for uri in held if uri))
+            held = (self._hold, None if self._prepared is None else self._prepared.hold)
+        return tuple(dict.fromkeys(hold.uri for hold in held if hold is not None))
 
     @property
     def group_receiver(self) -> GroupReceiver | None:
@@ -84,26 +81,31 @@ class ServedWeights:
         """How many ranks receive a group's broadcasts."""
         return 1 if self._store.group_receiver is None else self._store.group_receiver.ranks
 
-    def begin(self, manifest: IncomingManifest, mapped: Sequence[torch.Tensor] | None = None) -> WeightTransfer:
+    def begin(self, manifest: IncomingManifest, memory: FileMemory | None = None) -> WeightTransfer:
         """Check a manifest and open its transfer. Every begin needs its `end`.
 
         Args:
             manifest: what will come.
-            mapped: tensors in the memory of a shared file; None: the engine's own buffers.
+            memory: a shared file's, to receive into or that holds the bytes already; None: the engine's own buffers. It
+                is held until nothing of it serves or waits, or this raises.
 
         Raises:
             FailedPrecondition: the version is not newer than the serving one, or the base is another. InvalidArgument:
             a tensor is unknown, double, missing or of another shape. ResourceExhausted: another transfer is under way.
         """
-        with self._lock:
+        with ExitStack() as undo, self._lock:
+            if memory is not None:
+                undo.callback(memory.hold.release)
             self._check_versions(manifest)
             check_tensors(manifest.tensors, self._store.shapes(manifest.adapter))
             if self._transferring:
                 # Buffers for two transfers at once might not fit into memory.
                 raise ResourceExhausted("another transfer of weights is under way", _BUSY_RETRY_S)
-            buffers = self._store.allocate(manifest.tensors) if mapped is None else mapped
-            transfer = WeightTransfer(manifest, buffers, self._store.image, borrowed=mapped is not None)
+            buffers = self._store.allocate(manifest.tensors) if memory is None else memory.tensors
+            hold = None if memory is None else memory.hold
+            transfer = WeightTransfer(manifest, buffers, self._store.image, hold)
             self._transferring = True
+            undo.pop_all()
         return transfer
 
     def stage(self, transfer: WeightTransfer) -> Install:
@@ -118,12 +120,16 @@ class ServedWeights:
         Raises:
             FailedPrecondition: a version came into service meanwhile that this one does not follow.
         """
-        with self._lock:
-            self._transferring = False
-            if staged is not None:
-                self._check_versions(transfer.manifest)
-                held_uri = transfer.manifest.uri if transfer.borrowed else ""
-                self._prepared = _Prepared(transfer.manifest, staged, held_uri)
+        dropped = transfer.hold
+        try:
+            with self._lock:
+                self._transferring = False
+                if staged is not None:
+                    self._check_versions(transfer.manifest)
+                    dropped = None if self._prepared is None else self._prepared.hold
+                    self._prepared = _Prepared(transfer.manifest, staged, transfer.hold)
+        finally:
+            _release(dropped)
 
     def commit(self, weight_version: int) -> float:
         """Put prepared weights into service; must run between two decoding steps. Repeating it changes nothing.
@@ -143,12 +149,17 @@ class ServedWeights:
                 found = "none prepared" if prepared is None else f"{prepared.manifest.weight_version} prepared"
                 raise FailedPrecondition("weight_version", f"{self._version} serving, {found}", str(weight_version))
             self._prepared = None
-        prepared.install()
-        with self._lock:
-            self._version = weight_version
-            if prepared.manifest.adapter is None:
-                self._base_version = weight_version
-                self._held_uri = prepared.held_uri
+        dropped = prepared.hold
+        try:
+            prepared.install()
+            with self._lock:
+                self._version = weight_version
+                if prepared.manifest.adapter is None:
+                    self._base_version = weight_version
+                    if self._store.borrows:
+                        self._hold, dropped = dropped, self._hold
+        finally:
+            _release(dropped)
         self._on_version(weight_version)
         return time.monotonic() - start
 
@@ -158,3 +169,8 @@ class ServedWeights:
         base = manifest.base_version
         if base is not None and base != self._base_version:
             raise FailedPrecondition("base_version", str(self._base_version), str(base))
+
+
+def _release(hold: Hold | None) -> None:
+    if hold is not None:
+        hold.release()

@@ -84,7 +84,12 @@ def say(line: object) -> None:
 
 @contextmanager
 def generation(
-    model: Mapping[str, object], place: Place, *, map_files: bool = False, relay: bool = False
+    model: Mapping[str, object],
+    place: Place,
+    *,
+    map_files: bool = False,
+    relay: bool = False,
+    relay_directory: Path | None = None,
 ) -> Iterator[ServiceProcess]:
     """A generation service; it reads the shared files."""
     vllm = place.service.get("backend") == "vllm"
@@ -98,6 +103,7 @@ def generation(
             "map_shared_files": map_files,
             "collective_addresses": ["127.0.0.1:*"],
             "relay_targets": ["127.0.0.1:*"] if relay else [],
+            "relay_directory": None if relay_directory is None else str(relay_directory),
         },
     }
     with (

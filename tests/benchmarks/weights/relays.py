@@ -42,42 +42,63 @@ def small_model(hidden_size: int) -> LlamaForCausalLM:
 
 
 def measure_relays(place: Place, hidden_size: int) -> bool:
-    """Alternate one replica and eight."""
+    """Alternate one replica and eight: that share a directory, as on one host, and that share none."""
     policy, model, size = _saved(place, hidden_size)
-    ways = {
+    relays = {
         "chain": WeightTransferConfig(relay="chain"),
         "tree of 2": WeightTransferConfig(relay="tree", relay_fanout=2),
         "tree of 4": WeightTransferConfig(relay="tree", relay_fanout=4),
+    }
+    others = {
         "each from the trainer": WeightTransferConfig(),
         "one shared file": WeightTransferConfig(plane="shared", directory=place.shared / "files"),
     }
-    with ExitStack() as stack:
-        services = [stack.enter_context(generation(model, place, map_files=True, relay=True)) for _ in range(REPLICAS)]
-        targets = [service.admin_target for service in services]
-        single = stack.enter_context(syncing(targets[:1], WeightTransferConfig()))
-        alone: list[float] = []
-        timings: list[Timing] = []
-        computed: dict[str, float] = {}
-        for name, config in ways.items():
-            seconds: list[float] = []
-            sync = stack.enter_context(syncing(targets, config))
-            for number in range(place.rounds + 1):
-                one = _push(single, policy)
-                before = _cpu_s(services)
-                eight = _push(sync, policy)
-                if number:
-                    alone.append(one)
-                    seconds.append(eight)
-                    computed[name] = computed.get(name, 0.0) + (_cpu_s(services) - before) / place.rounds
-            timings.append(Timing(f"eight replicas, {name}", size, seconds))
-            say(f"    {timings[-1]}")
-    timings.insert(0, Timing("one replica", size, alone))
-    best = min(timing.median_s for timing in timings[1:4])
-    bars = [Bar(f"eight replicas by relay / one, {size / 1e6:.1f} MB", best / timings[0].median_s, 2.0)]
+    computed: dict[str, float] = {}
+    alone: list[Timing] = []
+    timings: list[Timing] = []
+    for directory, ways in ((place.shared / "relay", {"chain": relays["chain"]}), (None, {**relays, **others})):
+        where = "on one host" if directory else "apart"
+        with ExitStack() as stack:
+            services = [
+                stack.enter_context(generation(model, place, map_files=True, relay=True, relay_directory=directory))
+                for _ in range(REPLICAS)
+            ]
+            for way, config in ways.items():
+                name = f"eight replicas {where}, {way}"
+                one, eight, computed[name] = _alternate(place, services, config, policy)
+                alone.append(Timing(f"one replica, beside {name}", size, one))
+                timings.append(Timing(name, size, eight))
+                say(f"    {alone[-1]}\n    {timings[-1]}")
+    ratios = [eight.median_s / one.median_s for one, eight in zip(alone, timings, strict=True)]
+    bars = [
+        Bar(f"eight replicas that share a directory, by relay / one, {size / 1e6:.1f} MB", ratios[0], 2.0),
+        Bar("eight replicas that share none, by relay / one", min(ratios[1 : 1 + len(relays)]), 2.0),
+    ]
     figures: dict[str, object] = {"bytes": size, "replicas": REPLICAS}
     # Where this, over the number of cores, is more than the bar, no way of sending reaches it.
     figures["processor seconds of all eight replicas in one push"] = computed
-    return report("relay", place, timings, bars, figures)
+    return report("relay", place, [*alone, *timings], bars, figures)
+
+
+def _alternate(
+    place: Place, services: list[ServiceProcess], config: WeightTransferConfig, policy: LlamaForCausalLM
+) -> tuple[list[float], list[float], float]:
+    """Seconds of pushes to one replica and to all, in turns, and processor seconds of all for one push to all."""
+    targets = [service.admin_target for service in services]
+    one: list[float] = []
+    eight: list[float] = []
+    computed_s = 0.0
+    with syncing(targets[:1], WeightTransferConfig()) as single, syncing(targets, config) as sync:
+        for number in range(place.rounds + 2):
+            alone = _push(single, policy)
+            before = _cpu_s(services)
+            seconds = _push(sync, policy)
+            # Files are written in turns: the first ones are new.
+            if number >= 2:
+                one.append(alone)
+                eight.append(seconds)
+                computed_s += (_cpu_s(services) - before) / place.rounds
+    return one, eight, computed_s
 
 
 def measure_uplinks(place: Place, hidden_size: int) -> bool:

@@ -242,7 +242,7 @@ def replicas(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize("fanout", [1, 2])
 def test_a_relay_brings_the_same_to_all(replicas: list[ServiceProcess], fanout: int) -> None:
     targets = [one.admin_target for one in replicas]
-    tree = relay_tree(targets, fanout)
+    tree = relay_tree([[target] for target in targets], fanout)
     with WeightClient(targets[0], timeout_s=20) as root:
         version = next_version(root)
         push = WeightPush(version, weight_tensors(build_model(seed=70 + fanout)), relay=tree.hops)

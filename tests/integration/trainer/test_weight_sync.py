@@ -60,6 +60,27 @@ def replicas(
         yield [first, second]
 
 
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory in memory of one test's own."""
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+@contextmanager
+def hosted(model_dir: Path, directory: Path, relay_directory: Path) -> Iterator[ServiceProcess]:
+    """A replica that maps what it is relayed by a file of this directory."""
+    weights = {
+        "map_shared_files": True,
+        "relay_targets": ["127.0.0.1:*"],
+        "relay_directory": str(relay_directory),
+        "idle_timeout_s": 2,
+    }
+    values = {"model": tiny_model_config(model_dir), "weights": weights}
+    with running_service("ppod_services.generation", directory, values) as service:
+        yield service
+
+
 @contextmanager
 def syncing(replicas: Sequence[ServiceProcess], config: WeightTransferConfig) -> Iterator[WeightSync]:
     clients = [WeightClient(one.admin_target, timeout_s=20) for one in replicas]
@@ -105,6 +126,53 @@ def test_every_way_brings_the_same_weights(
         assert reports[2].sent_bytes < FULL_BYTES * leaves / 10
     assert [(report.fallbacks, report.lost) for report in reports] == [(0, ())] * 3
     assert list(shared.iterdir()) == []
+
+
+@pytest.mark.parametrize("encoding", ["full", "delta"])
+def test_replicas_of_one_host_take_a_file_from_one_another(
+    tiny_model_dir: Path, memory: Path, tmp_path: Path, encoding: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And one that only seems to be there gets its weights from the trainer."""
+    host, elsewhere = memory / "host", memory / "elsewhere"
+    model = build_model(seed=1)
+    config = config_of("grpc", encoding, "chain", memory)
+    with (
+        hosted(tiny_model_dir, tmp_path, host) as first,
+        hosted(tiny_model_dir, tmp_path, host) as second,
+        hosted(tiny_model_dir, tmp_path, elsewhere) as third,
+    ):
+        replicas = [first, third, second]
+        with syncing(replicas, config) as sync:
+            report = sync.push(model, torch.float32, 1)
+            assert (report.sent_bytes, report.lost) == (FULL_BYTES, ())
+            held = [held_uris(one) for one in replicas]
+            # The third gets the first one's chunks: nobody else is in its directory.
+            assert held[0] == held[2]
+            assert held[0][0].startswith(host.as_uri())
+            assert held[1] == ()
+            sync.push(nudged(model), torch.float32, 2)
+            for replica in replicas:
+                assert_serves(replica, 2, model)
+        # Now the third looks as if it shared the others' directory.
+        id_file = "ppod-directory-id"
+        third.signal()
+        assert third.wait() == 0
+        (elsewhere / id_file).write_text((host / id_file).read_text())
+        with hosted(tiny_model_dir, tmp_path, elsewhere) as again:
+            replicas = [first, again, second]
+            whole = config_of("grpc", "full", "chain", memory)
+            with syncing(replicas, whole) as sync, caplog.at_level(logging.WARNING):
+                report = sync.push(nudged(model), torch.float32, 3)
+            assert report.lost == ()
+            assert report.sent_bytes == 2 * FULL_BYTES
+            assert f"the relay did not reach {again.admin_target}" in caplog.text
+            for replica in replicas:
+                assert_serves(replica, 3, model)
+
+
+def held_uris(replica: ServiceProcess) -> tuple[str, ...]:
+    with WeightClient(replica.admin_target) as client:
+        return client.status().held_uris
 
 
 def test_who_has_another_base_gets_whole_weights(

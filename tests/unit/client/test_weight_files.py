@@ -186,10 +186,13 @@ def test_files_of_a_killed_sender_are_removed_those_of_a_living_one_are_not(tmp_
 
 def test_relay_trees_by_hand() -> None:
     chain = RelayHop("a", (RelayHop("b", (RelayHop("c"),)),))
-    assert relay_tree(["a", "b", "c"], 1) == chain
+    assert relay_tree([["a"], ["b"], ["c"]], 1) == chain
     behind_b = (RelayHop("d"), RelayHop("e"))
-    assert relay_tree(["a", "b", "c", "d", "e"], 2) == RelayHop("a", (RelayHop("b", behind_b), RelayHop("c")))
-    assert relay_tree(["a"], 3) == RelayHop("a")
+    five = [["a"], ["b"], ["c"], ["d"], ["e"]]
+    assert relay_tree(five, 2) == RelayHop("a", (RelayHop("b", behind_b), RelayHop("c")))
+    assert relay_tree([["a"]], 3) == RelayHop("a")
+    b, d = (RelayHop(target, shares_directory=True) for target in "bd")
+    assert relay_tree([["a", "b"], ["c", "d"]], 1) == RelayHop("a", (RelayHop("c", (d,)), b))
 
 
 @pytest.mark.skipif(

@@ -14,6 +14,7 @@ from ppod.client import LoraAdapter as SentAdapter
 from ppod.weight_changes import TensorEncoding, encode_changes
 from ppod_services.core.model_weights import ModelWeights
 from ppod_services.core.weight_manifest import IncomingManifest, IncomingTensor, LoraAdapter
+from ppod_services.core.weight_store import FileMemory
 from ppod_services.core.weight_transfer import bytes_of
 from ppod_services.core.weights import ServedWeights
 from ppod_trainer.adapter_weights import adapter_tensors
@@ -99,10 +100,7 @@ def test_borrowed_memory_is_never_received_into(own: torch.dtype) -> None:
         manifest, _ = whole(new, version, torch.bfloat16)
         mapped = [parameter.detach() for parameter in new.parameters()]
         lent.append(mapped[0].clone())
-        transfer = weights.begin(manifest, mapped)
-        for receiver in transfer.receivers:
-            receiver.advance(len(receiver.room))
-        weights.end(transfer, weights.stage(transfer))
+        prepare_lent(weights, manifest, FileMemory(mapped, CountedHold(f"file:///{version}")))
         weights.commit(version)
         assert_same(state(model), state(new.to(own)))
         assert torch.equal(mapped[0], lent[-1])
@@ -110,6 +108,87 @@ def test_borrowed_memory_is_never_received_into(own: torch.dtype) -> None:
         if own is torch.bfloat16:
             assert storages[-1] == mapped[0].data_ptr()
     assert own is torch.bfloat16 or len(set(storages[1:])) == 2
+
+
+class CountedHold:
+    """A `Hold` that tells how often it was released."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.released = 0
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def prepare_lent(weights: ServedWeights, manifest: IncomingManifest, memory: FileMemory) -> None:
+    """The bytes are there already."""
+    transfer = weights.begin(manifest, memory)
+    staged = None
+    try:
+        transfer.verify_in_place()
+        staged = weights.stage(transfer)
+    finally:
+        weights.end(transfer, staged)
+
+
+def lend(seed: int, version: int) -> tuple[IncomingManifest, FileMemory, CountedHold]:
+    new = build_model(seed=seed)
+    hold = CountedHold(f"file:///{version}-{seed}")
+    manifest, _ = whole(new, version)
+    return manifest, FileMemory([parameter.detach() for parameter in new.parameters()], hold), hold
+
+
+class Copying(ModelWeights):
+    """As on a device: nothing of a file serves."""
+
+    @property
+    def borrows(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("store", [ModelWeights, Copying])
+def test_a_file_is_held_for_as_long_as_its_memory_waits_or_serves(store: type[ModelWeights]) -> None:
+    weights = ServedWeights(store(build_model(seed=0)), lambda _: None)
+    holds: list[CountedHold] = []
+
+    def released() -> list[int]:
+        return [hold.released for hold in holds]
+
+    for seed, version in ((1, 1), (2, 1)):
+        manifest, memory, hold = lend(seed, version)
+        holds.append(hold)
+        prepare_lent(weights, manifest, memory)
+    # The second one took the place of the first one, which never served.
+    assert released() == [1, 0]
+    assert weights.held_uris == (holds[1].uri,)
+    weights.commit(1)
+    serving = 0 if store is ModelWeights else 1
+    assert released() == [1, serving]
+    assert weights.held_uris == ((holds[1].uri,) if store is ModelWeights else ())
+
+    manifest, memory, hold = lend(3, 2)
+    holds.append(hold)
+    prepare_lent(weights, manifest, memory)
+    assert released() == [1, serving, 0]
+    weights.commit(2)
+    assert released() == [1, 1, serving]
+
+
+def test_a_file_that_is_refused_or_damaged_is_not_held() -> None:
+    weights, _ = served(build_model(seed=0))
+    put(weights, *whole(build_model(seed=1), 1))
+    stale, memory, old = lend(2, 1)
+    with pytest.raises(FailedPrecondition, match="weight_version"):
+        weights.begin(stale, memory)
+    assert old.released == 1
+    manifest, memory, damaged = lend(2, 2)
+    memory.tensors[0][0, 0] += 1
+    with pytest.raises(InvalidArgument, match="xxh3"):
+        prepare_lent(weights, manifest, memory)
+    assert damaged.released == 1
+    assert weights.held_uris == ()
+    assert weights.prepared_version is None
 
 
 def test_a_model_with_tied_embeddings_stays_tied() -> None:
