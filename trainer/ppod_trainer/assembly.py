@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -41,6 +42,8 @@ from ppod_trainer.step_rollouts import build_step_rollouts
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import Parts, TrainingRun
 from ppod_trainer.watch import build_watcher
+
+log = logging.getLogger(__name__)
 
 _FREE_SECTIONS = {
     *("run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation"),
@@ -209,3 +212,9 @@ def _synchronise(run: TrainingRun) -> None:
     elif lora is not None and lora.quantization != "none":
         # The service has the model as it was before it was quantised.
         run.adopt_reference(run.parts.learner.base_model())
+    elif found := run.parts.connections.reference.pin.weight_version:
+        log.warning(
+            "the reference serves version %d, which somebody pushed to it, and KL is taken to that; start its service "
+            "again for the model that it loads",
+            found,
+        )

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 
 from ppod import ClientSecurity, GenerationClient, Pin, PpodError, ReferenceClient, RewardClient, WeightClient
 from ppod.client import ModelDescription, ReplicaSource, RpcObserver, parse_kubernetes_target
-from ppod_trainer.config import RolloutConfig, ServicesConfig, TrainerConfig
+from ppod_trainer.config import (
+    RolloutConfig,
+    ServicesConfig,
+    TrainerConfig,
+    WeightTransferConfig,
+    is_kubernetes,
+    listed,
+)
 from ppod_trainer.errors import ServiceMismatchError
 from ppod_trainer.followed_replicas import FollowedReplicas
 from ppod_trainer.weight_replicas import FixedReplicas
@@ -20,14 +27,17 @@ _CLOSE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """One client for each service; `reward` and `judge` are None where they are not asked."""
+    """One client for each service.
+
+    `reward` and `judge` are None where they are not asked, `reference_weights` where the reference stays as it is.
+    """
 
     generation: GenerationClient
     reward: RewardClient | None
     judge: RewardClient | None
     reference: ReferenceClient
     generation_weights: WeightSync
-    reference_weights: WeightClient
+    reference_weights: WeightSync | None
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until each service is ready; raises DeadlineExceeded that names the first that is not in time."""
@@ -41,8 +51,9 @@ class Connections:
         A signal may break off a call while gRPC begins it. Its channel then waits for a thread that was never started:
         no channel is waited for longer than `_CLOSE_S`.
         """
-        clients = (self.generation, self.reference, self.generation_weights, self.reference_weights)
-        given = [*clients, *(client for client in (self.reward, self.judge) if client is not None)]
+        clients = (self.generation, self.reference, self.generation_weights)
+        others = (self.reward, self.judge, self.reference_weights)
+        given = [*clients, *(client for client in others if client is not None)]
         closing = [threading.Thread(target=client.close, daemon=True) for client in given]
         for thread in closing:
             thread.start()
@@ -70,22 +81,30 @@ def connect(trainer: TrainerConfig, tokenizer_fingerprint: str, observer: RpcObs
         named = replace(security, server_name=security.server_name or server_name)
         return WeightClient(target, timeout_s=timeout_s, observer=observer, security=named)
 
-    follows: ReplicaSource | None = None
-    if config.follows_generation:
-        service, admin = (parse_kubernetes_target(one) for one in (config.generation, config.generation_admin))
-        replicas = follows = FollowedReplicas(service, admin.port, weights)
-    else:
-        listed = [weights(admin) for admin in config.generation_admins]
-        replicas = FixedReplicas(listed, trainer.weight_transfer.lost_replicas)
+    def pushed_to(target: str, admin: str, transfer: WeightTransferConfig) -> tuple[WeightSync, ReplicaSource | None]:
+        """Weights for all replicas of a service; where pods come and go also who tells which of them have theirs."""
+        if is_kubernetes(target):
+            followed = FollowedReplicas(parse_kubernetes_target(target), parse_kubernetes_target(admin).port, weights)
+            return WeightSync(followed, transfer), followed
+        replicas = FixedReplicas([weights(one) for one in listed(admin)], transfer.lost_replicas)
+        return WeightSync(replicas, transfer), None
+
+    generation_weights, generating = pushed_to(config.generation, config.generation_admin, trainer.weight_transfer)
+    reference_weights, referring = None, None
+    if trainer.pushes_reference:
+        # Now and then, to services that may see other directories than generation does.
+        reference_weights, referring = pushed_to(config.reference, config.reference_admin, WeightTransferConfig())
     connections = Connections(
         generation=GenerationClient(
-            config.generation, timeout_s=timeout_s, pin=pin, observer=observer, security=security, replicas=follows
+            config.generation, timeout_s=timeout_s, pin=pin, observer=observer, security=security, replicas=generating
         ),
         reward=reward(config.reward_model) if trainer.rewards.model else None,
         judge=None if config.judge_model is None else reward(config.judge_model),
-        reference=ReferenceClient(config.reference, timeout_s=timeout_s, pin=pin, observer=observer, security=security),
-        generation_weights=WeightSync(replicas, trainer.weight_transfer),
-        reference_weights=weights(config.reference_admin),
+        reference=ReferenceClient(
+            config.reference, timeout_s=timeout_s, pin=pin, observer=observer, security=security, replicas=referring
+        ),
+        generation_weights=generation_weights,
+        reference_weights=reference_weights,
     )
     try:
         connections.wait_ready(config.ready_timeout_s)
@@ -110,12 +129,16 @@ def client_security(config: ServicesConfig) -> ClientSecurity:
 def check_services(connections: Connections, rollout: RolloutConfig, vocab_size: int) -> ModelDescription:
     """Ask every service what it serves; return generation's description.
 
+    The reference's weights are pinned as they are: a run that somebody gives another one would not notice.
+
     Raises:
         ServiceMismatchError: one takes other token ids, or shorter requests, than the run will send.
         FailedPrecondition: one has another tokenizer.
     """
     generation = connections.generation.describe()
-    described = {"generation": generation, "reference": connections.reference.describe()}
+    reference = connections.reference.describe()
+    connections.reference.pin = replace(connections.reference.pin, weight_version=reference.state.weight_version)
+    described = {"generation": generation, "reference": reference}
     if connections.reward is not None:
         described["reward"] = connections.reward.describe()
     if connections.judge is not None:

@@ -1,4 +1,4 @@
-"""The reference that follows the policy: kept on disk, where a resumed run finds it, and pushed to its service."""
+"""The reference that follows the policy: kept on disk, where a resumed run finds it, and pushed to its replicas."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 from ppod_models.loading import DTYPES, load_causal_lm
 from ppod_trainer.connections import Connections
 from ppod_trainer.durable import written_aside
-from ppod_trainer.weight_sync import push_weights
 
 
 class ReferencePolicy:
-    """The references of a run, of which the service serves the newest.
+    """The references of a run, of which all replicas of the service serve the newest.
 
     Args:
         directory: where they are kept.
@@ -28,6 +27,7 @@ class ReferencePolicy:
         self._directory = directory
         self._client = connections.reference
         self._weights = connections.reference_weights
+        self._pushed: int | None = None
 
     def keep(self, model: PreTrainedModel, version: int, needed: Collection[int]) -> None:
         """Save a policy as the reference of a version, and delete others than the `needed` ones."""
@@ -38,19 +38,25 @@ class ReferencePolicy:
             shutil.rmtree(old)
 
     def serve(self, version: int) -> None:
-        """Push the kept reference of a version and pin it. Raises PpodError: the service does not take it."""
+        """Push the kept reference of a version and pin it. The run must refresh its reference.
+
+        Raises:
+            WeightPushError, PpodError: a replica does not take it.
+        """
+        assert self._weights is not None
         model = load_causal_lm(self._path(version), device=torch.device("cpu"), dtype=torch.float32)
         dtype = DTYPES[self._client.describe().limits.dtype]
-        serving = self._weights.status().state.weight_version
         # A reference that outlived an earlier run may be further on; versions only ever grow.
-        pushed = max(version, serving + 1)
-        push_weights(self._weights, model, dtype, pushed)
+        pushed = max(version, *(serving + 1 for serving in self._weights.serving_versions()))
+        self._weights.push(model, dtype, pushed)
         self._client.pin = replace(self._client.pin, weight_version=pushed)
+        self._pushed = pushed
 
     def lost(self) -> bool:
-        """Whether the service lost the reference that it was given, as one that was started again has."""
-        pinned = self._client.pin.weight_version
-        return pinned is not None and self._weights.status().state.weight_version != pinned
+        """Whether a replica lost the reference that it was given, as one that was started again has."""
+        if self._pushed is None or self._weights is None:
+            return False
+        return self._weights.serving_versions() != {self._pushed}
 
     def _path(self, version: int) -> Path:
         return self._directory / f"version_{version:06d}"

@@ -319,7 +319,7 @@ class TrainingRun:
             self.save()
         if refreshed:
             # Not before the checkpoint, which would otherwise resume with a reference that it does not know.
-            self.restore_reference()
+            self._serve_reference()
             print(f"the reference is now the policy of step {step} (version {self.state.policy_version})", flush=True)
         if self._evaluates() and step < config.steps:
             self.evaluate()
@@ -333,6 +333,13 @@ class TrainingRun:
         """Give the reference service the reference of the present state."""
         with self._pipeline.new_reference():
             self._reference.serve(self.state.reference_version)
+
+    def _serve_reference(self) -> None:
+        """As `restore_reference`; a service that went away is waited for."""
+        try:
+            self.restore_reference()
+        except (WeightPushError, Unavailable) as error:
+            self._recovery.come_back(error, self.restore_reference)
 
     def adopt_reference(self, model: PreTrainedModel) -> None:
         """Make a model the reference, under the policy's version."""

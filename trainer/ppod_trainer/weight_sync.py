@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ppod import (
     DeadlineExceeded,
@@ -49,24 +48,6 @@ _MOST_AT_ONCE = 64
 AnswerT = TypeVar("AnswerT")
 Outcomes = dict[str, PpodError | None]
 """What became of each replica, by its administration port; None: it went well."""
-
-
-def push_weights(client: WeightClient, model: PreTrainedModel, dtype: torch.dtype, weight_version: int) -> int:
-    """Send a model's weights to one server and put them into service under `weight_version`. Returns the bytes sent.
-
-    Raises:
-        PpodError: the transfer failed; the service goes on with its old version.
-        ServiceMismatchError: the service reports another version than the one committed.
-    """
-    sent = client.prepare(weight_version, PolicyTensors(model, dtype).tensors())
-    client.commit(weight_version)
-    serving = client.status().state.weight_version
-    if serving != weight_version:
-        raise ServiceMismatchError(
-            f"{client.target} serves weight version {serving} after version {weight_version} was committed; "
-            "does another trainer push to it?"
-        )
-    return sent
 
 
 @dataclass(frozen=True, slots=True)

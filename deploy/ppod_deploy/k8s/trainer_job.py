@@ -20,7 +20,7 @@ _IN_CLUSTER = {
     "reference": "k8s:///ppod-reference:grpc",
     "generation": "k8s:///ppod-generation:grpc",
     "generation_admin": "k8s:///ppod-generation:admin",
-    "reference_admin": "ppod-reference:50062",
+    "reference_admin": "k8s:///ppod-reference:admin",
 }
 _METRICS = {"host": "0.0.0.0", "port": 9104}
 

@@ -196,18 +196,14 @@ def configurations(objects: Sequence[Object]) -> Faults:
     for one in _trainers(objects):
         config = trainer_configuration(objects, one)
         targets = config.services
-        for target in (targets.reward, targets.reference, targets.generation, targets.generation_admin):
-            if target != targets.reference and not target.startswith("k8s:///"):
-                yield f"{one.name}: target {target} does not follow its pods"
         for target in (
             *(targets.reward, targets.reference, targets.generation),
             *(targets.reference_admin, targets.generation_admin),
         ):
+            if not target.startswith("k8s:///"):
+                yield f"{one.name}: target {target} does not follow its pods"
             if not _is_port(services, target):
                 yield f"{one.name}: target {target} is no port of a Service here"
-        [reference] = [other for other in workloads(objects) if other.component == "reference"]
-        if config.reference_refresh_steps is not None and reference.object["spec"].get("replicas") != 1:
-            yield "ppod-reference: a reference that is refreshed must be one replica"
 
 
 def _is_port(services: Mapping[str, Object], target: str) -> bool:

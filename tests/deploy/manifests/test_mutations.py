@@ -129,7 +129,7 @@ MUTATIONS: list[tuple[policies.Policy, str, Mutation]] = [
     (
         policies.configurations,
         "no port of a Service",
-        lambda o: settings(o, "trainer.yaml", "ppod-reference:50062", "ppod-reference:50063"),
+        lambda o: settings(o, "trainer.yaml", "ppod-reference:admin", "ppod-reference:administration"),
     ),
     (policies.credentials, "not mounted", lambda o: reward(o).pod["volumes"][0]["projected"]["sources"].pop()),
     (policies.credentials, "not mounted", lambda o: settings(o, "tls-trainer.yaml", "ca.crt", "authority.crt")),
@@ -191,13 +191,13 @@ def test_a_configuration_that_the_code_refuses_is_found(secured: list[Object]) -
         list(policies.configurations(objects))
 
 
-def test_a_reference_that_is_refreshed_is_one_replica(secured: list[Object]) -> None:
+def test_every_replica_of_a_reference_can_be_refreshed(secured: list[Object]) -> None:
     objects = changed(secured)
     settings(objects, "trainer.yaml", "steps: 32", "steps: 32\nreference_refresh_steps: 8")
-    settings(objects, "trainer.yaml", "k8s:///ppod-reference:grpc", "ppod-reference:50052")
     assert list(policies.configurations(objects)) == []
-    workload(objects, "reference").object["spec"]["replicas"] = 2
-    assert "must be one replica" in next(iter(policies.configurations(objects)))
+    settings(objects, "trainer.yaml", "k8s:///ppod-reference:admin", "ppod-reference:50062")
+    with pytest.raises(ConfigError, match="two ports of one Service"):
+        list(policies.configurations(objects))
 
 
 RANKS: list[tuple[str, Mutation]] = [

@@ -119,10 +119,12 @@ def test_the_only_pod_of_generation_may_be_replaced(
     assert_nothing_lost(records)
 
 
+@pytest.mark.parametrize("changes", [{}, {"reference_refresh_steps": 2}], ids=["plain", "refreshed"])
 def test_reward_and_reference_scale_while_it_trains(
-    cluster: Cluster, tiny_model_dir: Path, tiny_heads: dict[str, Path]
+    cluster: Cluster, tiny_model_dir: Path, tiny_heads: dict[str, Path], changes: dict[str, object]
 ) -> None:
-    with training(cluster, tiny_model_dir, tiny_heads["first"]) as run:
+    """A pod of a reference that is refreshed works with the run's reference alone."""
+    with training(cluster, tiny_model_dir, tiny_heads["first"], **changes) as run:
         for deployment, method in ((run.reward, "Score"), (run.reference, "ComputeLogprobs")):
             [first] = deployment.pods.values()
             second = deployment.up()
@@ -131,3 +133,7 @@ def test_reward_and_reference_scale_while_it_trains(
             run.steps(3)
         records = run.stop()
     assert_nothing_lost(records)
+    for record in records if changes else ():
+        if record["step"] % 2 == 1:
+            # The policy has not moved since the reference became it. What a pod starts with is far away by then.
+            assert record["kl/reference"] == pytest.approx(0, abs=1e-4), record["step"]

@@ -103,7 +103,6 @@ def training(
     generator = cluster.deploy(
         "ppod-generation", "ppod_services.generation", {"model": model, "weights": weights}, generation
     )
-    [reference_pod] = reference.pods.values()
     (cluster.directory / "prompts.txt").write_text("\n".join(f"{index:02d} is it" for index in range(60)))
     run_dir = cluster.directory / "run"
     config = {
@@ -115,7 +114,7 @@ def training(
             "reference": "k8s:///ppod-reference:grpc",
             "generation": "k8s:///ppod-generation:grpc",
             "generation_admin": "k8s:///ppod-generation:admin",
-            "reference_admin": f"{reference_pod.host}:{reference.ports[1]}",
+            "reference_admin": "k8s:///ppod-reference:admin",
             "timeout_s": 60,
         },
         "prompts": {"path": str(cluster.directory / "prompts.txt"), "heldout": 6},

@@ -7,15 +7,19 @@ import signal
 import time
 import urllib.request
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ppod import WeightClient
 from ppod_trainer.metrics import GAUGES
-from support.processes import free_ports
+from support.processes import free_ports, running_service
+from support.services import tiny_model_config
 from support.tiny_model import build_model
+from support.weight_tensors import weight_tensors
 
 from .conftest import System, records_of, wait_for_step
 
@@ -110,6 +114,44 @@ def test_the_reference_is_refreshed(system: System) -> None:
     assert kl[0] == pytest.approx(0, abs=1e-4)
     assert kl[2] == pytest.approx(0, abs=1e-4), "right after the refresh policy and reference are equal"
     assert kl[4] == pytest.approx(0, abs=1e-4)
+
+
+def test_every_replica_of_a_reference_is_refreshed_and_pinned(system: System, tmp_path: Path) -> None:
+    """A replica that somebody gives other weights works no more; without any the run stops: KL would be to those."""
+    values = {"model": tiny_model_config(system.model_dir)}
+    with (
+        running_service("ppod_services.reference", tmp_path, values) as first,
+        running_service("ppod_services.reference", tmp_path, values) as second,
+        WeightClient(first.admin_target) as one,
+        WeightClient(second.admin_target) as two,
+    ):
+        services = {
+            **cast("dict[str, object]", system.config("unused")["services"]),
+            "reference": f"{first.target},{second.target}",
+            "reference_admin": f"{first.admin_target},{second.admin_target}",
+        }
+        config = system.config("refreshed-replicas", steps=5, reference_refresh_steps=2, services=services)
+        result = system.train(config)
+        assert result.returncode == 0, result.stderr
+        kl = [record["kl/reference"] for record in records_of(Path(str(config["run_dir"]))) if "kl/reference" in record]
+        assert abs(kl[1]) > 1e-3
+        assert [kl[step] for step in (0, 2, 4)] == pytest.approx([0, 0, 0], abs=1e-4)
+        version = one.status().state.weight_version
+        assert two.status().state.weight_version == version > 0
+        # A run that begins there says what it has; then somebody gives one of them another version.
+        config = system.config("disturbed", steps=2000, services=services)
+        process = system.start(config)
+        wait_for_step(process, Path(str(config["run_dir"])), 2)
+        for replica, step in ((two, 6), (one, None)):
+            replica.prepare(version + 1, weight_tensors(build_model(seed=9)))
+            replica.commit(version + 1)
+            if step is not None:
+                # The other one still has the run's.
+                wait_for_step(process, Path(str(config["run_dir"])), step)
+        _, stderr = process.communicate(timeout=60)
+        assert process.wait() not in (None, 0)
+        assert f"the reference serves version {version}, which somebody pushed to it" in stderr
+        assert f"weight_version: the server has {version + 1}, the request needs {version}" in stderr
 
 
 def test_prometheus_exports_every_gauge_while_the_run_goes_on(system: System) -> None:

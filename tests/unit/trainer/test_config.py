@@ -64,10 +64,30 @@ def test_replicas_are_refused_where_weights_are_pushed() -> None:
     assert "lists 2 and generation_admin 1 addresses" in problems({"services": {"generation": "a:1,b:1"}})[0]
     assert "list every host:port" in problems({"services": {"generation_admin": "dns:///a:1"}})[0]
     both = {"services": {"generation": "a:1,b:1", "generation_admin": "a:2, b:2"}}
-    assert parse_config(TrainerConfig, both, "test").services.generation_admins == ["a:2", "b:2"]
-    assert "pushed to one server" in problems({"services": {"reference_admin": "dns:///a:1"}})[0]
-    refreshed = {"services": {"reference": "a:1,b:1"}, "reference_refresh_steps": 5}
-    assert "refreshed must be one server" in problems(refreshed)[0]
+    assert parse_config(TrainerConfig, both, "test").services.generation_admin == "a:2, b:2"
+
+
+@pytest.mark.parametrize(
+    "pushes",
+    [{"reference_refresh_steps": 5}, {"policy": {"source": "x", "lora": {"quantization": "nf4"}}}],
+    ids=["refreshed", "quantised"],
+)
+def test_a_reference_that_is_given_weights_names_every_replica(pushes: dict[str, object]) -> None:
+    def services(reference: str, admin: str) -> dict[str, object]:
+        return {"services": {"reference": reference, "reference_admin": admin}}
+
+    for reference, admin, words in (
+        ("a:1,b:1", "a:2", "reference lists 2 and reference_admin 1 addresses"),
+        ("dns:///a:1", "a:2", "reference is 'dns:///a:1': weights are pushed to each server"),
+        ("a:1", "dns:///a:2", "reference_admin is 'dns:///a:2': weights are pushed to each server"),
+        ("k8s:///ref:grpc", "ref:50062", "name two ports of one Service"),
+    ):
+        named = services(reference, admin)
+        assert words in problems({**named, **pushes})[0]
+        # Nobody gives it any.
+        assert not parse_config(TrainerConfig, named, "test").pushes_reference
+    for reference, admin in (("a:1, b:1", "a:2,b:2"), ("k8s:///ref:grpc", "k8s:///ref:admin")):
+        assert parse_config(TrainerConfig, {**services(reference, admin), **pushes}, "test").pushes_reference
 
 
 def test_services_of_kubernetes_are_followed_and_weights_reach_their_pods() -> None:
@@ -84,9 +104,6 @@ def test_services_of_kubernetes_are_followed_and_weights_reach_their_pods() -> N
     ):
         assert "two ports of one Service" in problems({"services": wrong})[0]
     assert "reward is 'k8s://r:1': expected k8s:///SERVICE" in problems({"services": {"reward": "k8s://r:1"}})[0]
-    assert "pushed to one server" in problems({"services": {"reference_admin": "k8s:///ref:admin"}})[0]
-    refreshed = {"services": {"reference": "k8s:///ref:grpc"}, "reference_refresh_steps": 5}
-    assert "refreshed must be one server" in problems(refreshed)[0]
 
 
 def test_a_shared_directory_goes_with_its_plane() -> None:

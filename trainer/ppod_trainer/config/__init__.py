@@ -23,7 +23,13 @@ from ppod_trainer.config.rollouts import (
     RolloutConfig,
 )
 from ppod_trainer.config.schedules import LinearSchedule, SchedulesConfig
-from ppod_trainer.config.services import CollectiveConfig, ServicesConfig, WeightTransferConfig, has_replicas
+from ppod_trainer.config.services import (
+    CollectiveConfig,
+    ServicesConfig,
+    WeightTransferConfig,
+    is_kubernetes,
+    listed,
+)
 from ppod_trainer.config.trainer import TrainerConfig
 from ppod_trainer.config.watch import TroubleKind, WatchConfig
 
@@ -62,5 +68,6 @@ __all__ = [
     "TroubleKind",
     "WatchConfig",
     "WeightTransferConfig",
-    "has_replicas",
+    "is_kubernetes",
+    "listed",
 ]

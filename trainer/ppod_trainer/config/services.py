@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -15,14 +15,14 @@ Target = str
 _KUBERNETES = re.compile(r"k8s:///[a-z0-9][-a-z0-9]*(\.[a-z0-9][-a-z0-9]*)?:[a-z0-9][-a-z0-9]*")
 
 
-def has_replicas(target: Target) -> bool:
-    """Whether a target may be more than one server."""
-    return "," in target or target.startswith("dns:") or is_kubernetes(target)
-
-
 def is_kubernetes(target: Target) -> bool:
     """Whether a target names the pods behind a Service."""
     return target.startswith("k8s:")
+
+
+def listed(targets: Target) -> list[str]:
+    """The servers of a list."""
+    return [one.strip() for one in targets.split(",")]
 
 
 class ServicesConfig(ConfigModel):
@@ -30,14 +30,19 @@ class ServicesConfig(ConfigModel):
 
     Replicas share each step's work: `a:1,b:2`; `k8s:///SERVICE[.NAMESPACE]:PORT`, every ready pod behind a Service, as
     they come and go; or for reward and reference `dns:///host:port`, every address of a headless service. Every replica
-    of generation needs its address in generation_admin: a list for a list, the same Service for a Service. The team's
-    token comes from PPOD_TOKEN, or from the file that PPOD_TOKEN_FILE names.
+    of generation needs its address in generation_admin: a list for a list, the same Service for a Service; and so does
+    every replica of a reference that is given weights in reference_admin. The team's token comes from PPOD_TOKEN, or
+    from the file that PPOD_TOKEN_FILE names.
     """
 
     reward: Target = "127.0.0.1:50051"
     reference: Target = "127.0.0.1:50052"
     generation: Target = "127.0.0.1:50053"
-    reference_admin: Target = Field(default="127.0.0.1:50062", description="port on which the reference takes weights")
+    reference_admin: Target = Field(
+        default="127.0.0.1:50062",
+        description="ports on which the replicas of the reference take weights, where it is refreshed or the policy's "
+        "base is quantised",
+    )
     generation_admin: Target = Field(
         default="127.0.0.1:50063", description="ports on which the replicas of generation take weights"
     )
@@ -54,18 +59,13 @@ class ServicesConfig(ConfigModel):
     )
 
     @property
-    def generation_admins(self) -> list[str]:
-        """One administration port for each replica of generation."""
-        return [one.strip() for one in self.generation_admin.split(",")]
-
-    @property
     def follows_generation(self) -> bool:
         """Whether the replicas of generation come and go."""
         return is_kubernetes(self.generation)
 
     @model_validator(mode="after")
     def _services_are_named(self) -> Self:
-        for key in ("reward", "reference", "generation", "generation_admin"):
+        for key in ("reward", "reference", "reference_admin", "generation", "generation_admin"):
             target: Target = getattr(self, key)
             if is_kubernetes(target) and not _KUBERNETES.fullmatch(target):
                 raise ValueError(
@@ -74,31 +74,29 @@ class ServicesConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
-    def _weights_reach_all(self) -> Self:
-        if has_replicas(self.reference_admin):
-            raise ValueError(
-                f"reference_admin is {self.reference_admin!r}: its weights are pushed to one server, so it must be one "
-                "host:port"
-            )
-        for key in ("generation", "generation_admin"):
-            target: Target = getattr(self, key)
-            if target.startswith("dns:"):
-                raise ValueError(f"{key} is {target!r}: weights are pushed to each server, so list every host:port")
-        if is_kubernetes(self.generation) or is_kubernetes(self.generation_admin):
-            service, _, port = self.generation.rpartition(":")
-            admin_service, _, admin_port = self.generation_admin.rpartition(":")
-            if service != admin_service or port == admin_port:
-                raise ValueError(
-                    f"generation is {self.generation!r}, generation_admin {self.generation_admin!r}: weights go "
-                    "to the pods that generate, so name two ports of one Service"
-                )
-            return self
-        replicas, admins = self.generation.count(",") + 1, len(self.generation_admins)
-        if replicas != admins:
-            raise ValueError(
-                f"generation lists {replicas} and generation_admin {admins} addresses: every replica must get weights"
-            )
+    def _weights_reach_generation(self) -> Self:
+        self.check_weights_reach("generation")
         return self
+
+    def check_weights_reach(self, service: Literal["generation", "reference"]) -> None:
+        """Raise ValueError unless each replica of this service can be given weights."""
+        key = f"{service}_admin"
+        target, admin = (cast(Target, getattr(self, name)) for name in (service, key))
+        for name, one in ((service, target), (key, admin)):
+            if one.startswith("dns:"):
+                raise ValueError(f"{name} is {one!r}: weights are pushed to each server, so list every host:port")
+        if is_kubernetes(target) or is_kubernetes(admin):
+            name, _, port = target.rpartition(":")
+            admin_name, _, admin_port = admin.rpartition(":")
+            if name != admin_name or port == admin_port:
+                raise ValueError(
+                    f"{service} is {target!r}, {key} {admin!r}: weights go to the pods that serve, so name two ports "
+                    "of one Service"
+                )
+            return
+        replicas, admins = len(listed(target)), len(listed(admin))
+        if replicas != admins:
+            raise ValueError(f"{service} lists {replicas} and {key} {admins} addresses: every replica must get weights")
 
 
 class CollectiveConfig(ConfigModel):

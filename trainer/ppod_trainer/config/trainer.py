@@ -23,7 +23,7 @@ from ppod_trainer.config.ranks import RanksConfig
 from ppod_trainer.config.rewards import KlConfig, RewardsConfig
 from ppod_trainer.config.rollouts import EnvironmentConfig, PromptsConfig, RolloutConfig
 from ppod_trainer.config.schedules import SchedulesConfig
-from ppod_trainer.config.services import ServicesConfig, WeightTransferConfig, has_replicas
+from ppod_trainer.config.services import ServicesConfig, WeightTransferConfig
 from ppod_trainer.config.watch import WatchConfig
 
 
@@ -62,12 +62,16 @@ class TrainerConfig(ConfigModel):
     metrics: MetricsConfig = MetricsConfig()
     tracing: TracingConfig = TracingConfig()
 
+    @property
+    def pushes_reference(self) -> bool:
+        """Whether the reference is given weights: it is refreshed, or the policy's base is not the model's own."""
+        lora = self.policy.lora
+        return self.reference_refresh_steps is not None or (lora is not None and lora.quantization != "none")
+
     @model_validator(mode="after")
-    def _refresh_reaches_all(self) -> Self:
-        if self.reference_refresh_steps is not None and has_replicas(self.services.reference):
-            raise ValueError(
-                f"services.reference is {self.services.reference!r}: a reference that is refreshed must be one server"
-            )
+    def _weights_reach_the_reference(self) -> Self:
+        if self.pushes_reference:
+            self.services.check_weights_reach("reference")
         return self
 
     @model_validator(mode="after")
