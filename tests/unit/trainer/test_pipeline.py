@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,6 +30,7 @@ class Services:
         self.further: dict[int, int] = {}
         self.numbers: list[int] = []
         self.never_full = False
+        self.score_begun: defaultdict[int, threading.Event] = defaultdict(threading.Event)
 
     @property
     def max_rounds(self) -> int:
@@ -46,6 +49,8 @@ class Services:
 
     def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:
         with timer.phase("score"), self._flag("scoring"):
+            for rollout in rollouts:
+                self.score_begun[rollout.prompt.index].set()
             time.sleep(self.slow_s)
         return [ScoredRollout(rollout, 0.0, np.zeros(1)) for rollout in rollouts]
 
@@ -111,9 +116,7 @@ def test_a_new_reference_waits_for_what_is_scored() -> None:
     services.slow_s = 0.1
     with pipeline(services, 1, 5) as made:
         made.take(0)
-        begun = time.perf_counter()
-        while not services.scoring:
-            assert time.perf_counter() - begun < 5
+        assert services.score_begun[1].wait(5)
         with made.new_reference():
             assert not services.scoring
 
