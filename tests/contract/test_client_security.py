@@ -164,6 +164,29 @@ def test_the_token_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, t
         ClientSecurity.from_environment()
 
 
+def test_an_administrators_token_is_one_of_its_own_or_the_teams(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def tokens() -> tuple[str, str]:
+        return (
+            ClientSecurity.from_environment().token,
+            ClientSecurity.from_environment(administrator=True).token,
+        )
+
+    monkeypatch.setenv("PPOD_TOKEN", "team")
+    assert tokens() == ("team", "team")
+    monkeypatch.setenv("PPOD_ADMIN_TOKEN", "operations")
+    assert tokens() == ("team", "operations")
+    path = tmp_path / "token"
+    path.write_text("from-file\n")
+    monkeypatch.setenv("PPOD_ADMIN_TOKEN_FILE", str(path))
+    with pytest.raises(InvalidArgument, match="PPOD_ADMIN_TOKEN and PPOD_ADMIN_TOKEN_FILE"):
+        ClientSecurity.from_environment(administrator=True)
+    monkeypatch.delenv("PPOD_ADMIN_TOKEN")
+    monkeypatch.delenv("PPOD_TOKEN")
+    assert tokens() == ("", "from-file")
+
+
 def test_mistakes_are_told_and_tokens_never_shown(certificates: Certificates, tmp_path: Path) -> None:
     assert "abc" not in repr(ClientSecurity(token="abc"))
     with pytest.raises(InvalidArgument, match="both or none"):

@@ -72,13 +72,14 @@ def connect(trainer: TrainerConfig, tokenizer_fingerprint: str, observer: RpcObs
     pin = Pin(tokenizer_fingerprint=tokenizer_fingerprint)
     config = trainer.services
     timeout_s, security = config.timeout_s, client_security(config)
+    administrator = client_security(config, administrator=True)
 
     def reward(model: str) -> RewardClient:
         named = Pin(model=model, tokenizer_fingerprint=tokenizer_fingerprint)
         return RewardClient(config.reward, timeout_s=timeout_s, pin=named, observer=observer, security=security)
 
     def weights(target: str, server_name: str = "") -> WeightClient:
-        named = replace(security, server_name=security.server_name or server_name)
+        named = replace(administrator, server_name=administrator.server_name or server_name)
         return WeightClient(target, timeout_s=timeout_s, observer=observer, security=named)
 
     def pushed_to(target: str, admin: str, transfer: WeightTransferConfig) -> tuple[WeightSync, ReplicaSource | None]:
@@ -114,7 +115,7 @@ def connect(trainer: TrainerConfig, tokenizer_fingerprint: str, observer: RpcObs
     return connections
 
 
-def client_security(config: ServicesConfig) -> ClientSecurity:
+def client_security(config: ServicesConfig, *, administrator: bool = False) -> ClientSecurity:
     """TLS from the configuration, and the token from the environment: secrets never stand in files of ours."""
     tls = config.tls
     return ClientSecurity.from_environment(
@@ -123,6 +124,7 @@ def client_security(config: ServicesConfig) -> ClientSecurity:
         key_file=None if tls is None else tls.key_file,
         server_name="" if tls is None else tls.server_name,
         plain_text_token=config.plain_text_token,
+        administrator=administrator,
     )
 
 

@@ -13,7 +13,8 @@ import grpc
 from ppod.errors import InvalidArgument
 
 TOKEN_VARIABLE = "PPOD_TOKEN"
-TOKEN_FILE_VARIABLE = "PPOD_TOKEN_FILE"
+ADMIN_TOKEN_VARIABLE = "PPOD_ADMIN_TOKEN"
+_FILE = "_FILE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,20 @@ class ClientSecurity:
         key_file: Path | None = None,
         server_name: str = "",
         plain_text_token: bool = False,
+        administrator: bool = False,
     ) -> ClientSecurity:
         """Files as given, and the token from PPOD_TOKEN or from the file that PPOD_TOKEN_FILE names.
 
+        Args:
+            administrator: for an administration port: the token of PPOD_ADMIN_TOKEN, or of the file that
+                PPOD_ADMIN_TOKEN_FILE names, where one of them is set.
+
         Raises:
-            InvalidArgument: both are set, or the file cannot be read or is empty.
+            InvalidArgument: a variable is set beside that of its file, or the file cannot be read or is empty.
         """
-        return cls(ca_file, certificate_file, key_file, server_name, _read_token(os.environ), plain_text_token)
+        token = _read_token(os.environ, ADMIN_TOKEN_VARIABLE) if administrator else ""
+        token = token or _read_token(os.environ, TOKEN_VARIABLE)
+        return cls(ca_file, certificate_file, key_file, server_name, token, plain_text_token)
 
     def check_target(self, target: str) -> None:
         """Raise InvalidArgument when the token would travel in plain text to another machine."""
@@ -82,15 +90,16 @@ class ClientSecurity:
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
 
-def _read_token(environment: Mapping[str, str]) -> str:
-    token, path = environment.get(TOKEN_VARIABLE, ""), environment.get(TOKEN_FILE_VARIABLE, "")
+def _read_token(environment: Mapping[str, str], variable: str) -> str:
+    file_variable = variable + _FILE
+    token, path = environment.get(variable, ""), environment.get(file_variable, "")
     if token and path:
-        raise InvalidArgument("security.token", f"{TOKEN_VARIABLE} and {TOKEN_FILE_VARIABLE}", "one of the two")
+        raise InvalidArgument("security.token", f"{variable} and {file_variable}", "one of the two")
     if not path:
         return token
-    content = (_read(TOKEN_FILE_VARIABLE, Path(path)) or b"").decode(errors="replace").strip()
+    content = (_read(file_variable, Path(path)) or b"").decode(errors="replace").strip()
     if not content:
-        raise InvalidArgument(TOKEN_FILE_VARIABLE, f"{path}, which is empty", "a file that holds a token")
+        raise InvalidArgument(file_variable, f"{path}, which is empty", "a file that holds a token")
     return content
 
 

@@ -219,7 +219,7 @@ class WeightsConfig(ConfigModel):
     )
     relay_tls: ClientTlsConfig | None = Field(default=None, description="TLS to them; none: plain text")
     relay_plain_text_token: bool = Field(
-        default=False, description="send them the token of PPOD_TOKEN or PPOD_TOKEN_FILE without TLS"
+        default=False, description="send them the token of PPOD_ADMIN_TOKEN(_FILE) or PPOD_TOKEN(_FILE) without TLS"
     )
 
     @property

@@ -63,6 +63,7 @@ class WeightRelay:
                 key_file=None if tls is None else tls.key_file,
                 server_name="" if tls is None else tls.server_name,
                 plain_text_token=config.relay_plain_text_token,
+                administrator=True,
             )
             if config.relay_targets
             else ClientSecurity()

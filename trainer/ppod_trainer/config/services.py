@@ -31,8 +31,9 @@ class ServicesConfig(ConfigModel):
     Replicas share each step's work: `a:1,b:2`; `k8s:///SERVICE[.NAMESPACE]:PORT`, every ready pod behind a Service, as
     they come and go; or for reward and reference `dns:///host:port`, every address of a headless service. Every replica
     of generation needs its address in generation_admin: a list for a list, the same Service for a Service; and so does
-    every replica of a reference that is given weights in reference_admin. The team's token comes from PPOD_TOKEN, or
-    from the file that PPOD_TOKEN_FILE names.
+    every replica of a reference that is given weights in reference_admin. The team's token comes from PPOD_TOKEN, and
+    that of administration ports, where it is another one, from PPOD_ADMIN_TOKEN; or from the files that PPOD_TOKEN_FILE
+    and PPOD_ADMIN_TOKEN_FILE name.
     """
 
     reward: Target = "127.0.0.1:50051"
