@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,35 @@ def test_ranks_learn_what_one_learns_and_others_go_on(
     assert_close_weights(weights, of_one[1])
 
 
+RECIPES: dict[str, Config] = {
+    "pvpo": {"advantages": {"kind": "pvpo"}, "kl": {"placement": "loss", "estimator": "k3"}},
+    "spa": {"advantages": {"kind": "spa", "spa": {"learning_rate": 0.01}}},
+}
+"""Advantages that are made with what a run sampled or learned before."""
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_ranks_make_advantages_with_the_same(tiny_model_dir: Path, tmp_path: Path, kind: str) -> None:
+    advantages, kl = RECIPES[kind]["advantages"], RECIPES[kind].get("kl", {})
+
+    def learn_with(ranks: int, name: str, *, until: int = 3, resume: bool = False) -> Learned:
+        changed = partial(learn, resume=resume, advantages=advantages, kl=kl)
+        return changed(tmp_path, tiny_model_dir, ranks, name, until=until)
+
+    expected, weights = learn_with(1, "one")
+    for ranks in (2, 4):
+        figures, found = learn_with(ranks, f"of-{ranks}")
+        assert all(step["first_ratio_error"] == 0 for step in figures)
+        assert_close_figures(figures, expected)
+        assert_close_weights(found, weights)
+    start, _ = learn_with(4, "run", until=2)
+    for ranks in (2, 1):
+        shutil.copytree(tmp_path / "run", tmp_path / f"on-{ranks}")
+        figures, found = learn_with(ranks, f"on-{ranks}", resume=True)
+        assert_close_figures(start + figures, expected)
+        assert_close_weights(found, weights)
+
+
 def start(system: System, config: Config, ranks: int = 2) -> list[ForkedProcess]:
     name = Path(str(config["run_dir"])).name
     path = write_config(system.directory / f"{name}.yaml", config)
@@ -80,9 +111,11 @@ def torchrun(system: System, config: Config) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_a_run_of_two_ranks_is_a_run_of_one(system: System) -> None:
+@pytest.mark.parametrize("kind", ["gae", "pvpo"])
+def test_a_run_of_two_ranks_is_a_run_of_one(system: System, kind: str) -> None:
     """Rollouts, pushes, evaluation and the final model; all but rounding as with one rank."""
-    one, two = (system.config(name, optimizer={"learning_rate": 1e-4}) for name in ("one-rank", "two-ranks"))
+    changes: Config = {"optimizer": {"learning_rate": 1e-4}, **RECIPES.get(kind, {})}
+    one, two = (system.config(f"{kind}-{name}", **changes) for name in ("one-rank", "two-ranks"))
     assert system.train(one).returncode == 0
     done = torchrun(system, two)
     assert done.returncode == 0, done.stderr
