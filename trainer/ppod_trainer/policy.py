@@ -136,7 +136,9 @@ class PolicyWithValue(nn.Module):
         super().__init__()
         self.model = model
         self.value_trunk = None if value_model is None else value_model.trunk
-        head = zero_head(self.hidden_size, model.device) if value_model is None else value_model.head
+        # A model without weights gets them when it is divided.
+        device = torch.device("cpu") if model.device.type == "meta" else model.device
+        head = zero_head(self.hidden_size, device) if value_model is None else value_model.head
         self.value_head = head
         self._compute_dtype = compute_dtype
         self._detach_values = detach_values

@@ -44,7 +44,7 @@ def test_offloading_changes_nothing(of_one: Learned, tiny_model_dir: Path, tmp_p
     assert_close_weights(found, of_one[1])
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2), (3, 1)])
 def test_ranks_learn_what_one_learns_and_others_go_on(
     of_one: Learned, tiny_model_dir: Path, tmp_path: Path, before: int, after: int
 ) -> None:
