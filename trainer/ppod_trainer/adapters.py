@@ -34,7 +34,7 @@ class PolicyAdapter:
         seed: of what the adapter begins with.
 
     Raises:
-        TrainerError: no layer is called like that.
+        TrainerError: no layer is called like that, or one that is not linear.
     """
 
     def __init__(self, model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> None:
@@ -56,6 +56,9 @@ class PolicyAdapter:
         self.peft.eval()
         self._config = config
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        for name, layer in layers.items():
+            if _NAME not in layer.lora_A:
+                raise TrainerError(f"policy.lora.target_modules: {name} is no linear layer; name linear layers alone")
         _begin(layers.values(), seed)
         self._scalings = {name: float(module.scaling[_NAME]) for name, module in layers.items()}
 

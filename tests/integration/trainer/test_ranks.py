@@ -16,6 +16,8 @@ from support.forked import ForkedProcess
 from support.learning_runs import Learned, assert_close_figures, assert_close_weights, learn
 from support.processes import ROOT, environment, free_ports, write_config
 from support.ranks import start_ranks, wait_for_ranks
+from support.services import tiny_model_config
+from support.tiny_classifiers import save_decoder
 
 from .conftest import Config, System, records_of, wait_for_step
 
@@ -54,6 +56,22 @@ def test_ranks_learn_what_one_learns_and_others_go_on(
     assert all(step["first_ratio_error"] == 0 for step in start + figures)
     assert_close_figures(start + figures, of_one[0])
     assert_close_weights(weights, of_one[1])
+
+
+@pytest.mark.parametrize("trained", ["adapter", "critic"])
+def test_ranks_learn_what_one_learns_of_an_adapter_and_of_a_critic(
+    tiny_model_dir: Path, tmp_path: Path, trained: str
+) -> None:
+    lora = {"rank": 4} if trained == "adapter" else None
+    source = str(save_decoder(tmp_path / "critic", seed=3))
+    critic = {"kind": "model", "source": source} if trained == "critic" else {}
+    changed = partial(learn, policy={**tiny_model_config(tiny_model_dir), "lora": lora}, critic=critic)
+    (expected, weights), (figures, found) = (
+        changed(tmp_path, tiny_model_dir, ranks, f"of-{ranks}") for ranks in (1, 3)
+    )
+    assert all(step["first_ratio_error"] == 0 for step in figures)
+    assert_close_figures(figures, expected)
+    assert_close_weights(found, weights)
 
 
 RECIPES: dict[str, Config] = {
