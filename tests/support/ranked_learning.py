@@ -16,14 +16,31 @@ import torch
 
 from ppod_models.configuration import load_config
 from ppod_trainer.assembly import load_leader
-from ppod_trainer.checkpoint import TrainerState
+from ppod_trainer.checkpoint import TrainerState, restore_components
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.controls import StepControls
 from ppod_trainer.follower import follow
 from ppod_trainer.leader import Leader
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.ranks import open_ranks
-from support.random_rollouts import random_rollouts
+from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.stateful import JsonState
+from support.random_rollouts import random_episodes, random_rollouts
+
+
+def random_samples(config: TrainerConfig, step: int, longest_response: int) -> list[ScoredRollout]:
+    if config.advantages.kind == "spa":
+        return random_episodes(config.rollout.batch_size, step)
+    return random_rollouts(config.rollout.batch_size, step, longest_response)
+
+
+def begin(leader: Leader, state: TrainerState, config: TrainerConfig) -> None:
+    """What a run does before its first step: estimates are there, and all ranks have them."""
+    restore_components(leader.shared, state)
+    if config.advantages.kind == "pvpo" and not state.components:
+        estimates: JsonState = {str(prompt): 0.3 * prompt - 1 for prompt in range(config.rollout.batch_size)}
+        leader.shared["pre_estimates"].restore({"values": estimates})
+    leader.share()
 
 
 def lead(leader: Leader, state: TrainerState, config: TrainerConfig, options: argparse.Namespace) -> None:
@@ -31,7 +48,7 @@ def lead(leader: Leader, state: TrainerState, config: TrainerConfig, options: ar
     for step in range(state.step, options.until):
         timer = StepTimer()
         controls = StepControls(1.0, 0.05, config.ppo.entropy_coefficient)
-        rollouts = random_rollouts(config.rollout.batch_size, step, options.longest_response)
+        rollouts = random_samples(config, step, options.longest_response)
         cpu_s = time.process_time()
         batch, stats = leader.learn(rollouts, step, controls, timer)
         seconds = {**timer.seconds, "processor": time.process_time() - cpu_s}
@@ -44,7 +61,9 @@ def lead(leader: Leader, state: TrainerState, config: TrainerConfig, options: ar
         )
     if options.save:
         leader.whole_model().save_pretrained(config.run_dir)
-        leader.save(config.run_dir / "checkpoints", replace(state, step=options.until), keep=1)
+        components = {name: one.state() for name, one in leader.shared.items()}
+        state = replace(state, step=options.until, components=components)
+        leader.save(config.run_dir / "checkpoints", state, keep=1)
     (config.run_dir / "figures.json").write_text(json.dumps(figures))
 
 
@@ -63,8 +82,9 @@ def main() -> None:
             with torch.no_grad():
                 leader.learner.policy.value_head.bias.fill_(0.5)
         if ranks.rank:
-            follow(leader.learner)
+            follow(leader)
         else:
+            begin(leader, state, config)
             lead(leader, state, config, options)
             leader.close()
 

@@ -111,7 +111,7 @@ def _follow(config: TrainerConfig, ranks: Ranks) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     leader, _ = load_leader(config, ranks)
-    follow(leader.learner)
+    follow(leader)
     return 0
 
 

@@ -5,7 +5,8 @@ Source: Hu et al. 2021, "LoRA"; Dettmers et al. 2023, "QLoRA". PEFT does the wor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +15,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from ppod.client import LoraAdapter
@@ -29,12 +31,13 @@ class PolicyAdapter:
     Args:
         model: the base; its layers are wrapped in place and its own parameters stand still.
         config: which layers, and how.
+        seed: of what the adapter begins with.
 
     Raises:
-        TrainerError: no layer is called like that.
+        TrainerError: no layer is called like that, or one that is not linear.
     """
 
-    def __init__(self, model: PreTrainedModel, config: LoraConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> None:
         adapter = PeftLoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - PEFT's own kernels take any number
@@ -52,11 +55,12 @@ class PolicyAdapter:
         # PEFT turns to training mode, which would turn dropout of the base on.
         self.peft.eval()
         self._config = config
-        self._scalings = {
-            name: float(module.scaling[_NAME])
-            for name, module in model.named_modules()
-            if isinstance(module, LoraLayer)
-        }
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        for name, layer in layers.items():
+            if _NAME not in layer.lora_A:
+                raise TrainerError(f"policy.lora.target_modules: {name} is no linear layer; name linear layers alone")
+        _begin(layers.values(), seed)
+        self._scalings = {name: float(module.scaling[_NAME]) for name, module in layers.items()}
 
     @property
     def description(self) -> LoraAdapter:
@@ -92,3 +96,21 @@ class PolicyAdapter:
         config.base_model_name_or_path = base
         config.save_pretrained(str(directory))
         save_file(dict(tensors), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def _begin(layers: Iterable[LoraLayer], seed: int) -> None:
+    """Initialise as PEFT does, but from a seed, on the CPU: the same on every device and for every number of ranks.
+
+    On a base without weights, which is on the meta device, PEFT has put the adapter there, too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers:
+        a, b = (cast(nn.Linear, part[_NAME]) for part in (layer.lora_A, layer.lora_B))
+        for part in (a, b):
+            if part.weight.is_meta:
+                part.to_empty(device="cpu")
+        drawn = torch.empty(a.weight.shape)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        a.weight.copy_(drawn)
+        nn.init.zeros_(b.weight)

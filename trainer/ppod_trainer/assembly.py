@@ -17,16 +17,14 @@ from ppod.tensors import TokenArray
 from ppod_models import loading
 from ppod_models.configuration import dump_config
 from ppod_models.sources import resolve
-from ppod_trainer.algorithms import build_estimator
+from ppod_trainer.algorithms import LearnedEstimator, build_estimator
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.checkpoint import TrainerState, list_checkpoints, load_checkpoint, restore_components
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig
-from ppod_trainer.config.advantages import ONE_RANK
 from ppod_trainer.connections import check_services, connect
 from ppod_trainer.environments.loading import LoadedEnvironment, load_environment
 from ppod_trainer.episodes import EpisodeRules, EpisodeSampler, TextCodec
-from ppod_trainer.errors import RanksError
 from ppod_trainer.evaluation import Evaluator
 from ppod_trainer.experience import ExperienceRules
 from ppod_trainer.kl import AdaptiveKl, FixedKl, KlController
@@ -38,6 +36,7 @@ from ppod_trainer.presampling import PreEstimates, keep_estimates, planned_promp
 from ppod_trainer.prompts import Encode, PromptSet, load_prompts, split_prompts
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
+from ppod_trainer.stateful import Stateful
 from ppod_trainer.step_rollouts import build_step_rollouts
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import Parts, TrainingRun
@@ -114,6 +113,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
         if config.advantages.kind == "pvpo" and not estimates.values:
             with stop.interruptible():
                 _presample(run)
+        leader.share()
         yield run
 
 
@@ -164,22 +164,21 @@ def load_leader(
 ) -> tuple[Leader, TrainerState]:
     """All ranks: load the policy, or this rank's part of it, and where the run is. Only rank 0 leads with it.
 
+    What the state holds besides is for rank 0 to restore, and to share.
+
     Raises:
-        CheckpointError: the run cannot be resumed. RanksError: the estimator of advantages needs one rank.
+        CheckpointError: the run cannot be resumed.
     """
-    if ranks.size > 1 and config.advantages.kind in ONE_RANK:
-        raise RanksError(
-            f"advantages.kind {config.advantages.kind} has a state of its own, which only one rank would have; found "
-            f"{ranks.size} ranks: use one, or another kind"
-        )
     if config.policy.threads is not None:
         torch.set_num_threads(config.policy.threads)
     torch.manual_seed(config.seed)
     loaded = load_policy(config, ranks)
+    estimates = estimates or PreEstimates()
+    estimator = build_estimator(config.advantages, loaded.policy.hidden_size, estimates, config.seed)
     rules = ExperienceRules(
         config.rewards,
         config.kl,
-        build_estimator(config.advantages, int(loaded.policy.model.config.hidden_size), estimates or PreEstimates()),
+        estimator,
         config.advantages.whiten,
         config.ppo.ratio_mask,
         config.advantages.gamma,
@@ -189,7 +188,10 @@ def load_leader(
     checkpoints = config.run_dir / "checkpoints"
     if config.resume is True or (config.resume and ranks.agree(bool(list_checkpoints(checkpoints)))):
         state = load_checkpoint(checkpoints, learner, state.configuration)
-    return Leader(learner, loaded.hollow, loaded.adapter), state
+    shared: dict[str, Stateful] = {"pre_estimates": estimates}
+    if isinstance(estimator, LearnedEstimator):
+        shared["estimator"] = estimator
+    return Leader(learner, loaded.hollow, loaded.adapter, shared), state
 
 
 def _presample(run: TrainingRun) -> None:

@@ -20,7 +20,7 @@ class ValueModel(nn.Module):
     """A trunk that reads what the policy reads, with a value head.
 
     Args:
-        trunk: a decoder without output layer, in float32 and evaluation mode.
+        trunk: a decoder without output layer, in evaluation mode.
         head: weight [1, H], of the trunk's states after its last norm.
     """
 
@@ -38,7 +38,9 @@ def zero_head(hidden_size: int, device: torch.device) -> nn.Linear:
     return head
 
 
-def load_value_model(path: Path, *, device: torch.device, attention: str, vocab_size: int) -> ValueModel:
+def load_value_model(
+    path: Path, *, device: torch.device, attention: str, vocab_size: int, dtype: torch.dtype = torch.float32
+) -> ValueModel:
     """Load a critic of its own: from a sequence classifier with its score as the value, else with a head of zeros.
 
     A reward model is the usual start (Ouyang et al. 2022, appendix C.4): its score of a prefix is a first guess of the
@@ -49,6 +51,7 @@ def load_value_model(path: Path, *, device: torch.device, attention: str, vocab_
         device: where it computes.
         attention: "sdpa" or "eager".
         vocab_size: the policy's, which must be the critic's.
+        dtype: of the trunk; the head is float32.
 
     Raises:
         TrainerError: it has several labels, is no decoder, or reads other tokens than the policy.
@@ -56,7 +59,7 @@ def load_value_model(path: Path, *, device: torch.device, attention: str, vocab_
     names = cast("list[str]", AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or [])
     if any(name.endswith("ForSequenceClassification") for name in names):
         model = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
         )
         score = getattr(model, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
@@ -70,7 +73,7 @@ def load_value_model(path: Path, *, device: torch.device, attention: str, vocab_
             if (bias := cast("nn.Parameter | None", score.bias)) is not None:
                 head.bias.copy_(bias)
     else:
-        model = load_causal_lm(path, device=device, dtype=torch.float32, attention=attention)
+        model = load_causal_lm(path, device=device, dtype=dtype, attention=attention)
         head = zero_head(int(model.config.hidden_size), device)
     trunk = cast(PreTrainedModel, model.base_model)
     found = cast(nn.Embedding, trunk.get_input_embeddings()).num_embeddings

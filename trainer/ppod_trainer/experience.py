@@ -1,6 +1,6 @@
 """From scored rollouts to what the update learns from: old logprobs, values, rewards, advantages, returns.
 
-Shape legend: B sequences, T response tokens.
+Shape legend: B sequences, T response tokens, K turns, H hidden size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from ppod_trainer.algorithms import AdvantageEstimator, Experience
 from ppod_trainer.algorithms.anchors import read_anchors
+from ppod_trainer.algorithms.turns import last_tokens, states_at
 from ppod_trainer.config import KlConfig, RatioMaskConfig, RewardsConfig
 from ppod_trainer.controls import StepControls
 from ppod_trainer.kl import estimate_kl
@@ -74,29 +75,38 @@ class PpoBatch:
 
 @torch.no_grad()
 def view_policy(
-    policy: PolicyWithValue, batch: ResponseBatch, micro_batches: Sequence[torch.Tensor], ranks: Ranks
+    policy: PolicyWithValue,
+    batch: ResponseBatch,
+    micro_batches: Sequence[torch.Tensor],
+    ranks: Ranks,
+    turns: torch.Tensor | None = None,
 ) -> PolicyView:
     """Run the policy over a batch, each rank over its micro-batches (int64 row positions), and put them together.
 
     They are those of the first epoch, so that its first minibatch sees bit-equal logprobs and a ratio of exactly 1.
+    With `turns`, int64 [B, T] as in `Experience`, the view has the states at their ends.
     """
     logprobs = torch.zeros(batch.response_mask.shape, device=batch.input_ids.device)
     values = torch.zeros_like(logprobs)
     next_values = torch.zeros(len(logprobs), device=logprobs.device)
+    last = torch.zeros(len(logprobs), 0, dtype=torch.int64) if turns is None else last_tokens(turns)
+    states = torch.zeros(*last.shape, policy.hidden_size, device=logprobs.device)
     for index in micro_batches:
         if not len(index):
             # The other ranks gather layers of which this one holds a part.
             policy(batch.rows(torch.zeros(1, dtype=torch.int64)))
             continue
-        output = policy(batch.rows(index))
+        output = policy(batch.rows(index), with_states=turns is not None)
         width = output.logprobs.shape[1]
         logprobs[index, :width] = output.logprobs
         values[index, :width] = output.values
         next_values[index] = output.next_values
+        if output.states is not None:
+            states[index] = states_at(output.states, last[index])
     free_gathered(policy)
     # Each row is one rank's, and 0 on the others: the sum is exact.
-    ranks.sum_in_place([logprobs, values, next_values])
-    return PolicyView(logprobs, values, next_values)
+    ranks.sum_in_place([logprobs, values, next_values, *([] if turns is None else [states])])
+    return PolicyView(logprobs, values, next_values, None if turns is None else states)
 
 
 @dataclass(frozen=True, slots=True)

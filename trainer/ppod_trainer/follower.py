@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from ppod_trainer.checkpoint import save_checkpoint
-from ppod_trainer.leader import End, Gather, Learn, Save
-from ppod_trainer.learner import Learner
+from ppod_trainer.leader import End, Gather, Leader, Learn, Save, Share
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.sharding import gather_parameters
 
 
-def follow(learner: Learner) -> None:
-    """Take part in all that rank 0 does, until it says that the run is over."""
+def follow(held: Leader) -> None:
+    """Take part in all that rank 0 does, with what this rank would lead with, until it says that the run is over."""
+    learner = held.learner
     while True:
         match learner.ranks.hear():
             case Learn(rollouts, step, controls):
                 learner.learn(rollouts, step, controls, StepTimer())
+            case Share(states):
+                for name, state in states.items():
+                    held.shared[name].restore(state)
             case Gather(dtype, only):
                 for _ in gather_parameters(learner.policy.model, dtype, only):
                     pass

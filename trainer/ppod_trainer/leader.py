@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from ppod_trainer.learner import Learner, UpdateStats
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.rollouts import ScoredRollout
 from ppod_trainer.sharding import fill, gather_parameters
+from ppod_trainer.stateful import JsonState, Stateful
 
 if TYPE_CHECKING:
     # It imports PEFT, which takes seconds that no other run should spend.
@@ -31,6 +32,13 @@ class Learn:
     rollouts: Sequence[ScoredRollout]
     step: int
     controls: StepControls
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Order: take these states of the parts that all ranks have, by name."""
+
+    states: dict[str, JsonState]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,7 @@ class End:
     """Order: the run is over."""
 
 
-Order = Learn | Gather | Save | End
+Order = Learn | Share | Gather | Save | End
 
 
 @dataclass(slots=True)
@@ -66,11 +74,13 @@ class Leader:
         learner: this rank's.
         hollow: the policy's language model without weights; None where this rank holds them whole, and not adapted.
         adapter: what of the model is trained; None: all of it.
+        shared: parts that advantages are made with, which each rank has whole and alike.
     """
 
     learner: Learner
     hollow: PreTrainedModel | None = None
     adapter: PolicyAdapter | None = None
+    shared: Mapping[str, Stateful] = field(default_factory=dict[str, Stateful])
     _in_step: bool = field(default=True, init=False)
 
     def learn(
@@ -79,6 +89,11 @@ class Leader:
         """See `Learner.learn`."""
         with self._together(Learn(rollouts, step, controls)):
             return self.learner.learn(rollouts, step, controls, timer)
+
+    def share(self) -> None:
+        """Give the other ranks what was sampled, or restored, of the shared parts."""
+        with self._together(Share({name: one.state() for name, one in self.shared.items()})):
+            pass
 
     def whole_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The language model with all its weights, an adapter merged into them.

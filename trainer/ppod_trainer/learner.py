@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 
 import torch
 
@@ -22,7 +22,6 @@ from ppod_trainer.policy import PolicyWithValue, ResponseBatch, build_response_b
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.rollouts import ScoredRollout
 from ppod_trainer.sharding import whole
-from ppod_trainer.turn_states import read_turn_states
 
 
 @dataclass(slots=True)
@@ -90,10 +89,9 @@ class Learner:
         responses = build_response_batch(rollouts, self.ranks.device)
         with timer.phase("old_logprobs"):
             first = [micro for one in self._minibatches(responses, step, 0) for micro in one.shares[self.ranks.rank]]
-            view = view_policy(self.policy, responses, first, self.ranks)
-            if isinstance(self.rules.estimator, LearnedEstimator):
-                turns = pad_numbers([one.rollout.turns for one in rollouts], responses)
-                view = replace(view, turn_states=read_turn_states(self.policy.model, responses, turns, first))
+            learned = isinstance(self.rules.estimator, LearnedEstimator)
+            turns = pad_numbers([one.rollout.turns for one in rollouts], responses) if learned else None
+            view = view_policy(self.policy, responses, first, self.ranks, turns)
         batch = build_ppo_batch(rollouts, responses, view, self.rules, controls)
         with timer.phase("update"):
             stats = self._update(batch, step, controls)

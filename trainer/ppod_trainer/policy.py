@@ -102,12 +102,15 @@ class PolicyOutput:
         entropy: float32 [B, T], nats.
         values: float32 [B, T]; position t is the value of the state before token t.
         next_values: float32 [B]; the value of the state after the last token, without gradient.
+        states: float32 [B, T, H], the language model's last hidden state at each response token, that token read,
+            without gradient; None unless they were asked for.
     """
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
     values: torch.Tensor
     next_values: torch.Tensor
+    states: torch.Tensor | None = None
 
 
 class PolicyWithValue(nn.Module):
@@ -133,10 +136,17 @@ class PolicyWithValue(nn.Module):
         super().__init__()
         self.model = model
         self.value_trunk = None if value_model is None else value_model.trunk
-        head = zero_head(int(model.config.hidden_size), model.device) if value_model is None else value_model.head
+        # A model without weights gets them when it is divided.
+        device = torch.device("cpu") if model.device.type == "meta" else model.device
+        head = zero_head(self.hidden_size, device) if value_model is None else value_model.head
         self.value_head = head
         self._compute_dtype = compute_dtype
         self._detach_values = detach_values
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the language model."""
+        return int(self.model.config.hidden_size)
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +162,7 @@ class PolicyWithValue(nn.Module):
         trunk = [] if self.value_trunk is None else list(self.value_trunk.parameters())
         return [*trunk, *self.value_head.parameters()]
 
-    def forward(self, batch: ResponseBatch, *, values_only: bool = False) -> PolicyOutput:
+    def forward(self, batch: ResponseBatch, *, values_only: bool = False, with_states: bool = False) -> PolicyOutput:
         """Logprobs, entropy and values of the action tokens; the vocabulary is touched at those alone.
 
         With `values_only` the gradient of the values reaches the critic's own parameters and no others.
@@ -166,6 +176,7 @@ class PolicyWithValue(nn.Module):
             tokens = batch.responses[batch.action_mask]
             head = cast(nn.Module, self.model.get_output_embeddings())
             logprobs, entropy = token_logprobs(before.to(self._compute_dtype), head, tokens, batch.temperature)
+            read = states[:, width:].detach().float() if with_states else None
         if self.value_trunk is not None:
             with self._autocast(batch.input_ids.device):
                 states = _states(self.value_trunk, batch)
@@ -177,6 +188,7 @@ class PolicyWithValue(nn.Module):
             entropy=_scatter(entropy, batch.action_mask),
             values=_scatter(values, batch.action_mask),
             next_values=self._next_values(states, batch),
+            states=read,
         )
 
     @torch.no_grad()

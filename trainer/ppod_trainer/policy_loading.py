@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from ppod_models import loading
 from ppod_models.sources import resolve
 from ppod_trainer.config import TrainerConfig
-from ppod_trainer.critic import load_value_model
+from ppod_trainer.critic import ValueModel, load_value_model
 from ppod_trainer.errors import TrainerError
+from ppod_trainer.parted_weights import read_parts, stored_dtype, without_weights
 from ppod_trainer.policy import PolicyWithValue
 from ppod_trainer.quantisation import dense_copy, load_quantised
 from ppod_trainer.ranks import Ranks
@@ -45,34 +47,74 @@ def load_policy(config: TrainerConfig, ranks: Ranks) -> LoadedPolicy:
     Raises:
         TrainerError, ModelSourceError: something is missing, or does not fit.
     """
-    path, critic_path = _resolve_in_turn(config, ranks)
+    paths = _resolve_in_turn(config, ranks)
     dtype = loading.pick_dtype(config.policy.dtype, ranks.device)
-    # Divided ranks take one layer after the other from the CPU to their devices.
-    device = ranks.device if ranks.mesh is None else torch.device("cpu")
-    model, hollow = _load_model(config, path, device, dtype, ranks)
-    vocab_size, adapter = loading.vocab_size(model), None
+    if ranks.mesh is not None:
+        return _load_divided(config, paths, ranks.mesh, dtype)
+    model, hollow = _load_model(config, paths[0], ranks.device, dtype)
+    value_model = _load_value_model(config, paths[1], ranks.device, loading.vocab_size(model), torch.float32)
+    return _put_together(config, model, hollow, value_model, dtype)
+
+
+def _load_divided(
+    config: TrainerConfig, paths: tuple[Path, Path | None], mesh: DeviceMesh, dtype: torch.dtype
+) -> LoadedPolicy:
+    """Load this rank's part. What is trained is float32: small updates would vanish in bfloat16."""
+    lora, cpu = config.policy.lora, torch.device("cpu")
+    if lora is not None and lora.quantization != "none":
+        raise TrainerError(
+            f"policy.lora.quantization is {lora.quantization!r} with {mesh.size()} ranks, or memory.offload: 4-bit "
+            "weights cannot be divided; use one rank without offload, or quantization none"
+        )
+    stored = loading.load_causal_lm(
+        paths[0], device=cpu, dtype=stored_dtype(paths[0]), attention=config.policy.attention
+    )
+    weights = {f"model.{name}": parameter.detach() for name, parameter in stored.named_parameters()}
+    trunk_dtype = torch.float32 if paths[1] is None else stored_dtype(paths[1])
+    value_model = _load_value_model(config, paths[1], cpu, loading.vocab_size(stored), trunk_dtype)
+    if value_model is not None:
+        trunk = value_model.trunk
+        weights |= {f"value_trunk.{name}": parameter.detach() for name, parameter in trunk.named_parameters()}
+        value_model = ValueModel(without_weights(trunk), value_model.head)
+    model = without_weights(stored)
+    loaded = _put_together(config, model, hollow_copy(model), value_model, dtype)
+    shard_policy(loaded.policy, mesh, dtype, offload=config.memory.offload)
+    read_parts(loaded.policy, weights, cpu if config.memory.offload else torch.device(mesh.device_type))
+    return loaded
+
+
+def _put_together(
+    config: TrainerConfig,
+    model: PreTrainedModel,
+    hollow: PreTrainedModel | None,
+    value_model: ValueModel | None,
+    dtype: torch.dtype,
+) -> LoadedPolicy:
+    adapter = None
     if config.policy.lora is not None:
         from ppod_trainer.adapters import PolicyAdapter  # noqa: PLC0415
 
         hollow = hollow or hollow_copy(model)
-        adapter = PolicyAdapter(model, config.policy.lora)
-    value_model = None
-    if critic_path is not None:
-        attention = config.policy.attention
-        value_model = load_value_model(critic_path, device=device, attention=attention, vocab_size=vocab_size)
+        adapter = PolicyAdapter(model, config.policy.lora, config.seed)
     policy = PolicyWithValue(
         model,
         compute_dtype=dtype,
         value_model=value_model,
         detach_values=config.critic.detach,
     )
-    if ranks.mesh is not None:
-        hollow = hollow or hollow_copy(model)
     if config.memory.gradient_checkpointing:
         checkpoint_layers(policy)
-    if ranks.mesh is not None:
-        shard_policy(policy, ranks.mesh, dtype, offload=config.memory.offload)
     return LoadedPolicy(policy, hollow, adapter)
+
+
+def _load_value_model(
+    config: TrainerConfig, path: Path | None, device: torch.device, vocab_size: int, dtype: torch.dtype
+) -> ValueModel | None:
+    """The critic's own model, where it has one."""
+    if path is None:
+        return None
+    attention = config.policy.attention
+    return load_value_model(path, device=device, attention=attention, vocab_size=vocab_size, dtype=dtype)
 
 
 def _resolve_in_turn(config: TrainerConfig, ranks: Ranks) -> tuple[Path, Path | None]:
@@ -90,17 +132,12 @@ def _resolve_in_turn(config: TrainerConfig, ranks: Ranks) -> tuple[Path, Path | 
 
 
 def _load_model(
-    config: TrainerConfig, path: Path, device: torch.device, dtype: torch.dtype, ranks: Ranks
+    config: TrainerConfig, path: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     """The language model; of a quantised one also what it is without its weights and quantisation."""
     attention, lora = config.policy.attention, config.policy.lora
-    if lora is None or ranks.mesh is not None:
-        if lora is not None and lora.quantization != "none":
-            raise TrainerError(
-                f"policy.lora.quantization is {lora.quantization!r} with {ranks.size} ranks, or memory.offload: 4-bit "
-                "weights cannot be divided; use one rank without offload, or quantization none"
-            )
-        # What learns is float32: small updates would vanish in bfloat16. FSDP wants one dtype for all of a layer.
+    if lora is None:
+        # What learns is float32: small updates would vanish in bfloat16.
         return loading.load_causal_lm(path, device=device, dtype=torch.float32, attention=attention), None
     if lora.quantization == "none":
         return loading.load_causal_lm(path, device=device, dtype=dtype, attention=attention), None

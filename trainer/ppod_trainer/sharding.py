@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from transformers import PreTrainedModel
 
 from ppod_trainer.policy import PolicyWithValue
 from ppod_trainer.quantisation import dense
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
 def decoder_layers(policy: nn.Module) -> list[nn.Module]:
@@ -46,7 +49,9 @@ def checkpoint_layers(policy: nn.Module) -> None:
 def shard_policy(
     policy: PolicyWithValue, mesh: DeviceMesh, compute_dtype: torch.dtype, *, offload: bool = False
 ) -> None:
-    """Divide a policy that all ranks hold whole; each keeps its part, on the mesh's device or, to `offload`, the CPU.
+    """Divide a policy; each rank keeps its part, on the mesh's device or, to `offload`, the CPU.
+
+    What is on the meta device stays there, for `read_parts` to fill.
 
     Layers compute in `compute_dtype`; what they pass on stays as it is in one process under autocast, float32.
     Embeddings and heads are gathered in float32.
@@ -79,10 +84,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def hollow_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with parameters on the meta device: all of a model but its weights."""
+def hollow_copy(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
+    """A copy with parameters on the meta device, in another dtype if one is given: all of a model but its weights."""
     memo: dict[int, object] = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta", dtype=dtype), requires_grad=False)
         for parameter in model.parameters()
     }
     return copy.deepcopy(model, memo)

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ppod import FailedPrecondition, Unavailable
 from ppod_models.loading import DTYPES
-from ppod_trainer.algorithms import LearnedEstimator
 from ppod_trainer.checkpoint import TrainerState, kept_references
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
@@ -81,15 +80,13 @@ class Parts:
     @property
     def stateful(self) -> dict[str, Stateful]:
         """What a checkpoint keeps of them, besides the learner."""
-        found: dict[str, Stateful] = {
+        return {
             "kl": self.kl,
             "scores": self.scores,
             "watcher": self.watcher,
             "prompts": self.rollouts.schedule,
-            "pre_estimates": self.estimates,
+            **self.learner.shared,
         }
-        estimator = self.learner.learner.rules.estimator
-        return found | ({"estimator": estimator} if isinstance(estimator, LearnedEstimator) else {})
 
 
 class TrainingRun:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from support.forked import ForkedProcess
 from support.learning_runs import Learned, assert_close_figures, assert_close_weights, learn
 from support.processes import ROOT, environment, free_ports, write_config
 from support.ranks import start_ranks, wait_for_ranks
+from support.services import tiny_model_config
+from support.tiny_classifiers import save_decoder
 
 from .conftest import Config, System, records_of, wait_for_step
 
@@ -42,7 +45,7 @@ def test_offloading_changes_nothing(of_one: Learned, tiny_model_dir: Path, tmp_p
     assert_close_weights(found, of_one[1])
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2), (3, 1)])
 def test_ranks_learn_what_one_learns_and_others_go_on(
     of_one: Learned, tiny_model_dir: Path, tmp_path: Path, before: int, after: int
 ) -> None:
@@ -52,6 +55,48 @@ def test_ranks_learn_what_one_learns_and_others_go_on(
     assert all(step["first_ratio_error"] == 0 for step in start + figures)
     assert_close_figures(start + figures, of_one[0])
     assert_close_weights(weights, of_one[1])
+
+
+@pytest.mark.parametrize("trained", ["adapter", "critic"])
+def test_ranks_learn_what_one_learns_of_an_adapter_and_of_a_critic(
+    tiny_model_dir: Path, tmp_path: Path, trained: str
+) -> None:
+    lora = {"rank": 4} if trained == "adapter" else None
+    source = str(save_decoder(tmp_path / "critic", seed=3))
+    critic = {"kind": "model", "source": source} if trained == "critic" else {}
+    changed = partial(learn, policy={**tiny_model_config(tiny_model_dir), "lora": lora}, critic=critic)
+    (expected, weights), (figures, found) = (
+        changed(tmp_path, tiny_model_dir, ranks, f"of-{ranks}") for ranks in (1, 3)
+    )
+    assert all(step["first_ratio_error"] == 0 for step in figures)
+    assert_close_figures(figures, expected)
+    assert_close_weights(found, weights)
+
+
+RECIPES: dict[str, Config] = {
+    "pvpo": {"advantages": {"kind": "pvpo"}, "kl": {"placement": "loss", "estimator": "k3"}},
+    "spa": {"advantages": {"kind": "spa", "spa": {"learning_rate": 0.01}}},
+}
+"""Advantages that are made with what a run sampled or learned before."""
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_ranks_make_advantages_with_the_same(tiny_model_dir: Path, tmp_path: Path, kind: str) -> None:
+    advantages, kl = RECIPES[kind]["advantages"], RECIPES[kind].get("kl", {})
+
+    def learn_with(ranks: int, name: str, *, until: int = 3, resume: bool = False) -> Learned:
+        changed = partial(learn, resume=resume, advantages=advantages, kl=kl)
+        return changed(tmp_path, tiny_model_dir, ranks, name, until=until)
+
+    expected, weights = learn_with(1, "one")
+    straight, found = learn_with(2, "two")
+    assert_close_figures(straight, expected)
+    assert_close_weights(found, weights)
+    start, _ = learn_with(4, "run", until=2)
+    figures, found = learn_with(2, "run", resume=True)
+    assert all(step["first_ratio_error"] == 0 for step in straight + start + figures)
+    assert_close_figures(start + figures, expected)
+    assert_close_weights(found, weights)
 
 
 def start(system: System, config: Config, ranks: int = 2) -> list[ForkedProcess]:
@@ -80,9 +125,11 @@ def torchrun(system: System, config: Config) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_a_run_of_two_ranks_is_a_run_of_one(system: System) -> None:
+@pytest.mark.parametrize("kind", ["gae", "pvpo"])
+def test_a_run_of_two_ranks_is_a_run_of_one(system: System, kind: str) -> None:
     """Rollouts, pushes, evaluation and the final model; all but rounding as with one rank."""
-    one, two = (system.config(name, optimizer={"learning_rate": 1e-4}) for name in ("one-rank", "two-ranks"))
+    changes: Config = {"optimizer": {"learning_rate": 1e-4}, **RECIPES.get(kind, {})}
+    one, two = (system.config(f"{kind}-{name}", **changes) for name in ("one-rank", "two-ranks"))
     assert system.train(one).returncode == 0
     done = torchrun(system, two)
     assert done.returncode == 0, done.stderr

@@ -96,6 +96,23 @@ def test_layers_that_are_not_there_are_named(model: PreTrainedModel) -> None:
         PolicyAdapter(model, LoraConfig(target_modules=("wq_proj",)))
 
 
+def test_layers_that_are_not_linear_are_named() -> None:
+    model = build_model(tied=False)
+    with pytest.raises(TrainerError, match="embed_tokens is no linear layer"):
+        PolicyAdapter(model, LoraConfig(target_modules=("q_proj", "embed_tokens")))
+
+
+def test_an_adapter_begins_by_its_seed_alone() -> None:
+    def begun(seed: int) -> dict[str, torch.Tensor]:
+        made = build_model()
+        torch.seed()
+        return PolicyAdapter(made, LoraConfig(rank=4), seed).saved(parameters_of(made))
+
+    one, same, other = begun(1), begun(1), begun(2)
+    assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
+    assert [name for name in one if not torch.equal(one[name], other[name])] == [name for name in one if "_A." in name]
+
+
 @needs_bitsandbytes
 def test_a_quantised_base_is_what_its_dense_weights_say(tiny_model_dir: Path, make_rollouts: Make) -> None:
     """Generation and reference get the dense weights: they compute what the trainer does."""

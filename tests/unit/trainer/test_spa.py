@@ -18,9 +18,10 @@ from ppod_trainer.algorithms.spa import Spa, delayed_rewards, redistribute
 from ppod_trainer.algorithms.turns import last_tokens, spread, sum_by_turn
 from ppod_trainer.config import AdvantagesConfig, SpaConfig
 from ppod_trainer.errors import TrainerError
-from ppod_trainer.policy import build_response_batch
+from ppod_trainer.experience import view_policy
+from ppod_trainer.policy import PolicyWithValue, build_response_batch
+from ppod_trainer.ranks import Ranks
 from ppod_trainer.rollouts import ScoredRollout
-from ppod_trainer.turn_states import read_turn_states
 
 TURNS = torch.tensor([[0, 0, -1, 1, 2], [0, 1, 1, -1, -1], [0, 0, -1, -1, -1]])
 
@@ -97,13 +98,21 @@ def episodes(count: int, seed: int) -> Experience:
 
 
 def spa_of(seed: int = 0, **options: float) -> Spa:
-    torch.manual_seed(seed)
     config = AdvantagesConfig(kind="spa", gamma=1.0, lam=0.0, spa=SpaConfig.model_validate(options))
-    made = build_estimator(config, hidden_size=4)
+    made = build_estimator(config, hidden_size=4, seed=seed)
     assert isinstance(made, Spa)
     assert isinstance(made, LearnedEstimator)
     assert made.critic
     return made
+
+
+def test_it_begins_alike_whatever_was_drawn_before() -> None:
+    torch.manual_seed(1)
+    first, drawn = spa_of().state(), torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), drawn), "and what is drawn behind it does not change"
+    assert spa_of().state() == first
+    assert spa_of(seed=1).state() != first
 
 
 def test_it_begins_as_ppo_does() -> None:
@@ -159,7 +168,9 @@ def test_states_are_those_of_each_sequence_alone(
         numbers: Sequence[int] = [0] * length if length < 3 else [0, -1, *[1] * (length - 2)]
         turns[row, :length] = torch.tensor(numbers)
     micro = [torch.tensor([3, 0]), torch.tensor([1, 4, 2])]
-    states = read_turn_states(model, batch, turns, micro)
+    policy = PolicyWithValue(model, compute_dtype=torch.float32)
+    states = view_policy(policy, batch, micro, Ranks(policy.device), turns).turn_states
+    assert states is not None
     assert states.shape == (5, 2, int(model.config.hidden_size))
     for row, one in enumerate(rollouts):
         ids = torch.from_numpy(one.rollout.tokens.astype(np.int64)).unsqueeze(0)

@@ -19,7 +19,7 @@ __all__ = ["AdvantageEstimator", "Experience", "LearnedEstimator", "build_estima
 
 
 def build_estimator(
-    config: AdvantagesConfig, hidden_size: int = 1, estimates: PreEstimates | None = None
+    config: AdvantagesConfig, hidden_size: int = 1, estimates: PreEstimates | None = None, seed: int = 0
 ) -> AdvantageEstimator:
     """The estimator that the configuration names.
 
@@ -27,6 +27,7 @@ def build_estimator(
         config: names it.
         hidden_size: of the policy, for those that read its states.
         estimates: for pvpo; they are there once they are sampled.
+        seed: for those that have parameters of their own.
     """
     match config.kind:
         case "gae":
@@ -46,6 +47,6 @@ def build_estimator(
         case "gigpo":
             return Gigpo(config.gigpo)
         case "spa":
-            return Spa(config.spa, Gae(config.gamma, config.lam, config.bootstrap_truncated), hidden_size)
+            return Spa(config.spa, Gae(config.gamma, config.lam, config.bootstrap_truncated), hidden_size, seed)
         case "reinforce_pp" | "reinforce_pp_baseline":
             return ReinforcePlusPlus(config.gamma, baseline=config.kind == "reinforce_pp_baseline")

@@ -14,6 +14,8 @@ imitates experts; here a small MLP reads the policy's own state, without gradien
 a step's contributions come from the estimator before it has seen the step. What its sum misses stays on the last turn,
 so that the redistribution never changes the sum of an episode's rewards; and as its output layer begins at 0, training
 begins as PPO does. Episodes of one turn are PPO's.
+
+Each of several ranks has the estimator whole: they begin alike, and learn from the same experience, all of it.
 """
 
 from __future__ import annotations
@@ -41,15 +43,19 @@ class Spa:
         config: of the progress estimator.
         gae: what follows the redistribution.
         hidden_size: H of the policy.
+        seed: of the first layer's weights.
     """
 
-    def __init__(self, config: SpaConfig, gae: Gae, hidden_size: int) -> None:
+    def __init__(self, config: SpaConfig, gae: Gae, hidden_size: int, seed: int) -> None:
         self._config = config
         self._gae = gae
-        output = nn.Linear(config.hidden_units, 1)
+        # With a generator of its own it begins the same whatever was loaded before, which differs among ranks.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            first, output = nn.Linear(hidden_size, config.hidden_units), nn.Linear(config.hidden_units, 1)
         nn.init.zeros_(output.weight)
         nn.init.zeros_(output.bias)
-        self._progress = nn.Sequential(nn.Linear(hidden_size, config.hidden_units), nn.ReLU(), output)
+        self._progress = nn.Sequential(first, nn.ReLU(), output)
         self._optimizer = torch.optim.Adam(self._progress.parameters(), lr=config.learning_rate)
 
     @property
@@ -62,6 +68,7 @@ class Spa:
         states = experience.turn_states
         if states is None:
             raise TrainerError("kind spa reads the policy's states, and there are none in the experience")
+        self._place(states.device)
         there = last_tokens(experience.turns) >= 0
         contributions = self._contributions(states, there).detach()
         delayed = delayed_rewards(experience.paid, experience.turns)
@@ -90,9 +97,14 @@ class Spa:
                 moments.setdefault(int(number), {})[key] = value
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
 
+    def _place(self, device: torch.device) -> None:
+        if next(self._progress.parameters()).device != device:
+            self._progress.to(device)
+            # The moments of a checkpoint come along.
+            self._optimizer.load_state_dict(self._optimizer.state_dict())
+
     def _contributions(self, states: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
         """Of each turn, float32 [B, K]; 0 for turns that are not there."""
-        self._progress.to(states.device)
         return torch.where(there, self._progress(states).squeeze(-1), 0.0)
 
     def _learn(self, states: torch.Tensor, there: torch.Tensor, delayed: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Turns of token tensors. Shape legend: B sequences, T response tokens, K turns."""
+"""Turns of token tensors. Shape legend: B sequences, T response tokens, K turns, H hidden size."""
 
 from __future__ import annotations
 
@@ -24,3 +24,9 @@ def spread(values: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """Values of turns, [B, K], on each of their tokens: [B, T], 0 where there is none."""
     on_tokens = values.gather(1, turns.clamp(min=0))
     return torch.where(turns >= 0, on_tokens, torch.zeros_like(on_tokens))
+
+
+def states_at(states: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Of states [B, T, H] those at positions [B, K], as of `last_tokens`: [B, K, H]; 0 where there is none."""
+    at = last.clamp(min=0).unsqueeze(-1).expand(-1, -1, states.shape[-1])
+    return torch.where(last.unsqueeze(-1) >= 0, states.gather(1, at), torch.zeros_like(states[:1, :1]))

@@ -36,9 +36,6 @@ LEAVES_OUT_KL: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo", "pvpo", 
 READS_TOKEN_REWARDS: frozenset[AdvantageKind] = frozenset({"gae", "monte_carlo", "one_step", "reinforce_pp"})
 """These tell tokens apart by what was paid for each and behind it."""
 
-ONE_RANK: frozenset[AdvantageKind] = frozenset({"pvpo", "spa"})
-"""These have a state that is not shared among ranks."""
-
 _WHITENED = NEEDS_CRITIC | {"reinforce_pp", "reinforce_pp_baseline"}
 
 
