@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import grpc
 import numpy as np
@@ -18,11 +19,11 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ppod import Completion, FinishReason, GenerationClient, Internal, Sampling, Unavailable, WeightClient
-from ppod.client import WeightPause, WeightPush
+from ppod.client import RelayHop, WeightPause, WeightPush
 from ppod.client.weight_image import WireImage
 from ppod_trainer.adapter_weights import adapter_tensors
 from ppod_trainer.policy_weights import PolicyTensors
-from support.processes import ServiceProcess, free_ports, metrics_of, run_to_exit, write_config
+from support.processes import ServiceProcess, free_ports, metrics_of, run_to_exit, running_service, write_config
 from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
 from support.services import tiny_model_config
@@ -36,6 +37,7 @@ from support.vllm_services import (
     require_vllm,
     running_vllm,
 )
+from support.weight_checks import assert_serves
 from support.weight_tensors import weight_tensors
 
 MAX_TOKENS = 256
@@ -88,10 +90,24 @@ class Pushed:
 
 
 @pytest.fixture(scope="module")
-def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "model", max_tokens=MAX_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def relaying() -> Iterator[dict[str, object]]:
+    """`weights` of services that relay by files of one directory."""
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        yield {"relay_targets": ["127.0.0.1:*"], "relay_directory": directory, "map_shared_files": True}
+
+
+@pytest.fixture(scope="module")
+def pushed(model_dir: Path, relaying: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
     directory = tmp_path_factory.mktemp("vllm")
-    model_dir: Path = save_tiny_model(directory / "model", max_tokens=MAX_TOKENS)
-    with running_vllm(model_dir, directory) as service, WeightClient(service.admin_target) as weights:
+    with (
+        running_vllm(model_dir, directory, {"weights": relaying}) as service,
+        WeightClient(service.admin_target) as weights,
+    ):
         yield Pushed(service, weights, {0: build_model(max_tokens=MAX_TOKENS)})
 
 
@@ -175,6 +191,33 @@ def test_a_failed_load_restores_what_was_pushed_last(pushed: Pushed) -> None:
     """Which the test before did, in bfloat16."""
     assert pushed.serving > 2
     fail_to_load(pushed)
+
+
+def test_what_it_receives_into_a_file_is_there_for_others(
+    pushed: Pushed, model_dir: Path, relaying: dict[str, object], tmp_path: Path
+) -> None:
+    values = {"model": tiny_model_config(model_dir), "weights": relaying}
+    with (
+        running_service("ppod_services.generation", tmp_path, values, fresh=True) as other,
+        WeightClient(other.admin_target) as follower,
+    ):
+        for _ in range(2):
+            version = pushed.serving + 1
+            model = build_model(seed=900 + version, max_tokens=MAX_TOKENS)
+            hops = (RelayHop(other.admin_target, shares_directory=True),)
+            outcomes = pushed.weights.push(WeightPush(version, weight_tensors(model), relay=hops)).replicas
+            assert [one.error for one in outcomes] == [None, None]
+            (uri,) = pushed.weights.status().held_uris
+            assert uri in follower.status().held_uris
+            pushed.weights.commit(version)
+            # The workers have copies; the other one serves from the file.
+            assert pushed.weights.status().held_uris == ()
+            follower.commit(version)
+            assert follower.status().held_uris == (uri,)
+            pushed.models[version] = model
+            done = pushed.complete(LONG)
+            pushed.check_logprobs(LONG, done)
+            assert_serves(other, version, model)
 
 
 def test_kept_completions_go_on_as_if_the_new_weights_had_read_all_of_them(pushed: Pushed) -> None:
