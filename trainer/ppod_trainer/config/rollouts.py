@@ -102,7 +102,7 @@ class EnvironmentConfig(ConfigModel):
         "none waits for another's turn, and what is sampled depends a little on who is there at the time",
     )
     threads: int = Field(
-        default=16,
+        default=32,
         ge=1,
         le=1024,
         description="most environments that are asked at the same time; 1: for those that would disturb one another",
