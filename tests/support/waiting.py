@@ -1,4 +1,4 @@
-"""An environment whose tool takes its time, for the random policy of `support.copying`: what it says does not matter."""
+"""An environment whose tool takes its time, whatever the policy says; `support.copying` has a random one."""
 
 from __future__ import annotations
 
