@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ppod_models import loading
+from ppod_models.logit_transforms import UNCHANGED, declared_transforms, find_logit_transform
 from ppod_models.sources import resolve
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.critic import load_value_model
@@ -50,6 +51,8 @@ def load_policy(config: TrainerConfig, ranks: Ranks) -> LoadedPolicy:
     # Divided ranks take one layer after the other from the CPU to their devices.
     device = ranks.device if ranks.mesh is None else torch.device("cpu")
     model, hollow = _load_model(config, path, device, dtype, ranks)
+    # The services make sure that other models do nothing to theirs.
+    transform = find_logit_transform(config.policy.source, model) if declared_transforms(model) else UNCHANGED
     vocab_size, adapter = loading.vocab_size(model), None
     if config.policy.lora is not None:
         from ppod_trainer.adapters import PolicyAdapter  # noqa: PLC0415
@@ -65,6 +68,7 @@ def load_policy(config: TrainerConfig, ranks: Ranks) -> LoadedPolicy:
         compute_dtype=dtype,
         value_model=value_model,
         detach_values=config.critic.detach,
+        transform=transform,
     )
     if ranks.mesh is not None:
         hollow = hollow or hollow_copy(model)
