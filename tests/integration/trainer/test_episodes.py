@@ -93,6 +93,9 @@ def test_a_run_that_is_told_to_stop_waits_for_no_tool(copying: CopyingSystem, tu
         time.sleep(0.02)
     done = len(steps_of(config))
     process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=20)
+    try:
+        stdout, stderr = process.communicate(timeout=20)
+    finally:
+        stuck_file.unlink()
     assert process.returncode == 128 + signal.SIGTERM, stderr
     assert f"stopped after step {done}; resume from" in stdout

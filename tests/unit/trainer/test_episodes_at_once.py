@@ -228,9 +228,9 @@ def test_whoever_is_told_to_stop_waits_for_no_tool(independent: bool) -> None:
     stopped = threading.Event()
     both = threading.Barrier(2, timeout=LONG_S)
 
-    def tool(episode: int, _turn: int) -> None:
+    def tool(episode: int, turn: int) -> None:
         both.wait()
-        if episode:
+        if (episode, turn) == (1, 0):
             main = threading.main_thread().ident
             assert main is not None
             signal.pthread_kill(main, signal.SIGUSR1)
