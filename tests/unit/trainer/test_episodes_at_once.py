@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -179,7 +180,12 @@ def test_resets_are_waited_for_at_the_same_time(independent: bool) -> None:
 @both_modes
 def test_no_more_tools_work_at_the_same_time_than_there_are_threads(independent: bool) -> None:
     pairs = threading.Barrier(2, timeout=LONG_S)
-    world = World(lambda *_: pairs.wait(), last_turns=[3] * 6)
+
+    def tool(_episode: int, _turn: int) -> None:
+        pairs.wait()
+        time.sleep(0.02)  # so that more than two would meet
+
+    world = World(tool, last_turns=[3] * 6)
     assert len(play(world, independent=independent, threads=2)) == 6
     assert world.most_at_once == 2
 
@@ -187,7 +193,12 @@ def test_no_more_tools_work_at_the_same_time_than_there_are_threads(independent:
 @both_modes
 def test_with_one_thread_tools_work_one_after_the_other(independent: bool) -> None:
     threads: set[int] = set()
-    world = World(lambda *_: threads.add(threading.get_ident()), last_turns=[3] * 4)
+
+    def tool(_episode: int, _turn: int) -> None:
+        threads.add(threading.get_ident())
+        time.sleep(0.01)  # so that two would meet
+
+    world = World(tool, last_turns=[3] * 4)
     play(world, independent=independent, threads=1)
     assert world.most_at_once == 1
     if not independent:
