@@ -39,7 +39,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraint
 	format protos monitoring clean \
 	lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos lint-manifests lint-images \
 	bench-trl bench-update bench-curves bench-serving bench-generation bench-overlap bench-weights bench-fairness \
-	bench-overload bench-learning bench-fuzz
+	bench-overload bench-learning bench-fuzz bench-episodes
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -144,6 +144,9 @@ bench-generation: setup-run ## measure generation through gRPC against its engin
 
 bench-overlap: setup ## measure steps whose rollouts are made ahead against steps that wait for theirs (~10 minutes)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.overlap.compare $(ARGS)
+
+bench-episodes: setup ## measure batches of episodes with slow tools, turns together and independent (~3 minutes)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.episodes.compare $(ARGS)
 
 bench-learning: setup ## train a random policy by every algorithm, over several seeds (~20 minutes)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.learning.compare $(ARGS)

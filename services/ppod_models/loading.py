@@ -10,6 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from ppod_models.sources import ModelSourceError
+
 # Loading bars would break the JSON lines of services and the step lines of the trainer.
 transformers.utils.logging.disable_progress_bar()
 
@@ -49,12 +51,32 @@ def load_causal_lm(path: Path, *, device: torch.device, dtype: torch.dtype, atte
     """Load a causal language model from safetensors, in evaluation mode: dropout off, as PPO's ratios require.
 
     `attention` is "sdpa" or "eager".
+
+    Raises:
+        ModelSourceError: see `check_attention`.
+        OSError, ValueError: it cannot be read.
     """
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
     )
+    check_attention(model)
     model.to(device)  # pyright: ignore[reportArgumentType]
     return model.eval()
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Refuse a model whose attention caps its logits, with an attention that silently does not.
+
+    Raises:
+        ModelSourceError: it was loaded with "sdpa".
+    """
+    config = model.config.get_text_config(decoder=True)
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap is not None and config._attn_implementation == "sdpa":  # pyright: ignore[reportPrivateUsage]
+        raise ModelSourceError(
+            f"model of type {config.model_type}: it caps the logits of its attention (attn_logit_softcapping {cap}), "
+            "which attention: sdpa does not do; set attention: eager wherever it is the policy, served or trained"
+        )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

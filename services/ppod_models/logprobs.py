@@ -10,10 +10,13 @@ Shape legend: N positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+
+from ppod_models.logit_transforms import UNCHANGED, LogitTransform
 
 CHUNK_POSITIONS = 256
 """Positions whose logits exist at a time: bounds the float32 [positions, V] tensor to 50 MB at V = 49,152."""
@@ -27,9 +30,15 @@ class TokenLogprobs(NamedTuple):
 
 
 def token_logprobs(
-    hidden: torch.Tensor, head: nn.Module, tokens: torch.Tensor, temperature: float, *, entropy: bool = True
+    hidden: torch.Tensor,
+    head: nn.Module,
+    tokens: torch.Tensor,
+    temperature: float,
+    *,
+    entropy: bool = True,
+    transform: LogitTransform = UNCHANGED,
 ) -> TokenLogprobs:
-    """Logprobs of tokens, and entropies, under softmax(head(hidden) / temperature).
+    """Logprobs of tokens, and entropies, under softmax(transform(head(hidden)) / temperature).
 
     The matrix products run in the dtype of `hidden`, the softmax in float32. Both results carry gradients to `hidden`
     and to the head.
@@ -40,17 +49,19 @@ def token_logprobs(
         tokens: int64 [N].
         temperature: > 0.
         entropy: whether the entropy is wanted; without it zeros are returned.
+        transform: what the model does to its logits after the output layer.
     """
     linear = cast(nn.Linear, head)
+    softmax = _Softmax.of(temperature, transform)
     logprobs, entropies = cast(
         tuple[torch.Tensor, torch.Tensor],
-        _TokenLogprobs.apply(hidden, linear.weight, linear.bias, tokens, temperature, entropy),
+        _TokenLogprobs.apply(hidden, linear.weight, linear.bias, tokens, softmax, entropy),
     )
     return TokenLogprobs(logprobs, entropies)
 
 
 class TokenDistributions(NamedTuple):
-    """Of each position, under softmax(head(hidden) / temperature).
+    """Of each position, under softmax(transform(head(hidden)) / temperature).
 
     Attributes:
         logprobs: float32 [N], of the position's token, natural log.
@@ -67,7 +78,14 @@ class TokenDistributions(NamedTuple):
 
 @torch.inference_mode()
 def token_distributions(
-    hidden: torch.Tensor, head: nn.Module, tokens: torch.Tensor, temperature: float, *, entropy: bool, top_k: int
+    hidden: torch.Tensor,
+    head: nn.Module,
+    tokens: torch.Tensor,
+    temperature: float,
+    *,
+    entropy: bool,
+    top_k: int,
+    transform: LogitTransform = UNCHANGED,
 ) -> TokenDistributions:
     """What a reference tells of each position, without gradients; `logprobs` are those of `token_logprobs`, to the bit.
 
@@ -78,15 +96,16 @@ def token_distributions(
         temperature: > 0.
         entropy: whether entropies are wanted.
         top_k: K, 0 to V.
+        transform: what the model does to its logits after the output layer.
     """
-    linear = cast(nn.Linear, head)
+    linear, softmax = cast(nn.Linear, head), _Softmax.of(temperature, transform)
     weight = linear.weight.to(hidden.dtype)
     logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     entropies = torch.empty_like(logprobs) if entropy else None
     top_ids = torch.empty(len(hidden), top_k, dtype=torch.int64, device=hidden.device)
     top_logprobs = torch.empty(len(hidden), top_k, dtype=torch.float32, device=hidden.device)
     for rows in _chunks(len(hidden)):
-        scaled = _scaled_logits(hidden[rows], weight, linear.bias, temperature)
+        scaled = _scaled_logits(hidden[rows], weight, linear.bias, softmax)
         statistics = _statistics(scaled, tokens[rows], entropy)
         logprobs[rows] = statistics.logprobs
         if entropies is not None:
@@ -98,10 +117,29 @@ def token_distributions(
     return TokenDistributions(logprobs, entropies, top_ids, top_logprobs)
 
 
+@dataclass(frozen=True, slots=True)
+class _Softmax:
+    """How the output layer's x becomes what the softmax is taken of: y = x / divisor, z = bound * tanh(y / bound).
+
+    Without a bound z = y. The temperature T divides scaled or capped logits: divisor = T / scale, bound = cap / T.
+    """
+
+    divisor: float
+    bound: float | None
+
+    @staticmethod
+    def of(temperature: float, transform: LogitTransform) -> _Softmax:
+        """At a temperature, for a model that does this to its logits."""
+        cap = transform.cap
+        return _Softmax(temperature / transform.scale, None if cap is None else cap / temperature)
+
+
 class _TokenLogprobs(torch.autograd.Function):
-    """With z = logits / T, p = softmax(z), and H the entropy:
+    """With p = softmax(z), and H the entropy:
 
     d logprob_y / dz_j = [j = y] - p_j,        dH / dz_j = -p_j * (log p_j + H)
+
+    and dz / dx = 1 / divisor, times 1 - (z / bound)^2 where there is a bound.
     """
 
     @staticmethod
@@ -111,7 +149,7 @@ class _TokenLogprobs(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         tokens: torch.Tensor,
-        temperature: float,
+        softmax: _Softmax,
         with_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cast_weight = weight.to(hidden.dtype)
@@ -120,18 +158,18 @@ class _TokenLogprobs(torch.autograd.Function):
         scaled: torch.Tensor | None = None
         for rows in _chunks(len(hidden)):
             scaled = None  # One chunk's at a time, this one's not yet made.
-            scaled = _scaled_logits(hidden[rows], cast_weight, bias, temperature)
+            scaled = _scaled_logits(hidden[rows], cast_weight, bias, softmax)
             logprobs[rows], normalisers[rows], entropies[rows] = _statistics(scaled, tokens[rows], with_entropy)
         ctx.last_scaled = scaled if any(ctx.needs_input_grad) else None
         ctx.save_for_backward(hidden, weight, bias, tokens, normalisers, entropies)
-        ctx.temperature = temperature
+        ctx.softmax = softmax
         ctx.with_entropy = with_entropy
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, tokens, normalisers, entropies = ctx.saved_tensors
-        of_logprobs, of_entropy = (gradient / ctx.temperature for gradient in gradients)
+        of_logprobs, of_entropy = (gradient / ctx.softmax.divisor for gradient in gradients)
         cast_weight = weight.to(hidden.dtype)
         hidden_gradient = torch.empty_like(hidden)
         # The head of a model that is trained by an adapter stands still.
@@ -145,8 +183,10 @@ class _TokenLogprobs(torch.autograd.Function):
         for rows in reversed(chunks):
             log_p = last_scaled
             if log_p is None:
-                log_p = _scaled_logits(hidden[rows], cast_weight, bias, ctx.temperature)
+                log_p = _scaled_logits(hidden[rows], cast_weight, bias, ctx.softmax)
             last_scaled = None
+            bound = ctx.softmax.bound
+            bend = None if bound is None else (log_p / bound).square_().neg_().add_(1.0)
             log_p -= normalisers[rows].unsqueeze(-1)
             if through_entropy:
                 slope = torch.exp(log_p)
@@ -157,6 +197,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 slope = log_p.exp_()
                 slope *= -of_logprobs[rows].unsqueeze(-1)
             slope.scatter_add_(-1, tokens[rows].unsqueeze(-1), of_logprobs[rows].unsqueeze(-1))
+            if bend is not None:
+                slope *= bend
             if bias_gradient is not None:
                 bias_gradient += slope.sum(dim=0)
             narrow = slope.to(hidden.dtype)
@@ -200,13 +242,15 @@ def _statistics(scaled: torch.Tensor, tokens: torch.Tensor, with_entropy: bool) 
 
 
 def _scaled_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softmax: _Softmax
 ) -> torch.Tensor:
-    """float32 logits / temperature of a chunk, in a buffer of its own."""
+    """What the softmax of a chunk is taken of, float32, in a buffer of its own."""
     logits = (hidden @ weight.T).float()
     if bias is not None:
         logits += bias
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    if softmax.divisor != 1.0:
+        logits.div_(softmax.divisor)
+    return logits if softmax.bound is None else logits.div_(softmax.bound).tanh_().mul_(softmax.bound)
 
 
 def _chunks(positions: int) -> list[slice]:

@@ -23,7 +23,8 @@ from ppod_trainer.checkpoint import TrainerState, list_checkpoints, load_checkpo
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig
 from ppod_trainer.connections import check_services, connect
-from ppod_trainer.environments.loading import LoadedEnvironment, load_environment
+from ppod_trainer.environments.calls import EnvironmentCalls
+from ppod_trainer.environments.loading import load_environment
 from ppod_trainer.episodes import EpisodeRules, EpisodeSampler, TextCodec
 from ppod_trainer.evaluation import Evaluator
 from ppod_trainer.experience import ExperienceRules
@@ -44,15 +45,16 @@ from ppod_trainer.watch import build_watcher
 
 log = logging.getLogger(__name__)
 
-_FREE_SECTIONS = {
+_FREE_SECTIONS = (
     *("run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation"),
     *("ranks", "memory", "watch"),
-}
+)
 
 
 def configuration_fingerprint(config: TrainerConfig) -> str:
     """Hash of all that decides the course of training; where things are kept and shown may differ on resume."""
-    values = config.model_dump(mode="json", exclude=_FREE_SECTIONS)
+    free = {**dict.fromkeys(_FREE_SECTIONS, True), "environment": {"threads"}}
+    values = config.model_dump(mode="json", exclude=free)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -75,8 +77,8 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
     tokenizer = loading.load_tokenizer(resolve(config.policy.source).path)
 
     codec = _codec(tokenizer)
-    environment = _load_environment(config.environment)
-    prompts = _load_prompts(config, environment, codec.encode)
+    environments = _load_environment(config.environment)
+    prompts = _load_prompts(config, environments, codec.encode)
     estimates = PreEstimates()
     leader, state = load_leader(config, ranks, estimates)
     with ExitStack() as opened:
@@ -89,7 +91,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             opened.callback(connections.close)
             served = check_services(connections, config.rollout, loading.vocab_size(leader.learner.policy.model))
         bad_samples = BadSamples(config.rollout.on_bad_sample)
-        sampler = _build_sampler(config, connections.generation, served.limits.max_sequence_tokens, environment, codec)
+        sampler = _build_sampler(config, connections.generation, served.limits.max_sequence_tokens, environments, codec)
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
         opened.callback(collector.close)
         parts = Parts(
@@ -127,17 +129,18 @@ def _codec(tokenizer: PreTrainedTokenizerFast) -> TextCodec:
     return TextCodec(encode, decode)
 
 
-def _load_environment(config: EnvironmentConfig | None) -> LoadedEnvironment | None:
-    return None if config is None else load_environment(config.name, config.parameters)
+def _load_environment(config: EnvironmentConfig | None) -> EnvironmentCalls | None:
+    if config is None:
+        return None
+    return EnvironmentCalls(load_environment(config.name, config.parameters), config.threads)
 
 
-def _load_prompts(config: TrainerConfig, environment: LoadedEnvironment | None, encode: Encode) -> PromptSet:
+def _load_prompts(config: TrainerConfig, environments: EnvironmentCalls | None, encode: Encode) -> PromptSet:
     """The prompts of a file, or the beginnings of an environment's episodes."""
-    if config.environment is None or environment is None:
+    if config.environment is None or environments is None:
         prompts = load_prompts(config.prompts, encode)
     else:
-        texts = [environment.make().reset(seed) for seed in range(config.environment.episodes)]
-        prompts = split_prompts(texts, encode, config.prompts.heldout)
+        prompts = split_prompts(environments.prompts(config.environment.episodes), encode, config.prompts.heldout)
     return replace(prompts, curriculum_steps=config.prompts.curriculum_steps)
 
 
@@ -145,18 +148,20 @@ def _build_sampler(
     config: TrainerConfig,
     generation: GenerationClient,
     max_sequence_tokens: int,
-    environment: LoadedEnvironment | None,
+    environments: EnvironmentCalls | None,
     codec: TextCodec,
 ) -> Sampler:
     bad_samples = BadSamples(config.rollout.on_bad_sample)
     # A list's replicas take turns; those that come and go are there to share each step's work.
     spread = config.services.follows_generation
-    if config.environment is None or environment is None:
+    if config.environment is None or environments is None:
         return ResponseSampler(TurnSampler(generation, config.rollout, spread=spread), bad_samples)
-    turns = TurnSampler(generation, config.rollout, environment.stop, spread=spread)
+    turns = TurnSampler(generation, config.rollout, environments.stop, spread=spread)
     # A turn that has less room than it may ask for would be cut off for no fault of the policy's.
-    rules = EpisodeRules(config.environment.max_turns, max_sequence_tokens - config.rollout.max_tokens + 1)
-    return EpisodeSampler(turns, environment, codec, rules, bad_samples)
+    max_context_tokens = max_sequence_tokens - config.rollout.max_tokens + 1
+    independent = config.environment.turns == "independent"
+    rules = EpisodeRules(config.environment.max_turns, max_context_tokens, independent)
+    return EpisodeSampler(turns, environments, codec, rules, bad_samples)
 
 
 def load_leader(

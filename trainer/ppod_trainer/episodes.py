@@ -1,35 +1,45 @@
 """Episodes: the policy and an environment by turns, until one of them ends it.
 
-All episodes take a turn together: generation batches what is asked at once.
+All episodes take a turn together, or each goes on by itself; generation batches what is asked at the same time. Their
+environments answer at the same time, too.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from ppod.tensors import TokenArray
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.environments import Environment
-from ppod_trainer.environments.loading import LoadedEnvironment
+from ppod_trainer.environments.calls import EnvironmentCalls
 from ppod_trainer.prompts import Encode, Prompt
 from ppod_trainer.rollouts import Rollout, Turn, sample_seed
 from ppod_trainer.sampling import Context, TurnSampler
+from ppod_trainer.threads import at_once
+
+_MOST_BY_THEMSELVES = 512
+"""Most episodes under way where each goes on by itself: each has a thread and a call of generation, whose service by
+default takes 4,096 calls of all its callers together."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeRules:
-    """When an episode is cut off.
+    """How episodes go on, and when one is cut off.
 
     Attributes:
         max_turns: most turns of the policy.
         max_context_tokens: a turn begins only below so many tokens of prompt, turns and observations.
+        independent: each asks for its next turn as soon as its environment has answered; else all take turns together.
     """
 
     max_turns: int
     max_context_tokens: int
+    independent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +52,10 @@ class TextCodec:
 
 @dataclass(slots=True, eq=False)
 class _Episode:
-    """An episode under way: its turns with their rewards, and the observations between them."""
+    """An episode under way: its turns with their rewards, and the observations between them.
+
+    `done` says that the environment ended it, `ended` that no turn follows, for whatever reason.
+    """
 
     prompt: Prompt
     seed: int
@@ -51,6 +64,7 @@ class _Episode:
     rewards: list[float] = field(default_factory=list[float])
     observations: list[TokenArray] = field(default_factory=list[TokenArray])
     done: bool = False
+    ended: bool = False
 
     def context(self) -> Context:
         """What the policy continues."""
@@ -90,27 +104,31 @@ class _Episode:
         )
 
 
+_Begin = Callable[[], _Episode]
+_Ask = Callable[[Sequence[_Episode]], list[Turn]]
+
+
 class EpisodeSampler:
     """A `Sampler` for prompts that begin an episode; a prompt's index is the seed of its episode.
 
     Args:
         turns: samples the policy's turns.
-        environment: makes an environment for each episode.
+        environments: makes and asks an environment for each episode.
         codec: of the policy's tokenizer.
-        rules: when an episode is cut off.
+        rules: how episodes go on, and when one is cut off.
         bad_samples: what becomes of an episode whose turn a service refuses.
     """
 
     def __init__(
         self,
         turns: TurnSampler,
-        environment: LoadedEnvironment,
+        environments: EnvironmentCalls,
         codec: TextCodec,
         rules: EpisodeRules,
         bad_samples: BadSamples,
     ) -> None:
         self._turns = turns
-        self._environment = environment
+        self._environments = environments
         self._codec = codec
         self._rules = rules
         self._bad_samples = bad_samples
@@ -122,36 +140,58 @@ class EpisodeSampler:
         policy_version: int | None,
         temperature: float | None = None,
     ) -> list[Rollout]:
-        """Play an episode from each prompt."""
+        """Play an episode from each prompt; in the order of the prompts."""
 
-        def turns(asked: Sequence[_Episode]) -> list[Turn]:
+        def ask(asked: Sequence[_Episode]) -> list[Turn]:
             return self._turns.sample([episode.context() for episode in asked], policy_version, temperature)
 
-        active = [self._begin(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        finished: dict[int, _Episode] = {}
-        order = {episode.seed: number for number, episode in enumerate(active)}
+        begin = [partial(self._begin, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        play = self._play_independently if self._rules.independent else self._play_together
+        # Those that were dropped have not ended.
+        return [episode.rollout() for episode in play(begin, ask) if episode.ended]
+
+    def _play_together(self, begin: Sequence[_Begin], ask: _Ask) -> list[_Episode]:
+        """Generation is asked for one turn of all, so that one seed gives the same batches, then all environments."""
+        episodes = active = at_once(begin, self._environments.threads)
         while active:
-            asked, found = self._bad_samples.call(active, turns)
-            active = []
-            for episode, turn in zip(asked, found, strict=True):
-                if self._goes_on(episode, turn):
-                    active.append(episode)
-                else:
-                    finished[order[episode.seed]] = episode
-        return [finished[number].rollout() for number in sorted(finished)]
+            asked, turns = self._bad_samples.call(active, ask)
+            at_once(
+                [partial(self._take, episode, turn) for episode, turn in zip(asked, turns, strict=True)],
+                self._environments.threads,
+            )
+            active = [episode for episode in asked if not episode.ended]
+        return episodes
+
+    def _play_independently(self, begin: Sequence[_Begin], ask: _Ask) -> list[_Episode]:
+        """A thread for each episode: none waits for the turn of another."""
+        stopped = threading.Event()
+
+        def play(begin_it: _Begin) -> _Episode:
+            episode = begin_it()
+            while not episode.ended and not stopped.is_set():
+                kept, turns = self._bad_samples.call([episode], ask)
+                if not kept or stopped.is_set():
+                    break
+                self._take(episode, turns[0])
+            return episode
+
+        try:
+            return at_once([partial(play, begin_it) for begin_it in begin], _MOST_BY_THEMSELVES)
+        finally:
+            # Where one failed, or the run is told to stop, the others ask for nothing more.
+            stopped.set()
 
     def _begin(self, prompt: Prompt, seed: int) -> _Episode:
-        environment = self._environment.make()
-        environment.reset(prompt.index)
+        environment, _ = self._environments.begin(prompt.index)
         return _Episode(prompt, seed, environment)
 
-    def _goes_on(self, episode: _Episode, turn: Turn) -> bool:
-        """Take a turn, ask the environment, and tell whether another turn follows."""
-        reply = episode.environment.step(self._codec.decode(turn.tokens))
+    def _take(self, episode: _Episode, turn: Turn) -> None:
+        """Take a turn, ask the environment, and note whether another turn follows."""
+        reply = self._environments.step(episode.environment, self._codec.decode(turn.tokens))
         episode.turns.append(turn)
         episode.rewards.append(reply.reward)
         episode.done = reply.done
-        if reply.done or turn.truncated or len(episode.turns) == self._rules.max_turns:
-            return False
-        episode.observations.append(np.asarray(self._codec.encode(reply.observation), dtype=np.int32))
-        return len(episode.context().tokens) < self._rules.max_context_tokens
+        episode.ended = reply.done or turn.truncated or len(episode.turns) == self._rules.max_turns
+        if not episode.ended:
+            episode.observations.append(np.asarray(self._codec.encode(reply.observation), dtype=np.int32))
+            episode.ended = len(episode.context().tokens) >= self._rules.max_context_tokens

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ppod_models.logit_transforms import UNCHANGED, LogitTransform
 from ppod_models.logprobs import token_logprobs
 from ppod_models.padding import position_ids
 from ppod_trainer.critic import ValueModel, zero_head
@@ -123,6 +124,7 @@ class PolicyWithValue(nn.Module):
         compute_dtype: dtype of the forward pass's matrix products.
         value_model: a critic of its own; None: a head of zeros on the model's trunk.
         detach_values: without a value model, keep the gradient of the values from the trunk.
+        transform: what the model does to its logits after the output layer.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class PolicyWithValue(nn.Module):
         compute_dtype: torch.dtype,
         value_model: ValueModel | None = None,
         detach_values: bool = False,
+        transform: LogitTransform = UNCHANGED,
     ) -> None:
         super().__init__()
         self.model = model
@@ -142,6 +145,7 @@ class PolicyWithValue(nn.Module):
         self.value_head = head
         self._compute_dtype = compute_dtype
         self._detach_values = detach_values
+        self._transform = transform
 
     @property
     def hidden_size(self) -> int:
@@ -175,7 +179,9 @@ class PolicyWithValue(nn.Module):
             before = states[:, width - 1 : -1][batch.action_mask]
             tokens = batch.responses[batch.action_mask]
             head = cast(nn.Module, self.model.get_output_embeddings())
-            logprobs, entropy = token_logprobs(before.to(self._compute_dtype), head, tokens, batch.temperature)
+            logprobs, entropy = token_logprobs(
+                before.to(self._compute_dtype), head, tokens, batch.temperature, transform=self._transform
+            )
             read = states[:, width:].detach().float() if with_states else None
         if self.value_trunk is not None:
             with self._autocast(batch.input_ids.device):

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from ppod_models import loading
+from ppod_models.logit_transforms import UNCHANGED, LogitTransform, declared_transforms, find_logit_transform
 from ppod_models.sources import resolve
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.critic import ValueModel, load_value_model
@@ -53,7 +54,7 @@ def load_policy(config: TrainerConfig, ranks: Ranks) -> LoadedPolicy:
         return _load_divided(config, paths, ranks.mesh, dtype)
     model, hollow = _load_model(config, paths[0], ranks.device, dtype)
     value_model = _load_value_model(config, paths[1], ranks.device, loading.vocab_size(model), torch.float32)
-    return _put_together(config, model, hollow, value_model, dtype)
+    return _put_together(config, model, hollow, value_model, dtype, _logit_transform(config, model))
 
 
 def _load_divided(
@@ -77,7 +78,7 @@ def _load_divided(
         weights |= {f"value_trunk.{name}": parameter.detach() for name, parameter in trunk.named_parameters()}
         value_model = ValueModel(without_weights(trunk), value_model.head)
     model = without_weights(stored)
-    loaded = _put_together(config, model, hollow_copy(model), value_model, dtype)
+    loaded = _put_together(config, model, hollow_copy(model), value_model, dtype, _logit_transform(config, stored))
     shard_policy(loaded.policy, mesh, dtype, offload=config.memory.offload)
     read_parts(loaded.policy, weights, cpu if config.memory.offload else torch.device(mesh.device_type))
     return loaded
@@ -89,6 +90,7 @@ def _put_together(
     hollow: PreTrainedModel | None,
     value_model: ValueModel | None,
     dtype: torch.dtype,
+    transform: LogitTransform,
 ) -> LoadedPolicy:
     adapter = None
     if config.policy.lora is not None:
@@ -101,10 +103,17 @@ def _put_together(
         compute_dtype=dtype,
         value_model=value_model,
         detach_values=config.critic.detach,
+        transform=transform,
     )
     if config.memory.gradient_checkpointing:
         checkpoint_layers(policy)
     return LoadedPolicy(policy, hollow, adapter)
+
+
+def _logit_transform(config: TrainerConfig, model: PreTrainedModel) -> LogitTransform:
+    """What the model, which has its weights, does to its logits after its output layer."""
+    # The services make sure that those which declare nothing do nothing.
+    return find_logit_transform(config.policy.source, model) if declared_transforms(model) else UNCHANGED
 
 
 def _load_value_model(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from ppod_models.loading import check_attention
 from ppod_trainer.errors import TrainerError
 
 
@@ -24,6 +25,7 @@ def load_quantised(path: Path, *, device: torch.device, dtype: torch.dtype, atte
 
     Raises:
         TrainerError: bitsandbytes is not installed.
+        ModelSourceError: see `check_attention`.
     """
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
@@ -40,6 +42,7 @@ def load_quantised(path: Path, *, device: torch.device, dtype: torch.dtype, atte
         )
     except ImportError as error:
         raise TrainerError(f"policy.lora.quantization: {error}; install ppod[qlora]") from error
+    check_attention(model)
     _compute_in_its_dtype(model)
     return model.eval()
 

@@ -26,11 +26,10 @@ from ppod_models.loading import (
     tokenizer_fingerprint,
     vocab_size,
 )
+from ppod_models.logit_transforms import UNCHANGED, LogitTransform, find_logit_transform
 from ppod_models.packing import enable_packing
 from ppod_models.sources import ModelSourceError, resolve
 from ppod_services.core.described import ModelInfo
-
-_PROBE_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,7 @@ class CausalModel:
         head: hidden states [..., H] to logits [..., V].
         device: where it runs.
         tokenizer: turns its tokens into text.
+        transform: what becomes of the head's logits.
     """
 
     info: ModelInfo
@@ -52,6 +52,7 @@ class CausalModel:
     head: nn.Module
     device: torch.device
     tokenizer: Tokenizer
+    transform: LogitTransform = UNCHANGED
 
 
 def quieten_transformers() -> None:
@@ -92,12 +93,12 @@ def load_causal_model(config: ModelConfig, name: str, max_batch_tokens: int, *, 
     With `pack` the model takes packed sequences where it can, which `info.packs` then tells.
 
     Raises:
-        ModelSourceError: as `load_pretrained`; or the model does more to its logits than its output layer.
+        ModelSourceError: as `load_pretrained`, or as `find_logit_transform`.
     """
     model, tokenizer = load_pretrained(config)
     backbone = cast(PreTrainedModel, model.base_model)
     head = cast(nn.Module, model.get_output_embeddings())
-    _check_split(config.source, model, backbone, head)
+    transform = find_logit_transform(config.source, model)
     return CausalModel(
         info=ModelInfo(
             name=name,
@@ -114,14 +115,5 @@ def load_causal_model(config: ModelConfig, name: str, max_batch_tokens: int, *, 
         head=head,
         device=model.device,
         tokenizer=tokenizer.backend_tokenizer,
+        transform=transform,
     )
-
-
-@torch.inference_mode()
-def _check_split(source: str, model: PreTrainedModel, backbone: PreTrainedModel, head: nn.Module) -> None:
-    """Refuse models that cap or scale their logits after the output layer: our logprobs would be silently wrong."""
-    probe = torch.arange(_PROBE_TOKENS, device=model.device).unsqueeze(0)
-    whole = model(input_ids=probe, use_cache=False).logits.float()
-    split = head(backbone(input_ids=probe, use_cache=False).last_hidden_state).float()
-    if not torch.allclose(whole, split, rtol=1e-3, atol=1e-3):
-        raise ModelSourceError(f"model {source!r}: it transforms its logits after the output layer, which ppod lacks")

@@ -70,7 +70,7 @@ class GenerationEngine:
         rows = batch.rows
         if not rows:
             return
-        logits = self._model.head(hidden).float()
+        logits = self._model.transform.apply(self._model.head(hidden).float())
         asked = [index for index, row in enumerate(rows) if row.item.unscaled]
         untouched = logits[asked] if asked else logits[:0]
         for index, row in enumerate(rows):

@@ -65,6 +65,7 @@ class ReferenceEngine:
             items[0].temperature,
             entropy=any(item.entropy for item in items),
             top_k=max(item.top_k for item in items),
+            transform=self._model.transform,
         )
 
     def _split(self, items: Sequence[ReferenceItem], distributions: TokenDistributions) -> list[ReferenceResult]:

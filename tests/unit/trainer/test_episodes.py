@@ -12,11 +12,12 @@ from ppod.tensors import TokenArray
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.environments import Reply, load_environment
 from ppod_trainer.environments.calculator import Calculator, CalculatorParameters, ExpressionError, evaluate
+from ppod_trainer.environments.calls import EnvironmentCalls
 from ppod_trainer.environments.loading import LoadedEnvironment
 from ppod_trainer.episodes import EpisodeRules, EpisodeSampler, TextCodec
 from ppod_trainer.errors import EnvironmentLoadError
 from ppod_trainer.prompts import Prompt
-from ppod_trainer.rollouts import Rollout, Turn
+from ppod_trainer.rollouts import Rollout, Turn, sample_seed
 from ppod_trainer.sampling import Context
 
 CODEC = TextCodec(lambda text: [ord(letter) for letter in text], lambda ids: "".join(chr(token) for token in ids))
@@ -64,22 +65,32 @@ class Echo:
 
 
 def play(
-    talker: Talker, prompts: str, *, max_turns: int = 4, max_context: int = 100, mode: str = "stop"
+    talker: Talker,
+    prompts: str,
+    *,
+    max_turns: int = 4,
+    max_context: int = 100,
+    mode: str = "stop",
+    independent: bool = False,
 ) -> list[Rollout]:
     sampler = EpisodeSampler(
         talker,  # pyright: ignore[reportArgumentType]
-        LoadedEnvironment(Echo, ()),
+        EnvironmentCalls(LoadedEnvironment(Echo, ()), threads=3),
         CODEC,
-        EpisodeRules(max_turns, max_context),
+        EpisodeRules(max_turns, max_context, independent),
         BadSamples(mode),  # pyright: ignore[reportArgumentType]
     )
     asked = [Prompt(ord(letter) - ord("a"), ids(letter)) for letter in prompts]
     return sampler.sample(asked, [1000 + prompt.index for prompt in asked], 3)
 
 
-def test_a_conversation_by_hand() -> None:
+both_modes = pytest.mark.parametrize("independent", [False, True], ids=["together", "independent"])
+
+
+@both_modes
+def test_a_conversation_by_hand(independent: bool) -> None:
     talker = Talker({"a": ["hi", "ho", "yo!"], "b": ["ok!"]})
-    first, second = play(talker, "ab")
+    first, second = play(talker, "ab", independent=independent)
     assert CODEC.decode(first.tokens) == "ahi(hi)ho(ho)yo!"
     assert first.action_mask.tolist() == [*[True] * 2, *[False] * 4, *[True] * 2, *[False] * 4, *[True] * 3]
     assert first.rewards.tolist() == [0, 2, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 3]
@@ -89,12 +100,13 @@ def test_a_conversation_by_hand() -> None:
     assert (first.truncated, first.stop_token, first.sampled, first.oldest_version) == (False, True, 7, 3)
     assert CODEC.decode(first.visible_tokens) == "ahi(hi)ho(ho)yo"
     assert CODEC.decode(second.tokens) == "bok!"
-    # All take a turn together, and read all that was said before.
-    assert talker.asked == [2, 1, 1]
-    assert [text for text, _ in talker.contexts] == ["a", "b", "ahi(hi)", "ahi(hi)ho(ho)"]
-    seeds = [seed for _, seed in talker.contexts]
-    assert seeds[:2] == [1000, 1001]
-    assert len(set(seeds)) == 4
+    assert talker.asked == ([1, 1, 1, 1] if independent else [2, 1, 1])
+    # The policy reads all that was said before, and each turn has a seed of its own, the same in both modes.
+    seeds = dict(talker.contexts)
+    assert sorted(seeds) == ["a", "ahi(hi)", "ahi(hi)ho(ho)", "b"]
+    assert (seeds["a"], seeds["b"]) == (1000, 1001)
+    later = [sample_seed(1000, "turn", number, 0) for number in (1, 2)]
+    assert [seeds["ahi(hi)"], seeds["ahi(hi)ho(ho)"]] == later
 
 
 def test_episodes_are_cut_off_at_their_limits() -> None:
@@ -111,10 +123,14 @@ def test_episodes_are_cut_off_at_their_limits() -> None:
     assert tokens.truncated
 
 
-def test_an_episode_that_is_refused_is_dropped_whole() -> None:
-    talker = Talker({"a": ["hi", "refused"], "b": ["ok", "ok!"], "c": ["no!"]})
-    kept = play(talker, "abc", mode="skip")
+@both_modes
+def test_an_episode_that_is_refused_is_dropped_whole_or_stops_the_run(independent: bool) -> None:
+    lines = {"a": ["hi", "refused"], "b": ["ok", "ok!", "ok!"], "c": ["no!"]}
+    kept = play(Talker({key: list(said) for key, said in lines.items()}), "abc", mode="skip", independent=independent)
     assert [CODEC.decode(one.tokens) for one in kept] == ["bok(ok)ok!", "cno!"]
+    with pytest.raises(InvalidArgument):
+        play(Talker(lines), "abc", mode="stop", independent=independent)
+    assert play(Talker({"a": ["refused"]}), "a", mode="skip", independent=independent) == []
 
 
 def test_the_calculator_answers_calls_and_pays_right_answers() -> None:

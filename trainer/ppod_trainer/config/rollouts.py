@@ -96,3 +96,14 @@ class EnvironmentConfig(ConfigModel):
     parameters: dict[str, JsonValue] = Field(default_factory=dict, description="of the environment")
     episodes: int = Field(default=2048, ge=2, description="different episodes; prompts.heldout of them are held out")
     max_turns: int = Field(default=4, ge=1, description="turns of the policy; each has rollout.max_tokens at most")
+    turns: Literal["together", "independent"] = Field(
+        default="together",
+        description="together: all take a turn before any takes its next, and one seed gives one result; independent: "
+        "none waits for another's turn, and what is sampled depends a little on who is there at the time",
+    )
+    threads: int = Field(
+        default=32,
+        ge=1,
+        le=1024,
+        description="most environments that are asked at the same time; 1: for those that would disturb one another",
+    )

@@ -26,6 +26,16 @@ An environment is a class, named by an entry point of the group `ppod.environmen
             return Reply("higher\n" if guess < self._number else "lower\n", 0.0, done=False)
 
 It runs in the trainer's process, one instance for each episode, so it keeps the state of its own episode only.
+
+Instances are asked at the same time, in up to `environment.threads` threads, so that slow tools are not waited for one
+after the other. So what instances share (a class attribute, a connection, a file) must bear that. No instance is ever
+called by two threads at once, but its calls may come from different ones: what belongs to one thread, such as an SQLite
+connection or a signal handler, must not outlive a call. With `environment.threads: 1` only one instance is called at a
+time; where `environment.turns` is `together` that is on the thread that samples, the main one unless rollouts are made
+ahead.
+
+A step that never answers holds up its rollout, so an environment bounds what it waits for. What `reset` or `step`
+raises ends the run.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Reply:
 
 
 class Environment(Protocol):
-    """One episode at a time."""
+    """One episode. Other instances are called at the same time, this one never; see the package for what that asks."""
 
     def reset(self, seed: int) -> str:
         """Begin the episode that this seed determines; the text is its prompt."""
