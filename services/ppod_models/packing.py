@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ from ppod_models.padding import pad_sequences
 
 _PACKED_SDPA = "ppod_packed_sdpa"
 _PROBE_LENGTHS = (5, 1, 3, 3)
+_PACKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""What the probe found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,13 @@ def enable_packing(model: PreTrainedModel) -> bool:
     It can where it runs on a CPU with sdpa attention, and leaves attention to transformers' interface: a probe compares
     what it makes of packed sequences with what it makes of each alone.
     """
+    # Once: the probe changes the attention of a model that may be serving by the time that somebody asks again.
+    if model not in _PACKS:
+        _PACKS[model] = _try_packing(model)
+    return _PACKS[model]
+
+
+def _try_packing(model: PreTrainedModel) -> bool:
     if model.config._attn_implementation == _PACKED_SDPA:  # pyright: ignore[reportPrivateUsage]
         return True
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":  # pyright: ignore[reportPrivateUsage]

@@ -8,6 +8,7 @@ Shape legend: B sequences, N tokens of all sequences with their padding, H hidde
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import cast
@@ -32,8 +33,8 @@ class TrunkFeatures:
     """Reads features off a trunk; runs no layer above the highest one that is asked for.
 
     The trunk is shared, not copied; its weights are left as they were. `packs` tells whether sequences share a batch
-    without padding, `reads_prefixes` whether `extract_prefixes` may be asked. One forward at a time: calls are not
-    thread-safe.
+    without padding, `reads_prefixes` whether `extract_prefixes` may be asked. Others may read off the same trunk at the
+    same time, in threads of their own, as when a head is replaced: each sees its own forward pass alone.
 
     Raises:
         RewardHeadError: the trunk has no such layers, or is of an architecture whose layers cannot be found.
@@ -215,7 +216,12 @@ def unit_rms(states: torch.Tensor) -> torch.Tensor:
 
 
 def _keep(found: dict[int, torch.Tensor], index: int) -> Callable[[nn.Module, object, object], None]:
+    """A hook that keeps a layer's output of forward passes of this thread; layers are shared, and so are their hooks."""
+    mine = threading.get_ident()
+
     def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+        if threading.get_ident() != mine:
+            return
         # Some decoder layers return a tuple whose first entry is the hidden state.
         found[index] = cast(torch.Tensor, output[0] if isinstance(output, tuple) else output).flatten(0, 1)
 

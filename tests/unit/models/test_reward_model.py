@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +128,26 @@ def test_the_trunk_is_left_as_it_was(trunk, model) -> None:
     assert len(trunk.model.layers) == LAYERS
     assert trunk.config.num_hidden_layers == LAYERS
     assert [len(layer._forward_hooks) for layer in trunk.model.layers] == hooks
+
+
+def test_a_head_may_be_put_on_a_trunk_that_another_scores_with(trunk, tokenizer, model, head_dir) -> None:
+    """As when a head is replaced: its loader runs the layers, with hooks of its own, while a batch is in them."""
+    sequences = some_sequences()
+    expected = model.score(sequences)
+    through_the_layers, go_on = threading.Event(), threading.Event()
+
+    def hold(*_: object) -> None:
+        through_the_layers.set()
+        assert go_on.wait(10)
+
+    with model._features._body.norm.register_forward_hook(hold), ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(model.score, sequences)
+        assert through_the_layers.wait(10)
+        other = RewardModel.load(trunk, tokenizer, head_dir)
+        others = other.score(sequences[:2])
+        go_on.set()
+        assert np.array_equal(pending.result(), expected)
+    assert np.array_equal(others, other.score(sequences[:2]))
 
 
 def test_layers_above_the_highest_read_do_not_run(trunk, model) -> None:
