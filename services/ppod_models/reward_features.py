@@ -216,7 +216,7 @@ def unit_rms(states: torch.Tensor) -> torch.Tensor:
 
 
 def _keep(found: dict[int, torch.Tensor], index: int) -> Callable[[nn.Module, object, object], None]:
-    """A hook that keeps a layer's output of forward passes of this thread; layers are shared, and so are their hooks."""
+    """A hook that keeps a layer's output, of this thread's forward passes alone: layers are shared with their hooks."""
     mine = threading.get_ident()
 
     def hook(_module: nn.Module, _inputs: object, output: object) -> None:
