@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextvars import copy_context
 from functools import partial
-from typing import TypeVar
+from types import TracebackType
+from typing import Generic, TypeVar
 
 ResultT = TypeVar("ResultT")
+_Waiting = tuple[Future[ResultT], Callable[[], ResultT]]
 
 
 def at_once(calls: Sequence[Callable[[], ResultT]], threads: int) -> list[ResultT]:
@@ -38,14 +40,30 @@ def at_once(calls: Sequence[Callable[[], ResultT]], threads: int) -> list[Result
         waiting.clear()
 
 
-def _work(waiting: deque[tuple[Future[ResultT], Callable[[], ResultT]]]) -> None:
+class _Settles(Generic[ResultT]):
+    """Hands what its block raises to whoever waits for the result, as an executor does; no further call begins then."""
+
+    def __init__(self, result: Future[ResultT], waiting: deque[_Waiting[ResultT]]) -> None:
+        self._result = result
+        self._waiting = waiting
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is not None:
+            self._waiting.clear()
+            self._result.set_exception(error)
+        return error is not None
+
+
+def _work(waiting: deque[_Waiting[ResultT]]) -> None:
     while waiting:
         try:
             result, call = waiting.popleft()
         except IndexError:  # another thread took the last one
             return
-        try:
+        with _Settles(result, waiting):
             result.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the result raises it
-            waiting.clear()
-            result.set_exception(error)
