@@ -139,9 +139,16 @@ def test_files_are_laid_over_each_other_key_by_key(tmp_path) -> None:
 def test_auto_is_bfloat16_only_where_the_device_is_faster_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Emulated bfloat16 is tens of times slower than float32: an older CPU would take an hour for minutes of work."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
-    for amx, avx512 in ((True, False), (False, True), (False, False)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
-        assert pick_dtype("auto", cpu) == (torch.bfloat16 if amx else torch.float32)
+    for name, amx, avx512, expected in (
+        ("Intel(R) Xeon(R) Processor", True, True, torch.bfloat16),
+        ("Intel(R) Xeon(R) Processor", False, True, torch.float32),
+        ("AMD EPYC 9355", False, True, torch.bfloat16),
+        ("AMD EPYC 7R13", False, False, torch.float32),
+    ):
+        found = {"cpu_name": name, "amx_tile": amx, "avx512_bf16": avx512}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert pick_dtype("auto", cpu) == expected
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
+    assert pick_dtype("auto", cpu) == torch.float32
     assert pick_dtype("auto", cuda) == torch.bfloat16
     assert pick_dtype("bfloat16", cpu) == torch.bfloat16
