@@ -28,8 +28,9 @@ def pick_device(device: str) -> torch.device:
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The dtype that a configuration names; "auto" is bfloat16 where the device is faster in it, else float32.
 
-    A CPU without instructions for bfloat16 emulates it, tens of times slower than float32. Those of AVX-512 alone are no
-    gain on Intel's processors (11.3 s for an update that takes 7.4 s in float32), and four times as fast on AMD's.
+    A CPU without instructions for bfloat16 emulates it, tens of times slower than float32. Instructions in
+    AVX-512 alone are no gain on Intel's processors (11.3 s for an update that takes 7.4 s in float32); on AMD's they do
+    four times as much.
     """
     if dtype != "auto":
         return DTYPES[dtype]

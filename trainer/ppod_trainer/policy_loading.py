@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
@@ -15,7 +18,6 @@ from ppod_models.logit_transforms import UNCHANGED, LogitTransform, declared_tra
 from ppod_models.sources import resolve
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.critic import ValueModel, load_value_model
-from ppod_trainer.errors import TrainerError
 from ppod_trainer.parted_weights import read_parts, stored_dtype, without_weights
 from ppod_trainer.policy import PolicyWithValue
 from ppod_trainer.quantisation import dense_copy, load_quantised
@@ -51,37 +53,64 @@ def load_policy(config: TrainerConfig, ranks: Ranks) -> LoadedPolicy:
     paths = _resolve_in_turn(config, ranks)
     dtype = loading.pick_dtype(config.policy.dtype, ranks.device)
     if ranks.mesh is not None:
-        return _load_divided(config, paths, ranks.mesh, dtype)
+        return _load_divided(config, paths, ranks.mesh, ranks.device, dtype)
     model, hollow = _load_model(config, paths[0], ranks.device, dtype)
     value_model = _load_value_model(config, paths[1], ranks.device, loading.vocab_size(model), torch.float32)
     return _put_together(config, model, hollow, value_model, dtype, _logit_transform(config, model))
 
 
+@dataclass(frozen=True, slots=True)
+class _Undivided:
+    """A language model before it is divided.
+
+    Attributes:
+        hollow: the same without weights and quantisation.
+        stored: weights of what is on the meta device, by their names in the model.
+        replicated: what cannot be divided.
+    """
+
+    model: PreTrainedModel
+    hollow: PreTrainedModel
+    transform: LogitTransform
+    stored: Mapping[str, torch.Tensor]
+    replicated: AbstractSet[nn.Parameter]
+
+
 def _load_divided(
-    config: TrainerConfig, paths: tuple[Path, Path | None], mesh: DeviceMesh, dtype: torch.dtype
+    config: TrainerConfig, paths: tuple[Path, Path | None], mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
 ) -> LoadedPolicy:
     """Load this rank's part. What is trained is float32: small updates would vanish in bfloat16."""
     lora, cpu = config.policy.lora, torch.device("cpu")
-    if lora is not None and lora.quantization != "none":
-        raise TrainerError(
-            f"policy.lora.quantization is {lora.quantization!r} with {mesh.size()} ranks, or memory.offload: 4-bit "
-            "weights cannot be divided; use one rank without offload, or quantization none"
-        )
-    stored = loading.load_causal_lm(
-        paths[0], device=cpu, dtype=stored_dtype(paths[0]), attention=config.policy.attention
-    )
-    weights = {f"model.{name}": parameter.detach() for name, parameter in stored.named_parameters()}
+    quantised = lora is not None and lora.quantization != "none"
+    base = _quantised(config, paths[0], device, dtype) if quantised else _mapped(config, paths[0])
+    weights = {f"model.{name}": tensor for name, tensor in base.stored.items()}
     trunk_dtype = torch.float32 if paths[1] is None else stored_dtype(paths[1])
-    value_model = _load_value_model(config, paths[1], cpu, loading.vocab_size(stored), trunk_dtype)
+    value_model = _load_value_model(config, paths[1], cpu, loading.vocab_size(base.model), trunk_dtype)
     if value_model is not None:
         trunk = value_model.trunk
         weights |= {f"value_trunk.{name}": parameter.detach() for name, parameter in trunk.named_parameters()}
         value_model = ValueModel(without_weights(trunk), value_model.head)
-    model = without_weights(stored)
-    loaded = _put_together(config, model, hollow_copy(model), value_model, dtype, _logit_transform(config, stored))
-    shard_policy(loaded.policy, mesh, dtype, offload=config.memory.offload)
-    read_parts(loaded.policy, weights, cpu if config.memory.offload else torch.device(mesh.device_type))
+    loaded = _put_together(config, base.model, base.hollow, value_model, dtype, base.transform)
+    shard_policy(loaded.policy, mesh, dtype, offload=config.memory.offload, replicated=base.replicated)
+    read_parts(loaded.policy, weights, cpu if config.memory.offload else device)
     return loaded
+
+
+def _mapped(config: TrainerConfig, path: Path) -> _Undivided:
+    stored = loading.load_causal_lm(
+        path, device=torch.device("cpu"), dtype=stored_dtype(path), attention=config.policy.attention
+    )
+    model = without_weights(stored)
+    weights = {name: parameter.detach() for name, parameter in stored.named_parameters()}
+    return _Undivided(model, hollow_copy(model), _logit_transform(config, stored), weights, frozenset())
+
+
+def _quantised(config: TrainerConfig, path: Path, device: torch.device, dtype: torch.dtype) -> _Undivided:
+    """Values of 4 bits cannot be cut into rows: each rank has the base whole, and its part of what is trained."""
+    attention = config.policy.attention
+    model = load_quantised(path, device=device, dtype=dtype, attention=attention)
+    hollow, transform = dense_copy(path, attention=attention), _logit_transform(config, model)
+    return _Undivided(model, hollow, transform, {}, frozenset(model.parameters()))
 
 
 def _put_together(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import TypeVar
 
@@ -47,9 +48,16 @@ def checkpoint_layers(policy: nn.Module) -> None:
 
 
 def shard_policy(
-    policy: PolicyWithValue, mesh: DeviceMesh, compute_dtype: torch.dtype, *, offload: bool = False
+    policy: PolicyWithValue,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    *,
+    offload: bool = False,
+    replicated: AbstractSet[nn.Parameter] = frozenset(),
 ) -> None:
     """Divide a policy; each rank keeps its part, on the mesh's device or, to `offload`, the CPU.
+
+    `replicated` parameters, which must not be trained, stay whole on each rank.
 
     What is on the meta device stays there, for `read_parts` to fill.
 
@@ -64,8 +72,8 @@ def shard_policy(
         cast_forward_inputs=False,
     )
     for layer in decoder_layers(policy):
-        fully_shard(layer, mesh=mesh, mp_policy=layer_policy, offload_policy=place)
-    fully_shard(policy, mesh=mesh, offload_policy=place)
+        fully_shard(layer, mesh=mesh, mp_policy=layer_policy, offload_policy=place, ignored_params=set(replicated))
+    fully_shard(policy, mesh=mesh, offload_policy=place, ignored_params=set(replicated))
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import shutil
@@ -15,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ppod import ReferenceClient
+from support.optional import needs_bitsandbytes
 from support.services import tiny_model_config
 from support.tiny_classifiers import save_decoder
 from support.tiny_head import save_tiny_head
@@ -22,11 +22,6 @@ from support.tiny_model import build_model
 from support.weight_checks import assert_serves
 
 from .conftest import System, records_of, running_system
-
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None,
-    reason="bitsandbytes is not installed: it comes with ppod[qlora], and with `make setup`",
-)
 
 
 @pytest.fixture(scope="module")

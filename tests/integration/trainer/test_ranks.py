@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from support.forked import ForkedProcess
 from support.learning_runs import Learned, assert_close_figures, assert_close_weights, learn
+from support.optional import needs_bitsandbytes
 from support.processes import ROOT, environment, free_ports, write_config
 from support.ranks import start_ranks, wait_for_ranks
 from support.services import tiny_model_config
@@ -45,6 +46,19 @@ def test_offloading_changes_nothing(of_one: Learned, tiny_model_dir: Path, tmp_p
     assert_close_weights(found, of_one[1])
 
 
+@needs_bitsandbytes
+def test_a_quantised_base_may_be_with_offload_and_on_other_ranks(tiny_model_dir: Path, tmp_path: Path) -> None:
+    lora = {"rank": 4, "quantization": "nf4"}
+    policy = {**tiny_model_config(tiny_model_dir), "lora": lora}
+    expected, weights = learn(tmp_path, tiny_model_dir, 1, "one", policy=policy)
+    offload = {"offload": True, "gradient_checkpointing": True}
+    start, _ = learn(tmp_path, tiny_model_dir, 2, "run", policy=policy, memory=offload, until=2)
+    figures, found = learn(tmp_path, tiny_model_dir, 4, "run", policy=policy, resume=True)
+    assert all(step["first_ratio_error"] == 0 for step in start + figures)
+    assert_close_figures(start + figures, expected)
+    assert_close_weights(found, weights)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2), (3, 1)])
 def test_ranks_learn_what_one_learns_and_others_go_on(
     of_one: Learned, tiny_model_dir: Path, tmp_path: Path, before: int, after: int
@@ -57,11 +71,12 @@ def test_ranks_learn_what_one_learns_and_others_go_on(
     assert_close_weights(weights, of_one[1])
 
 
-@pytest.mark.parametrize("trained", ["adapter", "critic"])
+@pytest.mark.parametrize("trained", ["adapter", pytest.param("quantised", marks=needs_bitsandbytes), "critic"])
 def test_ranks_learn_what_one_learns_of_an_adapter_and_of_a_critic(
     tiny_model_dir: Path, tmp_path: Path, trained: str
 ) -> None:
-    lora = {"rank": 4} if trained == "adapter" else None
+    quantization = "nf4" if trained == "quantised" else "none"
+    lora = None if trained == "critic" else {"rank": 4, "quantization": quantization}
     source = str(save_decoder(tmp_path / "critic", seed=3))
     critic = {"kind": "model", "source": source} if trained == "critic" else {}
     changed = partial(learn, policy={**tiny_model_config(tiny_model_dir), "lora": lora}, critic=critic)
@@ -125,15 +140,13 @@ def torchrun(system: System, config: Config) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("kind", ["gae", "pvpo"])
-def test_a_run_of_two_ranks_is_a_run_of_one(system: System, kind: str) -> None:
-    """Rollouts, pushes, evaluation and the final model; all but rounding as with one rank."""
-    changes: Config = {"optimizer": {"learning_rate": 1e-4}, **RECIPES.get(kind, {})}
-    one, two = (system.config(f"{kind}-{name}", **changes) for name in ("one-rank", "two-ranks"))
+def assert_two_ranks_are_one(system: System, name: str, changes: Config) -> str:
+    """Rollouts, pushes, evaluation and the final model; all but rounding as with one rank. What the two ranks said."""
+    values: Config = {"optimizer": {"learning_rate": 1e-4}, **changes}
+    one, two = (system.config(f"{name}-{ranks}", **values) for ranks in ("one-rank", "two-ranks"))
     assert system.train(one).returncode == 0
     done = torchrun(system, two)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
     assert done.stdout.count("step 4/4") == 1, "rank 0 alone speaks"
     expected, found = (records_of(Path(str(config["run_dir"]))) for config in (one, two))
     assert len(found) == len(expected)
@@ -142,6 +155,12 @@ def test_a_run_of_two_ranks_is_a_run_of_one(system: System, kind: str) -> None:
     assert_close_weights(
         *(load_file(Path(str(config["run_dir"])) / "final_model" / "model.safetensors") for config in (two, one))
     )
+    return done.stderr
+
+
+@pytest.mark.parametrize("kind", ["gae", "pvpo"])
+def test_a_run_of_two_ranks_is_a_run_of_one(system: System, kind: str) -> None:
+    assert assert_two_ranks_are_one(system, kind, RECIPES.get(kind, {})) == ""
 
 
 def test_all_ranks_end_when_one_is_killed(system: System) -> None:
@@ -181,9 +200,16 @@ def test_a_fault_of_the_run_is_told_by_rank_0_and_ends_all(system: System) -> No
 
 
 def test_ranks_refresh_the_reference(system: System) -> None:
-    """The last of this file: the service keeps the new reference."""
+    """From here on the service keeps another reference."""
     config = system.config("refreshed-ranks", steps=3, reference_refresh_steps=1)
     for code, _, stderr in train(system, config):
         assert code == 0, stderr
     kl = [record["kl/reference"] for record in records_of(Path(str(config["run_dir"]))) if "kl/reference" in record]
     assert kl == pytest.approx([0, 0, 0], abs=1e-4)
+
+
+@needs_bitsandbytes
+def test_a_run_of_two_ranks_on_a_quantised_base_is_a_run_of_one(system: System) -> None:
+    """The reference becomes what the base stands for."""
+    lora = {"rank": 4, "quantization": "nf4"}
+    assert_two_ranks_are_one(system, "qlora", {"policy": {**tiny_model_config(system.model_dir), "lora": lora}})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,14 +18,11 @@ from ppod_trainer.policy import PolicyWithValue, build_response_batch
 from ppod_trainer.quantisation import load_quantised
 from ppod_trainer.rollouts import ScoredRollout
 from ppod_trainer.sharding import gather_parameters
+from support.optional import needs_bitsandbytes
 from support.tiny_model import build_model
 
 CPU = torch.device("cpu")
 Make = Callable[..., list[ScoredRollout]]
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None,
-    reason="bitsandbytes is not installed: it comes with ppod[qlora], and with `make setup`",
-)
 
 
 def turned(model: PreTrainedModel) -> None:
