@@ -77,7 +77,7 @@ def check_attention(model: PreTrainedModel) -> None:
     if cap is not None and config._attn_implementation == "sdpa":  # pyright: ignore[reportPrivateUsage]
         raise ModelSourceError(
             f"model of type {config.model_type}: it caps the logits of its attention (attn_logit_softcapping {cap}), "
-            "which attention: sdpa does not do; set attention: eager wherever it is the policy, served or trained"
+            "which attention: sdpa does not do; set attention: eager wherever it is served or trained"
         )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
+from ppod_models.loading import check_attention
 from ppod_models.packing import enable_packing, hidden_states, lay_out, probe_tolerance
 from ppod_models.padding import PaddedBatch, pad_sequences
 
@@ -123,14 +124,18 @@ class TokenClassifier:
 def load_sequence_classifier(
     path: Path, *, device: torch.device, dtype: torch.dtype, attention: str, remote_code: bool
 ) -> PreTrainedModel:
-    """Load a sequence classifier from safetensors, in evaluation mode; raise RewardClassifierError when it is none."""
+    """Load a sequence classifier from safetensors, in evaluation mode.
+
+    Raises:
+        RewardClassifierError: it is none. ModelSourceError: see `check_attention`.
+    """
     return _load(AutoModelForSequenceClassification, path, device, dtype, attention, remote_code)
 
 
 def load_token_classifier(
     path: Path, *, device: torch.device, dtype: torch.dtype, attention: str, remote_code: bool
 ) -> PreTrainedModel:
-    """Load a token classifier from safetensors, in evaluation mode; raise RewardClassifierError when it is none."""
+    """Load a token classifier from safetensors, in evaluation mode; raises what `load_sequence_classifier` raises."""
     return _load(AutoModelForTokenClassification, path, device, dtype, attention, remote_code)
 
 
@@ -160,6 +165,7 @@ def _load(
     if missing:
         # transformers fills them with random numbers: scores would be noise that looks like scores.
         raise RewardClassifierError(f"its weights lack {', '.join(missing[:3])}: it was saved as another kind of model")
+    check_attention(model)
     model.to(device)  # pyright: ignore[reportArgumentType]
     return model.eval()
 

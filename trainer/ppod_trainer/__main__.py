@@ -63,7 +63,8 @@ def run(config: TrainerConfig) -> int:
         with open_ranks(config.policy.device, timeout_s, mesh_of_one=offload) as ranks:
             return _lead(config, ranks) if ranks.rank == 0 else _follow(config, ranks)
     except (TrainerError, PpodError, ModelSourceError) as error:
-        _complain(ranks, str(error))
+        # Notes tell which service sent an error.
+        _complain(ranks, "; ".join([str(error), *getattr(error, "__notes__", ())]))
         return 1
     except RuntimeError as error:
         # What collectives raise when another rank is gone, and our own bugs: those need their traceback.

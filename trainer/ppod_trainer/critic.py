@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from ppod_models.loading import load_causal_lm
+from ppod_models.loading import check_attention, load_causal_lm
 from ppod_trainer.errors import TrainerError
 
 
@@ -55,12 +55,14 @@ def load_value_model(
 
     Raises:
         TrainerError: it has several labels, is no decoder, or reads other tokens than the policy.
+        ModelSourceError: see `check_attention`.
     """
     names = cast("list[str]", AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or [])
     if any(name.endswith("ForSequenceClassification") for name in names):
         model = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
         )
+        check_attention(model)
         score = getattr(model, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             raise TrainerError(

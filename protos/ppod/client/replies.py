@@ -8,9 +8,14 @@ from ppod.errors import PpodError, Unavailable, from_rpc_error
 
 
 def typed_error(error: grpc.RpcError, service_name: str, address: str) -> PpodError:
-    """The typed error, with the original one as its cause; it tells which replica could not be reached."""
-    typed = from_rpc_error(error)
+    """The typed error, with the original one as its cause.
+
+    The message tells which replica could not be reached; of other errors a note tells who sent them.
+    """
+    typed, sender = from_rpc_error(error), f"{service_name} at {address}"
     if isinstance(typed, Unavailable):
-        typed = Unavailable(f"{service_name} at {address}: {typed.detail}")
+        typed = Unavailable(f"{sender}: {typed.detail}")
+    else:
+        typed.add_note(f"from {sender}")
     typed.__cause__ = error
     return typed

@@ -212,7 +212,7 @@ def _load_classifier(
     try:
         codec = TokenizerCodec(load_tokenizer(path))
         model = load(path, device=device, dtype=dtype, attention=config.model.attention, remote_code=remote_code)
-    except (OSError, ValueError, RuntimeError, SafetensorError, RewardClassifierError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, RewardClassifierError, ModelSourceError) as error:
         raise ModelSourceError(f"model {source!r} of reward {config.name!r}: {error}") from error
     return model, codec
 

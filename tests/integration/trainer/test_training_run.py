@@ -151,7 +151,7 @@ def test_every_replica_of_a_reference_is_refreshed_and_pinned(system: System, tm
         _, stderr = process.communicate(timeout=60)
         assert process.wait() not in (None, 0)
         assert f"the reference serves version {version}, which somebody pushed to it" in stderr
-        assert f"weight_version: the server has {version + 1}, the request needs {version}" in stderr
+        assert f"weight_version: the server has {version + 1}, the request needs {version}; from ppod.v1.Ref" in stderr
 
 
 def test_prometheus_exports_every_gauge_while_the_run_goes_on(system: System) -> None:

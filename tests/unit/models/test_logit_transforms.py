@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import Gemma2Config, Gemma2ForSequenceClassification, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ppod_models import logprobs
 from ppod_models.loading import load_causal_lm
 from ppod_models.logit_transforms import UNCHANGED, LogitTransform, declared_transforms, find_logit_transform
 from ppod_models.logprobs import token_distributions, token_logprobs
+from ppod_models.reward_classifiers import load_sequence_classifier
 from ppod_models.sources import ModelSourceError
-from support.capped_models import BUILDS, save_capped_model
-from support.tiny_model import build_model
+from ppod_trainer.critic import load_value_model
+from support.capped_models import BUILDS, gemma2
+from support.tiny_model import VOCAB_SIZE, build_model
 
+CPU = torch.device("cpu")
 TEMPERATURE = 0.8
 every_kind = pytest.mark.parametrize("kind", list(BUILDS))
 
@@ -153,9 +156,27 @@ def test_a_key_is_read_as_the_model_means_it() -> None:
     assert find_logit_transform("tiny", with_logits(lambda x: x, logit_scale=4.0)) == UNCHANGED
 
 
-def test_attention_that_would_leave_a_cap_out_is_refused(tmp_path: Path) -> None:
-    directory = save_capped_model(tmp_path, "gemma2")
-    cpu = torch.device("cpu")
-    assert load_causal_lm(directory, device=cpu, dtype=torch.float32, attention="eager") is not None
+def classifier(directory: Path, attention: str) -> PreTrainedModel:
+    return load_sequence_classifier(directory, device=CPU, dtype=torch.float32, attention=attention, remote_code=False)
+
+
+def language_model(directory: Path, attention: str) -> PreTrainedModel:
+    return load_causal_lm(directory, device=CPU, dtype=torch.float32, attention=attention)
+
+
+def critic(directory: Path, attention: str) -> PreTrainedModel:
+    return load_value_model(directory, device=CPU, attention=attention, vocab_size=VOCAB_SIZE).trunk
+
+
+@pytest.mark.parametrize("load", [language_model, classifier, critic])
+def test_attention_that_would_leave_a_cap_out_is_refused(
+    tmp_path: Path, load: Callable[[Path, str], PreTrainedModel]
+) -> None:
+    """Scores and values of a reward model would be wrong as silently as logprobs."""
+    model = gemma2()
+    if load is not language_model:
+        model = Gemma2ForSequenceClassification(Gemma2Config(**model.config.to_dict() | {"num_labels": 1}))
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path, "eager").config._attn_implementation == "eager"  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(ModelSourceError, match=r"attn_logit_softcapping 50\.0.*set attention: eager"):
-        load_causal_lm(directory, device=cpu, dtype=torch.float32, attention="sdpa")
+        load(tmp_path, "sdpa")
