@@ -5,12 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from ppod import PpodError
+from ppod_trainer.prompts import Prompt
 
 log = logging.getLogger(__name__)
-SampleT = TypeVar("SampleT")
+
+
+class Prompted(Protocol):
+    """What has a prompt."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """What it began with."""
+        ...
+
+
+SampleT = TypeVar("SampleT", bound=Prompted)
 ResultT = TypeVar("ResultT")
 
 
@@ -33,7 +45,7 @@ class BadSamples:
             The samples that are left, and a result for each.
 
         Raises:
-            PpodError: it names no sample, or the mode is "stop".
+            PpodError: it names no sample, or the mode is "stop"; a note tells the sample's prompt.
         """
         kept = list(samples)
         while kept:
@@ -41,8 +53,12 @@ class BadSamples:
                 return kept, call(kept)
             except PpodError as error:
                 sample: int | None = getattr(error, "sample", None)
-                if self.mode == "stop" or sample is None or not 0 <= sample < len(kept):
+                if sample is None or not 0 <= sample < len(kept):
                     raise
-                log.warning("dropped a sample: %s", error)
+                # The sample's number is its place in one request.
+                error.add_note(f"sample {sample} has prompt {kept[sample].prompt.index}")
+                if self.mode == "stop":
+                    raise
+                log.warning("dropped a sample: %s", "; ".join([str(error), *error.__notes__]))
                 del kept[sample]
         return [], []

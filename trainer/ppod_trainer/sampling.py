@@ -185,6 +185,14 @@ def equal_runs(sequences: Sequence[TokenArray]) -> int:
     return lengths.pop() if len(lengths) == 1 else 1
 
 
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """A response that is asked for."""
+
+    prompt: Prompt
+    seed: int
+
+
 class ResponseSampler:
     """A `Sampler` for prompts that are answered in one turn."""
 
@@ -201,9 +209,10 @@ class ResponseSampler:
     ) -> list[Rollout]:
         """See `Sampler`."""
 
-        def turns(kept: Sequence[tuple[Prompt, int]]) -> list[Turn]:
-            contexts = [Context(prompt.token_ids, seed) for prompt, seed in kept]
+        def turns(kept: Sequence[_Response]) -> list[Turn]:
+            contexts = [Context(one.prompt.token_ids, one.seed) for one in kept]
             return self._turns.sample(contexts, policy_version, temperature)
 
-        kept, found = self._bad_samples.call(list(zip(prompts, seeds, strict=True)), turns)
-        return [Rollout.of_turn(prompt, turn, seed) for (prompt, seed), turn in zip(kept, found, strict=True)]
+        asked = [_Response(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        kept, found = self._bad_samples.call(asked, turns)
+        return [Rollout.of_turn(one.prompt, turn, one.seed) for one, turn in zip(kept, found, strict=True)]

@@ -96,13 +96,18 @@ def test_a_bad_sample_is_dropped_from_both_answers(caplog: pytest.LogCaptureFixt
     assert all(one.score == one.ref_logprobs[0] == one.rollout.prompt.index for one in scored)
     assert len(caplog.records) == 2
     assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert {record.getMessage().rpartition("; ")[2] for record in caplog.records} == {
+        "sample 2 has prompt 2",
+        "sample 4 has prompt 4",
+    }
     assert reward.calls == reference.calls == [6, 5]
 
 
 def test_a_bad_sample_stops_the_run_when_told_so() -> None:
     reward = Scripted({2: NonFiniteOutput("score", 0, "nan")})
-    with pytest.raises(NonFiniteOutput, match="sample 2"):
-        collector(reward, Scripted(), "stop").score([rollout(i) for i in range(4)], StepTimer())
+    with pytest.raises(NonFiniteOutput, match="sample 2") as caught:
+        collector(reward, Scripted(), "stop").score([rollout(i) for i in (5, 6, 2, 3)], StepTimer())
+    assert caught.value.__notes__ == ["sample 2 has prompt 2"]
 
 
 def test_an_error_without_a_sample_always_stops() -> None:
