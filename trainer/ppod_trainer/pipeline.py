@@ -8,17 +8,23 @@ of its own weights.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from opentelemetry import trace
 
+from ppod_trainer.errors import WeightPushError
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.rollouts import Rollout, ScoredRollout
 from ppod_trainer.selection import Selected
+from ppod_trainer.threads import Background
+
+_LOOK_S = 0.2
+"""How often a wait for the end of generation looks whether a signal came in: a tool may be stuck."""
 
 
 class Collects(Protocol):
@@ -59,18 +65,28 @@ class RolloutPipeline:
         ahead: how many steps before their own they are begun.
         steps: the run's; nothing is made for later ones.
         mixes: whether new weights may come while rollouts are generated, which then are of several versions.
+        stopping: whether the run was told to stop.
     """
 
-    def __init__(self, collects: Collects, *, ahead: int, steps: int, mixes: bool) -> None:
+    def __init__(
+        self,
+        collects: Collects,
+        *,
+        ahead: int,
+        steps: int,
+        mixes: bool,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.version = 0
         self._collects = collects
         self._ahead = ahead
         self._steps = steps
         self._mixes = mixes
+        self._stopping = stopping
         self._generating = threading.Lock()
         self._scoring = threading.Lock()
         self._pending: dict[int, Future[Collected]] = {}
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
+        self._background = Background("rollouts")
 
     def take(self, step: int) -> Collected:
         """Wait for a step's rollouts; raises what making them raised."""
@@ -78,7 +94,7 @@ class RolloutPipeline:
             return self._make(step)
         for coming in range(step, min(step + self._ahead + 1, self._steps)):
             if coming not in self._pending:
-                self._pending[coming] = self._pool.submit(self._make, coming)
+                self._pending[coming] = self._background.submit(partial(self._make, coming))
         future = self._pending.pop(step)
         wait([future])
         if future.exception() is not None:
@@ -87,12 +103,21 @@ class RolloutPipeline:
 
     @contextmanager
     def new_weights(self, version: int) -> Generator[None]:
-        """Put weights of this version into service within the block: while nothing is generated, unless it may mix."""
+        """Put weights of this version into service within the block: while nothing is generated, unless it may mix.
+
+        Raises:
+            WeightPushError: the run was told to stop before what is being generated was there.
+        """
         if self._mixes:
             yield
         else:
-            with self._generating:
+            while not self._generating.acquire(timeout=_LOOK_S):
+                if self._stopping():
+                    raise WeightPushError("the run was told to stop while rollouts of coming steps were generated")
+            try:
                 yield
+            finally:
+                self._generating.release()
         self.version = version
 
     @contextmanager
@@ -103,7 +128,9 @@ class RolloutPipeline:
 
     def close(self) -> None:
         """Begin nothing more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for future in self._pending.values():
+            future.cancel()
+        self._background.close()
 
     def _discard(self) -> None:
         """Forget what was begun after a step that failed: it may depend on that step's samples."""

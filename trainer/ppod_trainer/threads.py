@@ -1,4 +1,4 @@
-"""Calls that are made at the same time."""
+"""Calls on threads that the end of the process does not wait for, be they stuck: no pool of concurrent.futures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextvars import copy_context
 from functools import partial
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -31,7 +32,6 @@ def at_once(calls: Sequence[Callable[[], ResultT]], threads: int) -> list[Result
     waiting = deque(zip(results, [partial(copy_context().run, call) for call in calls], strict=True))
     try:
         for number in range(min(threads, len(calls))):
-            # No pool of concurrent.futures: the process would not end before its calls do, be they stuck.
             threading.Thread(target=_work, args=(waiting,), name=f"at-once-{number}", daemon=True).start()
         done, _ = wait(results, return_when=FIRST_EXCEPTION)
         return [result.result() for result in results if result in done]
@@ -40,12 +40,48 @@ def at_once(calls: Sequence[Callable[[], ResultT]], threads: int) -> list[Result
         waiting.clear()
 
 
-class _Settles(Generic[ResultT]):
-    """Hands what its block raises to whoever waits for the result, as an executor does; no further call begins then."""
+class Background:
+    """Makes calls one after the other, on a thread of its own.
 
-    def __init__(self, result: Future[ResultT], waiting: deque[_Waiting[ResultT]]) -> None:
+    Args:
+        name: of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._waiting: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, call: Callable[[], ResultT]) -> Future[ResultT]:
+        """Make a call after those before it, unless its future is cancelled by then."""
+        result: Future[ResultT] = Future()
+
+        def make() -> None:
+            if result.set_running_or_notify_cancel():
+                with _Settles(result):
+                    result.set_result(call())
+
+        self._waiting.put(make)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._thread.start()
+        return result
+
+    def close(self) -> None:
+        """Let the thread end, once it has made the calls that nobody cancelled."""
+        self._waiting.put(None)
+
+    def _work(self) -> None:
+        while (make := self._waiting.get()) is not None:
+            make()
+
+
+class _Settles(Generic[ResultT]):
+    """Hands what its block raises to whoever waits for the result, as an executor does."""
+
+    def __init__(self, result: Future[ResultT], failed: Callable[[], None] = lambda: None) -> None:
         self._result = result
-        self._waiting = waiting
+        self._failed = failed
 
     def __enter__(self) -> None:
         pass
@@ -54,7 +90,7 @@ class _Settles(Generic[ResultT]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         if error is not None:
-            self._waiting.clear()
+            self._failed()
             self._result.set_exception(error)
         return error is not None
 
@@ -65,5 +101,6 @@ def _work(waiting: deque[_Waiting[ResultT]]) -> None:
             result, call = waiting.popleft()
         except IndexError:  # another thread took the last one
             return
-        with _Settles(result, waiting):
+        # No further call begins where one failed.
+        with _Settles(result, waiting.clear):
             result.set_result(call())

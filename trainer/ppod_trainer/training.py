@@ -114,6 +114,7 @@ class TrainingRun:
             ahead=rollout.max_staleness,
             steps=config.steps,
             mixes=config.weight_transfer.pause != "wait",
+            stopping=lambda: parts.stop.received is not None,
         )
         self._reference = ReferencePolicy(config.run_dir / "reference", parts.connections)
         self._to_generation = PolicyPush(parts.learner, parts.connections.generation_weights, parts.stop)
