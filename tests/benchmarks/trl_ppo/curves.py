@@ -60,6 +60,11 @@ SIDES: dict[str, dict[str, object]] = {
         "rewards": {"shaping": "token", "shaping_interval": 4},
         "kl": {"coefficient": 0.08},
     },
+    # As the packaged run file has it.
+    "ppod, shaped, KL coefficient 0.06": {
+        "rewards": {"shaping": "token", "shaping_interval": 4},
+        "kl": {"coefficient": 0.06},
+    },
 }
 """Who learns, and what ppod's trainer is configured with besides; of TRL the KL coefficient alone."""
 

@@ -31,8 +31,9 @@ class Stopwatch:
     def __call__(self, values, mask, shift_mean=True):
         whitened = self._whiten(values, mask, shift_mean)
         train = sys._getframe(1).f_locals
-        names = ("query_responses", "ref_logprobs", "scores")
-        self.samples = {name: train[name].cpu().numpy().copy() for name in names}
+        # numpy has no bfloat16.
+        self.samples = {name: train[name].float().cpu().numpy().copy() for name in ("ref_logprobs", "scores")}
+        self.samples["query_responses"] = train["query_responses"].cpu().numpy().copy()
         self.samples["context_length"] = train["context_length"]
         self.samples["sequence_lengths"] = train["sequence_lengths"].cpu().numpy().copy()
         self.begun.append(time.perf_counter())
