@@ -25,7 +25,7 @@ from ppod.client import NO_RETRY, Delivery, RelayHop, WeightPush
 from support.forked import ForkedProcess
 from support.processes import ServiceProcess, metrics_of, running_service, start_module
 from support.services import tiny_model_config
-from support.tiny_model import MAX_TOKENS, build_model
+from support.tiny_model import MAX_TOKENS, build_model, save_tiny_model
 from support.weight_checks import assert_serves, assert_takes_next, retry_busy
 from support.weight_tensors import weight_tensors
 
@@ -168,16 +168,20 @@ def test_a_service_killed_in_the_middle_of_a_push_is_named_and_starts_whole(
 
 
 def test_a_service_killed_in_the_middle_of_a_commit_is_named_and_starts_whole(
-    fragile: ServiceProcess, tiny_model_dir: Path, tmp_path: Path
+    tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     delivery = Delivery(retry=NO_RETRY)
-    long = Sampling(max_tokens=120, temperature=1.0, ignore_eos=True)
+    # So many tokens take seconds on any machine.
+    long = Sampling(max_tokens=3000, temperature=1.0, ignore_eos=True)
     with (
+        starting(save_tiny_model(tmp_path / "model", max_tokens=4096), tmp_path) as fragile,
         WeightClient(fragile.admin_target, timeout_s=20, delivery=delivery) as weights,
         GenerationClient(fragile.target, timeout_s=20, delivery=delivery) as generation,
     ):
+        weights.prepare(1, weight_tensors(build_model(seed=90)))
+        weights.commit(1)
         weights.prepare(2, weight_tensors(build_model(seed=91)))
-        running = Caught(lambda: generation.generate([[5, 6, 7]] * 256, long))
+        running = Caught(lambda: generation.generate([[5, 6, 7]], long))
         while "ppod_team_accepted_tokens_total{" not in metrics_of(fragile):
             time.sleep(0.01)
         time.sleep(0.1)
