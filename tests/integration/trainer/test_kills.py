@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,14 +62,21 @@ def steps_done(run_dir: Path) -> int:
     return sum('"score/mean"' in line for line in file.read_text().splitlines()) if file.is_file() else 0
 
 
-def moments(run_dir: Path, generator: random.Random, kills: int) -> Iterator[tuple[str, Callable[[], bool]]]:
-    """When to kill next: before the first checkpoint, while one is written, and whenever it may be."""
+def seconds_of_a_step(run_dir: Path) -> float:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return statistics.median(record["seconds/step"] for record in records if "seconds/step" in record)
+
+
+def moments(
+    run_dir: Path, generator: random.Random, kills: int, step_s: float
+) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """When to kill next: before the first checkpoint, while one is written, and at any time within four steps."""
     yield "begun", (run_dir / "metrics.jsonl").is_file
     for number in range(kills):
         if number % 2 == 0:
             yield "writing", lambda: any((run_dir / "checkpoints").glob(".writing-*"))
         else:
-            steps, delay_s = steps_done(run_dir), generator.random() * 0.5
+            steps, delay_s = steps_done(run_dir), generator.random() * 3 * step_s
             yield (
                 "any",
                 lambda steps=steps, delay_s=delay_s: steps_done(run_dir) > steps and (time.sleep(delay_s) or True),
@@ -91,8 +100,9 @@ def test_a_killed_run_resumes_to_the_same_end(system: System, ranks: int, kills:
         assert process.wait(120) == 0, process.communicate()[1]
     halves = 0
     seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    for name, due in moments(run_dir, random.Random(seed), kills):
+    step_s = seconds_of_a_step(Path(str(straight["run_dir"])))
+    print(f"seed {seed}, {step_s:.3f} s a step")
+    for name, due in moments(run_dir, random.Random(seed), kills, step_s):
         processes = start(killed)
         if name == "writing":
             # Not the first, of which the file system may know nothing yet.
