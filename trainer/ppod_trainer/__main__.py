@@ -23,7 +23,7 @@ from ppod_models.configuration import ConfigError, load_config
 from ppod_models.sources import ModelSourceError
 from ppod_models.tracing import configure_tracing
 from ppod_trainer.config import TrainerConfig
-from ppod_trainer.errors import StopRequestedError, TrainerError
+from ppod_trainer.errors import StopRequestedError, TrainerError, with_notes
 
 if TYPE_CHECKING:
     from ppod_trainer.ranks import Ranks
@@ -63,8 +63,7 @@ def run(config: TrainerConfig) -> int:
         with open_ranks(config.policy.device, timeout_s, mesh_of_one=offload) as ranks:
             return _lead(config, ranks) if ranks.rank == 0 else _follow(config, ranks)
     except (TrainerError, PpodError, ModelSourceError) as error:
-        # Notes tell which service sent an error.
-        _complain(ranks, "; ".join([str(error), *getattr(error, "__notes__", ())]))
+        _complain(ranks, with_notes(error))
         return 1
     except RuntimeError as error:
         # What collectives raise when another rank is gone, and our own bugs: those need their traceback.

@@ -213,10 +213,9 @@ def _synchronise(run: TrainingRun) -> None:
     """Make generation and reference serve exactly what this run has, whatever they served before."""
     serving = max(run.parts.connections.generation_weights.serving_versions())
     run.push_policy(max(serving + 1, run.state.policy_version))
-    lora = run.config.policy.lora
     if run.state.reference_version:
         run.restore_reference()
-    elif lora is not None and lora.quantization != "none":
+    elif run.config.policy.quantised:
         # The service has the model as it was before it was quantised.
         run.adopt_reference(run.parts.learner.base_model())
     elif found := run.parts.connections.reference.pin.weight_version:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 from ppod import PpodError
+from ppod_trainer.errors import with_notes
 from ppod_trainer.prompts import Prompt
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,6 @@ class BadSamples:
                 error.add_note(f"sample {sample} has prompt {kept[sample].prompt.index}")
                 if self.mode == "stop":
                     raise
-                log.warning("dropped a sample: %s", "; ".join([str(error), *error.__notes__]))
+                log.warning("dropped a sample: %s", with_notes(error))
                 del kept[sample]
         return [], []

@@ -9,6 +9,11 @@ import grpc
 from ppod import PpodError
 
 
+def with_notes(error: BaseException) -> str:
+    """Message and notes of an error: these tell what a caller alone knew, such as the service or the prompt."""
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
+
+
 class TrainerError(Exception):
     """Root of the trainer's errors: training cannot go on, and the message says why and what to do."""
 

@@ -80,9 +80,8 @@ def _load_divided(
     config: TrainerConfig, paths: tuple[Path, Path | None], mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
 ) -> LoadedPolicy:
     """Load this rank's part. What is trained is float32: small updates would vanish in bfloat16."""
-    lora, cpu = config.policy.lora, torch.device("cpu")
-    quantised = lora is not None and lora.quantization != "none"
-    base = _quantised(config, paths[0], device, dtype) if quantised else _mapped(config, paths[0])
+    cpu = torch.device("cpu")
+    base = _quantised(config, paths[0], device, dtype) if config.policy.quantised else _mapped(config, paths[0])
     weights = {f"model.{name}": tensor for name, tensor in base.stored.items()}
     trunk_dtype = torch.float32 if paths[1] is None else stored_dtype(paths[1])
     value_model = _load_value_model(config, paths[1], cpu, loading.vocab_size(base.model), trunk_dtype)
@@ -107,10 +106,8 @@ def _mapped(config: TrainerConfig, path: Path) -> _Undivided:
 
 def _quantised(config: TrainerConfig, path: Path, device: torch.device, dtype: torch.dtype) -> _Undivided:
     """Values of 4 bits cannot be cut into rows: each rank has the base whole, and its part of what is trained."""
-    attention = config.policy.attention
-    model = load_quantised(path, device=device, dtype=dtype, attention=attention)
-    hollow, transform = dense_copy(path, attention=attention), _logit_transform(config, model)
-    return _Undivided(model, hollow, transform, {}, frozenset(model.parameters()))
+    model, hollow = _load_quantised(config, path, device, dtype)
+    return _Undivided(model, hollow, _logit_transform(config, model), {}, frozenset(model.parameters()))
 
 
 def _put_together(
@@ -173,11 +170,16 @@ def _load_model(
     config: TrainerConfig, path: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     """The language model; of a quantised one also what it is without its weights and quantisation."""
-    attention, lora = config.policy.attention, config.policy.lora
-    if lora is None:
-        # What learns is float32: small updates would vanish in bfloat16.
-        return loading.load_causal_lm(path, device=device, dtype=torch.float32, attention=attention), None
-    if lora.quantization == "none":
-        return loading.load_causal_lm(path, device=device, dtype=dtype, attention=attention), None
+    if config.policy.quantised:
+        return _load_quantised(config, path, device, dtype)
+    # What learns is float32: small updates would vanish in bfloat16.
+    held = torch.float32 if config.policy.lora is None else dtype
+    return loading.load_causal_lm(path, device=device, dtype=held, attention=config.policy.attention), None
+
+
+def _load_quantised(
+    config: TrainerConfig, path: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    attention = config.policy.attention
     model = load_quantised(path, device=device, dtype=dtype, attention=attention)
     return model, dense_copy(path, attention=attention)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ppod import DeadlineExceeded, FailedPrecondition, PpodError, Unavailable
 from ppod_trainer.connections import Connections
-from ppod_trainer.errors import WeightPushError
+from ppod_trainer.errors import WeightPushError, with_notes
 from ppod_trainer.stopping import StopSignal
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Recovery:
         until = time.monotonic() + self._timeout_s
         if not _heals(error) or not self._timeout_s:
             raise error
-        log.warning("waiting up to %g s for the services: %s", self._timeout_s, error)
+        log.warning("waiting up to %g s for the services: %s", self._timeout_s, with_notes(error))
         while True:
             try:
                 self._connections.wait_ready(min(max(until - time.monotonic(), _PAUSE_S), _LOOK_S))

@@ -30,6 +30,11 @@ class PolicyConfig(ModelConfig):
 
     lora: LoraConfig | None = Field(default=None, description="train an adapter; none: train all weights")
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the base is kept in fewer bits than it computes in."""
+        return self.lora is not None and self.lora.quantization != "none"
+
 
 class CriticConfig(ConfigModel):
     """What tells values."""

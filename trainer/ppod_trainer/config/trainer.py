@@ -65,8 +65,7 @@ class TrainerConfig(ConfigModel):
     @property
     def pushes_reference(self) -> bool:
         """Whether the reference is given weights: it is refreshed, or the policy's base is not the model's own."""
-        lora = self.policy.lora
-        return self.reference_refresh_steps is not None or (lora is not None and lora.quantization != "none")
+        return self.reference_refresh_steps is not None or self.policy.quantised
 
     @model_validator(mode="after")
     def _weights_reach_the_reference(self) -> Self:
