@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from ppod.client import WEIGHT_BLOCK_BYTES, TensorDtype, TensorLayout, WeightTensor
+from ppod.weight_changes import Bytes
 
+_CONVERTED_BLOCK_BYTES = 8 * WEIGHT_BLOCK_BYTES
+"""What is converted at once: most tensors whole, because each call of torch lets go of the interpreter."""
 _DEVICE_BLOCK_BYTES = 16 * WEIGHT_BLOCK_BYTES
 """What is copied from a device at once: each copy costs it, and the caller, some ten microseconds."""
 _WIRE = {
@@ -34,55 +37,63 @@ class PolicyTensors:
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._dtype = dtype
         named = list(model.named_parameters())
-        self._parameters = [parameter.detach().contiguous().view(-1) for _, parameter in named]
-        self.on_device = any(parameter.device.type == "cuda" for parameter in self._parameters)
+        self._parameters = [parameter.detach() for _, parameter in named]
+        # Not where they are written, by several threads: each operation of torch lets go of the interpreter, and waits
+        # for the other threads to get it back, which for hundreds of tensors takes a third of the writing.
+        self._bytes = [self._bytes_of(parameter) for parameter in self._parameters]
+        self.on_device = not self.in_place and any(parameter.device.type == "cuda" for parameter in self._parameters)
         self.layout = tuple(TensorLayout(name, _WIRE[dtype], tuple(parameter.shape)) for name, parameter in named)
 
     @property
     def in_place(self) -> bool:
         """Whether `tensors` copies nothing: they are on the CPU, in the data type that travels."""
-        return all((one.device.type, one.dtype) == ("cpu", self._dtype) for one in self._parameters)
+        return all(data is not None for data in self._bytes)
 
-    def write(self, index: int, memory: memoryview) -> Iterator[memoryview]:
+    def write(self, index: int, memory: Bytes) -> Iterator[Bytes]:
         """Convert one tensor into `memory`; see `ppod.client.WriteBlocks`."""
-        source = self._parameters[index]
-        if source.dtype == self._dtype and source.device.type == "cpu":
+        data = self._bytes[index]
+        if data is not None:
             # By numpy: several tensors are written at once, and torch would start its own threads for each.
-            data, target = source.view(torch.uint8).numpy(), np.frombuffer(memory, np.uint8)
             for begin in range(0, len(data), WEIGHT_BLOCK_BYTES):
-                block = data[begin : begin + WEIGHT_BLOCK_BYTES]
-                # Hashed before the copy, which may go past the cache.
-                yield block.data
-                np.copyto(target[begin : begin + WEIGHT_BLOCK_BYTES], block)
+                block = memory[begin : begin + WEIGHT_BLOCK_BYTES]
+                np.copyto(block, data[begin : begin + WEIGHT_BLOCK_BYTES])
+                yield block
             return
-        first = 0
-        size = WEIGHT_BLOCK_BYTES if source.device.type == "cpu" else _DEVICE_BLOCK_BYTES
-        for begin in range(0, len(memory), size):
-            block = memory[begin : begin + size]
-            target = torch.frombuffer(block, dtype=self._dtype)
-            part = source[first : first + len(target)]
+        source = self._parameters[index].reshape(-1)
+        on_cpu = source.device.type == "cpu"
+        size = _CONVERTED_BLOCK_BYTES if on_cpu else _DEVICE_BLOCK_BYTES
+        count = size // self._dtype.itemsize
+        blocks = torch.from_numpy(memory).view(self._dtype).split(count)
+        for number, (block, part) in enumerate(zip(blocks, source.split(count), strict=True)):
             # On a device in two steps: torch would convert on the CPU, many times slower.
-            target.copy_(part if part.device.type == "cpu" else part.to(self._dtype))
-            first += len(target)
-            yield block
+            block.copy_(part if on_cpu else part.to(self._dtype))
+            yield memory[number * size : (number + 1) * size]
 
     def tensors(self) -> list[WeightTensor]:
         """All tensors; those that have the data type already are sent from where they are."""
         return [
-            WeightTensor(one.name, one.dtype, one.shape, bytes_of(flat.to(self._dtype).cpu()))
-            for one, flat in zip(self.layout, self._parameters, strict=True)
+            WeightTensor(one.name, one.dtype, one.shape, self._data(index)) for index, one in enumerate(self.layout)
         ]
+
+    def _data(self, index: int) -> memoryview:
+        data = self._bytes[index]
+        return bytes_of(self._parameters[index].to(self._dtype).cpu()) if data is None else data.data
+
+    def _bytes_of(self, parameter: torch.Tensor) -> Bytes | None:
+        """Where they can be copied from as they are; None where they must be converted first."""
+        in_place = parameter.dtype == self._dtype and parameter.device.type == "cpu" and parameter.is_contiguous()
+        return parameter.view(-1).view(torch.uint8).numpy() if in_place else None
 
 
 def wire_tensors(state: Mapping[str, torch.Tensor]) -> list[WeightTensor]:
     """Tensors by their names in a saved adapter, as float32 bytes."""
     tensors: list[WeightTensor] = []
     for name, tensor in state.items():
-        data = tensor.detach().to("cpu", torch.float32).contiguous().view(-1)
-        tensors.append(WeightTensor(name, TensorDtype.FLOAT32, tuple(tensor.shape), bytes_of(data)))
+        data = bytes_of(tensor.detach().to("cpu", torch.float32))
+        tensors.append(WeightTensor(name, TensorDtype.FLOAT32, tuple(tensor.shape), data))
     return tensors
 
 
-def bytes_of(flat: torch.Tensor) -> memoryview:
-    """The bytes of a flat CPU tensor."""
-    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -30,7 +30,7 @@ from ppod.client.security import ClientSecurity
 from ppod.client.service_watch import ServiceWatch, close_service_watch, open_service_watch
 from ppod.client.shared_weights import Segment, SharedDirectory, directory_id, hold_file, release_file
 from ppod.client.weight_calls import with_checksums
-from ppod.client.weight_image import WEIGHT_BLOCK_BYTES, TensorLayout, WireImage
+from ppod.client.weight_image import WEIGHT_BLOCK_BYTES, TensorLayout, WireImage, work_side_by_side
 from ppod.client.weights import (
     AsyncWeightClient,
     CollectiveGroup,
@@ -119,4 +119,5 @@ __all__ = [
     "relay_tree",
     "release_file",
     "with_checksums",
+    "work_side_by_side",
 ]

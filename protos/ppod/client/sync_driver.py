@@ -262,6 +262,10 @@ class _Delivery:
 
 def _made_ahead(messages: Iterator[bytes]) -> Iterator[bytes]:
     """Make each message while the one before it is sent: gRPC asks for the next only then."""
+    first = next(messages, None)
+    if first is None:
+        return
+    yield first
     with ThreadPoolExecutor(1, thread_name_prefix="upload") as pool:
         coming = pool.submit(next, messages, None)
         while (message := coming.result()) is not None:

@@ -325,15 +325,15 @@ def _manifest(push: WeightPush, target: str) -> weights_pb2.WeightManifest:
         manifest.collective.world_size = group.world_size
         manifest.collective.bucket_bytes = group.bucket_bytes
     for tensor in push.tensors:
-        dense = tensor.encoding is TensorEncoding.DENSE
-        manifest.tensors.add(
+        spec = manifest.tensors.add(
             name=tensor.name,
             dtype=tensor.dtype.value,
             shape=tensor.shape,
-            xxh3=tensor.xxh3 or 0,
+            xxh3=tensor.xxh3,
             encoding=tensor.encoding.value,
-            encoded_bytes=0 if dense else len(tensor.data),
         )
+        if tensor.encoding is not TensorEncoding.DENSE:
+            spec.encoded_bytes = len(tensor.data)
     return manifest
 
 

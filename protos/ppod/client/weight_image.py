@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ import numpy as np
 import xxhash
 
 from ppod.client.weight_calls import TensorDtype, WeightTensor
-from ppod.weight_changes import bit_patterns, encode_changes
+from ppod.weight_changes import Bytes, bit_patterns, encode_changes
 
 _THREADS = min(8, os.cpu_count() or 1)
-WEIGHT_BLOCK_BYTES = 1024 * 1024
-"""Hashed and written at once: small enough to be in the processor's cache the second time."""
+WEIGHT_BLOCK_BYTES = 512 * 1024
+"""Written and hashed at once: a block and its copy fit into a core's cache of 1 MiB, so that neither is read twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,11 @@ class TensorLayout:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-WriteBlocks = Callable[[int, memoryview], Iterator[memoryview]]
-"""Writes the tensor at a layout's position into its memory, block by block, and yields the bytes of each block."""
+WriteBlocks = Callable[[int, Bytes], Iterator[Bytes]]
+"""Writes the tensor at a layout's position into its memory, block by block, and yields the bytes of each block.
+
+Several threads do so at once: what takes the interpreter costs all of them.
+"""
 
 
 class WireImage:
@@ -51,13 +54,16 @@ class WireImage:
         self.nbytes = sum(tensor.nbytes for tensor in self.layout)
         self._memory = np.empty(self.nbytes, np.uint8).data if memory is None else memory
         self._checksums = [0] * len(self.layout)
-        self._parts: list[memoryview] = []
+        self._parts: list[Bytes] = []
         # Kept, because new threads need milliseconds until each has a core of its own.
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="weights")
-        begin = 0
+        data, begin = np.frombuffer(self._memory, np.uint8), 0
         for tensor in self.layout:
-            self._parts.append(self._memory[begin : begin + tensor.nbytes])
+            self._parts.append(data[begin : begin + tensor.nbytes])
             begin += tensor.nbytes
+        self._views = [part.data for part in self._parts]
+        # The largest first, so that the threads end together.
+        self._order = sorted(range(len(self._parts)), key=lambda index: -len(self._parts[index]))
 
     def fill(self, write: WriteBlocks) -> None:
         """Have every tensor written, several at once, and take its checksum while it is in the cache."""
@@ -72,8 +78,8 @@ class WireImage:
         arriving = [self._pool.submit(self._fill, index, write) for index in range(len(self.layout))]
         try:
             yield [
-                WeightTensor(tensor.name, tensor.dtype, tensor.shape, part, arriving=future.result)
-                for tensor, part, future in zip(self.layout, self._parts, arriving, strict=True)
+                WeightTensor(tensor.name, tensor.dtype, tensor.shape, view, arriving=future.result)
+                for tensor, view, future in zip(self.layout, self._views, arriving, strict=True)
             ]
         finally:
             wait(arriving)
@@ -84,7 +90,7 @@ class WireImage:
         """Take the tensors of an image of the same layout."""
 
         def copy(index: int) -> None:
-            np.copyto(np.frombuffer(self._parts[index], np.uint8), np.frombuffer(other._parts[index], np.uint8))
+            np.copyto(self._parts[index], other._parts[index])
             self._checksums[index] = other._checksums[index]
 
         self._each(copy)
@@ -92,8 +98,8 @@ class WireImage:
     def tensors(self) -> list[WeightTensor]:
         """The tensors, whole."""
         return [
-            WeightTensor(tensor.name, tensor.dtype, tensor.shape, part, xxh3=checksum)
-            for tensor, part, checksum in zip(self.layout, self._parts, self._checksums, strict=True)
+            WeightTensor(tensor.name, tensor.dtype, tensor.shape, view, xxh3=checksum)
+            for tensor, view, checksum in zip(self.layout, self._views, self._checksums, strict=True)
         ]
 
     def changes(self, base: WireImage) -> list[WeightTensor]:
@@ -114,18 +120,37 @@ class WireImage:
     def _fill(self, index: int, write: WriteBlocks) -> int:
         checksum = xxhash.xxh3_64()
         for block in write(index, self._parts[index]):
-            checksum.update(block)
+            checksum.update(block.data)
         self._checksums[index] = checksum.intdigest()
         return self._checksums[index]
 
     def _each(self, work: Callable[[int], object]) -> None:
-        """Do the work for every tensor, the largest first, so that the threads end together."""
-        waiting = iter(sorted(range(len(self.layout)), key=lambda index: -self.layout[index].nbytes))
+        """Do the work for every tensor, the largest first."""
+        work_side_by_side(work, self._order, self._pool, _THREADS)
 
-        def take() -> None:
-            # One iterator for all threads: a future for each of hundreds of small tensors would cost more than they do.
-            for index in waiting:
-                work(index)
 
-        for done in [self._pool.submit(take) for _ in range(_THREADS)]:
-            done.result()
+def work_side_by_side(
+    work: Callable[[int], object], order: Iterable[int], pool: ThreadPoolExecutor, threads: int
+) -> None:
+    """Do the work for each index, in this order, in this thread and others of the pool; all have ended when it returns.
+
+    Args:
+        work: raises what this raises.
+        order: of the indices.
+        pool: with as many threads.
+        threads: how many work, this one among them.
+    """
+    waiting = iter(order)
+
+    def take() -> None:
+        # One iterator for all threads: a future for each of hundreds of small tensors would cost more than they do.
+        for index in waiting:
+            work(index)
+
+    others = [pool.submit(take) for _ in range(threads - 1)]
+    try:
+        take()
+    finally:
+        wait(others)
+    for other in others:
+        other.result()

@@ -81,8 +81,7 @@ class CollectiveReceiver:
     def _receive_here(self, group: IncomingGroup, transfer: WeightTransfer) -> None:
         with ExitStack() as failed:
             failed.callback(self._leave)
-            total = sum(tensor.wire_bytes for tensor in transfer.manifest.tensors)
-            for bucket in self._join(group).buckets(transfer.weight_version, total):
+            for bucket in self._join(group).buckets(transfer.weight_version, transfer.manifest.wire_bytes):
                 transfer.write(bucket.cpu().numpy().data)
             failed.pop_all()
 

@@ -33,6 +33,7 @@ class ModelWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters())
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         self._device = next(iter(self._parameters.values())).device
         self._linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} & {
             name.removesuffix(".weight") for name in self._parameters if name.endswith(".weight")
@@ -53,8 +54,8 @@ class ModelWeights:
     def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
         """See `WeightStore`."""
         if adapter is None:
-            return {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        return adapter_shapes(adapter, self.shapes(None), self._linear)
+            return self._shapes
+        return adapter_shapes(adapter, self._shapes, self._linear)
 
     def allocate(self, tensors: Sequence[IncomingTensor]) -> Sequence[torch.Tensor]:
         """See `WeightStore`."""

@@ -8,12 +8,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ppod.client import Segment, SharedDirectory, TensorDtype, TensorLayout
-from ppod_services.core.shared_weights import FileHold, tensors_in
+from ppod_services.core.shared_weights import FileHold, buffers_in
 from ppod_services.core.weight_manifest import IncomingManifest
-from ppod_services.core.weight_store import FileMemory
+from ppod_services.core.weight_store import Buffer, FileMemory
 
 
 class RelayFiles:
@@ -25,7 +23,7 @@ class RelayFiles:
 
     def __init__(self, directory: Path) -> None:
         self._directory = SharedDirectory(directory)
-        self._tensors: dict[Path, Sequence[torch.Tensor]] = {}
+        self._buffers: dict[Path, Sequence[Buffer]] = {}
         self._lock = threading.Lock()
 
     def memory(self, manifest: IncomingManifest) -> FileMemory:
@@ -38,17 +36,17 @@ class RelayFiles:
         with self._lock:
             segment = self._directory.segment(layout, ())
             hold = FileHold(segment.uri, os.open(segment.path, os.O_RDONLY))
-            if segment.path not in self._tensors:
-                self._tensors[segment.path] = _tensors_of(segment, manifest)
-            return FileMemory(self._tensors[segment.path], hold)
+            if segment.path not in self._buffers:
+                self._buffers[segment.path] = _buffers_of(segment, manifest)
+            return FileMemory(self._buffers[segment.path], hold)
 
     def close(self) -> None:
         """Remove the files. Whoever maps one keeps its memory."""
         self._directory.close()
 
 
-def _tensors_of(segment: Segment, manifest: IncomingManifest) -> Sequence[torch.Tensor]:
+def _buffers_of(segment: Segment, manifest: IncomingManifest) -> Sequence[Buffer]:
     sizes = [one.dense_bytes for one in manifest.tensors]
     header = len(segment.memory) - segment.image.nbytes
     offsets = list(itertools.accumulate(sizes, initial=header))[: len(sizes)]
-    return tensors_in(segment.memory, manifest.tensors, offsets)
+    return buffers_in(segment.memory, manifest.tensors, offsets)

@@ -18,13 +18,13 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import torch
 
-from ppod.client import WEIGHT_BLOCK_BYTES, hold_file, release_file
+from ppod.client import WEIGHT_BLOCK_BYTES, hold_file, release_file, work_side_by_side
 from ppod.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from ppod.weight_changes import TensorEncoding
 from ppod_models.loading import DTYPES
 from ppod_services.core.weight_manifest import ITEM_BYTES, IncomingManifest, IncomingTensor, Layout
-from ppod_services.core.weight_store import FileMemory, Install
-from ppod_services.core.weight_transfer import TensorReceiver, WeightTransfer
+from ppod_services.core.weight_store import Buffer, FileMemory, Install
+from ppod_services.core.weight_transfer import TensorReceiver, WeightTransfer, buffers_of
 from ppod_services.core.weights import ServedWeights
 
 _LENGTH_BYTES = 8
@@ -145,23 +145,22 @@ class SharedFile:
         Raises:
             InvalidArgument: a checksum differs, or the file became shorter.
         """
+        receivers = transfer.receivers
+
+        def receive(index: int) -> None:
+            if transfer.borrowed:
+                receivers[index].verify_in_place()
+            else:
+                self._read(receivers[index], offsets[index])
+
         # Longest first, so that the threads end together.
-        order = sorted(range(len(offsets)), key=lambda index: -len(transfer.receivers[index].room))
-        waiting = iter(order)
+        order = sorted(range(len(receivers)), key=lambda index: -len(receivers[index].room))
+        work_side_by_side(receive, order, pool, _READERS)
+        transfer.received_bytes = transfer.manifest.wire_bytes
 
-        def take() -> None:
-            # One iterator for all threads: a future for each of hundreds of small tensors would cost more than they do.
-            for index in waiting:
-                self._receive(transfer.receivers[index], offsets[index], transfer.borrowed)
-
-        for done in [pool.submit(take) for _ in range(_READERS)]:
-            done.result()
-        transfer.received_bytes = sum(tensor.wire_bytes for tensor in transfer.manifest.tensors)
-
-    def _receive(self, receiver: TensorReceiver, offset: int, borrowed: bool) -> None:
+    def _read(self, receiver: TensorReceiver, offset: int) -> None:
         while len(room := receiver.room):
-            # What is in memory already is hashed as one.
-            count = len(room) if borrowed else os.preadv(self._fd, [room[:WEIGHT_BLOCK_BYTES].data], offset)
+            count = os.preadv(self._fd, [room[:WEIGHT_BLOCK_BYTES].data], offset)
             if not count:
                 raise InvalidArgument(f"uri.{receiver.tensor.name}", "the end of the file", f"{len(room)} bytes more")
             offset += count
@@ -178,7 +177,7 @@ class _Mapped:
     header: bytes
     layout: Layout
     offsets: Sequence[int]
-    tensors: Sequence[torch.Tensor]
+    buffers: Sequence[Buffer]
 
 
 class SharedFiles:
@@ -217,7 +216,7 @@ class SharedFiles:
             mappable = self._map_files and weights.borrows and manifest.adapter is None and not manifest.encoded
             mapped = self._mapped(file, header, manifest) if mappable else None
             offsets = file.offsets(header, manifest) if mapped is None else mapped.offsets
-            transfer = weights.begin(manifest, None if mapped is None else FileMemory(mapped.tensors, file.hold()))
+            transfer = weights.begin(manifest, None if mapped is None else FileMemory(mapped.buffers, file.hold()))
             staged: Install | None = None
             try:
                 file.receive(transfer, offsets, self._pool)
@@ -232,22 +231,22 @@ class SharedFiles:
             if found is None or (found.header, found.layout) != (header, manifest.layout):
                 offsets = file.offsets(header, manifest)
                 memory = file.map() if found is None else found.memory
-                tensors = tensors_in(memory, manifest.tensors, offsets)
-                found = _Mapped(memory, header, manifest.layout, offsets, tensors)
+                buffers = buffers_in(memory, manifest.tensors, offsets)
+                found = _Mapped(memory, header, manifest.layout, offsets, buffers)
             self._mappings[file.identity] = found
             while len(self._mappings) > _KEPT_MAPPINGS:
                 del self._mappings[next(iter(self._mappings))]
         return found
 
 
-def tensors_in(mapping: mmap.mmap, described: Sequence[IncomingTensor], offsets: Sequence[int]) -> list[torch.Tensor]:
+def buffers_in(mapping: mmap.mmap, described: Sequence[IncomingTensor], offsets: Sequence[int]) -> list[Buffer]:
     """Tensors in a file's memory, each at its offset."""
     tensors: list[torch.Tensor] = []
     for tensor, offset in zip(described, offsets, strict=True):
         dtype, count = DTYPES[tensor.dtype], tensor.dense_bytes // ITEM_BYTES[tensor.dtype]
         flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=offset) if count else torch.empty(0).to(dtype)
         tensors.append(flat.view(tensor.shape))
-    return tensors
+    return buffers_of(tensors)
 
 
 def _read_header(header: bytes) -> dict[str, _Entry]:

@@ -22,6 +22,9 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
 """Names, data types and shapes of tensors, in their order."""
 
+_ENCODINGS = {one.value: one for one in TensorEncoding} | {
+    weights_pb2.TENSOR_ENCODING_UNSPECIFIED: TensorEncoding.DENSE
+}
 _BUCKET_BYTES = (64 * 1024, 1024**3)
 
 
@@ -119,6 +122,11 @@ class IncomingManifest:
         return tuple((tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors)
 
     @property
+    def wire_bytes(self) -> int:
+        """Bytes of tensors that travel."""
+        return sum(tensor.wire_bytes for tensor in self.tensors)
+
+    @property
     def encoded(self) -> bool:
         """Whether some tensor comes as its changes."""
         return any(tensor.encoding is not TensorEncoding.DENSE for tensor in self.tensors)
@@ -189,7 +197,7 @@ def check_tensors(tensors: Sequence[IncomingTensor], shapes: Mapping[str, tuple[
         seen.add(tensor.name)
         if tensor.shape != shape:
             raise InvalidArgument(f"manifest.tensors.{tensor.name}.shape", str(list(tensor.shape)), str(list(shape)))
-        if tensor.wire_bytes > tensor.dense_bytes:
+        if tensor.encoding is not TensorEncoding.DENSE and tensor.encoded_bytes > tensor.dense_bytes:
             # Nobody gains by it, and it bounds what has to be kept until it is decoded.
             found, most = f"{tensor.encoded_bytes}", f"at most {tensor.dense_bytes}, those of the whole tensor"
             raise InvalidArgument(f"manifest.tensors.{tensor.name}.encoded_bytes", found, most)
@@ -202,11 +210,10 @@ def _read_tensor(spec: weights_pb2.TensorSpec, checksums_follow: bool) -> Incomi
     dtype = _DTYPES.get(spec.dtype)
     if dtype is None:
         raise InvalidArgument(f"manifest.tensors.{spec.name}.dtype", str(spec.dtype), " or ".join(ITEM_BYTES))
-    try:
-        encoding = TensorEncoding(spec.encoding or TensorEncoding.DENSE.value)
-    except ValueError as error:
-        field, known = f"manifest.tensors.{spec.name}.encoding", " or ".join(one.name for one in TensorEncoding)
-        raise InvalidArgument(field, str(spec.encoding), known) from error
+    encoding = _ENCODINGS.get(spec.encoding)
+    if encoding is None:
+        known = " or ".join(one.name for one in TensorEncoding)
+        raise InvalidArgument(f"manifest.tensors.{spec.name}.encoding", str(spec.encoding), known)
     return IncomingTensor(
         name=spec.name,
         dtype=dtype,

@@ -11,6 +11,8 @@ from ppod_services.core.weight_manifest import IncomingManifest, IncomingTensor,
 if TYPE_CHECKING:
     import torch
 
+    from ppod.weight_changes import Bytes
+
 Install = Callable[[], None]
 """Puts staged weights into service. Called once at most, while no decoding step runs; when it raises, what served
 before must serve on."""
@@ -30,10 +32,22 @@ class Hold(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Buffer:
+    """A contiguous CPU tensor that is received into, and its bytes.
+
+    Those of a file are made once. Each operation of torch lets go of the interpreter: for hundreds of tensors, where
+    several threads want it, that would take as long as their checksums.
+    """
+
+    tensor: torch.Tensor
+    data: Bytes
+
+
+@dataclass(frozen=True, slots=True)
 class FileMemory:
     """Tensors in a shared file's own memory, and what keeps others from writing to it."""
 
-    tensors: Sequence[torch.Tensor]
+    buffers: Sequence[Buffer]
     hold: Hold
 
 

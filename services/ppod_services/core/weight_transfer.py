@@ -7,16 +7,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import xxhash
 
 from ppod.errors import FailedPrecondition, InvalidArgument
-from ppod.weight_changes import TensorEncoding, apply_changes, bit_patterns
+from ppod.weight_changes import Bytes, TensorEncoding, apply_changes, bit_patterns
 from ppod_services.core.weight_manifest import ITEM_BYTES, IncomingManifest, IncomingTensor
-from ppod_services.core.weight_store import Hold
+from ppod_services.core.weight_store import Buffer, Hold
 
-Bytes = npt.NDArray[np.uint8]
 ReadImage = Callable[[str, str], "torch.Tensor | None"]
 """See `WeightStore.image`."""
 
@@ -27,12 +25,12 @@ class TensorReceiver:
     Hashing and copying of large blocks let go of the interpreter, so several receivers can work side by side.
     """
 
-    def __init__(self, tensor: IncomingTensor, buffer: torch.Tensor, image: ReadImage) -> None:
+    def __init__(self, tensor: IncomingTensor, buffer: Buffer, image: ReadImage) -> None:
         self.tensor = tensor
         self.buffer = buffer
         self._image = image
         self._dense = tensor.encoding is TensorEncoding.DENSE
-        self._into = bytes_of(buffer) if self._dense else np.empty(tensor.encoded_bytes, np.uint8)
+        self._into = buffer.data if self._dense else np.empty(tensor.encoded_bytes, np.uint8)
         self._hash = xxhash.xxh3_64()
         self._filled = 0
         self.checksum = 0
@@ -63,19 +61,23 @@ class TensorReceiver:
             self._hash.update(self.room[:count].data)
         self._advance(count)
 
+    def verify_in_place(self) -> None:
+        """The bytes of the whole tensor, which is dense, are there; raises InvalidArgument as `advance` does."""
+        self._filled = len(self._into)
+        self._complete(xxhash.xxh3_64_intdigest(self._into.data))
+
     def _advance(self, count: int) -> None:
         self._filled += count
         if self._filled == len(self._into):
-            self._complete()
+            if not self._dense:
+                self._apply()
+                self._hash.update(self.buffer.data.data)
+            self._complete(self._hash.intdigest())
 
-    def _complete(self) -> None:
-        tensor = self.tensor
-        if not self._dense:
-            self._apply()
-            self._hash.update(bytes_of(self.buffer).data)
-        self.checksum = self._hash.intdigest()
-        if tensor.xxh3 is not None:
-            self.verify(tensor.xxh3)
+    def _complete(self, checksum: int) -> None:
+        self.checksum = checksum
+        if self.tensor.xxh3 is not None:
+            self.verify(self.tensor.xxh3)
         self.done = True
 
     def verify(self, xxh3: int) -> None:
@@ -88,8 +90,8 @@ class TensorReceiver:
         base = self._image(tensor.name, tensor.dtype)
         if base is None:
             raise FailedPrecondition("base_version", f"no exact {tensor.dtype} image of its weights", "whole tensors")
-        self.buffer.copy_(base)
-        target = bit_patterns(bytes_of(self.buffer), ITEM_BYTES[tensor.dtype])
+        self.buffer.tensor.copy_(base)
+        target = bit_patterns(self.buffer.data, ITEM_BYTES[tensor.dtype])
         apply_changes(tensor.encoding, self._into, target, f"tensors.{tensor.name}")
 
 
@@ -98,7 +100,7 @@ class WeightTransfer:
 
     Args:
         manifest: what must come.
-        buffers: contiguous CPU tensors of the manifest's shapes and data types, in its order.
+        buffers: of the manifest's shapes and data types, in its order.
         image: the base's tensors, which changes are applied to.
         hold: of the shared file whose memory the buffers are; None: they are the engine's own.
     """
@@ -106,7 +108,7 @@ class WeightTransfer:
     def __init__(
         self,
         manifest: IncomingManifest,
-        buffers: Sequence[torch.Tensor],
+        buffers: Sequence[Buffer],
         image: ReadImage,
         hold: Hold | None = None,
     ) -> None:
@@ -156,8 +158,8 @@ class WeightTransfer:
     def verify_in_place(self) -> None:
         """Verify all tensors; their bytes are in the buffers already. Raises InvalidArgument: a checksum differs."""
         for receiver in self.receivers:
-            self.received_bytes += len(receiver.room)
-            receiver.advance(len(receiver.room))
+            receiver.verify_in_place()
+        self.received_bytes = self.manifest.wire_bytes
 
     def verify(self, checksums: Sequence[int]) -> None:
         """Verify all tensors by checksums that came behind them.
@@ -178,7 +180,7 @@ class WeightTransfer:
         self._check_whole()
         if self._owed:
             raise InvalidArgument("checksums", "end of stream", f"{len(self.receivers)}, as the manifest announced")
-        return {receiver.tensor.name: receiver.buffer for receiver in self.receivers}
+        return {receiver.tensor.name: receiver.buffer.tensor for receiver in self.receivers}
 
     def _check_whole(self) -> None:
         receiver = self._next()
@@ -196,6 +198,11 @@ class WeightTransfer:
                 return receiver
             self._position += 1
         return None
+
+
+def buffers_of(tensors: Sequence[torch.Tensor]) -> list[Buffer]:
+    """Contiguous CPU tensors and their bytes."""
+    return [Buffer(tensor, bytes_of(tensor)) for tensor in tensors]
 
 
 def bytes_of(tensor: torch.Tensor) -> Bytes:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ppod.errors import FailedPrecondition, ResourceExhausted
 from ppod_services.core.weight_manifest import IncomingManifest, check_tensors
 from ppod_services.core.weight_store import FileMemory, GroupReceiver, Hold, Install, ReceivedWeights, WeightStore
-from ppod_services.core.weight_transfer import WeightTransfer
+from ppod_services.core.weight_transfer import WeightTransfer, buffers_of
 
 _BUSY_RETRY_S = 1.0
 
@@ -101,9 +101,11 @@ class ServedWeights:
             if self._transferring:
                 # Buffers for two transfers at once might not fit into memory.
                 raise ResourceExhausted("another transfer of weights is under way", _BUSY_RETRY_S)
-            buffers = self._store.allocate(manifest.tensors) if memory is None else memory.tensors
-            hold = None if memory is None else memory.hold
-            transfer = WeightTransfer(manifest, buffers, self._store.image, hold)
+            if memory is None:
+                buffers = buffers_of(self._store.allocate(manifest.tensors))
+                transfer = WeightTransfer(manifest, buffers, self._store.image)
+            else:
+                transfer = WeightTransfer(manifest, memory.buffers, self._store.image, memory.hold)
             self._transferring = True
             undo.pop_all()
         return transfer

@@ -28,7 +28,7 @@ from ppod.client import (
 )
 from ppod.client.weight_calls import messages
 from ppod.v1 import weights_pb2
-from ppod.weight_changes import TensorEncoding
+from ppod.weight_changes import Bytes, TensorEncoding
 from support.processes import environment
 
 LAYOUT = (
@@ -42,12 +42,12 @@ VALUES = [np.arange(15, dtype=np.float32), np.empty(0, np.float32), np.arange(30
 BLOCK = 400_000
 
 
-def write_values(index: int, memory: memoryview) -> Iterator[memoryview]:
+def write_values(index: int, memory: Bytes) -> Iterator[Bytes]:
     """In three blocks at most, the last one shorter."""
     data = VALUES[index].tobytes()
     for begin in range(0, len(data), BLOCK):
         block = memory[begin : begin + BLOCK]
-        block[:] = data[begin : begin + BLOCK]
+        block[:] = np.frombuffer(data[begin : begin + BLOCK], np.uint8)
         yield block
 
 
@@ -65,7 +65,7 @@ def test_an_image_is_filled_block_by_block_with_its_checksums() -> None:
 def test_tensors_of_an_image_are_pushed_while_the_next_are_written() -> None:
     image, first_was_read = WireImage(LAYOUT), threading.Event()
 
-    def write(index: int, memory: memoryview) -> Iterator[memoryview]:
+    def write(index: int, memory: Bytes) -> Iterator[Bytes]:
         if index:
             assert first_was_read.wait(20)
         yield from write_values(index, memory)
@@ -87,7 +87,7 @@ def test_tensors_of_an_image_are_pushed_while_the_next_are_written() -> None:
 
 
 def test_what_cannot_be_written_fails_the_push_and_the_context() -> None:
-    def write(index: int, memory: memoryview) -> Iterator[memoryview]:
+    def write(index: int, memory: Bytes) -> Iterator[Bytes]:
         if index == 1:
             raise OSError("gone")
         yield from write_values(index, memory)
@@ -102,7 +102,7 @@ def test_changes_of_an_image_carry_the_checksum_of_the_whole() -> None:
     base, new = WireImage(LAYOUT), WireImage(LAYOUT)
     base.fill(write_values)
 
-    def write_changed(index: int, memory: memoryview) -> Iterator[memoryview]:
+    def write_changed(index: int, memory: Bytes) -> Iterator[Bytes]:
         for number, block in enumerate(write_values(index, memory)):
             if index == 2 and number == 0:
                 np.frombuffer(block, np.float32)[1000] = -1.0
@@ -137,7 +137,7 @@ def test_encoded_tensors_are_bytes_in_their_file(tmp_path: Path) -> None:
     base, new = WireImage(LAYOUT), WireImage(LAYOUT)
     base.fill(write_values)
 
-    def write_ones(_: int, memory: memoryview) -> Iterator[memoryview]:
+    def write_ones(_: int, memory: Bytes) -> Iterator[Bytes]:
         np.frombuffer(memory, np.float32).fill(1.0)
         yield memory
 
@@ -204,7 +204,7 @@ def test_several_tensors_are_filled_at_once() -> None:
     both = threading.Barrier(2, timeout=20)
     layout = [TensorLayout(name, TensorDtype.BFLOAT16, (4,)) for name in "ab"]
 
-    def write(_: int, memory: memoryview) -> Iterator[memoryview]:
+    def write(_: int, memory: Bytes) -> Iterator[Bytes]:
         both.wait()
         yield memory
 

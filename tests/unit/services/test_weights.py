@@ -15,7 +15,7 @@ from ppod.weight_changes import TensorEncoding, encode_changes
 from ppod_services.core.model_weights import ModelWeights
 from ppod_services.core.weight_manifest import IncomingManifest, IncomingTensor, LoraAdapter
 from ppod_services.core.weight_store import FileMemory
-from ppod_services.core.weight_transfer import bytes_of
+from ppod_services.core.weight_transfer import buffers_of, bytes_of
 from ppod_services.core.weights import ServedWeights
 from ppod_trainer.adapter_weights import adapter_tensors
 from ppod_trainer.errors import TrainerError
@@ -100,7 +100,7 @@ def test_borrowed_memory_is_never_received_into(own: torch.dtype) -> None:
         manifest, _ = whole(new, version, torch.bfloat16)
         mapped = [parameter.detach() for parameter in new.parameters()]
         lent.append(mapped[0].clone())
-        prepare_lent(weights, manifest, FileMemory(mapped, CountedHold(f"file:///{version}")))
+        prepare_lent(weights, manifest, FileMemory(buffers_of(mapped), CountedHold(f"file:///{version}")))
         weights.commit(version)
         assert_same(state(model), state(new.to(own)))
         assert torch.equal(mapped[0], lent[-1])
@@ -136,7 +136,7 @@ def lend(seed: int, version: int) -> tuple[IncomingManifest, FileMemory, Counted
     new = build_model(seed=seed)
     hold = CountedHold(f"file:///{version}-{seed}")
     manifest, _ = whole(new, version)
-    return manifest, FileMemory([parameter.detach() for parameter in new.parameters()], hold), hold
+    return manifest, FileMemory(buffers_of([parameter.detach() for parameter in new.parameters()]), hold), hold
 
 
 class Copying(ModelWeights):
@@ -183,7 +183,7 @@ def test_a_file_that_is_refused_or_damaged_is_not_held() -> None:
         weights.begin(stale, memory)
     assert old.released == 1
     manifest, memory, damaged = lend(2, 2)
-    memory.tensors[0][0, 0] += 1
+    memory.buffers[0].tensor[0, 0] += 1
     with pytest.raises(InvalidArgument, match="xxh3"):
         prepare_lent(weights, manifest, memory)
     assert damaged.released == 1
