@@ -81,7 +81,7 @@ class PolicyTensors:
 
     def _bytes_of(self, parameter: torch.Tensor) -> Bytes | None:
         """Where they can be copied from as they are; None where they must be converted first."""
-        in_place = parameter.dtype == self._dtype and parameter.device.type == "cpu" and parameter.is_contiguous()
+        in_place = parameter.dtype == self._dtype and parameter.is_cpu and parameter.is_contiguous()
         return parameter.view(-1).view(torch.uint8).numpy() if in_place else None
 
 

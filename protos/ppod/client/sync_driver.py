@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeAlias, TypeVar
 
@@ -262,10 +263,11 @@ class _Delivery:
 
 def _made_ahead(messages: Iterator[bytes]) -> Iterator[bytes]:
     """Make each message while the one before it is sent: gRPC asks for the next only then."""
-    first = next(messages, None)
-    if first is None:
+    yield from islice(messages, 1)
+    if (second := next(messages, None)) is None:
+        # As of a push by a file: no thread for that.
         return
-    yield first
+    yield second
     with ThreadPoolExecutor(1, thread_name_prefix="upload") as pool:
         coming = pool.submit(next, messages, None)
         while (message := coming.result()) is not None:

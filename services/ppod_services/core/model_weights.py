@@ -77,15 +77,17 @@ class ModelWeights:
         if received.adapter is not None:
             return self._stage_adapter(received.adapter, received.tensors)
         ready = {name: self._place(name, tensor) for name, tensor in received.tensors.items()}
+        kept = {name for name, tensor in received.tensors.items() if ready[name] is tensor}
         with self._side.working():
             for name, tensor in received.tensors.items():
-                if (place := ready[name]) is not tensor:
+                if name not in kept:
                     # In two steps where the data type changes: torch would convert on the CPU. The end waits for both.
-                    moved = tensor if tensor.dtype == place.dtype else tensor.to(self._device, non_blocking=True)
-                    place.copy_(moved, non_blocking=True)
+                    dtype = ready[name].dtype
+                    moved = tensor if tensor.dtype == dtype else tensor.to(self._device, non_blocking=True)
+                    ready[name].copy_(moved, non_blocking=True)
         if self._device.type == "cuda":
-            self._make_room(received.tensors, kept=any(ready[name] is one for name, one in received.tensors.items()))
-        borrowed = {name for name, tensor in received.tensors.items() if received.borrowed and ready[name] is tensor}
+            self._make_room(received.tensors, kept=bool(kept))
+        borrowed = kept if received.borrowed else set[str]()
 
         @torch.no_grad()
         def install() -> None:
