@@ -26,6 +26,9 @@ VLLM: dict[str, object] = {
 }
 VALUES: dict[str, object] = {"backend": "vllm", "vllm": VLLM}
 """Configuration of the backend for tiny models."""
+HALF_LOADING_WORKER = "support.half_loading_worker.HalfLoadingWorker"
+HALF_LOADING_VARIABLE = "PPOD_TEST_LOAD_HALF"
+"""Environment variable of that worker with the path of the file that has it load half of a version."""
 
 
 def require_vllm() -> None:
@@ -48,6 +51,14 @@ def running_vllm(
     # As users start it: the engine starts processes of its own.
     with running_service(module, directory, values, fresh=True, start_timeout_s=START_TIMEOUT_S) as service:
         yield service
+
+
+@contextmanager
+def half_loading(path: Path) -> Iterator[None]:
+    """Services that are started within the context, with that worker, look for this file."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(HALF_LOADING_VARIABLE, str(path))
+        yield
 
 
 @contextmanager

@@ -34,7 +34,14 @@ from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
 from support.tiny_adapter import build_adapted_model
 from support.tiny_model import MAX_TOKENS, build_model
-from support.vllm_services import cut_weights_that_wait, draining, running_vllm
+from support.vllm_services import (
+    BLOCK_SIZE,
+    HALF_LOADING_WORKER,
+    cut_weights_that_wait,
+    draining,
+    half_loading,
+    running_vllm,
+)
 from support.weight_tensors import weight_tensors
 
 WORKERS = 2
@@ -45,11 +52,12 @@ SIGNAL = [3] * (MAX_TOKENS - 2)
 
 @dataclass
 class Receiving:
-    """A service whose workers receive, and the trainer's plane."""
+    """A service whose workers receive, and the trainer's plane; while `half_loads` exists they load half of it."""
 
     service: ServiceProcess
     weights: WeightClient
     plane: CollectivePlane
+    half_loads: Path
     models: dict[int, torch.nn.Module] = field(default_factory=lambda: {0: build_model()})
 
     @property
@@ -88,18 +96,21 @@ class Receiving:
 
 @pytest.fixture(scope="module")
 def receiving(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiving]:
+    arguments = {"block_size": BLOCK_SIZE, "worker_cls": HALF_LOADING_WORKER}
     values = {
-        "vllm": {"weights_received_by": "workers", "tensor_parallel_size": WORKERS},
+        "vllm": {"weights_received_by": "workers", "tensor_parallel_size": WORKERS, "engine_args": arguments},
         "weights": {"collective_addresses": ["127.0.0.1:*"], "idle_timeout_s": 3},
     }
+    half_loads = tmp_path_factory.mktemp("worker") / "load-half"
     with (
+        half_loading(half_loads),
         running_vllm(tiny_model_dir, tmp_path_factory.mktemp("vllm"), values) as service,
         WeightClient(service.admin_target) as weights,
         draining(service),
     ):
         config = CollectiveConfig(port=free_ports(1)[0], bucket_mib=1, timeout_s=10)
         plane = CollectivePlane(config, lambda: {weights.target: weights.status().collective_ranks})
-        yield Receiving(service, weights, plane)
+        yield Receiving(service, weights, plane, half_loads)
         plane.close()
 
 
@@ -188,6 +199,20 @@ def test_a_failed_load_restores_what_the_workers_received(receiving: Receiving) 
     cut_weights_that_wait(receiving.service)
     with pytest.raises(Internal, match="the old one serves on"):
         receiving.weights.commit(serving + 1)
+    assert receiving.serving == serving
+    receiving.check()
+    receiving.weights.commit(receiving.prepare())
+    receiving.check()
+
+
+def test_a_failed_end_of_an_update_restores_what_served(receiving: Receiving) -> None:
+    """vLLM's finish_weight_update leaves a mixture of two versions in the workers' models."""
+    serving = receiving.serving
+    broken = receiving.prepare()
+    receiving.half_loads.touch()
+    with pytest.raises(Internal, match=f"could not load version {broken}; the old one serves on"):
+        receiving.weights.commit(broken)
+    receiving.half_loads.unlink()
     assert receiving.serving == serving
     receiving.check()
     receiving.weights.commit(receiving.prepare())

@@ -1,0 +1,39 @@
+"""A vLLM worker whose transfer engine, while a file says so, loads half of what it received, and so fails.
+
+It is vLLM's own worker otherwise. Name it as vLLM's engine argument `worker_cls`; see `half_loading`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+from ppod_services.generation.vllm_backend import transfer_engine
+from ppod_services.generation.vllm_backend.reload import reload_weights
+from support.vllm_services import HALF_LOADING_VARIABLE
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as VllmWorker  # pyright: ignore
+else:
+    from vllm.v1.worker.gpu_worker import Worker as VllmWorker  # pyright: ignore
+
+
+class HalfLoadingWorker(VllmWorker):  # pyright: ignore[reportUntypedBaseClass]
+    """See the module."""
+
+
+def _reload(config: Any, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    found = list(weights)
+    if Path(os.environ[HALF_LOADING_VARIABLE]).exists():
+        found = list(islice(found, len(found) // 2))
+    reload_weights(config, model, found)
+
+
+transfer_engine.reload_weights = _reload
