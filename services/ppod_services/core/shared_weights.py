@@ -153,8 +153,9 @@ class SharedFile:
             else:
                 self._read(receivers[index], offsets[index])
 
+        sizes = [len(receiver.room) for receiver in receivers]
         # Longest first, so that the threads end together.
-        order = sorted(range(len(receivers)), key=lambda index: -len(receivers[index].room))
+        order = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
         work_side_by_side(receive, order, pool, _READERS)
         transfer.received_bytes = transfer.manifest.wire_bytes
 
