@@ -23,6 +23,7 @@ class WaitingParameters(BaseModel):
     longest_s: float = Field(default=0.02, gt=0)
     most_turns: int = Field(default=4, ge=1)
     stuck_file: Path | None = Field(default=None, description="while it is there no step returns")
+    broken_file: Path | None = Field(default=None, description="while it is there every step fails")
 
 
 class Waiting:
@@ -47,6 +48,8 @@ class Waiting:
 
     def step(self, action: str) -> Reply:
         parameters = self._parameters
+        if parameters.broken_file is not None and parameters.broken_file.exists():
+            raise ConnectionError("the tool's server is away")
         while parameters.stuck_file is not None and parameters.stuck_file.exists():
             met_file(parameters.stuck_file).touch()
             time.sleep(_LOOK_S)

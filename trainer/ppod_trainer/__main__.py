@@ -14,7 +14,9 @@ import logging
 import signal
 import sys
 import traceback
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,16 +89,15 @@ def _lead(config: TrainerConfig, ranks: Ranks) -> int:
     stop = StopSignal()
     stop.install()
     try:
-        with open_run(config, stop, ranks) as training_run:
+        with open_run(config, stop, ranks) as training_run, ExitStack() as failed:
+            # Whatever it is: an environment's own errors are as good as ours.
+            failed.push(partial(_save_failed, training_run))
             try:
                 _train(training_run)
             except StopRequestedError as error:
+                failed.pop_all()
                 _save(training_run, f"{error}: stopped")
                 return 128 + (stop.received or 0)
-            except (TrainerError, PpodError) as error:
-                if training_run.whole:
-                    _save(training_run, f"{type(error).__name__}: failed")
-                raise
     except StopRequestedError as error:
         print(f"{error}: stopped before the first step", flush=True)
         return 128 + (stop.received or 0)
@@ -113,6 +114,12 @@ def _follow(config: TrainerConfig, ranks: Ranks) -> int:
     leader, _ = load_leader(config, ranks)
     follow(leader)
     return 0
+
+
+def _save_failed(training_run: TrainingRun, kind: type[BaseException] | None, *_: object) -> None:
+    """Keep the last whole step of a run that an error ends; the error goes on."""
+    if kind is not None and training_run.whole and not training_run.parts.learner.broken:
+        _save(training_run, f"{kind.__name__}: failed")
 
 
 def _save(training_run: TrainingRun, what: str) -> None:

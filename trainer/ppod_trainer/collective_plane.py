@@ -59,11 +59,13 @@ class CollectivePlane:
         self._epoch = 0
         self._members: BroadcastGroup | None = None
         self._refused = threading.Event()
+        self._intact = False
 
     @contextmanager
     def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
         """See `WeightPlane`: while the context lasts, all replicas are to be asked to take the push."""
         self._place(self._ask_ranks())
+        self._intact = False
         with self._copy.tensors(outgoing) as arriving:
             tensors = with_checksums(arriving)
         push = WeightPush(outgoing.weight_version, tensors, collective=self._group)
@@ -78,6 +80,7 @@ class CollectivePlane:
         error = sending.exception()
         if error is not None and not self._refused.is_set():
             raise WeightPushError(f"version {push.weight_version} could not be broadcast: {error}") from error
+        self._intact = error is None
 
     @contextmanager
     def changes(self, outgoing: Outgoing, base_version: int, tensors: Sequence[WeightTensor]) -> Generator[WeightPush]:
@@ -97,10 +100,13 @@ class CollectivePlane:
         del self._store
 
     def _place(self, counts: Mapping[str, int]) -> None:
-        """Give each replica its ranks; others than before make another group."""
+        """Give each replica its ranks; others than before make another group, and so does a push that failed.
+
+        The next one may be of the same version, and must not meet what the failed one left in the store.
+        """
         ends = list(accumulate(counts.values(), initial=1))
         ranks = {target: range(*ends[index : index + 2]) for index, target in enumerate(counts)}
-        if ranks != self._group.ranks:
+        if ranks != self._group.ranks or not self._intact:
             self._leave()
             self._epoch = 0
             self._group = replace(self._group, name=secrets.token_hex(8), ranks=ranks)

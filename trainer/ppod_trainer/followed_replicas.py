@@ -272,7 +272,7 @@ class FollowedReplicas:
             found = status.state.weight_version
             if found != served.weight_version:
                 self._admit(member, False)
-                _give(member.client, status, served)
+                _give(member, status, served)
                 member.ours = True
             elif not member.ours:
                 # The same number, but not the same weights: the run's next version will be above it.
@@ -303,9 +303,11 @@ class FollowedReplicas:
             self._publish()
 
 
-def _give(client: WeightClient, status: WeightStatus, served: ServedWeights) -> None:
+def _give(member: _Member, status: WeightStatus, served: ServedWeights) -> None:
     """Put weights into service on one replica; raises the PpodError that kept it from that."""
-    if served.adapter is None or status.base_version != served.base.weight_version:
+    client = member.client
+    # A base of the same number may be another run's.
+    if served.adapter is None or not member.ours or status.base_version != served.base.weight_version:
         client.push(served.base)
         client.commit(served.base.weight_version)
     if served.adapter is not None:

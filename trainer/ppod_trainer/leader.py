@@ -133,6 +133,11 @@ class Leader:
         if self._in_step:
             self.learner.ranks.tell(End())
 
+    @property
+    def broken(self) -> bool:
+        """Whether an order failed: then the other ranks, if they live, are amid it, and none can be given."""
+        return not self._in_step
+
     @contextmanager
     def _together(self, order: Order) -> Generator[None]:
         self._in_step = False

@@ -12,20 +12,23 @@ import torch
 
 from ppod_trainer.experience import PpoBatch
 from ppod_trainer.masking import masked_mean
+from ppod_trainer.policy_versions import PolicyVersions
 from ppod_trainer.rollouts import ScoredRollout
 
 
-def measure_off_policy(batch: PpoBatch, rollouts: Sequence[ScoredRollout], policy_version: int) -> dict[str, float]:
-    """Differences |trainer's old logprob - sampler's| of the step's action tokens, in nats, and their age in versions.
+def measure_off_policy(
+    batch: PpoBatch, rollouts: Sequence[ScoredRollout], versions: PolicyVersions
+) -> dict[str, float]:
+    """Differences |trainer's old logprob - sampler's| of the step's action tokens, in nats, and their age in updates.
 
-    `sampler/gap_*` are over tokens that weights of this very version sampled: what kernels and precision do. They are
+    `sampler/gap_*` are over tokens that the very policy of `batch` sampled: what kernels and precision do. They are
     left out where there is no such token. `sampler/divergence_*` are over all tokens, which importance weights correct.
     """
     mask = batch.responses.action_mask
     ages = torch.zeros(mask.shape, dtype=torch.int64)
     for row, one in enumerate(rollouts):
         sampled = one.rollout.action_mask
-        ages[row, : len(sampled)] = torch.from_numpy(np.where(sampled, policy_version - one.rollout.versions, 0))
+        ages[row, : len(sampled)] = torch.from_numpy(np.where(sampled, versions.ages(one.rollout.versions), 0))
     ages = ages.to(mask.device)
     difference = (batch.old_logprobs - batch.sampler_logprobs).abs()
     figures = {

@@ -110,15 +110,17 @@ class RolloutPipeline:
         """
         if self._mixes:
             yield
+            self.version = version
         else:
             while not self._generating.acquire(timeout=_LOOK_S):
                 if self._stopping():
                     raise WeightPushError("the run was told to stop while rollouts of coming steps were generated")
             try:
                 yield
+                # Before whoever waits may ask for a version.
+                self.version = version
             finally:
                 self._generating.release()
-        self.version = version
 
     @contextmanager
     def new_reference(self) -> Generator[None]:

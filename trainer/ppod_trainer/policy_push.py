@@ -6,8 +6,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from transformers import PreTrainedModel
 
 from ppod_trainer.leader import Leader
+from ppod_trainer.policy_versions import PolicyVersions
 from ppod_trainer.policy_weights import wire_tensors
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.weight_sync import PushReport, WeightSync
@@ -23,15 +25,17 @@ class PolicyPush:
         leader: has the policy.
         generation: pushes to all replicas.
         stop: a signal waits while all ranks gather.
+        versions: told which versions are bases.
 
     Attributes:
         last: what the last push of the policy took; none where none went well.
     """
 
-    def __init__(self, leader: Leader, generation: WeightSync, stop: StopSignal) -> None:
+    def __init__(self, leader: Leader, generation: WeightSync, stop: StopSignal, versions: PolicyVersions) -> None:
         self._leader = leader
         self._generation = generation
         self._stop = stop
+        self._versions = versions
         self._base_version: int | None = None
         self.last: PushReport | None = None
 
@@ -50,19 +54,18 @@ class PolicyPush:
             with in_service(weight_version):
                 self.last = self._generation.push(model, dtype, weight_version)
             return weight_version
-        if self._generation.base_versions() != {self._base_version}:
-            self._push_base(dtype, weight_version, in_service)
-            weight_version += 1
+        base: PreTrainedModel | None = None
         with self._stop.deferred():
+            if self._generation.base_versions() != {self._base_version}:
+                # Whatever the replicas were started with, the adapter goes on what it is trained on.
+                base = self._leader.base_model(dtype)
             tensors = wire_tensors(self._leader.adapter_weights())
+        base_version, weight_version = weight_version, weight_version + (base is not None)
+        # One block for both: nothing is to be sampled from the base alone.
         with in_service(weight_version):
+            if base is not None:
+                self._versions.base(base_version)
+                self._generation.push(base, dtype, base_version)
+                self._base_version = base_version
             self.last = self._generation.push_adapter(self._leader.adapter.description, tensors, weight_version)
         return weight_version
-
-    def _push_base(self, dtype: torch.dtype, weight_version: int, in_service: InService) -> None:
-        """Whatever the replicas were started with, the adapter goes on what it is trained on."""
-        with self._stop.deferred():
-            model = self._leader.base_model(dtype)
-        with in_service(weight_version):
-            self._generation.push(model, dtype, weight_version)
-        self._base_version = weight_version

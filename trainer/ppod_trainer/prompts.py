@@ -110,7 +110,7 @@ def _read_texts(path: Path | None) -> list[str]:
 
 
 def _read_tsv(path: Path, content: str) -> list[str]:
-    rows = csv.DictReader(content.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    rows = csv.DictReader(_lines(content), delimiter="\t", quoting=csv.QUOTE_NONE)
     if "text" not in (rows.fieldnames or []):
         raise PromptError(f"prompts.path {path}: the header has {rows.fieldnames}; expected a column `text`")
     return [str(row["text"] or "") for row in rows]
@@ -118,7 +118,7 @@ def _read_tsv(path: Path, content: str) -> list[str]:
 
 def _read_jsonl(path: Path, content: str) -> list[str]:
     texts: list[str] = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(_lines(content), start=1):
         try:
             record: object = json.loads(line)
         except json.JSONDecodeError as error:
@@ -132,4 +132,9 @@ def _read_jsonl(path: Path, content: str) -> list[str]:
 
 def _read_lines(path: Path, content: str) -> list[str]:
     del path
-    return content.splitlines()
+    return _lines(content)
+
+
+def _lines(content: str) -> list[str]:
+    """Unlike `str.splitlines`, which also cuts where a text holds a form feed, or a separator of paragraphs."""
+    return content.removesuffix("\n").split("\n") if content else []

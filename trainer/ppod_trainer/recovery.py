@@ -59,5 +59,5 @@ def _heals(error: BaseException) -> bool:
     if isinstance(error, WeightPushError):
         return error.__cause__ is not None and _heals(error.__cause__)
     if isinstance(error, FailedPrecondition):
-        return error.what == "weight_version"
+        return error.what in ("weight_version", "base_version")
     return isinstance(error, Unavailable | DeadlineExceeded)

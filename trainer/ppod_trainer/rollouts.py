@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ppod.tensors import FloatArray, TokenArray
 from ppod_trainer.errors import TrainerError
+from ppod_trainer.policy_versions import PolicyVersions
 from ppod_trainer.prompts import Prompt
 
 MaskArray = npt.NDArray[np.bool_]
@@ -106,10 +107,9 @@ class Rollout:
         """Tokens that the policy sampled."""
         return int(self.action_mask.sum())
 
-    @property
-    def oldest_version(self) -> int:
-        """Version of the oldest weights that sampled a part of it."""
-        return int(self.versions[self.action_mask].min())
+    def age(self, versions: PolicyVersions) -> int:
+        """Updates that followed on the oldest weights that sampled a part of it."""
+        return int(versions.ages(self.versions[self.action_mask]).max())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,8 +158,8 @@ def common_temperature(rollouts: Sequence[Rollout]) -> float:
 
 
 def keep_fresh(
-    rollouts: Sequence[ScoredRollout], policy_version: int, max_staleness: int
+    rollouts: Sequence[ScoredRollout], versions: PolicyVersions, max_staleness: int
 ) -> tuple[list[ScoredRollout], int]:
-    """Drop the rollouts of which a part is older than `max_staleness` versions; tell how many."""
-    fresh = [one for one in rollouts if policy_version - one.rollout.oldest_version <= max_staleness]
+    """Drop the rollouts of which a part is older than `max_staleness` updates; tell how many."""
+    fresh = [one for one in rollouts if one.rollout.age(versions) <= max_staleness]
     return fresh, len(rollouts) - len(fresh)

@@ -24,7 +24,7 @@ def keep_trainable(
     """The samples that no filter rejects, and how many were rejected for each of `REASONS`; a line in the log tells.
 
     Raises:
-        TrainerError: a score is not finite, or the safety reward is no part of the scores.
+        TrainerError: a score or an environment's reward is not finite, or the safety reward is no part of the scores.
     """
     kept: list[ScoredRollout] = []
     counts: dict[str, int] = dict.fromkeys(REASONS, 0)
@@ -33,6 +33,12 @@ def keep_trainable(
             raise TrainerError(
                 f"step {step}, sample {number}: the score is {one.score}; expected a finite number; look at the reward "
                 "service's log"
+            )
+        if not np.isfinite(one.rollout.rewards).all():
+            paid = one.rollout.rewards[~np.isfinite(one.rollout.rewards)][0]
+            raise TrainerError(
+                f"step {step}, sample {number} (seed {one.rollout.seed}): the environment paid {paid}; expected finite "
+                "rewards; look at what its step returns"
             )
         reason = rejection(one, config)
         if reason is None:

@@ -35,6 +35,7 @@ from ppod_trainer.metrics import MetricsLog, StepTimer, finite_record
 from ppod_trainer.off_policy import measure_off_policy
 from ppod_trainer.pipeline import Collected, RolloutPipeline
 from ppod_trainer.policy_push import PolicyPush
+from ppod_trainer.policy_versions import PolicyVersions
 from ppod_trainer.presampling import PreEstimates
 from ppod_trainer.prompts import PromptSet
 from ppod_trainer.recovery import Recovery
@@ -108,6 +109,8 @@ class TrainingRun:
         self.state = state
         self.whole = True
         self._judged: npt.NDArray[np.float32] | None = None
+        self._unpushed: WeightPushError | Unavailable | None = None
+        self._versions = PolicyVersions()
         rollout = config.rollout
         self._pipeline = RolloutPipeline(
             parts.rollouts,
@@ -117,7 +120,9 @@ class TrainingRun:
             stopping=lambda: parts.stop.received is not None,
         )
         self._reference = ReferencePolicy(config.run_dir / "reference", parts.connections)
-        self._to_generation = PolicyPush(parts.learner, parts.connections.generation_weights, parts.stop)
+        self._to_generation = PolicyPush(
+            parts.learner, parts.connections.generation_weights, parts.stop, self._versions
+        )
         self._recovery = Recovery(parts.connections, config.services.recovery_timeout_s, parts.stop)
 
     def close(self) -> None:
@@ -130,6 +135,7 @@ class TrainingRun:
         Raises:
             StopRequestedError: a signal came in; `state` is at the last whole step.
             TroubleError: the last step showed what `watch.stop` names.
+            WeightPushError, Unavailable: generation did not get the weights of the last step, which is whole.
         """
         start, begun = time.perf_counter(), self.state.step
         if begun and self._evaluates() and begun not in self.parts.metrics.evaluated:
@@ -186,9 +192,19 @@ class TrainingRun:
             except (WeightPushError, Unavailable) as error:
                 self._recovery.come_back(error, lambda: self._push_again(weight_version))
         except (WeightPushError, Unavailable) as error:
+            # The policy's version all the same: what is kept under it must not take the place of the one before.
+            self.state = replace(self.state, policy_version=weight_version)
             if self.parts.stop.received is None:
                 raise
             log.warning("stopping without a push of version %d: %s", weight_version, error)
+
+    def _push_update(self, weight_version: int) -> None:
+        """As `push_policy`; where it fails, the step is finished first, so that a checkpoint keeps it."""
+        self._versions.updated(weight_version)
+        try:
+            self.push_policy(weight_version)
+        except (WeightPushError, Unavailable) as error:
+            self._unpushed = error
 
     def _push_again(self, weight_version: int) -> None:
         """After a push that failed: some replicas may have its version, others lack the policy's weights."""
@@ -227,9 +243,7 @@ class TrainingRun:
             with parts.stop.interruptible():
                 with timer.phase("rollout_wait"):
                     collected = self._insist(lambda: self._pipeline.take(step))
-                rollouts, stale = keep_fresh(
-                    collected.rollouts, self.state.policy_version, config.rollout.max_staleness
-                )
+                rollouts, stale = keep_fresh(collected.rollouts, self._versions, config.rollout.max_staleness)
                 rollouts, rejected = keep_trainable(rollouts, config.rewards.filters, step + 1)
                 self._judge(rollouts, timer)
             if len(rollouts) < config.ppo.minibatches:
@@ -238,20 +252,20 @@ class TrainingRun:
                     f"too old, {sum(rejected.values())} rejected by rewards.filters, the others were refused), fewer "
                     f"than ppo.minibatches, {config.ppo.minibatches}; look at the warnings above"
                 )
-            trained_version = self.state.policy_version
             self.whole = False
             parts.scores.update([one.score for one in rollouts])
             controls = self._controls()
             batch, stats = parts.learner.learn(rollouts, step, controls, timer)
             parts.kl.update(batch.mean_kl, len(rollouts))
+            off_policy = measure_off_policy(batch, rollouts, self._versions)
             with timer.phase("push"):
-                self.push_policy(trained_version + 1)
+                self._push_update(self.state.policy_version + 1)
         self.state = replace(self.state, step=step + 1)
         parts.rollouts.schedule.settle(step + 1)
         self.whole = True
         record = finite_record(
             rollout_figures(rollouts)
-            | measure_off_policy(batch, rollouts, trained_version)
+            | off_policy
             | update_figures(batch, stats)
             | self._run_figures(collected, stale, timer, controls)
             | {f"samples/rejected_{reason}": float(count) for reason, count in rejected.items()}
@@ -303,7 +317,7 @@ class TrainingRun:
         if self.state.step % self.config.evaluation.judge_interval and self.state.step + 1 < self.config.steps:
             return
         with timer.phase("judge"):
-            self._judged = self.parts.evaluator.judge(rollouts)
+            self._judged = self._insist(lambda: self.parts.evaluator.judge(rollouts))
 
     def _after_step(self) -> None:
         config, step = self.config, self.state.step
@@ -315,7 +329,10 @@ class TrainingRun:
         interval = config.checkpoint.interval
         if refreshed or (interval is not None and step % interval == 0 and step < config.steps):
             self.save()
+        if self._unpushed is not None:
+            raise self._unpushed
         if refreshed:
+            self.parts.stop.check()
             # Not before the checkpoint, which would otherwise resume with a reference that it does not know.
             self._serve_reference()
             print(f"the reference is now the policy of step {step} (version {self.state.policy_version})", flush=True)

@@ -36,7 +36,7 @@ from ppod.client import (
 )
 from ppod_trainer.collective_plane import CollectivePlane
 from ppod_trainer.config import WeightTransferConfig
-from ppod_trainer.errors import ServiceMismatchError, WeightPushError
+from ppod_trainer.errors import WeightPushError
 from ppod_trainer.held_files import HeldFiles
 from ppod_trainer.policy_weights import PolicyTensors
 from ppod_trainer.weight_planes import GrpcPlane, Outgoing, SharedPlane, WeightPlane
@@ -160,14 +160,15 @@ class WeightSync:
         """Put an adapter alone into service, on top of the whole weights that the replicas have.
 
         Raises:
-            WeightPushError: as for `push`. ServiceMismatchError: the replicas have different whole weights.
+            WeightPushError: as for `push`, or the replicas have different whole weights.
         """
         started = time.monotonic()
         with self._taking():
             bases = {status.base_version for status in self._statuses().values()}
             if len(bases) != 1:
-                found = sorted(bases)
-                raise ServiceMismatchError(f"the replicas have whole weights of versions {found}; push those first")
+                # As of one that was started again since somebody looked.
+                error = FailedPrecondition("base_version", f"{sorted(bases)}", "one version on all replicas")
+                raise WeightPushError(f"adapter of weight version {weight_version}: {error}") from error
             self._sent_bytes = 0
             push = WeightPush(weight_version, tensors, base_version=bases.pop(), adapter=adapter)
             lost = self._lost("prepare", weight_version, self._send(push, list(self._clients)))

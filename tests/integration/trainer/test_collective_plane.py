@@ -5,15 +5,17 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ppod import FailedPrecondition, InvalidArgument, PermissionDenied, PpodError, Unavailable, WeightClient
 from ppod.client import WeightPush
-from ppod_models.process_groups import GroupError
+from ppod_models.process_groups import BroadcastGroup, GroupError
+from ppod_trainer import collective_plane
 from ppod_trainer.collective_plane import CollectivePlane
 from ppod_trainer.config import CollectiveConfig, WeightTransferConfig
 from ppod_trainer.errors import TrainerError, WeightPushError
@@ -117,6 +119,31 @@ def test_a_replica_that_was_started_again_joins_a_new_group(
         assert_serves(again, version, model)
 
 
+def test_a_push_that_failed_is_done_again_under_the_same_version(
+    replicas: list[ServiceProcess], port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run does where no replica has it. What the first attempt left in the store must not be met."""
+    send = collective_plane._broadcast
+    attempts: list[int] = []
+
+    def broken_once(members: BroadcastGroup, *what: Any) -> None:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise GroupError("the network broke")
+        send(members, *what)
+
+    monkeypatch.setattr(collective_plane, "_broadcast", broken_once)
+    with syncing(replicas, port) as sync:
+        version = max(sync.serving_versions()) + 1
+        model = build_model(seed=8)
+        with pytest.raises(WeightPushError):
+            sync.push(model, torch.float32, version)
+        sync.push(model, torch.float32, version)
+        for replica in replicas:
+            assert_serves(replica, version, model)
+    assert len(attempts) == 2
+
+
 class ComingAndGoing(FixedReplicas):
     """As pods are: the run goes on without those that are away."""
 
@@ -175,7 +202,8 @@ def push_in_the_end(sync: WeightSync, model: torch.nn.Module, version: int) -> i
         except WeightPushError:
             assert time.monotonic() < until
             time.sleep(0.2)
-            version += 1
+            with suppress(WeightPushError):
+                version = max(version, *(serving + 1 for serving in sync.serving_versions()))
         else:
             return version
 

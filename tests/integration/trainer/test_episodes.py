@@ -27,7 +27,8 @@ def copying(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CopyingSystem]
 
 
 def config_of(copying: CopyingSystem, name: str, turns: str, steps: int = STEPS, max_staleness: int = 0) -> Config:
-    parameters = {"most_turns": MOST_TURNS, "stuck_file": str(copying.directory / f"{name}.stuck")}
+    files = {f"{kind}_file": str(copying.directory / f"{name}.{kind}") for kind in ("stuck", "broken")}
+    parameters = {"most_turns": MOST_TURNS, **files}
     environment = {"name": "test_waiting", "parameters": parameters, "episodes": 100, "max_turns": MOST_TURNS}
     return copying.config(
         name,
@@ -100,3 +101,16 @@ def test_a_run_that_is_told_to_stop_waits_for_no_tool(copying: CopyingSystem, tu
     assert process.returncode == 128 + signal.SIGTERM, stderr
     # A step whose rollouts were made before is finished first.
     assert f"stopped after step {len(steps_of(config))}; resume from" in stdout
+
+
+def test_a_tool_that_breaks_ends_the_run_and_loses_no_step(copying: CopyingSystem) -> None:
+    config = config_of(copying, "broken", "together", 1000)
+    run_dir = Path(str(config["run_dir"]))
+    process = copying.start(config)
+    wait_for_step(process, run_dir, 2)
+    (copying.directory / "broken.broken").touch()
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "ConnectionError: the tool's server is away" in stderr
+    assert f"ConnectionError: failed after step {len(steps_of(config))}; resume from" in stdout
+    assert (run_dir / "checkpoints" / f"step_{len(steps_of(config)):06d}").is_dir()

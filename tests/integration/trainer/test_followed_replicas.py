@@ -169,6 +169,26 @@ def test_a_pod_of_another_runs_weights_gets_no_work(
         assert run.version(second) == 10
 
 
+def test_a_pod_of_another_runs_base_gets_no_adapter_and_no_work(
+    cluster: Cluster, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its whole weights have the number of this run's base, and are others."""
+    with following(cluster, tiny_model_dir, 1) as run:
+        run.sync.push(build_model(seed=0), torch.float32, 1)
+        description, tensors = adapter_tensors(build_adapted_model(seed=4), "default")
+        run.sync.push_adapter(description, tensors, 2)
+        second = run.deployment.start()
+        wait_until(lambda: '"event": "ready"' in second.stderr, 60)
+        with run.admin(second) as client:
+            client.prepare(1, weight_tensors(build_model(seed=3)))
+            client.commit(1)
+        with caplog.at_level(logging.WARNING):
+            run.deployment.wait_ready(second)
+            wait_until(lambda: f"{second.host}:{run.deployment.ports[0]} gets no work until it serves" in caplog.text)
+        assert second.host not in run.working()
+        assert run.version(second) == 1
+
+
 def test_weights_that_do_not_fit_stop_the_run(cluster: Cluster, tiny_model_dir: Path) -> None:
     with following(cluster, tiny_model_dir, 2) as run:
         run.sync.push(build_model(seed=1), torch.float32, 1)

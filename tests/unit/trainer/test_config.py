@@ -58,6 +58,14 @@ def test_more_minibatches_than_samples_are_refused() -> None:
     assert "ppo.minibatches is 9" in problems({"ppo": {"minibatches": 9}, "rollout": {"batch_size": 8}})[0]
 
 
+def test_a_penalty_cannot_become_a_bonus() -> None:
+    """The controller's factor is 1 - 0.2 * batch_size / horizon at least."""
+    adaptive: dict[str, object] = {"kl": {"adaptive": {"horizon": 100}}, "rollout": {"batch_size": 500}}
+    assert "kl.adaptive.horizon is 100; expected more than 100" in problems(adaptive)[0]
+    adaptive["kl"] = {"adaptive": {"horizon": 101}}
+    parse_config(TrainerConfig, adaptive, "test")
+
+
 def test_replicas_are_refused_where_weights_are_pushed() -> None:
     several = {"services": {"reward": "a:1,b:1", "reference": "dns:///reference:1"}}
     assert parse_config(TrainerConfig, several, "test").services.reward == "a:1,b:1"

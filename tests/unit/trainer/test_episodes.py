@@ -97,7 +97,12 @@ def test_a_conversation_by_hand(independent: bool) -> None:
     said = ids("hi(hi)ho(ho)yo!").astype(np.float32) / -100
     np.testing.assert_array_equal(first.sampler_logprobs, np.where(first.action_mask, said, 0).astype(np.float32))
     assert first.versions.tolist() == [3 * int(action) for action in first.action_mask]
-    assert (first.truncated, first.stop_token, first.sampled, first.oldest_version) == (False, True, 7, 3)
+    assert (first.truncated, first.stop_token, first.sampled, int(first.versions[first.action_mask].min())) == (
+        False,
+        True,
+        7,
+        3,
+    )
     assert CODEC.decode(first.visible_tokens) == "ahi(hi)ho(ho)yo"
     assert CODEC.decode(second.tokens) == "bok!"
     assert talker.asked == ([1, 1, 1, 1] if independent else [2, 1, 1])

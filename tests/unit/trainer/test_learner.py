@@ -20,6 +20,7 @@ from ppod_trainer.learner import Learner, build_learner
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.off_policy import measure_off_policy
 from ppod_trainer.policy import PolicyWithValue
+from ppod_trainer.policy_versions import PolicyVersions
 from ppod_trainer.rollouts import ScoredRollout
 
 Make = Callable[..., list[ScoredRollout]]
@@ -209,20 +210,24 @@ def test_the_gap_to_the_sampler_is_measured_on_tokens_of_the_same_weights(
     batch, _ = learner_of(policy).learn(rollouts, 0, StepControls(1.0, 0.05, 0.0), StepTimer())
     difference = (batch.old_logprobs - batch.sampler_logprobs).abs()
     of_all = difference[batch.responses.response_mask]
-    figures = measure_off_policy(batch, rollouts, 1)
+    versions = PolicyVersions()
+    versions.updated(0)
+    versions.updated(1)
+    figures = measure_off_policy(batch, rollouts, versions)
     assert figures["sampler/gap_mean"] == pytest.approx(float(of_all.mean()), rel=1e-5)
     assert figures["sampler/gap_max"] == pytest.approx(float(of_all.max()), rel=1e-5)
     # The first token of each is two versions old.
     for one in rollouts:
         one.rollout.versions[0] = -1
-    figures = measure_off_policy(batch, rollouts, 1)
+    figures = measure_off_policy(batch, rollouts, versions)
     later = difference[:, 1:][batch.responses.response_mask[:, 1:]]
     assert figures["sampler/gap_mean"] == pytest.approx(float(later.mean()), rel=1e-5)
     assert figures["sampler/divergence_mean"] == pytest.approx(float(of_all.mean()), rel=1e-5)
     assert figures["sampler/staleness_max"] == 2
     assert figures["sampler/staleness_mean"] == pytest.approx(2 * len(rollouts) / len(of_all))
     # Without a token of the same weights there is no gap to tell, only a divergence.
-    assert not {"sampler/gap_mean", "sampler/gap_max"} & measure_off_policy(batch, rollouts, 3).keys()
+    versions.updated(2)
+    assert not {"sampler/gap_mean", "sampler/gap_max"} & measure_off_policy(batch, rollouts, versions).keys()
 
 
 def observed(one: ScoredRollout, at: int, tokens: list[int]) -> ScoredRollout:

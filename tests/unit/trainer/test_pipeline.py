@@ -82,7 +82,7 @@ def test_samples_are_never_older_than_the_bound_and_begun_as_early_as_it_allows(
         for step in range(steps):
             [one] = made.take(step).rollouts
             assert one.rollout.prompt.index == step
-            ages.append(step - one.rollout.oldest_version)
+            ages.append(step - int(one.rollout.versions[0]))
             # The update takes its time, in which all that may be made is made.
             time.sleep(0.02)
             with made.new_weights(step + 1):
@@ -192,7 +192,7 @@ def test_new_weights_wait_until_all_rounds_of_a_step_are_generated() -> None:
         # The first round of step 1 is under way; its second is to follow.
         with made.new_weights(7):
             assert services.asked == [(0, 0), (1, 0), (1, 0)]
-        assert [one.rollout.oldest_version for one in made.take(1).rollouts] == [0, 0]
+        assert [int(one.rollout.versions[0]) for one in made.take(1).rollouts] == [0, 0]
 
 
 def test_what_follows_a_step_that_failed_is_made_anew() -> None:

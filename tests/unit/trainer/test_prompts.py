@@ -77,6 +77,22 @@ def test_jsonl_and_tsv_are_read(tmp_path: Path) -> None:
         assert texts == {first, "cd"}
 
 
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    """Form feeds and Unicode's separators of lines are part of a text; Windows' newlines are newlines."""
+    text = "a\x0cb\u2028c\u2029d\x85e"
+    files = {
+        "p.txt": f"{text}\r\nfg\r\n",
+        "p.tsv": f"id\ttext\n1\t{text}\n2\tfg\n",
+        "p.jsonl": f'{{"prompt": "{text}"}}\n{{"prompt": "fg"}}'.replace("\x0c", "\\f"),
+    }
+    for name, content in files.items():
+        path = tmp_path / name
+        path.write_bytes(content.encode())
+        prompts = load_prompts(PromptsConfig(path=path, first_tokens=None, heldout=1), encode)
+        texts = {"".join(map(chr, prompt.token_ids)) for prompt in prompts.training + prompts.heldout}
+        assert texts == {text, "fg"}, name
+
+
 def test_a_curriculum_begins_with_the_shortest_and_takes_in_longer_ones() -> None:
     """Ten prompts of 1 to 10 tokens, four steps: the shortest 2, 4, 6 and 8 at most, then all."""
     lengths = (7, 2, 9, 1, 5, 10, 3, 8, 4, 6)

@@ -14,6 +14,7 @@ from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.evaluation import distinct_2, standard_error
 from ppod_trainer.metrics import StepTimer
+from ppod_trainer.policy_versions import PolicyVersions
 from ppod_trainer.prompts import Prompt
 from ppod_trainer.rollouts import Rollout, ScoredRollout, Turn, keep_fresh, sample_seed
 
@@ -25,6 +26,13 @@ def rollout(index: int, *, truncated: bool = False, version: int = 1) -> Rollout
     return Rollout.of_turn(prompt, turn, 50 + index)
 
 
+def updates_at(*first_versions: int) -> PolicyVersions:
+    versions = PolicyVersions()
+    for version in first_versions:
+        versions.updated(version)
+    return versions
+
+
 def test_reward_model_sees_what_the_user_sees() -> None:
     assert rollout(4).visible_tokens.tolist() == [4, 4, 7, 8]
     assert rollout(4, truncated=True).visible_tokens.tolist() == [4, 4, 7, 8, 2]
@@ -33,13 +41,24 @@ def test_reward_model_sees_what_the_user_sees() -> None:
 
 def test_samples_over_the_bound_are_dropped_and_counted() -> None:
     scored = [ScoredRollout(rollout(i, version=version), 0.0, np.zeros(3)) for i, version in enumerate((7, 5, 6, 4, 7))]
-    fresh, stale = keep_fresh(scored, 7, 1)
-    assert [one.rollout.oldest_version for one in fresh] == [7, 6, 7]
+    versions = updates_at(5, 6, 7)
+    fresh, stale = keep_fresh(scored, versions, 1)
+    assert [one.rollout.versions[0] for one in fresh] == [7, 6, 7]
     assert stale == 2
-    assert keep_fresh(scored, 7, 3) == (scored, 0)
+    assert keep_fresh(scored, versions, 3) == (scored, 0)
     # One old token makes a sample old.
     mixed = replace(scored[0].rollout, versions=np.array([7, 4, 7]))
-    assert keep_fresh([replace(scored[0], rollout=mixed)], 7, 2) == ([], 1)
+    assert keep_fresh([replace(scored[0], rollout=mixed)], versions, 2) == ([], 1)
+
+
+def test_age_is_counted_in_updates_and_not_in_version_numbers() -> None:
+    """Versions 6 and 7 are one policy, pushed again; 9 is an adapter's base, and 10 the same policy as version 8."""
+    versions = updates_at(4, 5, 6, 8)
+    versions.base(9)
+    ages = versions.ages(np.array([[3, 4, 5], [6, 7, 8], [10, 11, 12]]))
+    assert ages.tolist() == [[4, 3, 2], [1, 1, 0], [0, 0, 0]]
+    bare = ScoredRollout(rollout(0, version=9), 0.0, np.zeros(3))
+    assert keep_fresh([bare], versions, 1000) == ([], 1)
 
 
 def test_seeds_depend_on_place_alone_and_differ() -> None:

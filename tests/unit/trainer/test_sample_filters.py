@@ -83,6 +83,14 @@ def test_a_score_that_is_no_number_is_an_error() -> None:
         keep_trainable([scored([1]), scored([1], float("nan"))], FiltersConfig(), 4)
 
 
+@pytest.mark.parametrize("paid", ["nan", "inf"])
+def test_an_environments_reward_that_is_no_number_is_an_error(paid: str) -> None:
+    one = scored([1, 2])
+    bad = replace(one, rollout=replace(one.rollout, rewards=np.array([0.0, float(paid)], dtype=np.float32)))
+    with pytest.raises(TrainerError, match=rf"step 4, sample 1 \(seed 7\): the environment paid {paid}"):
+        keep_trainable([one, bad], FiltersConfig(), 4)
+
+
 def test_a_safety_reward_that_is_not_asked_is_named() -> None:
     config = FiltersConfig(safety=SafetyFilterConfig(reward="harmless", at_least=0.0))
     with pytest.raises(TrainerError, match=r"'harmless', which is no part of the scores \(their parts: helpful, sum\)"):

@@ -99,6 +99,13 @@ class TrainerConfig(ConfigModel):
     def _one_steers_the_kl(self) -> Self:
         if self.schedules.kl_coefficient is not None and self.kl.adaptive is not None:
             raise ValueError("schedules.kl_coefficient and kl.adaptive would both steer the coefficient: choose one")
+        fastest = self.rollout.batch_size / 5
+        if self.kl.adaptive is not None and self.kl.adaptive.horizon <= fastest:
+            # The controller multiplies by 1 - 0.2 * batch_size / horizon where the KL is far below its target.
+            raise ValueError(
+                f"kl.adaptive.horizon is {self.kl.adaptive.horizon}; expected more than {fastest:g}, a fifth of "
+                "rollout.batch_size: else one step could turn the penalty into a bonus"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,0 +1,338 @@
+"""What becomes of a run whose pushes have to be done again, or fail: of its samples' age, its bases and its steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ppod import FailedPrecondition, Unavailable
+from ppod.client import LoraAdapter, ReplicaOutcome, WeightPush, WeightStatus
+from ppod_trainer.checkpoint import TrainerState
+from ppod_trainer.config import TrainerConfig, WeightTransferConfig
+from ppod_trainer.errors import StopRequestedError, WeightPushError
+from ppod_trainer.evaluation import Evaluator
+from ppod_trainer.kl import FixedKl
+from ppod_trainer.metrics import StepTimer
+from ppod_trainer.pipeline import RolloutPipeline
+from ppod_trainer.policy_push import PolicyPush
+from ppod_trainer.policy_versions import PolicyVersions
+from ppod_trainer.rollouts import Rollout, keep_fresh
+from ppod_trainer.score_statistics import ScoreStatistics
+from ppod_trainer.stopping import StopSignal
+from ppod_trainer.training import TrainingRun
+from ppod_trainer.weight_replicas import FixedReplicas
+from ppod_trainer.weight_sync import WeightSync
+from unit.trainer.test_pipeline import Services
+
+
+class Generation:
+    """Two replicas, as a push sees them."""
+
+    def __init__(self) -> None:
+        self.serves = {"a": 1, "b": 1}
+        self.half = False
+        self.gone = False
+
+    def serving_versions(self) -> set[int]:
+        self._check()
+        return set(self.serves.values())
+
+    def push(self, model: object, dtype: torch.dtype, weight_version: int) -> None:
+        del model, dtype
+        self._check()
+        if self.half:
+            self.serves["a"], self.half = weight_version, False
+            raise WeightPushError("commit failed on 1 of 2") from Unavailable("b is away")
+        self.serves = dict.fromkeys(self.serves, weight_version)
+
+    def _check(self) -> None:
+        if self.gone:
+            raise WeightPushError("a does not tell which weights it has") from Unavailable("gone")
+
+
+def run_of(
+    directory: Path, generation: object, state: TrainerState, further: dict[str, object], **parts: object
+) -> TrainingRun:
+    """A run whose services are stand-ins."""
+
+    def wait_ready(_: float) -> None:
+        if getattr(generation, "gone", False):
+            raise Unavailable("generation is not ready")
+
+    connections = SimpleNamespace(
+        reference=None,
+        reference_weights=None,
+        wait_ready=wait_ready,
+        generation_weights=generation,
+        generation=SimpleNamespace(describe=lambda: SimpleNamespace(limits=SimpleNamespace(dtype="float32"))),
+    )
+    given: dict[str, object] = {
+        "connections": connections,
+        "rollouts": Services(),
+        "stop": StopSignal(),
+        "learner": SimpleNamespace(adapter=None, whole_model=lambda *_: None),
+        "kl": FixedKl(0.1),
+        "scores": ScoreStatistics(),
+        "watcher": None,
+    }
+    config = TrainerConfig.model_validate({"run_dir": str(directory), **further})
+    return TrainingRun(config, cast(Any, SimpleNamespace(**(given | parts))), state)
+
+
+def test_a_policy_that_is_pushed_again_makes_no_sample_older(tmp_path: Path) -> None:
+    """One of two replicas has committed the version that the other one lost: it comes again, under another number."""
+    generation = Generation()
+    overlap: dict[str, object] = {"rollout": {"max_staleness": 1}, "ppo": {"importance_cap": 2.0}}
+    run = run_of(tmp_path, generation, TrainerState(0, 0, 0, ""), overlap)
+    run.push_policy(1)
+    ages: list[int] = []
+    for step in range(5):
+        [taken] = run._pipeline.take(step).rollouts
+        ages.append(taken.rollout.age(run._versions))
+        assert keep_fresh([taken], run._versions, 1) == ([taken], 0)
+        while len(cast(Services, run.parts.rollouts).asked) < min(step + 2, 5):
+            time.sleep(0.001)
+        generation.half = step == 1
+        run._push_update(run.state.policy_version + 1)
+    run.close()
+    assert run.state.policy_version == 7, "five updates, and one of them twice"
+    assert ages == [0, 1, 1, 1, 1]
+
+
+class Adapted:
+    """What a push of an adapter asks of `WeightSync`; remembers what serves."""
+
+    def __init__(self) -> None:
+        self.bases = {0}
+        self.serves = "nothing"
+
+    def base_versions(self) -> set[int]:
+        return self.bases
+
+    def push(self, model: object, dtype: torch.dtype, weight_version: int) -> None:
+        del model, dtype
+        self.bases, self.serves = {weight_version}, "base"
+        time.sleep(0.05)
+
+    def push_adapter(self, description: object, tensors: object, weight_version: int) -> None:
+        del description, tensors
+        time.sleep(0.02)
+        self.serves = f"adapter {weight_version}"
+
+
+class Watching(Services):
+    """Remembers what served as rollouts were made."""
+
+    def __init__(self, generation: Adapted) -> None:
+        super().__init__()
+        self._generation = generation
+        self.served: list[str] = []
+
+    def generate(self, step: int, number: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
+        self.served.append(self._generation.serves)
+        return super().generate(step, number, policy_version, timer)
+
+
+def test_nothing_is_sampled_from_an_adapters_base_while_both_are_pushed() -> None:
+    generation, versions = Adapted(), PolicyVersions()
+    leader = SimpleNamespace(
+        adapter=SimpleNamespace(description=None),
+        base_model=lambda _: nn.Linear(1, 1),
+        adapter_weights=lambda: time.sleep(0.005) or {},
+    )
+    stop = SimpleNamespace(deferred=nullcontext)
+    push = PolicyPush(cast(Any, leader), cast(Any, generation), cast(Any, stop), versions)
+    services = Watching(generation)
+    services.slow_s = 0.02
+    pipeline = RolloutPipeline(services, ahead=2, steps=6, mixes=False)
+    version = push.push(torch.float32, 1, pipeline.new_weights)
+    for step in range(6):
+        pipeline.take(step)
+        if step == 2:
+            generation.bases = {0, *generation.bases}
+        version = push.push(torch.float32, version + 1, pipeline.new_weights)
+    pipeline.close()
+    assert version == 9
+    assert not {"base", "nothing"} & set(services.served)
+    # Where versions may mix, what the bases of versions 1 and 5 sampled is too old.
+    assert (versions.ages(np.array([1, 2, 5, 6])) > 1000).tolist() == [True, False, True, False]
+
+
+class Replica:
+    """A `WeightClient` of a server that may be started again, and then has what it was first started with."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.before_push: Callable[[], None] | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        self.version = self.base = 0
+        self._prepared: WeightPush | None = None
+
+    def status(self, **_: object) -> WeightStatus:
+        return WeightStatus(cast(Any, SimpleNamespace(weight_version=self.version)), None, self.base)
+
+    def push(self, push: WeightPush) -> object:
+        if self.before_push is not None:
+            self.before_push()
+            self.before_push = None
+        if push.base_version is not None and push.base_version != self.base:
+            raise FailedPrecondition("base_version", str(self.base), str(push.base_version))
+        self._prepared = push
+        return SimpleNamespace(replicas=(ReplicaOutcome(self.target, None),))
+
+    def commit(self, weight_version: int, **_: object) -> float:
+        assert self._prepared is not None
+        self.version = weight_version
+        if self._prepared.adapter is None:
+            self.base = weight_version
+        return 0.0
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_base_that_is_lost_after_it_was_looked_for_is_pushed_again(tmp_path: Path, later: bool) -> None:
+    a, b = Replica("a"), Replica("b")
+    sync = WeightSync(FixedReplicas(cast(Any, [a, b]), "stop"), WeightTransferConfig())
+    leader = SimpleNamespace(
+        adapter=SimpleNamespace(description=LoraAdapter(1, 1.0, ("x",))),
+        base_model=lambda _: nn.Linear(2, 2),
+        adapter_weights=lambda: {"x": torch.zeros(2)},
+    )
+    run = run_of(tmp_path, sync, TrainerState(0, 0, 0, ""), {}, learner=leader)
+    run.push_policy(1)
+    assert [(one.version, one.base) for one in (a, b)] == [(2, 1), (2, 1)]
+    wait = run._pipeline.new_weights
+
+    @contextmanager
+    def restarts_meanwhile(version: int) -> Generator[None]:
+        run._pipeline.new_weights = wait
+        with wait(version):
+            b.restart()
+            yield
+
+    if later:
+        # Between the look at all bases and the adapter's own push.
+        b.before_push = b.restart
+    else:
+        run._pipeline.new_weights = restarts_meanwhile
+    run.push_policy(3)
+    assert a.base == b.base > 2
+    assert a.version == b.version == run.state.policy_version == a.base + 1
+
+
+class AwayOnce:
+    """A judge's client."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def score(self, sequences: list[object]) -> object:
+        self.calls += 1
+        if self.calls == 1:
+            raise Unavailable("the judge's pod is moved")
+        return SimpleNamespace(values=np.zeros(len(sequences), np.float32))
+
+
+class TrainedError(Exception):
+    """The step came to its update."""
+
+
+def test_a_judge_that_is_away_for_a_moment_is_asked_again(tmp_path: Path) -> None:
+    def learn(*_: object) -> None:
+        raise TrainedError
+
+    judge = AwayOnce()
+    run = run_of(
+        tmp_path,
+        SimpleNamespace(serving_versions=lambda: {0}),
+        TrainerState(0, 0, 0, ""),
+        {"rollout": {"batch_size": 1}, "ppo": {"minibatches": 1}, "services": {"judge_model": "judge"}},
+        evaluator=Evaluator(cast(Any, None), cast(Any, judge), [], cast(Any, str)),
+        learner=SimpleNamespace(learn=learn, adapter=None),
+    )
+    with pytest.raises(TrainedError):
+        run._step()
+    assert judge.calls == 2
+
+
+class KeptReference:
+    """Notes under which versions a reference was kept; generation is gone, and with it the reference service."""
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+
+    def keep(self, model: object, version: int, needed: object) -> None:
+        del model, needed
+        self.kept.append(version)
+
+    def serve(self, version: int) -> None:
+        del version
+        raise WeightPushError("the reference does not tell which weights it has") from Unavailable("gone")
+
+
+def ended(tmp_path: Path, *, stopped: bool) -> tuple[TrainingRun, KeptReference, list[TrainerState]]:
+    """A run with generation gone, at the end of a step whose reference is to be refreshed."""
+    generation, reference, saved = Generation(), KeptReference(), list[TrainerState]()
+    generation.gone = True
+    services: dict[str, object] = {"reference_admin": "127.0.0.1:1", "recovery_timeout_s": 0.1}
+    further = {"reference_refresh_steps": 1, "services": services}
+    run = run_of(tmp_path, generation, TrainerState(3, 3, 2, ""), further)
+    run._reference = cast(Any, reference)
+    run.save = lambda: saved.append(run.state) or tmp_path
+    if stopped:
+        run.parts.stop.received = signal.SIGTERM
+    run._push_update(4)
+    return run, reference, saved
+
+
+def test_a_stop_before_a_refresh_is_a_stop_and_keeps_the_reference_before(tmp_path: Path) -> None:
+    run, reference, saved = ended(tmp_path, stopped=True)
+    with pytest.raises(StopRequestedError):
+        run._after_step()
+    # Not in the place of version 3, which an earlier checkpoint may name.
+    assert reference.kept == [4]
+    assert [(state.policy_version, state.reference_version) for state in saved] == [(4, 4)]
+
+
+def test_a_step_whose_push_fails_for_good_is_kept(tmp_path: Path) -> None:
+    run, reference, saved = ended(tmp_path, stopped=False)
+    with pytest.raises(WeightPushError, match="which weights it has"):
+        run._after_step()
+    assert reference.kept == [4]
+    assert [(state.policy_version, state.reference_version) for state in saved] == [(4, 4)]
+
+
+def test_the_new_version_is_told_before_anybody_may_generate_again() -> None:
+    told: list[int] = []
+    with_lock = RolloutPipeline(Services(), ahead=1, steps=2, mixes=False)
+
+    class NotingLock:
+        def __init__(self) -> None:
+            self._lock = threading.Lock()
+
+        def acquire(self, timeout: float = -1) -> bool:
+            return self._lock.acquire(timeout=timeout)
+
+        def release(self) -> None:
+            told.append(with_lock.version)
+            self._lock.release()
+
+    with_lock._generating = cast(Any, NotingLock())
+    with with_lock.new_weights(5):
+        assert with_lock.version == 0
+    assert told == [5]
+    with_lock.close()

@@ -1,0 +1,37 @@
+"""Which weight versions hold the policy after which update: what age of a sample is counted in."""
+
+from __future__ import annotations
+
+from bisect import insort
+
+import numpy as np
+import numpy.typing as npt
+
+Ages = npt.NDArray[np.int64]
+
+_NEVER = np.iinfo(np.int64).max
+
+
+class PolicyVersions:
+    """Counts the updates that lie between two weight versions.
+
+    Most updates take one version. But what was pushed again, because a service was away, is the same policy under a
+    later version; and the base of an adapter has a version too, which is no policy of this run.
+    """
+
+    def __init__(self) -> None:
+        self._updates: list[int] = []
+        self._bases: set[int] = set()
+
+    def updated(self, weight_version: int) -> None:
+        """From this version on the policy has had one more update."""
+        insort(self._updates, weight_version)
+
+    def base(self, weight_version: int) -> None:
+        """This version is an adapter's base alone: whatever it samples is too old."""
+        self._bases.add(weight_version)
+
+    def ages(self, versions: npt.NDArray[np.int64]) -> Ages:
+        """How many updates followed on these versions, whatever their shape."""
+        ages = len(self._updates) - np.searchsorted(self._updates, versions, side="right").astype(np.int64)
+        return np.where(np.isin(versions, list(self._bases)), _NEVER, ages) if self._bases else ages
