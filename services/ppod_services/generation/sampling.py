@@ -40,6 +40,8 @@ def draw(logits: torch.Tensor, filters: Sequence[TokenFilter], uniforms: torch.T
         uniforms: float64 [B] in [0, 1).
     """
     best = logits.argmax(dim=-1) if any(row.greedy for row in filters) else None
+    # Before the division: of the smallest temperatures the likeliest token's own logit would overflow.
+    logits -= logits.amax(dim=-1, keepdim=True)
     if any(row.temperature not in (0.0, 1.0) for row in filters):
         divisors = [row.temperature or 1.0 for row in filters]
         logits /= torch.tensor(divisors, device=logits.device).unsqueeze(-1)
@@ -63,12 +65,11 @@ def draw(logits: torch.Tensor, filters: Sequence[TokenFilter], uniforms: torch.T
 
 
 def _softmax_weights(logits: torch.Tensor) -> torch.Tensor:
-    """exp(logits - maximum), float32 [B, blocks, _BLOCK]; what rounds V up to whole blocks is zero.
+    """exp of logits whose maximum is 0, float32 [B, blocks, _BLOCK]; what rounds V up to whole blocks is zero.
 
     In place where V is a multiple of _BLOCK: fresh megabytes at each step cost more than the arithmetic on them.
     """
     rows, vocabulary = logits.shape
-    logits -= logits.amax(dim=-1, keepdim=True)
     logits.exp_()
     blocks = -(-vocabulary // _BLOCK)
     padded = nn.functional.pad(logits, (0, blocks * _BLOCK - vocabulary)) if vocabulary % _BLOCK else logits
@@ -114,19 +115,36 @@ def _draw_cut(
     top_p = torch.tensor([row.top_p for row in filters], dtype=torch.float64, device=weights.device).unsqueeze(-1)
     count = min(vocabulary, max(_FIRST_CANDIDATES, *(row.top_k for row in filters)))
     while True:
-        sorted_weights, ids = weights.topk(count, dim=-1)
+        sorted_weights = weights.topk(count, dim=-1).values
         candidates = sorted_weights.double()
         candidates *= torch.arange(count, device=weights.device) < top_k
         ends = candidates.cumsum(dim=-1)
         # All k candidates are at hand where top-k cuts; elsewhere top-p is of the whole distribution.
         mass = torch.where(top_k <= count, ends[:, -1:], totals.unsqueeze(-1))
         kept = (ends - candidates) < top_p * mass
-        complete = ~kept[:, -1] | (top_k.squeeze(-1) <= count)
-        if count == vocabulary or bool(complete.all()) or not bool(totals.isfinite().all()):
+        # A row that is not finite has no end, and must not keep the others from theirs.
+        complete = ~kept[:, -1] | (top_k.squeeze(-1) <= count) | ~totals.isfinite()
+        if count == vocabulary or bool(complete.all()):
             break
         count = min(vocabulary, count * 4)
     candidates *= kept
     kept_total = candidates.sum(dim=-1, keepdim=True)
     chosen = _first_beyond(candidates, uniforms.unsqueeze(-1) * kept_total).unsqueeze(-1)
     logprobs = (candidates.gather(1, chosen) / kept_total).log().squeeze(-1)
-    return Drawn(ids.gather(1, chosen).squeeze(-1), logprobs)
+    return Drawn(_nth_largest(weights, sorted_weights, chosen), logprobs)
+
+
+def _nth_largest(weights: torch.Tensor, sorted_weights: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The token at a place of each row's order, equal weights in the order of their ids; int64 [B] for places [B, 1].
+
+    topk puts equal weights, of which 16-bit models have many, into an order that depends on how many are asked for, and
+    so on the other rows.
+    """
+    weight = sorted_weights.gather(1, places)
+    among_equals = (places - (weights > weight).sum(dim=-1, keepdim=True)).squeeze(-1)
+    equal = weights == weight
+    ends = equal.sum(dim=-1).cumsum(dim=0)
+    starts = nn.functional.pad(ends[:-1], (1, 0))
+    # Row after row. One that is not finite has none, and gets any: it fails.
+    ids = nn.functional.pad(equal.nonzero()[:, 1], (0, 1))
+    return ids[(starts + among_equals).clamp(min=0, max=len(ids) - 1)]

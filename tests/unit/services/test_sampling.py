@@ -195,3 +195,50 @@ def test_logits_that_are_not_finite_show_in_their_row_alone(row: TokenFilter, ba
     (_, broken), (_, whole) = draw_rows(logits, [row, row], [0.5, 0.5])
     assert not math.isfinite(broken)
     assert math.isfinite(whole)
+
+
+def test_equal_logits_are_kept_in_the_order_of_their_ids() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, 1.0]])
+    largest = math.nextafter(1.0, 0.0)
+    four = TokenFilter(1.0, top_k=4)
+    weights = [math.e**2, math.e**2, math.e, math.e]
+    ends = np.cumsum(weights) / sum(weights)
+    uniforms = [0.0, *(end + 1e-6 for end in ends[:3]), largest]
+    assert [draw_rows(logits, [four], [uniform])[0][0] for uniform in uniforms] == [1, 3, 2, 4, 4]
+    assert [draw_rows(torch.zeros(1, 600), [TokenFilter(1.0, top_k=2)], [u])[0][0] for u in (0.0, largest)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("mine", "other"),
+    [
+        (TokenFilter(1.0, top_p=0.3), TokenFilter(1.0, top_p=0.95)),
+        (TokenFilter(1.0, top_k=50), TokenFilter(1.0, top_k=2000)),
+        (TokenFilter(1.0, min_p=0.001), TokenFilter(1.0, top_k=300)),
+    ],
+)
+def test_equal_logits_are_drawn_alike_whoever_shares_the_batch(mine: TokenFilter, other: TokenFilter) -> None:
+    """A model in bfloat16 has many, and others may need more candidates."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(1, 20_000, generator=generator) * 2.5).bfloat16().float()
+    flat = torch.randn(1, 20_000, generator=generator).bfloat16().float()
+    uniforms = np.linspace(0, 0.999, 60).tolist()
+    alone = [draw_rows(logits, [mine], [uniform])[0] for uniform in uniforms]
+    beside = [draw_rows(torch.cat([flat, logits]), [other, mine], [uniform] * 2)[1] for uniform in uniforms]
+    assert beside == alone
+
+
+@pytest.mark.parametrize("bad", [math.nan, 1.0])
+def test_a_row_that_is_not_finite_leaves_the_others_all_their_candidates(bad: float) -> None:
+    """Flat, so that its nucleus has thousands of tokens."""
+    flat = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)) * 0.01
+    neighbour = torch.full((1, 4096), bad)
+    nucleus = TokenFilter(1.0, top_p=0.95)
+    for uniform in (0.1, 0.9):
+        alone = draw_rows(flat, [nucleus], [uniform])
+        assert draw_rows(torch.cat([flat, neighbour]), [nucleus, nucleus], [uniform, uniform])[:1] == alone
+
+
+def test_the_smallest_temperature_is_greedy() -> None:
+    logits = torch.tensor([[5.0, 90.0, 89.0, -3.0]])
+    for cut in (TokenFilter(1e-38), TokenFilter(1e-38, top_p=0.9), TokenFilter(1e-38, top_k=3)):
+        assert draw_rows(logits, [cut], [0.999]) == [(1, 0.0)]

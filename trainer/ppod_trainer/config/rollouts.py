@@ -61,7 +61,7 @@ class RolloutConfig(ConfigModel):
     max_staleness: int = Field(
         default=0,
         ge=0,
-        description="steps ahead that samples are begun, and most versions that their weights may be behind; "
+        description="steps ahead that samples are begun, and most updates that their weights may be behind; "
         "0: each step waits for samples of its own weights",
     )
 
