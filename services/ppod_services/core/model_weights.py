@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -39,6 +40,8 @@ class ModelWeights:
             name.removesuffix(".weight") for name in self._parameters if name.endswith(".weight")
         }
         self._covered: dict[str, torch.Tensor] = {}  # the base's tensors, where merged ones serve
+        # The next adapter may be staged while one is installed: both look for the base.
+        self._covering = threading.Lock()
         self._spare: dict[str, torch.Tensor] = {}
         self._side = SideStream(self._device)
         self._arena: Arena | None = None  # what is received into on its way to a device
@@ -91,10 +94,11 @@ class ModelWeights:
 
         @torch.no_grad()
         def install() -> None:
-            self._uncover()
-            for name, tensor in ready.items():
-                self._replace(self._parameters[name], name, tensor)
-            self._borrowed = borrowed
+            with self._covering:
+                self._uncover()
+                for name, tensor in ready.items():
+                    self._replace(self._parameters[name], name, tensor)
+                self._borrowed = borrowed
 
         return install
 
@@ -106,16 +110,18 @@ class ModelWeights:
 
         @torch.no_grad()
         def install() -> None:
-            self._uncover()
-            for name, tensor in merged.items():
-                self._covered[name] = self._parameters[name].data
-                self._parameters[name].data = tensor
+            with self._covering:
+                self._uncover()
+                for name, tensor in merged.items():
+                    self._covered[name] = self._parameters[name].data
+                    self._parameters[name].data = tensor
 
         return install
 
     def _base(self, name: str) -> torch.Tensor:
         """The base's tensor, whether or not a merged one serves in its place."""
-        return self._covered.get(name, self._parameters[name].data)
+        with self._covering:
+            return self._covered[name] if name in self._covered else self._parameters[name].data
 
     def _uncover(self) -> None:
         """Put the base's own tensors back."""

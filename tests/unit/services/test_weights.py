@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +19,7 @@ from ppod.client import LoraAdapter as SentAdapter
 from ppod.weight_changes import TensorEncoding, encode_changes
 from ppod_services.core.model_weights import ModelWeights
 from ppod_services.core.weight_manifest import IncomingManifest, IncomingTensor, LoraAdapter
-from ppod_services.core.weight_store import FileMemory
+from ppod_services.core.weight_store import FileMemory, Install, ReceivedWeights
 from ppod_services.core.weight_transfer import buffers_of, bytes_of
 from ppod_services.core.weights import ServedWeights
 from ppod_trainer.adapter_weights import adapter_tensors
@@ -333,6 +338,47 @@ def test_adapters_come_and_go_without_a_trace() -> None:
     image = store.image("model.layers.0.self_attn.q_proj.weight", "float32")
     assert image is not None
     assert torch.equal(image, base["model.layers.0.self_attn.q_proj.weight"])
+
+
+class Interrupted(dict[str, nn.Parameter]):
+    """Parameters; the first time that somebody looks one up, another thread begins its work."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], other: threading.Thread) -> None:
+        super().__init__(parameters)
+        self._other = other
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        found = super().__getitem__(name)
+        if self._other.ident is None:
+            before = found.data
+            self._other.start()
+            # Long enough for a swap that nothing keeps waiting.
+            self._other.join(0.1)
+            return cast(nn.Parameter, SimpleNamespace(data=before))
+        return found
+
+
+def test_an_adapter_that_is_staged_while_weights_are_installed_goes_on_no_other_adapter() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    layer = cast(nn.Linear, model[0])
+    nn.init.zeros_(layer.weight)
+    store = ModelWeights(model)
+    adapter = LoraAdapter(1, 1.0, ("0",))
+
+    def staged(version: int, value: float) -> Install:
+        tensors = {name: torch.full(shape, value) for name, shape in store.shapes(adapter).items()}
+        return store.stage(ReceivedWeights(version, tensors, adapter))
+
+    staged(1, 1.0)()
+    second = threading.Thread(target=store.stage(ReceivedWeights(2, {"0.weight": torch.full((2, 2), 5.0)})))
+    store._parameters = Interrupted(store._parameters, second)
+    third = staged(3, 3.0)
+    if second.ident is None:
+        second.start()
+    second.join()
+    assert layer.weight[0, 0].item() == 5.0
+    third()
+    assert layer.weight[0, 0].item() == 9.0, "3 * 3 on the first base's zeros, not on the first adapter"
 
 
 def test_whole_weights_and_changes_after_an_adapter_find_the_base() -> None:
