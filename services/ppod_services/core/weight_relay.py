@@ -32,6 +32,9 @@ from ppod_services.core.config import WeightsConfig
 _PREPARE = f"/{weights_pb2.DESCRIPTOR.services_by_name['WeightService'].full_name}/PrepareWeights"
 _WAITING_CHUNKS = 4
 """Chunks that a hop may lag behind before the sender has to wait for it."""
+_PATIENCE = 0.5
+"""Share of the idle timeout for which a hop without room is waited for: the others get nothing meanwhile, and must not
+find the sender silent for so long that they give up, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +177,16 @@ class RelayedTransfer:
             self._start(hop, manifest)
             hop.end()
 
+    async def end(self) -> None:
+        """Nothing follows: what this server does with the weights may take long, and no hop is to wait for it."""
+        streams, self._streams = self._streams, []
+        await asyncio.gather(*(hop.put(None) for hop in streams))
+
     async def results(self, own: PpodError | None) -> list[weights_pb2.ReplicaResult]:
         """End all streams, wait for their replies, and tell what became of every server; empty without any hop."""
         if not self._hops:
             return []
-        await asyncio.gather(*(hop.put(None) for hop in self._hops))
+        await self.end()
         found = await asyncio.gather(*(hop.outcomes() for hop in self._hops))
         return [_result(outcome) for outcome in itertools.chain([_Outcome("", own)], *found)]
 
@@ -207,7 +215,8 @@ class _Hop:
             return
         if self._parts.full():
             room = asyncio.ensure_future(self._parts.put(part))
-            await asyncio.wait({room, task}, timeout=self._idle_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            patience_s = self._idle_timeout_s * _PATIENCE
+            await asyncio.wait({room, task}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
             if not room.done():
                 room.cancel()
                 task.cancel()
@@ -242,7 +251,10 @@ class _Hop:
             await asyncio.wait({task}, timeout=self._idle_timeout_s * _depth(self.message))
         if task.done() and not task.cancelled():
             return task.result()
-        return DeadlineExceeded(f"{target} took nothing, or did not answer, for {self._idle_timeout_s:g} s")
+        idle_s = self._idle_timeout_s
+        return DeadlineExceeded(
+            f"{target} took nothing for {idle_s * _PATIENCE:g} s, or did not answer for {idle_s:g} s"
+        )
 
     async def close(self) -> None:
         """Call off what is under way."""

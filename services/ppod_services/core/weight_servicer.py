@@ -193,6 +193,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         staged: Install | None = None
         try:
             await _receive(transfer, stream, relay)
+            await relay.end()
             if memory is not None:
                 relay.announce(memory.hold.uri, transfer.checksums)
             staged = await asyncio.to_thread(weights.stage, transfer)

@@ -129,8 +129,8 @@ class WeightTransfer:
 
     @property
     def checksums(self) -> list[int]:
-        """XXH3-64 of each tensor as it was found; all must be complete."""
-        self._check_whole()
+        """XXH3-64 of each tensor as it was found; raise InvalidArgument when bytes or the sender's own are missing."""
+        self._check_verified()
         return [receiver.checksum for receiver in self.receivers]
 
     @property
@@ -177,10 +177,13 @@ class WeightTransfer:
 
     def finish(self) -> Mapping[str, torch.Tensor]:
         """All tensors by name; raise InvalidArgument when bytes or checksums are missing."""
+        self._check_verified()
+        return {receiver.tensor.name: receiver.buffer.tensor for receiver in self.receivers}
+
+    def _check_verified(self) -> None:
         self._check_whole()
         if self._owed:
             raise InvalidArgument("checksums", "end of stream", f"{len(self.receivers)}, as the manifest announced")
-        return {receiver.tensor.name: receiver.buffer.tensor for receiver in self.receivers}
 
     def _check_whole(self) -> None:
         receiver = self._next()

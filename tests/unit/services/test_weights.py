@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -278,6 +279,20 @@ def test_a_narrower_model_keeps_no_image_to_apply_changes_to() -> None:
     manifest, data = changed(slightly_other(first, 2), first, 2, 1)
     with pytest.raises(FailedPrecondition, match="no exact float32 image"):
         put(weights, manifest, data)
+
+
+def test_checksums_that_the_sender_has_not_confirmed_are_told_to_nobody() -> None:
+    weights, _ = served(build_model(seed=0))
+    manifest, data = whole(build_model(seed=1), 1)
+    sums = [tensor.xxh3 for tensor in manifest.tensors]
+    owing = replace(manifest, tensors=tuple(replace(tensor, xxh3=None) for tensor in manifest.tensors))
+    transfer = weights.begin(owing)
+    transfer.write(data)
+    with pytest.raises(InvalidArgument, match="checksums: found end of stream"):
+        _ = transfer.checksums
+    transfer.verify([one or 0 for one in sums])
+    assert transfer.checksums == sums
+    weights.end(transfer, None)
 
 
 def test_a_version_that_overtakes_a_transfer_ends_it() -> None:
