@@ -11,6 +11,8 @@ from ppod_services.generation.rows import Row
 
 _SPLIT_TOKENS = 64
 """Padding that is cheaper than one more forward."""
+_MOST_PASSES = 8
+"""Groups that may go before a prompt: under a steady load of short ones a long one would else wait for ever."""
 
 
 @dataclass(slots=True, eq=False)
@@ -21,11 +23,18 @@ class Arrival:
         prompt: int32 [length].
         rows: at least one.
         begun: the part of the prompt that was run already.
+        passes: groups that went before it while it waited.
     """
 
     prompt: TokenArray
     rows: list[Row]
     begun: Prefill | None = None
+    passes: int = 0
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it has waited for so long that its length counts no more."""
+        return self.passes >= _MOST_PASSES
 
 
 class Arrivals:
@@ -64,16 +73,19 @@ class Arrivals:
     def next_group(self, most_tokens: int | None) -> list[Arrival]:
         """Take out prompts that are run together, with at most so many tokens, padding included; None: any number.
 
-        Short ones go first. They go together while padding is cheap. Empty where the next one is longer than that:
-        then it is `long_one`'s turn.
+        Those that are overdue go first, else short ones. They go together while padding is cheap. Empty where the next
+        one is longer than that: then it is `long_one`'s turn.
         """
         if self.begun is not None:
             return []
-        self._waiting.sort(key=lambda arrival: len(arrival.prompt))
+        self._waiting.sort(key=lambda arrival: (not arrival.overdue, len(arrival.prompt)))
         group: list[Arrival] = []
         tokens = 0
         for arrival in self._waiting:
             width = len(arrival.prompt)
+            if group and width < len(group[-1].prompt):
+                # Behind those that are overdue: shorter ones begin again.
+                break
             padded = width * (len(group) + 1)
             tokens += width
             if most_tokens is not None and padded > most_tokens:
@@ -82,6 +94,9 @@ class Arrivals:
                 break
             group.append(arrival)
         del self._waiting[: len(group)]
+        if group:
+            for arrival in self._waiting:
+                arrival.passes += 1
         return group
 
     @property
