@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -28,7 +30,10 @@ from ppod_services.generation.vllm_backend.loading import engine_arguments
 from ppod_services.generation.vllm_backend.outputs import Ended
 from ppod_services.generation.vllm_backend.segments import Segment
 from ppod_services.generation.vllm_backend.watch import SERVICE_VARIABLE
+from support.generation_engine import StepSink, Versions
+from support.generation_engine import item as plain_item
 from support.tiny_model import build_tokenizer
+from support.vllm_stand_in import without_vllm
 
 KNOWN = frozenset({"block_size", "swap_space"})
 
@@ -234,6 +239,52 @@ def test_a_stop_text_of_a_resumed_completion_cuts_what_came_after_it() -> None:
     assert sample.tokens.tolist() == [x, c, d]
     assert sample.logprobs.tolist() == [-1.0, -2.0, -3.0]
     assert sample.spans == (VersionSpan(4, 3),)
+
+
+class UnbegunEngine:
+    """An AsyncLLM whose completions end only by an abort, before their first token."""
+
+    errored = False
+
+    def __init__(self) -> None:
+        self._ends: dict[str, asyncio.Event] = {}
+
+    async def get_supported_tasks(self) -> None: ...
+
+    async def generate(self, _prompt: object, _sampling: object, request_id: str) -> AsyncIterator[object]:
+        self._ends[request_id] = asyncio.Event()
+        await self._ends[request_id].wait()
+        yield SimpleNamespace(outputs=[Output([], None, "abort")])
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._ends[request_id].set()
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None: ...
+
+    def shutdown(self, timeout_s: float) -> None: ...
+
+
+def test_whoever_insists_on_a_version_that_goes_is_handed_back_with_it() -> None:
+    with without_vllm():
+        from ppod_services.generation.vllm_backend.engine import VllmEngine  # noqa: PLC0415
+        from ppod_services.generation.vllm_backend.host import EngineHost  # noqa: PLC0415
+    weights, host = Versions(3), EngineHost(UnbegunEngine)  # pyright: ignore
+
+    def commit() -> bool:
+        host.call(host.pause)
+        weights.version = 4
+        return False
+
+    begun, waiting = (plain_item([5, 6], weight_version=3) for _ in range(2))
+    sink = StepSink(joining={1: [waiting]}, pauses={1: commit})
+    engine = VllmEngine(host, weights, build_tokenizer().backend_tokenizer, both_logprobs=False)  # pyright: ignore
+    engine.run([begun], sink)
+    host.close()
+    assert not sink.errors
+    for position in range(2):
+        sample = sink.samples[position]
+        assert (sample.ending, len(sample.tokens), sample.weight_version) == (Ending.ABORTED, 0, 3)
 
 
 def test_a_segment_is_seen_by_other_processes_and_goes_with_its_owner() -> None:

@@ -140,6 +140,19 @@ def read_sample(item: GenerationItem, ended: Ended, *, both_logprobs: bool, serv
     )
 
 
+def unbegun_sample(item: GenerationItem, weight_version: int) -> GeneratedSample:
+    """What is handed back of an item that insists on a version which went out of service before it began."""
+    nothing = np.empty(0, dtype=np.float32)
+    return GeneratedSample(
+        tokens=np.empty(0, dtype=np.int32),
+        logprobs=nothing,
+        unscaled_logprobs=nothing if item.unscaled else None,
+        ending=Ending.ABORTED,
+        weight_version=weight_version,
+        spans=(),
+    )
+
+
 def _shaped(item: GenerationItem) -> bool:
     """Whether tokens are drawn from another distribution than the model's own."""
     token_filter = item.token_filter

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from ppod.errors import Internal, InvalidArgument, PpodError, Unavailable
-from ppod_services.core.described import check_version
 from ppod_services.core.scheduler import JoinableSink
 from ppod_services.core.weights import ServedWeights
 from ppod_services.generation.requests import GeneratedSample, GenerationItem
 from ppod_services.generation.vllm_backend.api import EngineDeadError, VLLMValidationError, make_sampling
-from ppod_services.generation.vllm_backend.completions import ResumedStops, read_sample, sampling_values
+from ppod_services.generation.vllm_backend.completions import ResumedStops, read_sample, sampling_values, unbegun_sample
 from ppod_services.generation.vllm_backend.host import Answer, EngineHost, Prompt
 
 _POLL_S = 0.005
@@ -79,10 +78,14 @@ class _Run:
         return bool(self._active)
 
     def add(self, items: Sequence[GenerationItem]) -> None:
-        """Start completions; refuse those that this engine cannot make."""
+        """Start completions; hand back those whose version is gone, and refuse those that this engine cannot make."""
         prompts: list[Prompt] = []
         for item in items:
             position, self._count = self._count, self._count + 1
+            if item.weight_version not in (None, self._weights.version):
+                # It insists on a version that went out of service while it waited.
+                self._sink.emit(position, unbegun_sample(item, item.weight_version))
+                continue
             try:
                 prompt = self._prompt(position, item)
             except PpodError as error:
@@ -132,7 +135,6 @@ class _Run:
 
     def _prompt(self, position: int, item: GenerationItem) -> Prompt:
         """A completion as vLLM is to make it; raise PpodError when it cannot be."""
-        check_version(item.weight_version, self._weights.version)
         values = sampling_values(item, both_logprobs=self._both_logprobs)
         resumed = bool(item.resumed and item.stop_strings)
         try:
@@ -157,7 +159,9 @@ class _Run:
         if isinstance(error, EngineDeadError) or (error is not None and self._host.failure is not None):
             self._active[position] = taken
             raise Unavailable(self._host.failure or str(error)) from error
-        item, serving = taken[0], self._weights.version
+        item = taken[0]
+        # Where new weights ended one that insists on those before, these serve already.
+        serving = self._weights.version if item.weight_version is None else item.weight_version
         try:
             if error is not None:
                 raise _of_one_request(error) from error
