@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -15,7 +16,7 @@ from ppod_services.core.batch_run import Pause
 JobT = TypeVar("JobT")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Claim:
     pause: Pause
     run: Callable[[], None]
@@ -38,16 +39,23 @@ class Claims:
             return any(claim.pause is Pause.ABORT for claim in self._waiting)
 
     def add(self, job: Callable[[], JobT], pause: Pause) -> Future[JobT]:
-        """Queue a job; its future can be cancelled until it begins."""
+        """Queue a job; its future can be cancelled until it begins, and then holds up nobody any more."""
         future: Future[JobT] = Future()
+        claim = _Claim(pause, lambda: _fulfil(future, job))
         with self._lock:
-            self._waiting.append(_Claim(pause, lambda: _fulfil(future, job)))
+            self._waiting.append(claim)
+        future.add_done_callback(lambda _: self._forget(claim))
         return future
 
     def run(self, pauses: frozenset[Pause] = frozenset(Pause)) -> None:
         """Run those at the head of the queue that make do with these pauses."""
         while (claim := self._next(pauses)) is not None:
             claim.run()
+
+    def _forget(self, claim: _Claim) -> None:
+        """Drop one whose future is done; where it was not cancelled, it was taken out before it ran."""
+        with self._lock, suppress(ValueError):
+            self._waiting.remove(claim)
 
     def _next(self, pauses: frozenset[Pause]) -> _Claim | None:
         with self._lock:

@@ -196,6 +196,29 @@ async def test_abort_hands_back_what_there_is() -> None:
         assert await job == 4
 
 
+@pytest.mark.parametrize("pause", [Pause.WAIT, Pause.ABORT])
+async def test_a_claim_goes_with_its_caller(pause: Pause) -> None:
+    engine = StepEngine()
+    async with scheduling(engine) as scheduler:
+        running = start(scheduler, 9)
+        async with asyncio.timeout(5):
+            while not engine.runs:
+                await asyncio.sleep(0.001)
+        # The first step has no permit yet, so the claim comes and goes before anybody looks for it.
+        job = asyncio.create_task(scheduler.exclusive(lambda: None, pause))
+        await asyncio.sleep(0)
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        newcomer = start(scheduler, 2)
+        engine.steps(3)
+        assert await finished(newcomer) == [2]
+        assert not running.done()
+        engine.steps(6)
+        assert await finished(running) == [9]
+    assert engine.runs == 1
+
+
 async def test_a_job_that_fails_tells_its_caller_and_the_batch_goes_on() -> None:
     engine = StepEngine()
 
@@ -242,7 +265,11 @@ def test_claims_keep_their_order_and_can_be_taken_back() -> None:
     gone = claims.add(lambda: ran.append("gone"), Pause.KEEP)
     claims.add(lambda: ran.append("abort"), Pause.ABORT)
     claims.add(lambda: ran.append("late"), Pause.KEEP)
+    aborting = claims.add(lambda: ran.append("gone"), Pause.ABORT)
     assert gone.cancel()
+    assert len(claims) == 4
+    assert aborting.cancel()
+    assert len(claims) == 3
     assert claims.abort
     claims.run(frozenset((Pause.KEEP,)))
     assert ran == ["keep"]
