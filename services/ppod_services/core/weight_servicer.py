@@ -153,8 +153,11 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         pause = _PAUSES.get(request.pause)
         if pause is None:
             raise InvalidArgument("pause", str(request.pause), "a value of WeightPause")
-        paused_s = await self._scheduler.exclusive(lambda: target.weights.commit(request.weight_version), pause)
-        log_event(_LOGGER, "weights_committed", {"version": request.weight_version, "seconds": round(paused_s, 6)})
+        paused_s = 0.0
+        # Asked first: sequences under way are not to be held up or handed back for a commit that changes nothing.
+        if target.weights.would_change(request.weight_version):
+            paused_s = await self._scheduler.exclusive(lambda: target.weights.commit(request.weight_version), pause)
+            log_event(_LOGGER, "weights_committed", {"version": request.weight_version, "seconds": round(paused_s, 6)})
         # Not the version that was asked for: another commit may have followed.
         return weights_pb2.CommitWeightsResponse(model=target.info.state(target.weights.version), paused_s=paused_s)
 

@@ -40,6 +40,7 @@ class ServedWeights:
         self._base_version = 0
         self._hold: Hold | None = None  # of the file whose memory serves
         self._prepared: _Prepared | None = None
+        self._installing: int | None = None  # the version whose commit is under way
         self._transferring = False
         self._lock = threading.Lock()
 
@@ -133,6 +134,15 @@ class ServedWeights:
         finally:
             _release(dropped)
 
+    def would_change(self, weight_version: int) -> bool:
+        """Whether a commit would put this version into service, or has begun to; False where it serves already.
+
+        Raises:
+            FailedPrecondition: the version is neither prepared nor serving.
+        """
+        with self._lock:
+            return weight_version == self._installing or self._to_commit(weight_version) is not None
+
     def commit(self, weight_version: int) -> float:
         """Put prepared weights into service; must run between two decoding steps. Repeating it changes nothing.
 
@@ -144,13 +154,10 @@ class ServedWeights:
         """
         start = time.monotonic()
         with self._lock:
-            if weight_version == self._version:
+            prepared = self._to_commit(weight_version)
+            if prepared is None:
                 return 0.0
-            prepared = self._prepared
-            if prepared is None or prepared.manifest.weight_version != weight_version:
-                found = "none prepared" if prepared is None else f"{prepared.manifest.weight_version} prepared"
-                raise FailedPrecondition("weight_version", f"{self._version} serving, {found}", str(weight_version))
-            self._prepared = None
+            self._prepared, self._installing = None, weight_version
         dropped = prepared.hold
         try:
             prepared.install()
@@ -161,9 +168,20 @@ class ServedWeights:
                     if self._store.borrows:
                         self._hold, dropped = dropped, self._hold
         finally:
+            self._installing = None
             _release(dropped)
         self._on_version(weight_version)
         return time.monotonic() - start
+
+    def _to_commit(self, weight_version: int) -> _Prepared | None:
+        """What a commit puts into service, None where it serves already; raises as `commit`. Call it with the lock."""
+        if weight_version == self._version:
+            return None
+        prepared = self._prepared
+        if prepared is None or prepared.manifest.weight_version != weight_version:
+            found = "none prepared" if prepared is None else f"{prepared.manifest.weight_version} prepared"
+            raise FailedPrecondition("weight_version", f"{self._version} serving, {found}", str(weight_version))
+        return prepared
 
     def _check_versions(self, manifest: IncomingManifest) -> None:
         if manifest.weight_version <= self._version:

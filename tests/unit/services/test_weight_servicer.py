@@ -8,18 +8,20 @@ from typing import TypeVar, cast
 
 import grpc.aio
 import pytest
+import xxhash
+from torch import nn
 
-from ppod import DeadlineExceeded, InvalidArgument
+from ppod import DeadlineExceeded, FailedPrecondition, InvalidArgument
 from ppod.v1 import weights_pb2
 from ppod_services.core.batch_run import Pause
 from ppod_services.core.config import WeightsConfig
 from ppod_services.core.described import Deferred, ModelInfo
 from ppod_services.core.model_weights import ModelWeights
-from ppod_services.core.weight_manifest import read_manifest
-from ppod_services.core.weight_servicer import WeightServicer, WeightTarget
+from ppod_services.core.weight_manifest import IncomingManifest, IncomingTensor, read_manifest
+from ppod_services.core.weight_servicer import Exclusive, WeightServicer, WeightTarget
+from ppod_services.core.weight_store import Install, ReceivedWeights
 from ppod_services.core.weight_stream import WeightStream, read_part
 from ppod_services.core.weights import ServedWeights
-from support.tiny_model import build_model
 
 JobT = TypeVar("JobT")
 Context = grpc.aio.ServicerContext[weights_pb2.CommitWeightsRequest, weights_pb2.CommitWeightsResponse]
@@ -36,23 +38,68 @@ class RecordingScheduler:
         return job()
 
 
-def servicer(scheduler: RecordingScheduler) -> WeightServicer:
+def servicer(scheduler: Exclusive) -> tuple[WeightServicer, ServedWeights]:
+    """One for a model of one number."""
     target: Deferred[WeightTarget] = Deferred()
     info = ModelInfo("policy", "", 1, 1, "float32", "cpu")
-    target.set(WeightTarget(info, ServedWeights(ModelWeights(build_model()), lambda _: None)))
-    return WeightServicer(target, scheduler, WeightsConfig())
+    weights = ServedWeights(ModelWeights(nn.Linear(1, 1, bias=False)), lambda _: None)
+    target.set(WeightTarget(info, weights))
+    return WeightServicer(target, scheduler, WeightsConfig()), weights
 
 
-def test_a_commit_says_what_becomes_of_running_sequences() -> None:
+def prepare(weights: ServedWeights, version: int) -> None:
+    data = bytes(4)
+    tensor = IncomingTensor("weight", "float32", (1, 1), xxhash.xxh3_64_intdigest(data))
+    transfer = weights.begin(IncomingManifest(version, (tensor,)))
+    transfer.write(data)
+    weights.end(transfer, weights.stage(transfer))
+
+
+async def commit(service: WeightServicer, version: int, pause: int = 0) -> weights_pb2.CommitWeightsResponse:
+    request = weights_pb2.CommitWeightsRequest(weight_version=version, pause=pause)  # pyright: ignore
+    return await service.CommitWeights(request, cast(Context, None))
+
+
+async def test_a_commit_says_what_becomes_of_running_sequences() -> None:
     scheduler = RecordingScheduler()
-    weights = servicer(scheduler)
-    context = cast(Context, None)
+    service, weights = servicer(scheduler)
     for pause in range(4):
-        # Version 0 serves, so committing it succeeds.
-        asyncio.run(weights.CommitWeights(weights_pb2.CommitWeightsRequest(pause=pause), context))  # pyright: ignore
+        prepare(weights, pause + 1)
+        assert (await commit(service, pause + 1, pause)).model.weight_version == pause + 1
     assert scheduler.pauses == [Pause.WAIT, Pause.WAIT, Pause.KEEP, Pause.ABORT]
     with pytest.raises(InvalidArgument, match="pause: found 9"):
-        asyncio.run(weights.CommitWeights(weights_pb2.CommitWeightsRequest(pause=9), context))  # pyright: ignore
+        await commit(service, 4, 9)
+
+
+async def test_a_commit_that_changes_nothing_disturbs_nobody() -> None:
+    scheduler = RecordingScheduler()
+    service, weights = servicer(scheduler)
+    prepare(weights, 2)
+    reply = await commit(service, 0, weights_pb2.WEIGHT_PAUSE_ABORT)
+    assert (reply.model.weight_version, reply.paused_s) == (0, 0.0)
+    with pytest.raises(FailedPrecondition, match="0 serving, 2 prepared, the request needs 1"):
+        await commit(service, 1, weights_pb2.WEIGHT_PAUSE_ABORT)
+    assert scheduler.pauses == []
+    assert weights.prepared_version == 2
+
+
+async def test_a_commit_that_is_repeated_while_it_runs_ends_as_it_does() -> None:
+    class RepeatingStore(ModelWeights):
+        def stage(self, received: ReceivedWeights) -> Install:
+            install = super().stage(received)
+
+            def repeat_and_install() -> None:
+                asked.append(weights.would_change(1))
+                install()
+
+            return repeat_and_install
+
+    asked: list[bool] = []
+    weights = ServedWeights(RepeatingStore(nn.Linear(1, 1, bias=False)), lambda _: None)
+    prepare(weights, 1)
+    weights.commit(1)
+    assert asked == [True]
+    assert not weights.would_change(1)
 
 
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 16_383, 16_384, 2_097_152])
