@@ -131,6 +131,7 @@ class VllmWeights:
 
         Pages that were never written cost a fault each, which makes receiving slower than it needs to be.
         """
+        self._forget_received()
         shapes, dtypes = [tensor.shape for tensor in tensors], [DTYPES[tensor.dtype] for tensor in tensors]
         spare, self._spare = self._spare, None
         self._receiving = spare if spare is not None and spare.holds(shapes, dtypes) else Segment(shapes, dtypes)
@@ -144,6 +145,9 @@ class VllmWeights:
 
     def stage(self, received: ReceivedWeights) -> Install:
         """See `WeightStore`: what lies elsewhere than in shared memory is copied there."""
+        if received.borrowed:
+            # Its transfer needed no memory of ours.
+            self._forget_received()
         receiving, self._receiving = self._receiving, None
         if received.adapter is None:
             image = self._staged(_shared(received.weight_version, received.tensors, receiving))
@@ -158,6 +162,11 @@ class VllmWeights:
         if self._stages and not there:
             self._host.call(image.stage)
         return image
+
+    def _forget_received(self) -> None:
+        """Where another transfer brings the version that the workers received, its bytes may be others."""
+        if self._workers is not None:
+            self._workers.version = None
 
     def _merged(self, adapter: LoraAdapter, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """All weights, with an adapter's change of the base's."""
