@@ -11,8 +11,8 @@ from ppod_services.generation.rows import Row
 
 _SPLIT_TOKENS = 64
 """Padding that is cheaper than one more forward."""
-_MOST_PASSES = 8
-"""Groups that may go before a prompt: under a steady load of short ones a long one would else wait for ever."""
+_MOST_PASSED = 8
+"""Groups that go before a longer prompt: it would wait for ever where short ones keep coming."""
 
 
 @dataclass(slots=True, eq=False)
@@ -23,18 +23,18 @@ class Arrival:
         prompt: int32 [length].
         rows: at least one.
         begun: the part of the prompt that was run already.
-        passes: groups that went before it while it waited.
+        passed: groups that went before it.
     """
 
     prompt: TokenArray
     rows: list[Row]
     begun: Prefill | None = None
-    passes: int = 0
+    passed: int = 0
 
     @property
-    def overdue(self) -> bool:
-        """Whether it has waited for so long that its length counts no more."""
-        return self.passes >= _MOST_PASSES
+    def turn(self) -> tuple[int, int]:
+        """Sorts by who goes first: who was passed over too often, then the shortest."""
+        return -self.passed if self.passed >= _MOST_PASSED else 0, len(self.prompt)
 
 
 class Arrivals:
@@ -73,21 +73,18 @@ class Arrivals:
     def next_group(self, most_tokens: int | None) -> list[Arrival]:
         """Take out prompts that are run together, with at most so many tokens, padding included; None: any number.
 
-        Those that are overdue go first, else short ones. They go together while padding is cheap. Empty where the next
-        one is longer than that: then it is `long_one`'s turn.
+        Short ones go first, until a longer one was passed over too often. They go together while padding is cheap.
+        Empty where the next one is longer than that: then it is `long_one`'s turn.
         """
         if self.begun is not None:
             return []
-        self._waiting.sort(key=lambda arrival: (not arrival.overdue, len(arrival.prompt)))
+        self._waiting.sort(key=lambda arrival: arrival.turn)
         group: list[Arrival] = []
-        tokens = 0
+        width = tokens = 0
         for arrival in self._waiting:
-            width = len(arrival.prompt)
-            if group and width < len(group[-1].prompt):
-                # Behind those that are overdue: shorter ones begin again.
-                break
+            width = max(width, len(arrival.prompt))
             padded = width * (len(group) + 1)
-            tokens += width
+            tokens += len(arrival.prompt)
             if most_tokens is not None and padded > most_tokens:
                 break
             if padded - tokens > _SPLIT_TOKENS + tokens // 8:
@@ -96,7 +93,7 @@ class Arrivals:
         del self._waiting[: len(group)]
         if group:
             for arrival in self._waiting:
-                arrival.passes += 1
+                arrival.passed += 1
         return group
 
     @property

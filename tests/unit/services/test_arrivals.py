@@ -57,3 +57,16 @@ def test_those_that_are_overdue_go_alone() -> None:
     add(arrivals, 4)
     assert [lengths(arrivals) for _ in range(3)] == [[7], [12], [4]]
     assert not len(arrivals)
+
+
+def test_who_has_waited_longest_goes_first_where_all_are_overdue() -> None:
+    """As in a backlog: the shortest of many that are overdue would else go before a long one for ever."""
+    arrivals = Arrivals()
+    add(arrivals, 40)
+    for _ in range(12):
+        for _ in range(6):
+            add(arrivals, 3)
+        if not (group := lengths(arrivals)):
+            break
+        assert group == [3] * 5
+    assert len(arrivals.long_one.prompt) == 40
