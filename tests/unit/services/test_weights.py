@@ -2,69 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import cast
 
-import numpy as np
 import pytest
 import torch
-import xxhash
-from peft import PeftModel
-from torch import nn
 
 from ppod import FailedPrecondition, InvalidArgument
-from ppod.client import LoraAdapter as SentAdapter
-from ppod.weight_changes import TensorEncoding, encode_changes
+from ppod.weight_changes import TensorEncoding
 from ppod_services.core.model_weights import ModelWeights
-from ppod_services.core.weight_manifest import IncomingManifest, IncomingTensor, LoraAdapter
-from ppod_services.core.weight_store import FileMemory, Install, ReceivedWeights
-from ppod_services.core.weight_transfer import buffers_of, bytes_of
+from ppod_services.core.weight_manifest import IncomingManifest
+from ppod_services.core.weight_store import FileMemory
+from ppod_services.core.weight_transfer import buffers_of
 from ppod_services.core.weights import ServedWeights
-from ppod_trainer.adapter_weights import adapter_tensors
-from ppod_trainer.errors import TrainerError
-from support.tiny_adapter import build_adapted_model
+from support.served_weights import assert_same, changed, put, served, slightly_other, state, whole
 from support.tiny_model import build_model
-
-
-def served(model: nn.Module) -> tuple[ServedWeights, ModelWeights]:
-    store = ModelWeights(model)
-    return ServedWeights(store, lambda _: None), store
-
-
-def whole(model: nn.Module, version: int, dtype: torch.dtype = torch.float32) -> tuple[IncomingManifest, bytes]:
-    name = str(dtype).removeprefix("torch.")
-    values = {key: value.detach().to(dtype).contiguous() for key, value in model.named_parameters()}
-    data = {key: bytes_of(value).tobytes() for key, value in values.items()}
-    tensors = tuple(
-        IncomingTensor(key, name, tuple(value.shape), xxhash.xxh3_64_intdigest(data[key]))
-        for key, value in values.items()
-    )
-    return IncomingManifest(version, tensors), b"".join(data.values())
-
-
-def put(weights: ServedWeights, manifest: IncomingManifest, data: bytes, *, chunk: int = 10_000) -> None:
-    transfer = weights.begin(manifest)
-    staged = None
-    try:
-        for begin in range(0, len(data), chunk):
-            transfer.write(data[begin : begin + chunk])
-        staged = weights.stage(transfer)
-    finally:
-        weights.end(transfer, staged)
-    weights.commit(manifest.weight_version)
-
-
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
@@ -207,34 +158,6 @@ def test_a_model_with_tied_embeddings_stays_tied() -> None:
         assert torch.equal(model(tokens).logits, build_model(seed=1, tied=True)(tokens).logits)
 
 
-def changed(new: nn.Module, base: nn.Module, version: int, base_version: int) -> tuple[IncomingManifest, bytes]:
-    manifest, _ = whole(new, version)
-    parts: list[bytes] = []
-    tensors: list[IncomingTensor] = []
-    for tensor, (_, new_value), (_, old_value) in zip(
-        manifest.tensors, new.named_parameters(), base.named_parameters(), strict=True
-    ):
-        bits = [value.detach().contiguous().view(-1).numpy().view(np.uint32) for value in (new_value, old_value)]
-        encoding, data = encode_changes(*bits)
-        parts.append(data.tobytes())
-        size = 0 if encoding is TensorEncoding.DENSE else len(data)
-        tensors.append(IncomingTensor(tensor.name, tensor.dtype, tensor.shape, tensor.xxh3, encoding, size))
-    return IncomingManifest(version, tuple(tensors), base_version), b"".join(parts)
-
-
-def slightly_other(model: nn.Module, seed: int) -> nn.Module:
-    """A model in which some elements of some tensors differ, and one tensor wholly."""
-    other = build_model(seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for index, (new, old) in enumerate(zip(other.parameters(), model.parameters(), strict=True)):
-            if index % 3 == 2:
-                continue
-            keep = torch.rand(new.shape, generator=generator) < (1.0 if index % 3 else 0.99)
-            new.copy_(torch.where(keep, old, new))
-    return other
-
-
 @pytest.mark.parametrize("chunk", [1, 999, 10_000_000])
 def test_changes_against_the_serving_version_are_exact(chunk: int) -> None:
     model = build_model(seed=0)
@@ -308,132 +231,3 @@ def test_a_version_that_overtakes_a_transfer_ends_it() -> None:
     with pytest.raises(FailedPrecondition, match="less than 5"):
         weights.end(transfer, staged)
     assert weights.prepared_version is None
-
-
-def adapter_push(model: PeftModel, version: int, base_version: int) -> tuple[IncomingManifest, bytes]:
-    sent, tensors = adapter_tensors(model, "default")
-    assert isinstance(sent, SentAdapter)
-    incoming = tuple(
-        IncomingTensor(one.name, "float32", one.shape, xxhash.xxh3_64_intdigest(one.data)) for one in tensors
-    )
-    adapter = LoraAdapter(sent.rank, sent.alpha / sent.rank, sent.target_modules)
-    return IncomingManifest(version, incoming, base_version, adapter), b"".join(bytes(one.data) for one in tensors)
-
-
-def merged(adapted: PeftModel) -> dict[str, torch.Tensor]:
-    """What PEFT itself makes of base and adapter."""
-    return state(adapted.merge_and_unload())
-
-
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=name)
-
-
-def test_adapters_come_and_go_without_a_trace() -> None:
-    model = build_model(seed=0, tied=True)
-    weights, store = served(model)
-    base = state(model)
-    put(weights, *adapter_push(build_adapted_model(seed=1), 1, 0))
-    assert_close(state(model), merged(build_adapted_model(seed=1)))
-    assert not torch.equal(
-        model.get_parameter("model.layers.0.self_attn.q_proj.weight"), base["model.layers.0.self_attn.q_proj.weight"]
-    )
-    assert (weights.version, weights.base_version) == (1, 0)
-    # Another adapter of other layers: the first one's layers are the base's again, to the bit.
-    put(weights, *adapter_push(build_adapted_model(seed=2, target_modules=("v_proj",)), 2, 0))
-    assert_close(state(model), merged(build_adapted_model(seed=2, target_modules=("v_proj",))))
-    untouched = {name: value for name, value in base.items() if "v_proj" not in name}
-    assert_same({name: state(model)[name] for name in untouched}, untouched)
-    # And the first again gives what it gave.
-    put(weights, *adapter_push(build_adapted_model(seed=1), 3, 0))
-    again = state(model)
-    assert_close(again, merged(build_adapted_model(seed=1)))
-    image = store.image("model.layers.0.self_attn.q_proj.weight", "float32")
-    assert image is not None
-    assert torch.equal(image, base["model.layers.0.self_attn.q_proj.weight"])
-
-
-class Interrupted(dict[str, nn.Parameter]):
-    """Parameters; the first time that somebody looks one up, another thread begins its work."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], other: threading.Thread) -> None:
-        super().__init__(parameters)
-        self._other = other
-
-    def __getitem__(self, name: str) -> nn.Parameter:
-        found = super().__getitem__(name)
-        if self._other.ident is None:
-            before = found.data
-            self._other.start()
-            # Long enough for a swap that nothing keeps waiting.
-            self._other.join(0.1)
-            return cast(nn.Parameter, SimpleNamespace(data=before))
-        return found
-
-
-def test_an_adapter_that_is_staged_while_weights_are_installed_goes_on_no_other_adapter() -> None:
-    model = nn.Sequential(nn.Linear(2, 2, bias=False))
-    layer = cast(nn.Linear, model[0])
-    nn.init.zeros_(layer.weight)
-    store = ModelWeights(model)
-    adapter = LoraAdapter(1, 1.0, ("0",))
-
-    def staged(version: int, value: float) -> Install:
-        tensors = {name: torch.full(shape, value) for name, shape in store.shapes(adapter).items()}
-        return store.stage(ReceivedWeights(version, tensors, adapter))
-
-    staged(1, 1.0)()
-    second = threading.Thread(target=store.stage(ReceivedWeights(2, {"0.weight": torch.full((2, 2), 5.0)})))
-    store._parameters = Interrupted(store._parameters, second)
-    third = staged(3, 3.0)
-    if second.ident is None:
-        second.start()
-    second.join()
-    assert layer.weight[0, 0].item() == 5.0
-    third()
-    assert layer.weight[0, 0].item() == 9.0, "3 * 3 on the first base's zeros, not on the first adapter"
-
-
-def test_whole_weights_and_changes_after_an_adapter_find_the_base() -> None:
-    model = build_model(seed=0)
-    weights, _ = served(model)
-    first = build_model(seed=1)
-    put(weights, *whole(first, 1))
-    put(weights, *adapter_push(build_adapted_model(seed=1), 2, 1))
-    with pytest.raises(FailedPrecondition, match="base_version: the server has 1, the request needs 2"):
-        put(weights, *adapter_push(build_adapted_model(seed=1), 3, 2))
-    second = slightly_other(first, 2)
-    put(weights, *changed(second, first, 3, 1))
-    assert_same(state(model), state(second))
-    assert weights.base_version == 3
-    put(weights, *adapter_push(build_adapted_model(seed=1), 4, 3))
-    put(weights, *whole(first, 5))
-    assert_same(state(model), state(first))
-
-
-@pytest.mark.parametrize(
-    ("layer", "words"), [("model.norm", "linear layer"), ("lm_head", "weights of its own"), ("model.nothing", "linear")]
-)
-def test_adapters_of_what_is_no_layer_are_refused(layer: str, words: str) -> None:
-    weights, _ = served(build_model(seed=0, tied=True))
-    manifest = IncomingManifest(1, (), 0, LoraAdapter(4, 2.0, (layer,)))
-    with pytest.raises(InvalidArgument, match=words):
-        weights.begin(manifest)
-
-
-def test_an_adapter_of_another_rank_than_its_tensors_is_refused() -> None:
-    weights, _ = served(build_model(seed=0))
-    manifest, _ = adapter_push(build_adapted_model(seed=1), 1, 0)
-    assert manifest.adapter is not None
-    lied = IncomingManifest(1, manifest.tensors, 0, LoraAdapter(8, 1.0, manifest.adapter.target_modules))
-    with pytest.raises(InvalidArgument, match=r"lora_A.weight.shape: found \[4, 64\], expected \[8, 64\]"):
-        weights.begin(lied)
-
-
-def test_variants_of_lora_that_one_scaling_cannot_tell_are_refused() -> None:
-    model = build_adapted_model(seed=1)
-    model.peft_config["default"].rank_pattern = {"q_proj": 8}
-    with pytest.raises(TrainerError, match="rank_pattern"):
-        adapter_tensors(model, "default")

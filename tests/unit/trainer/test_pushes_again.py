@@ -33,7 +33,7 @@ from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import TrainingRun
 from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
-from unit.trainer.test_pipeline import Services
+from support.versioned_rollouts import Services
 
 
 class Generation:
