@@ -37,13 +37,16 @@ class StepEngine:
         self.permits = threading.Semaphore(0)
         self.rows: list[list[int]] = []
         self.runs = 0
+        self.waits = False
 
     def run(self, items: Sequence[int], sink: JoinableSink[int, int]) -> None:
         self.runs += 1
         rows = [Row(position, wanted) for position, wanted in enumerate(items)]
         seen = len(rows)
         while rows:
+            self.waits = True
             assert self.permits.acquire(timeout=10)
+            self.waits = False
             self.rows.append([row.wanted for row in rows])
             for row in rows:
                 row.done += 1
@@ -84,10 +87,10 @@ def work(*items: int, tokens: int = 1) -> list[Submission[int]]:
 
 
 async def until(engine: StepEngine, steps: int) -> None:
-    """Let the engine make steps, and wait until it has made so many in all."""
+    """Let the engine make steps, and wait until it has made so many in all and waits for a permit to the next one."""
     engine.steps(steps - len(engine.rows))
     async with asyncio.timeout(5):
-        while len(engine.rows) < steps:
+        while len(engine.rows) < steps or not engine.waits:
             await asyncio.sleep(0.001)
 
 
@@ -202,7 +205,7 @@ async def test_a_claim_goes_with_its_caller(pause: Pause) -> None:
     async with scheduling(engine) as scheduler:
         running = start(scheduler, 9)
         async with asyncio.timeout(5):
-            while not engine.runs:
+            while not engine.waits:
                 await asyncio.sleep(0.001)
         # The first step has no permit yet, so the claim comes and goes before anybody looks for it.
         job = asyncio.create_task(scheduler.exclusive(lambda: None, pause))
