@@ -32,9 +32,6 @@ from ppod_services.core.config import WeightsConfig
 _PREPARE = f"/{weights_pb2.DESCRIPTOR.services_by_name['WeightService'].full_name}/PrepareWeights"
 _WAITING_CHUNKS = 4
 """Chunks that a hop may lag behind before the sender has to wait for it."""
-_PATIENCE = 0.5
-"""Share of the idle timeout for which a hop without room is waited for: the others get nothing meanwhile, and must not
-find the sender silent for so long that they give up, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +198,10 @@ class _Hop:
     def __init__(self, message: weights_pb2.RelayHop, idle_timeout_s: float) -> None:
         self.message = message
         self._idle_timeout_s = idle_timeout_s
+        depth = _depth(message)
+        # The others get nothing while one without room is waited for, and must not find the sender silent for so long
+        # that they give up, too. One that may itself wait for those behind it is waited for a little longer.
+        self._patience_s = idle_timeout_s * depth / (depth + 1)
         self._parts: asyncio.Queue[bytes | None] = asyncio.Queue(_WAITING_CHUNKS)
         self._task: asyncio.Task[list[_Outcome] | PpodError] | None = None
 
@@ -215,8 +216,7 @@ class _Hop:
             return
         if self._parts.full():
             room = asyncio.ensure_future(self._parts.put(part))
-            patience_s = self._idle_timeout_s * _PATIENCE
-            await asyncio.wait({room, task}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({room, task}, timeout=self._patience_s, return_when=asyncio.FIRST_COMPLETED)
             if not room.done():
                 room.cancel()
                 task.cancel()
@@ -252,9 +252,7 @@ class _Hop:
         if task.done() and not task.cancelled():
             return task.result()
         idle_s = self._idle_timeout_s
-        return DeadlineExceeded(
-            f"{target} took nothing for {idle_s * _PATIENCE:g} s, or did not answer for {idle_s:g} s"
-        )
+        return DeadlineExceeded(f"{target} took nothing for {self._patience_s:g} s, or did not answer for {idle_s:g} s")
 
     async def close(self) -> None:
         """Call off what is under way."""
