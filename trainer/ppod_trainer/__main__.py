@@ -14,6 +14,7 @@ import logging
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from ppod import PpodError
 from ppod_models.configuration import ConfigError, load_config
+from ppod_models.garbage import uncollected_start
 from ppod_models.sources import ModelSourceError
 from ppod_models.tracing import configure_tracing
 from ppod_trainer.config import TrainerConfig
@@ -56,6 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(config: TrainerConfig) -> int:
     """Train with a checked configuration; returns the exit code."""
+    with uncollected_start() as started:
+        return _run(config, started)
+
+
+def _run(config: TrainerConfig, started: Callable[[], None]) -> int:
     # Heavy imports wait until the configuration is known to be right.
     from ppod_trainer.ranks import open_ranks  # noqa: PLC0415
 
@@ -63,7 +70,8 @@ def run(config: TrainerConfig) -> int:
     try:
         timeout_s, offload = config.ranks.timeout_s, config.memory.offload
         with open_ranks(config.policy.device, timeout_s, mesh_of_one=offload) as ranks:
-            return _lead(config, ranks) if ranks.rank == 0 else _follow(config, ranks)
+            role = _lead if ranks.rank == 0 else _follow
+            return role(config, ranks, started)
     except (TrainerError, PpodError, ModelSourceError) as error:
         _complain(ranks, with_notes(error))
         return 1
@@ -81,7 +89,7 @@ def _complain(ranks: Ranks | None, message: str) -> None:
     print(f"ppod train: {place}{message}", file=sys.stderr, flush=True)
 
 
-def _lead(config: TrainerConfig, ranks: Ranks) -> int:
+def _lead(config: TrainerConfig, ranks: Ranks, started: Callable[[], None]) -> int:
     from ppod_trainer.assembly import open_run  # noqa: PLC0415
     from ppod_trainer.stopping import StopSignal  # noqa: PLC0415
 
@@ -90,6 +98,7 @@ def _lead(config: TrainerConfig, ranks: Ranks) -> int:
     stop.install()
     try:
         with open_run(config, stop, ranks) as training_run, ExitStack() as failed:
+            started()
             # Whatever it is: an environment's own errors are as good as ours.
             failed.push(partial(_save_failed, training_run))
             try:
@@ -104,7 +113,7 @@ def _lead(config: TrainerConfig, ranks: Ranks) -> int:
     return 0
 
 
-def _follow(config: TrainerConfig, ranks: Ranks) -> int:
+def _follow(config: TrainerConfig, ranks: Ranks, started: Callable[[], None]) -> int:
     from ppod_trainer.assembly import load_leader  # noqa: PLC0415
     from ppod_trainer.follower import follow  # noqa: PLC0415
 
@@ -112,6 +121,7 @@ def _follow(config: TrainerConfig, ranks: Ranks) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     leader, _ = load_leader(config, ranks)
+    started()
     follow(leader)
     return 0
 

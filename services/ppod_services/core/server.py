@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from ppod.channel import ChannelOptions, server_options
+from ppod_models.garbage import uncollected_start
 from ppod_models.sources import ModelSourceError
 from ppod_models.tracing import flush_tracing
 from ppod_services.core.config import ServiceConfig, TlsConfig
@@ -216,9 +217,10 @@ class _Server:
     async def _load(self) -> bool:
         """Load the model; False when a signal came first."""
         start = time.monotonic()
-        loading = asyncio.get_running_loop().run_in_executor(self._executor, self._hosted.load)
-        stopping = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        with uncollected_start():
+            loading = asyncio.get_running_loop().run_in_executor(self._executor, self._hosted.load)
+            stopping = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if not loading.done():
             return False
