@@ -19,7 +19,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 ERROR_DOMAIN = "ppod.v1"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
-_UNSENT = "Internal error from Core"
+FAILED_WRITE = "Internal error from Core"
+"""What grpc.aio says of a call that ended while a message was being written, in place of the server's own status."""
 
 _MAX_VALUE_BYTES = 320
 _MAX_MESSAGE_BYTES = 640
@@ -261,8 +262,7 @@ def from_rpc_error(error: grpc.RpcError) -> PpodError:
         # Whoever cancels a call leaves other words. A server that stops says no more than that, of calls that it has
         # taken from the wire and not begun, or cut short.
         return Unavailable("the server stopped before it answered")
-    if code == grpc.StatusCode.INTERNAL and detail.startswith(_UNSENT):
-        # grpc.aio's words where the server ended a call while it was written to, in place of the server's own status.
+    if code == grpc.StatusCode.INTERNAL and detail.startswith(FAILED_WRITE):
         return Unavailable("the server ended the call while it was being sent to")
     return _nearest(code, detail, status)
 

@@ -18,6 +18,7 @@ from ppod.client.replies import typed_error
 from ppod.client.streaming import StreamDelivery
 from ppod.client.tracing import Metadata
 from ppod.errors import Cancelled, PpodError
+from ppod.uploads import reply_to_stream
 
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
@@ -91,7 +92,8 @@ class AioDriver:
         try:
             stub = self._channel(address).stream_unary(method, None, None)
             timeout_s = timeout_s or self._core.settings.timeout_s
-            return await stub(_threaded(messages), timeout=timeout_s, metadata=self._core.metadata())
+            call = stub(_threaded(messages), timeout=timeout_s, metadata=self._core.metadata())
+            return await reply_to_stream(call)
         except grpc.RpcError as error:
             typed = typed_error(error, self._core.service_name, address)
             code = typed.code.name

@@ -26,6 +26,7 @@ from ppod.errors import (
     from_status,
     to_status,
 )
+from ppod.uploads import reply_to_stream
 from ppod.v1 import weights_pb2
 from ppod_services.core.config import WeightsConfig
 
@@ -102,7 +103,8 @@ class WeightRelay:
         first = weights_pb2.PrepareWeightsRequest(manifest=onward).SerializeToString()
         stub = self._channel(target).stream_unary(_PREPARE, None, None)
         try:
-            data = await stub(hop.messages(first), timeout=timeout_s, metadata=self._security.metadata())
+            call = stub(hop.messages(first), timeout=timeout_s, metadata=self._security.metadata())
+            data = await reply_to_stream(call)
         except grpc.RpcError as error:
             typed = from_rpc_error(error)
             if isinstance(typed, Unavailable):
