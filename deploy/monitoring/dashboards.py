@@ -93,7 +93,7 @@ _SOUND = Row(
                 _gauge("ppod_weight_version", "generation {{pod}}", ', component="generation"'),
             ),
         ),
-        Panel("Age of the samples' weights, versions", (_gauge("ppod_sampler_staleness_max_versions", "oldest"),)),
+        Panel("Age of the samples' weights, updates", (_gauge("ppod_sampler_staleness_max_updates", "oldest"),)),
     ),
 )
 

@@ -70,8 +70,8 @@ GAUGES = {
     "sampler/gap_max": ("ppod_sampler_logprob_gap_max_nats", "Largest |trainer - sampler| logprob"),
     "sampler/divergence_mean": ("ppod_sampler_divergence_nats", "Mean |trainer - sampler| logprob of all tokens"),
     "sampler/divergence_max": ("ppod_sampler_divergence_max_nats", "Largest |trainer - sampler| logprob of all tokens"),
-    "sampler/staleness_mean": ("ppod_sampler_staleness_mean_versions", "Mean age of the tokens' weights, in updates"),
-    "sampler/staleness_max": ("ppod_sampler_staleness_max_versions", "Age of the oldest tokens' weights, in updates"),
+    "sampler/staleness_mean": ("ppod_sampler_staleness_mean_updates", "Mean age of the tokens' weights, in updates"),
+    "sampler/staleness_max": ("ppod_sampler_staleness_max_updates", "Age of the oldest tokens' weights, in updates"),
     "sampler/temperature": ("ppod_sampler_temperature", "Temperature that the step's samples were drawn at"),
     "sampler/mismatched": ("ppod_sampler_mismatched_ratio", "Share of tokens left out of the loss for their mismatch"),
     "push/bytes": (
