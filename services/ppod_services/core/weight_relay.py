@@ -248,13 +248,14 @@ class _Hop:
         target, task = self.message.target, self._task
         if task is None:
             return Unavailable(f"not reached: no file was made for {target}")
+        # Each server behind may itself wait so long for the next one, and still tell of it.
+        answer_s = self._idle_timeout_s * _depth(self.message)
         if not task.done():
-            # Each server behind may itself wait so long for the next one, and still tell of it.
-            await asyncio.wait({task}, timeout=self._idle_timeout_s * _depth(self.message))
+            await asyncio.wait({task}, timeout=answer_s)
         if task.done() and not task.cancelled():
             return task.result()
-        idle_s = self._idle_timeout_s
-        return DeadlineExceeded(f"{target} took nothing for {self._patience_s:g} s, or did not answer for {idle_s:g} s")
+        waited = f"took nothing for {self._patience_s:g} s, or did not answer for {answer_s:g} s"
+        return DeadlineExceeded(f"{target} {waited}")
 
     async def close(self) -> None:
         """Call off what is under way."""
