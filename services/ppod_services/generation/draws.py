@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-_BLOCK = 32
+import random
 
 
 class Draws:
@@ -16,15 +14,11 @@ class Draws:
     """
 
     def __init__(self, seed: int, skipped: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._numbers: list[float] = []
-        if skipped:
-            torch.rand(skipped, generator=self._generator, dtype=torch.float64)
+        # Python's, because torch's generator of a CPU takes the low 32 bits of a seed and drops the others.
+        self._generator = random.Random(seed)
+        for _ in range(skipped):
+            self._generator.random()
 
     def next(self) -> float:
         """The next number."""
-        if not self._numbers:
-            # In blocks: a call of torch costs as much as the numbers of many tokens.
-            block = torch.rand(_BLOCK, generator=self._generator, dtype=torch.float64)
-            self._numbers = block.flip(0).tolist()
-        return self._numbers.pop()
+        return self._generator.random()

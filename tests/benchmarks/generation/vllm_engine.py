@@ -20,7 +20,7 @@ from benchmarks.generation.workloads import Wanted, workloads
 from ppod_models.configuration import parse_config
 from ppod_models.sources import resolve
 from ppod_services.generation.config import GenerationServiceConfig
-from ppod_services.generation.vllm_backend.completions import signed_seed
+from ppod_services.generation.vllm_backend.completions import engine_seed
 from ppod_services.generation.vllm_backend.loading import engine_arguments
 
 
@@ -45,7 +45,7 @@ async def complete(engine: Any, name: str, one: Wanted) -> list[int]:
     params = SamplingParams(
         max_tokens=one.max_tokens,
         ignore_eos=True,
-        seed=signed_seed(one.seed),
+        seed=engine_seed(one.seed),
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,

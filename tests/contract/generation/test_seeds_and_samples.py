@@ -25,6 +25,13 @@ def test_a_seed_decides_its_sample_whoever_shares_the_batch(client: GenerationCl
     assert together[0].token_ids.tolist() != together[4].token_ids.tolist()
 
 
+def test_every_bit_of_a_seed_counts(client: GenerationClient) -> None:
+    """As where a caller makes seeds of a step and, below it, the number of a sample."""
+    seeds = [5, 2**32 + 5, 2**40 + 5, 2**63 + 5]
+    done = client.generate([PROMPTS[0]], Sampling(max_tokens=20, n=4), seeds=seeds)
+    assert len({tuple(tokens) for tokens in tokens_of(done)}) == 4
+
+
 def test_a_repeated_request_gives_the_same(served: Served, client: GenerationClient) -> None:
     first, second = (client.generate(PROMPTS, Sampling(max_tokens=20), seeds=SEEDS) for _ in range(2))
     assert tokens_of(first) == tokens_of(second)

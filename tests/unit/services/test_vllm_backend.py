@@ -22,6 +22,7 @@ from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.requests import Ending, GenerationItem, TokenFilter, VersionSpan
 from ppod_services.generation.vllm_backend.completions import (
     ResumedStops,
+    engine_seed,
     read_sample,
     sampling_values,
     signed_seed,
@@ -134,6 +135,12 @@ def test_unknown_engine_arguments_and_devices_are_faults_of_the_configuration(ti
 )
 def test_seeds_fit_int64_and_never_ask_for_a_random_one(seed: int, signed: int) -> None:
     assert signed_seed(seed) == signed
+
+
+def test_all_bits_of_a_seed_reach_generators_that_take_its_low_half() -> None:
+    seeds = [0, 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1]
+    assert len({engine_seed(seed) % 2**32 for seed in seeds}) == len(seeds)
+    assert all(-(2**63) <= engine_seed(seed) < 2**63 for seed in seeds)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def sampling_values(item: GenerationItem, *, both_logprobs: bool) -> Mapping[str
         "min_p": token_filter.min_p,
         "repetition_penalty": token_filter.repetition_penalty,
         "logit_bias": dict(token_filter.logit_bias) or None,
-        "seed": signed_seed(item.seed),
+        "seed": engine_seed(item.seed),
         "max_tokens": item.max_tokens,
         "stop_token_ids": sorted(item.stop_ids),
         # The model's own end-of-sequence ids are among `stop_ids` where they end the completion.
@@ -69,6 +69,17 @@ def sampling_values(item: GenerationItem, *, both_logprobs: bool) -> Mapping[str
         "logprobs": int(item.unscaled and both_logprobs),
         "flat_logprobs": True,
     }
+
+
+def engine_seed(seed: int) -> int:
+    """What vLLM is given for a seed of a request.
+
+    All 64 bits decide it, and its low 32 bits, too: a generator of a CPU takes only those. By the finaliser of
+    splitmix64 (Steele et al. 2014), which gives each seed another number.
+    """
+    mixed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+    return signed_seed(mixed ^ (mixed >> 31))
 
 
 def signed_seed(seed: int) -> int:
