@@ -27,10 +27,10 @@ def run_job(arguments: list[str]) -> int:
     """Run the trainer, then write what there is of its results; returns the trainer's exit code."""
     code = main(arguments)
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=Path, action="append", default=[])
     known, _ = parser.parse_known_args(arguments)
     try:
-        run_dir = load_config(TrainerConfig, known.config).run_dir
+        run_dir = load_config(TrainerConfig, *known.config).run_dir
     except ConfigError:
         return code
     for name in _FILES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -76,7 +77,7 @@ def job(command: K8sTrain) -> Manifest:
     container = cast("Values", containers[0])
     if command.image is not None:
         container["image"] = command.image
-    container["args"] = ["ppod_trainer.job", "--config", f"/etc/ppod/{_CONFIG_FILE}"]
+    container["args"] = ["ppod_trainer.job", "--config", f"/etc/ppod/{_CONFIG_FILE}", *_laid_over(container)]
     _mount(made, command.name)
     return made
 
@@ -96,10 +97,25 @@ def _mount(made: Values, config_map_name: str) -> None:
     new: Values = {"name": name, "configMap": {"name": config_map_name}}
     if sources:
         # Components add to its sources: only the configuration is another one.
-        kept = [one for one in sources if at(one, "configMap") is None]
+        kept = [one for one in sources if not _holds_config(one)]
         projected = {**cast("Values", old["projected"]), "sources": [{"configMap": {"name": config_map_name}}, *kept]}
         new = {"name": name, "projected": projected}
     pod["volumes"] = [new if one is old else one for one in volumes] if old else [*volumes, new]
+
+
+def _laid_over(container: Values) -> list[str]:
+    """The arguments that lay components' settings, such as those of TLS, over the configuration, which comes first."""
+    arguments = [str(one) for one in items_at(container, "args")]
+    files = [after for flag, after in pairwise(arguments) if flag == "--config"]
+    return [argument for file in files[1:] for argument in ("--config", file)]
+
+
+def _holds_config(source: object) -> bool:
+    """Whether a source of the volume is a ConfigMap with the trainer's configuration: a whole one, or that file."""
+    if at(source, "configMap") is None:
+        return False
+    files = items_at(source, "configMap", "items")
+    return not files or any(text_at(file, "path") == _CONFIG_FILE for file in files)
 
 
 def _labels() -> dict[str, str]:

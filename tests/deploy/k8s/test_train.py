@@ -16,6 +16,7 @@ from ppod_models.configuration import parse_config
 from ppod_trainer import job
 from ppod_trainer.config import TrainerConfig
 from support.fake_kubernetes import FakeKubernetes, Object, Place, Request
+from support.manifests import combined
 
 from .conftest import Command, pod
 
@@ -162,6 +163,25 @@ def test_the_job_of_an_overlay_keeps_what_components_added(api: FakeKubernetes, 
     expected = {"defaultMode": 288, "sources": [{"configMap": {"name": "r"}}, {"secret": {"name": "token"}}]}
     assert spec["volumes"] == [{"name": "config", "projected": expected}, {"name": "runs"}]
     assert spec["containers"][0]["image"] == "gpu"
+
+
+def test_settings_that_components_lay_over_the_configuration_stay(
+    api: FakeKubernetes, k8s: Command, tmp_path: Path
+) -> None:
+    combined(tmp_path / "overlay", "base", ["tls", "teams"])
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    result = k8s("train", "--config", str(config), "--name", "r", "--job", str(tmp_path / "overlay"), "--no-follow")
+    assert result.code == 0, result.stderr
+    spec = api.seen("PATCH", "/jobs/")[0].body["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    files = ["trainer.yaml", "tls-trainer.yaml", "teams-trainer.yaml"]
+    flags = [argument for file in files for argument in ("--config", f"/etc/ppod/{file}")]
+    assert container["args"] == ["ppod_trainer.job", *flags]
+    sources = spec["volumes"][0]["projected"]["sources"]
+    assert sources[0] == {"configMap": {"name": "r"}}
+    shown = {item["path"] for source in sources[1:] for one in source.values() for item in one["items"]}
+    certificates = {"tls/tls.crt", "tls/tls.key", "tls/ca.crt"}
+    assert shown == {"tls-trainer.yaml", "teams-trainer.yaml", "token/token", *certificates}
 
 
 def test_a_manifest_of_ones_own(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:

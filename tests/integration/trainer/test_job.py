@@ -14,8 +14,10 @@ from .conftest import System
 
 def test_the_log_of_a_job_holds_its_results(system: System) -> None:
     config = system.config("job", steps=1)
-    path = write_config(system.directory / "job.yaml", config)
-    process = start_module("ppod_trainer.job", "--config", str(path), directory=system.directory, name="job")
+    path = write_config(system.directory / "job.yaml", {**config, "steps": 1_000})
+    over = write_config(system.directory / "over.yaml", {"steps": 1})
+    arguments = ("--config", str(path), "--config", str(over))
+    process = start_module("ppod_trainer.job", *arguments, directory=system.directory, name="job")
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     parts: dict[str, str] = {}
