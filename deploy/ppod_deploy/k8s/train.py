@@ -26,6 +26,10 @@ _POLL_S = 1.0
 _LAST_LINES_S = 30.0
 
 
+class _PodGone(K8sError):
+    """A pod was deleted, as one on a node that is drained."""
+
+
 def submit(command: K8sTrain) -> int:
     """Submit, follow and fetch; returns the trainer's exit code.
 
@@ -68,13 +72,19 @@ def submit(command: K8sTrain) -> int:
 
 
 def _follow_pods(cluster: Cluster, command: K8sTrain, identity: Identity, output: Path) -> int:
-    """One pod after the other, as the Job replaces those that fail; the last one's exit code."""
+    """One pod after the other, as the Job replaces those that fail or go with their node; the last one's exit code."""
     seen: set[str] = set()
-    code = 0
+    code, gone = 0, ""
     while (pod := _next_pod(cluster, command, identity, seen)) is not None:
         seen.add(pod)
-        _follow(cluster, pod, output)
-        code = _exit_code(cluster, pod)
+        try:
+            _follow(cluster, pod, output)
+            code, gone = _exit_code(cluster, pod), ""
+        except _PodGone as error:
+            gone = pod
+            print(f"{error}; looking for the Job's next pod", file=sys.stderr, flush=True)
+    if gone:
+        raise K8sError(f"{identity} has ended; its last pod, {gone}, is gone, and its exit code and results with it")
     return code
 
 
@@ -148,10 +158,10 @@ def _exit_code(cluster: Cluster, pod: str) -> int:
 
 
 def _terminated(cluster: Cluster, pod: str) -> int | None:
-    """The exit code of the pod's container; None while it runs. Raises K8sError: the pod is gone."""
+    """The exit code of the pod's container; None while it runs. Raises _PodGone."""
     found: Manifest | None = cluster.get(Identity("v1", "Pod", cluster.namespace, pod))
     if found is None:
-        raise K8sError(f"pod {pod} is gone, and its log with it")
+        raise _PodGone(f"pod {pod} is gone, and its log with it")
     for status in items_at(found, "status", "containerStatuses"):
         code = at(status, "state", "terminated", "exitCode")
         if isinstance(code, int):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -28,11 +29,14 @@ LABELS = {
 
 
 @contextmanager
-def job_controller(api: FakeKubernetes, lines: list[str], *exit_codes: int) -> Iterator[None]:
+def job_controller(
+    api: FakeKubernetes, lines: list[str], *exit_codes: int, before: Callable[[str], None] = lambda _: None
+) -> Iterator[None]:
     """Give each Job a pod for each exit code, one after the other; the connection of each one's log breaks once."""
     threads: list[threading.Thread] = []
 
     def run(name: str) -> None:
+        before(name)
         for number, exit_code in enumerate(exit_codes):
             made = pod(f"{name}-{number}", "trainer", port=9104)
             made["metadata"]["labels"]["job-name"] = name
@@ -139,6 +143,58 @@ def test_a_pod_that_the_job_replaces_is_followed_by_the_next(api: FakeKubernetes
     assert result.code == 0, result.stderr
     assert (tmp_path / "out" / "trainer.log").read_text().split() == ["one", "two", "three", "four", "five"] * 2
     assert {one.path.split("/")[-2] for one in api.seen("GET", "/log")} == {"ppod-trainer-0", "ppod-trainer-1"}
+
+
+@pytest.mark.parametrize("exit_code", [0, 1])
+def test_a_pod_that_is_deleted_is_followed_by_the_next(
+    api: FakeKubernetes, k8s: Command, tmp_path: Path, exit_code: int
+) -> None:
+    """As on a node that is drained: the pod goes with its log, and the Job starts another."""
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+
+    def drain(name: str) -> None:
+        made = pod(f"{name}-gone", "trainer", port=9104)
+        made["metadata"]["labels"]["job-name"] = name
+        api.put("v1", "pods", "ppod", made)
+        api.log(f"{name}-gone", "one")
+        while not api.seen("GET", f"{name}-gone/log"):
+            time.sleep(0.01)
+        api.delete("v1", "pods", "ppod", f"{name}-gone")
+        api.log(f"{name}-gone", ended=True)
+
+    with job_controller(api, ["two"], exit_code, before=drain):
+        result = k8s("train", "--config", str(config), "--output", str(tmp_path / "out"))
+    assert result.code == exit_code, result.stderr
+    assert (tmp_path / "out" / "trainer.log").read_text().split() == ["one", "two"]
+    assert "pod ppod-trainer-gone is gone" in result.stderr
+
+
+def test_a_job_whose_last_pod_was_deleted_has_no_exit_code(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+
+    def react(request: Request, place: Place, stored: Object) -> None:
+        del request
+        if place.plural == "jobs" and not api.seen("GET", "/log"):
+            made = pod("p", "trainer", port=9104)
+            made["metadata"]["labels"]["job-name"] = stored["metadata"]["name"]
+            api.put("v1", "pods", "ppod", made)
+            threading.Thread(target=end, args=(stored["metadata"]["name"],)).start()
+
+    def end(name: str) -> None:
+        while not api.seen("GET", "p/log"):
+            time.sleep(0.01)
+        ended = api.get("batch/v1", "jobs", "ppod", name)
+        ended["status"] = {"conditions": [{"type": "Failed", "status": "True"}]}
+        api.put("batch/v1", "jobs", "ppod", ended)
+        api.delete("v1", "pods", "ppod", "p")
+        api.log("p", ended=True)
+
+    api.controllers.append(react)
+    result = k8s("train", "--config", str(config), "--output", str(tmp_path / "out"))
+    assert result.code == 1
+    assert result.stderr.splitlines()[-1] == (
+        "ppod: Job/ppod-trainer has ended; its last pod, p, is gone, and its exit code and results with it"
+    )
 
 
 def test_the_job_of_an_overlay_keeps_what_components_added(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
