@@ -8,9 +8,9 @@ from contextlib import closing
 
 from ppod_deploy.k8s import kubectl
 from ppod_deploy.k8s.cluster import Cluster
-from ppod_deploy.k8s.commands import K8sDown, K8sLogs, K8sScale, K8sUp
+from ppod_deploy.k8s.commands import K8sDown, K8sLogs, K8sScale, K8sUp, Where
 from ppod_deploy.k8s.objects import Identity, K8sError, identity_of, text_at
-from ppod_deploy.k8s.overlays import read_overlay
+from ppod_deploy.k8s.overlays import Overlay, read_overlay
 from ppod_deploy.k8s.readiness import wait_ready
 
 PART_OF = "app.kubernetes.io/part-of=ppod"
@@ -20,8 +20,7 @@ _KEPT = ("Namespace", "PersistentVolumeClaim")
 
 def up(command: K8sUp) -> int:
     """Apply an overlay, and wait."""
-    overlay = read_overlay(command.overlay)
-    where = command.where
+    where, overlay = command.where, _overlay(command.overlay, command.where)
     manifests = overlay.manifests
     if command.services_only:
         manifests = tuple(one for one in manifests if identity_of(one).kind not in _RUNS)
@@ -45,8 +44,7 @@ def up(command: K8sUp) -> int:
 
 def down(command: K8sDown) -> int:
     """Delete an overlay's objects, the last applied first."""
-    overlay = read_overlay(command.overlay)
-    where = command.where
+    where, overlay = command.where, _overlay(command.overlay, command.where)
     identities = [identity_of(manifest) for manifest in reversed(overlay.manifests)]
     going = [one for one in identities if command.everything or one.kind not in _KEPT]
     if len(going) == len(identities):
@@ -63,6 +61,18 @@ def down(command: K8sDown) -> int:
         if one not in going:
             print(f"kept {one}; --everything deletes it too")
     return 0
+
+
+def _overlay(name: str, where: Where) -> Overlay:
+    """An overlay. Raises K8sError: it is of another namespace than was named, which kubectl refuses, too."""
+    overlay = read_overlay(name)
+    for one in map(identity_of, overlay.manifests):
+        if one.namespace not in {"", where.namespace}:
+            raise K8sError(
+                f"{name} puts {one} into namespace {one.namespace}, and --namespace is {where.namespace}: give "
+                f"--namespace {one.namespace}, or change `namespace` in the kustomization"
+            )
+    return overlay
 
 
 def scale(command: K8sScale) -> int:

@@ -73,6 +73,16 @@ def test_a_dry_run_asks_nothing_of_the_cluster(api: FakeKubernetes, k8s: Command
     assert api.requests == []
 
 
+@pytest.mark.parametrize("command", ["up", "down"])
+def test_nothing_is_done_in_a_namespace_that_was_not_named(api: FakeKubernetes, k8s: Command, command: str) -> None:
+    deployment_controller(api, after_s=0)
+    result = k8s(command, "--overlay", str(OVERLAY), "--namespace", "staging")
+    assert result.code == 1
+    [message] = result.stderr.splitlines()
+    assert "into namespace ppod, and --namespace is staging: give --namespace ppod, or change `namespace`" in message
+    assert api.requests == []
+
+
 def test_down_keeps_what_cannot_be_had_again(api: FakeKubernetes, k8s: Command) -> None:
     deployment_controller(api, after_s=0)
     assert k8s("up", "--overlay", str(OVERLAY)).code == 0
