@@ -198,7 +198,9 @@ class Launcher:
                     name, f"ppod_services.{name}", self._config_file(name), log, SERVICE_DEATH_SIGNAL
                 )
                 self._services.append(Child(command))
-                probes[name] = HealthProbe(target_of(service.listen, service.listen.port), HEALTH_NAMES[name])
+                # With TLS the other ports say nothing in plain text.
+                port = service.listen.health_port or service.listen.port
+                probes[name] = HealthProbe(target_of(service.listen, port), HEALTH_NAMES[name])
                 stack.callback(probes[name].close)
             meanwhile()
             self._wait_ready(probes, start)

@@ -66,6 +66,7 @@ def parse_run(values: object, origin: str) -> RunConfig:
     # Each part is validated alone, so that a fault elsewhere hides no disagreement between the parts that are right.
     listens = _listens(filled)
     targets = _valid(ServicesConfig, filled, "trainer", "services")
+    problems += _silent_in_plain_text(filled, listens)
     problems += _port_clashes(listens, _valid(MetricsConfig, filled, "trainer", "metrics"))
     if targets is not None:
         problems += _target_mismatches(listens, targets)
@@ -170,6 +171,16 @@ def _port_clashes(listens: Mapping[str, ListenConfig], metrics: MetricsConfig | 
         if owner != process:
             problems.append(f"{path}: {port} is also {owner_path}; every port must be another")
     return problems
+
+
+def _silent_in_plain_text(values: object, listens: Mapping[str, ListenConfig]) -> list[str]:
+    """One line for each service that the launcher, which asks for health in plain text, would never find ready."""
+    return [
+        f"services.{name}.listen.health_port: none, but services.{name}.tls is set: the launcher asks for health in "
+        "plain text; give it a free port"
+        for name, listen in listens.items()
+        if listen.health_port is None and _section(values, "services", name, "tls") is not None
+    ]
 
 
 def _target_mismatches(listens: Mapping[str, ListenConfig], targets: ServicesConfig) -> list[str]:

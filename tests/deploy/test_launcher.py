@@ -10,12 +10,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
 import yaml
 
-from deploy.conftest import PpodProcess, StartPpod, children_of_run, eventually_no_children, processes_naming
-from support.processes import ROOT, environment
+from deploy.conftest import (
+    PpodProcess,
+    Section,
+    StartPpod,
+    children_of_run,
+    eventually_no_children,
+    processes_naming,
+)
+from support.authority import Authority
+from support.processes import ROOT, environment, free_ports
 
 CHILDREN = {"reward", "reference", "generation", "trainer"}
 
@@ -210,6 +220,22 @@ def test_a_run_directory_in_use_is_refused(start_ppod: StartPpod, run_file: Path
     assert f"{run_dir}: another run is using this directory" in second.stderr
     first.signal(signal.SIGINT)
     assert first.wait() == 130
+
+
+def test_services_with_tls_are_found_ready(
+    start_ppod: StartPpod, run_file: Path, run_values: dict[str, Section], tmp_path: Path
+) -> None:
+    authority = Authority(trustme.CA(), tmp_path)
+    values: dict[str, Any] = {**run_values}
+    values["trainer"]["services"] = {"ready_timeout_s": 40, "tls": {"ca_file": authority.root_file()}}
+    for service, port in zip(values["services"].values(), free_ports(3), strict=True):
+        service["listen"]["health_port"] = port
+        service["tls"] = authority.issue("server")
+    run_file.write_text(yaml.safe_dump(values))
+    up = start_ppod("up", "--config", str(run_file))
+    up.wait_until(lambda: "Ctrl-C stops them" in up.stderr, "three ready services")
+    up.signal(signal.SIGINT)
+    assert up.wait() == 130
 
 
 def test_up_serves_score_and_generate(

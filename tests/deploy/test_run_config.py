@@ -98,6 +98,17 @@ def test_disagreements_between_sections_are_faults(run_values: dict[str, Section
     ]
 
 
+def test_a_service_with_tls_needs_a_port_that_tells_health_in_plain_text(run_values: dict[str, Section]) -> None:
+    tls = {"certificate_file": "tls.crt", "private_key_file": "tls.key"}
+    values = apply_overrides(run_values, [Override(("services", "reference", "tls"), tls)])
+    with pytest.raises(ConfigError) as raised:
+        parse_run(values, "test")
+    [problem] = raised.value.problems
+    assert problem.startswith("services.reference.listen.health_port: none, but services.reference.tls is set")
+    health = Override(("services", "reference", "listen", "health_port"), 7009)
+    assert parse_run(apply_overrides(values, [health]), "test").services.reference.listen.health_port == 7009
+
+
 @pytest.mark.parametrize("path", [CPU_CONFIG, CUDA_CONFIG, FLOAT32_CPU_CONFIG])
 def test_packaged_run_files_are_valid(path: Path) -> None:
     config = parse_run(with_run_dir(read_run_values(path), path.stem), str(path))
