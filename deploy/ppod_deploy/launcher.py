@@ -130,6 +130,7 @@ class Launcher:
         self._services: list[Child] = []
         self._trainer: Child | None = None
         self._followers: list[Child] = []
+        self._lock: tuple[int, ...] = ()
 
     def run(self) -> int:
         """Services, then the trainer to its end. Returns the exit code for the shell: the trainer's.
@@ -175,6 +176,8 @@ class Launcher:
                     None,
                     TRAINER_DEATH_SIGNAL,
                     environment,
+                    # Where the launcher is killed it ends after that, and has the directory to itself until then.
+                    inherits=self._lock,
                 )
             )
             for rank, environment in enumerate(rank_environments(self._config.trainer.ranks.local))
@@ -241,7 +244,8 @@ class Launcher:
     @contextmanager
     def _everything_stopped_after(self) -> Generator[None]:
         """Hold the run directory and the signals; at the end, however it comes, stop trainer, then services."""
-        with _locked(self._run_dir), _handling_signals(self._interrupts):
+        with _locked(self._run_dir) as lock, _handling_signals(self._interrupts):
+            self._lock = (lock,)
             try:
                 yield
             except Interrupted as interrupt:
@@ -307,12 +311,18 @@ def _handling_signals(interrupts: Interrupts) -> Generator[None]:
 
 
 @contextmanager
-def _locked(run_dir: Path) -> Generator[None]:
-    """Hold a run directory against a second launcher, which would write into the same logs and checkpoints."""
+def _locked(run_dir: Path) -> Generator[int]:
+    """Hold a run directory against a second launcher, which would write into the same logs and checkpoints.
+
+    Yields the descriptor that holds it: as long as a process has it open.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LaunchError(f"{run_dir}: another run is using this directory") from None
-        yield
+            raise LaunchError(
+                f"{run_dir}: another run is using this directory, or the trainer of one whose launcher was killed, "
+                "which still writes its checkpoint"
+            ) from None
+        yield lock.fileno()

@@ -55,6 +55,7 @@ class ChildCommand:
         log: file that takes stdout and stderr, appended to; None: the launcher's own.
         death_signal: sent to the child when the launcher dies.
         environment: variables of its own.
+        inherits: file descriptors of the launcher that it keeps open.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ChildCommand:
     log: Path | None
     death_signal: signal.Signals
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    inherits: tuple[int, ...] = ()
 
 
 class Child:
@@ -86,6 +88,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT if output is not None else None,
                 start_new_session=True,
+                pass_fds=command.inherits,
                 env={**CHILD_ENVIRONMENT, **os.environ, **command.environment},
             )
         finally:

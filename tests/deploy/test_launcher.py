@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -236,6 +237,37 @@ def test_services_with_tls_are_found_ready(
     up.wait_until(lambda: "Ctrl-C stops them" in up.stderr, "three ready services")
     up.signal(signal.SIGINT)
     assert up.wait() == 130
+
+
+def is_free(run_dir: Path) -> bool:
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_a_trainer_that_outlives_its_launcher_keeps_the_run_directory(
+    start_ppod: StartPpod, run_file: Path, run_dir: Path
+) -> None:
+    ppod = start_ppod("run", "--config", str(run_file))
+    wait_for_steps(ppod, run_dir, 2)
+    trainer = children_of_run(run_dir)["trainer"]
+    # As in an update of minutes.
+    os.kill(trainer, signal.SIGSTOP)
+    try:
+        ppod.signal(signal.SIGKILL)
+        ppod.wait()
+        resumed = start_ppod("run", "--resume", str(run_dir))
+        assert resumed.wait() == 1
+        assert f"{run_dir}: another run is using this directory" in resumed.stderr
+    finally:
+        os.kill(trainer, signal.SIGCONT)
+    until = time.monotonic() + 20.0
+    while not is_free(run_dir):
+        assert time.monotonic() < until, children_of_run(run_dir)
+        time.sleep(0.05)
 
 
 def test_up_serves_score_and_generate(
