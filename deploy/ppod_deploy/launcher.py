@@ -301,7 +301,10 @@ def _last_words(child: Child) -> str:
 
 @contextmanager
 def _handling_signals(interrupts: Interrupts) -> Generator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # Under nohup it stays ignored: the run is to outlive its terminal.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = [(number, signal.signal(number, interrupts.note)) for number in numbers]
     try:
         yield

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,15 +122,15 @@ def run_values(tiny_model_dir: Path, tiny_head_dir: Path, tmp_path: Path) -> dic
 
 @pytest.fixture
 def start_ppod(tmp_path: Path) -> Iterator[StartPpod]:
-    """Start `ppod` with arguments; whatever is left of it afterwards is killed."""
+    """Start `ppod` with arguments, perhaps under another command; whatever is left of it afterwards is killed."""
     started: list[PpodProcess] = []
 
-    def start(*arguments: str) -> PpodProcess:
+    def start(*arguments: str, under: Sequence[str] = ()) -> PpodProcess:
         number = len(started)
         stdout_file, stderr_file = tmp_path / f"ppod-{number}.stdout", tmp_path / f"ppod-{number}.stderr"
         with stdout_file.open("wb") as stdout, stderr_file.open("wb") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ppod_deploy", *arguments],
+                [*under, sys.executable, "-m", "ppod_deploy", *arguments],
                 cwd=ROOT,
                 env=environment(),
                 stdin=subprocess.DEVNULL,

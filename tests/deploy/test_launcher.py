@@ -213,6 +213,23 @@ def test_a_second_ctrl_c_does_not_wait_for_the_trainer(start_ppod: StartPpod, ru
     assert not children_of_run(run_dir)
 
 
+def test_a_hangup_stops_a_run_but_not_under_nohup(
+    start_ppod: StartPpod, run_file: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    ppod = start_ppod("run", "--config", str(run_file), under=["nohup"])
+    wait_for_steps(ppod, run_dir)
+    ppod.signal(signal.SIGHUP)
+    wait_for_steps(ppod, run_dir, metrics_lines(run_dir) + 5)
+    ppod.signal(signal.SIGTERM)
+    assert ppod.wait() == 143
+
+    other = start_ppod("run", "--config", str(run_file), "--trainer.run-dir", str(tmp_path / "other"))
+    wait_for_steps(other, tmp_path / "other")
+    other.signal(signal.SIGHUP)
+    assert other.wait() == 129
+    assert newest_checkpoint(tmp_path / "other") is not None
+
+
 def test_a_run_directory_in_use_is_refused(start_ppod: StartPpod, run_file: Path, run_dir: Path) -> None:
     first = start_ppod("up", "--config", str(run_file))
     first.wait_until(lambda: bool(children_of_run(run_dir)), "first service")
