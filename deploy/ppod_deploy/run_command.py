@@ -44,9 +44,8 @@ def resolve_run(command: Run | Up, overrides: Sequence[Override]) -> RunConfig:
     origin = f"{path} with the command line's overrides" if overrides else str(path)
     config = parse_run(with_run_dir(values, path.stem), origin)
     run_dir = config.trainer.run_dir
-    if isinstance(command, Run) and not config.trainer.resume and _holds_run(run_dir):
-        problem = f"trainer.run_dir: {run_dir} holds an earlier run; --resume {run_dir} goes on, or name another"
-        raise ConfigError(str(path), [problem])
+    if isinstance(command, Run) and not config.trainer.resume and (found := _earlier_run(run_dir)) is not None:
+        raise ConfigError(str(path), [f"trainer.run_dir: {run_dir} holds {found}"])
     return config
 
 
@@ -56,5 +55,11 @@ def print_keys() -> None:
     print("\n".join(describe_keys(RunConfig)))
 
 
-def _holds_run(run_dir: Path) -> bool:
-    return (run_dir / RUN_FILE).is_file()
+def _earlier_run(run_dir: Path) -> str | None:
+    """What a new run would destroy, and what to do; None: nothing, as where a run did not get to its first record."""
+    if any((run_dir / "checkpoints").glob("*step_*")):
+        return f"an earlier run; --resume {run_dir} goes on, or name another"
+    records = run_dir / "metrics.jsonl"
+    if records.is_file() and records.stat().st_size:
+        return "the records of an earlier run, which left no checkpoint; remove it, or name another"
+    return None

@@ -21,6 +21,7 @@ from ppod_deploy.defaults import (
     cpu_is_fast,
     with_run_dir,
 )
+from ppod_deploy.launcher import RUN_FILE
 from ppod_deploy.overrides import Override, apply_overrides, describe_keys, split_arguments
 from ppod_deploy.processes import Child, ChildCommand, describe_exit, shell_exit_code, stop_all
 from ppod_deploy.run_command import resolve_run
@@ -114,6 +115,27 @@ def test_packaged_run_files_are_valid(path: Path) -> None:
     config = parse_run(with_run_dir(read_run_values(path), path.stem), str(path))
     assert config.trainer.run_dir.parts[:1] == ("runs",)
     assert config.trainer.run_dir.name.startswith(f"{path.stem}-2")
+
+
+def test_only_what_a_run_left_keeps_another_from_its_directory(run_file: Path, tmp_path: Path) -> None:
+    """Not the run file of one that failed to start, nor that of `ppod up`: there is nothing to go on from."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / RUN_FILE).write_text(run_file.read_text())
+    (run_dir / "metrics.jsonl").write_text("")
+    assert resolve_run(Run(config=run_file), []).trainer.run_dir == run_dir
+
+    (run_dir / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ConfigError) as raised:
+        resolve_run(Run(config=run_file), [])
+    [problem] = raised.value.problems
+    assert problem == (
+        f"trainer.run_dir: {run_dir} holds the records of an earlier run, which left no checkpoint; remove it, or name "
+        "another"
+    )
+    (run_dir / "checkpoints" / "step_000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds an earlier run; --resume"):
+        resolve_run(Run(config=run_file), [])
 
 
 def test_a_file_that_is_no_mapping_and_a_resume_of_nothing_are_faults(tmp_path: Path) -> None:
