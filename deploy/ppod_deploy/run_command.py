@@ -9,7 +9,7 @@ from ppod_deploy.commands import Run, Up
 from ppod_deploy.defaults import default_config, with_run_dir
 from ppod_deploy.launcher import RUN_FILE, Launcher
 from ppod_deploy.overrides import COMMAND_LINE, Override, apply_overrides, describe_keys
-from ppod_deploy.run_config import RunConfig, parse_run, read_run_values
+from ppod_deploy.run_config import RunConfig, parse_run, read_run_values, without_implied_targets
 from ppod_models.configuration import ConfigError
 
 
@@ -37,7 +37,10 @@ def resolve_run(command: Run | Up, overrides: Sequence[Override]) -> RunConfig:
     if resume is not None and not (resume / RUN_FILE).is_file():
         raise ConfigError(COMMAND_LINE, [f"--resume: {resume} holds no {RUN_FILE}, so no run was started there"])
     path = command.config or (resume / RUN_FILE if resume is not None else default_config())
-    values = apply_overrides(read_run_values(path), overrides)
+    values = read_run_values(path)
+    if command.config is None and resume is not None:
+        values = without_implied_targets(values)
+    values = apply_overrides(values, overrides)
     if resume is not None:
         resuming = [Override(("trainer", "run_dir"), str(resume)), Override(("trainer", "resume"), True)]
         values = apply_overrides(values, resuming)

@@ -216,6 +216,20 @@ def _canonical(target: str) -> str:
     return target.removeprefix("dns:///").replace("localhost:", "127.0.0.1:")
 
 
+def without_implied_targets(values: object) -> object:
+    """The values of a resolved run without the trainer's targets that its listen sections imply.
+
+    They are filled in again when the values are validated, and so follow overrides of where the services listen.
+    """
+    targets = _section(values, "trainer", "services")
+    if not isinstance(targets, Mapping):
+        return values
+    implied = _targets(_listens(values))
+    kept = {key: value for key, value in cast(Values, targets).items() if implied.get(key) != value}
+    trainer = cast(Values, _section(values, "trainer"))
+    return {**cast(Values, values), "trainer": {**trainer, "services": kept}}
+
+
 def read_run_values(path: Path) -> object:
     """Plain values of a run file; raises ConfigError when it cannot be read or is not a mapping."""
     values = read_yaml(path)

@@ -26,7 +26,7 @@ from ppod_deploy.overrides import Override, apply_overrides, describe_keys, spli
 from ppod_deploy.processes import Child, ChildCommand, describe_exit, shell_exit_code, stop_all
 from ppod_deploy.run_command import resolve_run
 from ppod_deploy.run_config import RunConfig, parse_run, read_run_values
-from ppod_models.configuration import ConfigError
+from ppod_models.configuration import ConfigError, dump_config
 from support.processes import ROOT, environment
 
 
@@ -115,6 +115,18 @@ def test_packaged_run_files_are_valid(path: Path) -> None:
     config = parse_run(with_run_dir(read_run_values(path), path.stem), str(path))
     assert config.trainer.run_dir.parts[:1] == ("runs",)
     assert config.trainer.run_dir.name.startswith(f"{path.stem}-2")
+
+
+def test_a_resumed_run_finds_services_that_listen_elsewhere_now(run_values: dict[str, Section], tmp_path: Path) -> None:
+    (tmp_path / RUN_FILE).write_text(dump_config(parse_run(run_values, "test")))
+    overrides = [
+        Override(("services", "reference", "listen", "port"), 7001),
+        Override(("services", "generation", "listen", "admin_port"), 7002),
+    ]
+    before = parse_run(run_values, "test").trainer.services
+    targets = resolve_run(Run(resume=tmp_path), overrides).trainer.services
+    assert (targets.reference, targets.generation_admin) == ("127.0.0.1:7001", "127.0.0.1:7002")
+    assert (targets.reward, targets.generation) == (before.reward, before.generation)
 
 
 def test_only_what_a_run_left_keeps_another_from_its_directory(run_file: Path, tmp_path: Path) -> None:
