@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tokenizers import Tokenizer
 
 from ppod.client import ClientSecurity, Completion, GenerationClient, Pin, RewardClient, Sampling, Truncation
@@ -78,8 +79,8 @@ def score(query: ScoreQuery) -> None:
     table = Table("score", "text", title=f"{scores.state.model}, weights {scores.state.weight_version}")
     table.columns[0].justify = "right"
     for text, value, truncated in rows:
-        note = f" [dim](last {truncated} tokens dropped)[/dim]" if truncated else ""
-        table.add_row(f"{value:+.3f}", _escaped(text) + note)
+        note = f" (last {truncated} tokens dropped)" if truncated else ""
+        table.add_row(f"{value:+.3f}", Text.assemble(text, (note, "dim")))
     Console().print(table)
 
 
@@ -104,9 +105,14 @@ def generate(query: GenerateQuery) -> None:
         if query.as_json:
             print_json(_record(prompt, text, completion))
         else:
-            withheld = completion.filter_reason
-            shown = f" [dim](withheld: {_escaped(withheld)})[/dim]" if withheld else _escaped(text)
-            Console(stderr=False, highlight=False).print(f"[dim]{_escaped(prompt)}[/dim]{shown}")
+            print_completion(prompt, text, completion.filter_reason)
+
+
+def print_completion(prompt: str, text: str, withheld: str) -> None:
+    """Show a completion behind its prompt, exactly as it is and without line breaks; or why it is withheld."""
+    shown = (f" (withheld: {withheld})", "dim") if withheld else text
+    # As text, not markup: brackets and colons are the model's.
+    Console(highlight=False).print(Text.assemble((prompt, "dim"), shown), soft_wrap=True)
 
 
 def read_lines(texts: Sequence[str]) -> list[str]:
@@ -129,8 +135,3 @@ def _record(prompt: str, text: str, completion: Completion) -> dict[str, str | i
         "model": completion.state.model,
         "weight_version": completion.state.weight_version,
     }
-
-
-def _escaped(text: str) -> str:
-    """Text that rich prints as it is, square brackets included."""
-    return text.replace("[", r"\[")

@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 import trustme
+from google.protobuf.message import Message
+from tokenizers import Tokenizer
 
 from ppod import InvalidArgument, Pin
+from ppod.tensors import pack_floats, pack_tokens
+from ppod.v1 import generation_pb2
 from ppod_deploy.cli import execute
 from ppod_models.configuration import parse_config
 from ppod_trainer.config import RolloutConfig, TrainerConfig
@@ -99,3 +104,24 @@ def test_score_takes_tls_and_the_token(
     assert [each["authorization"] for each in script.metadata] == ["Bearer team-one"]
     assert execute(["score", "--target", "elsewhere:1", "ab"]) == 1
     assert "without TLS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [r"so \[x = 1\] holds", r"a \[/b] c", ":heart: [red]", "ends with \\", "long " * 40])
+def test_texts_are_shown_as_they_are(text: str, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a model writes between brackets or colons is no style or picture, and lines are not broken."""
+    tokenizer = Tokenizer.from_file(str(tiny_model_dir / "tokenizer.json"))
+
+    def say(reply: Message, number: int) -> None:
+        del number
+        if isinstance(reply, generation_pb2.GenerateResponse):
+            ids = tokenizer.encode(text).ids
+            reply.token_ids = pack_tokens(np.asarray(ids, dtype=np.int32))
+            reply.logprobs = pack_floats(np.zeros(len(ids), dtype=np.float32))
+
+    with scripted_server(Script(change=say)) as server:
+        options = ("--target", server.target, "--tokenizer", str(tiny_model_dir), "--max-tokens", "300")
+        assert execute(["generate", *options, text]) == 0
+        assert capsys.readouterr().out == f"{text}{text}\n"
+        assert execute(["score", "--target", server.target, text.strip()]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in text.split())
