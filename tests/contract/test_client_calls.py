@@ -17,6 +17,7 @@ from ppod import (
     Delivery,
     GenerationClient,
     Granularity,
+    InvalidArgument,
     Pin,
     Priority,
     ReferenceClient,
@@ -182,6 +183,27 @@ async def test_generation_streams_and_sorts(server: ScriptedServer) -> None:
     for completions in (done, again):
         assert [each.token_ids.tolist() for each in completions] == [[11, 1], [22, 2], [33, 3]]
     assert {type(request) for request in server.script.requests} == {generation_pb2.GenerateRequest}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "options", "message"),
+    [
+        (Sampling(max_tokens=-1), {}, "sampling.max_tokens: found -1, expected 0 to 4294967295"),
+        (Sampling(2, stop_token_ids=(3, 2**32)), {}, "sampling.stop_token_ids: found 4294967296, expected"),
+        (Sampling(2, logit_bias={-7: 1.0}), {}, "sampling.logit_bias: found -7, expected"),
+        (Sampling(2), {"seeds": [1, 2**64]}, "seeds: found 18446744073709551616, expected 0 to 18446744073709551615"),
+        (Sampling(2), {"resumed_tokens": [0, -1]}, "resumed_tokens: found -1, expected"),
+    ],
+)
+def test_numbers_that_the_contract_does_not_hold_are_typed_errors(
+    server: ScriptedServer, sampling: Sampling, options: dict[str, list[int]], message: str
+) -> None:
+    with GenerationClient(server.target) as client, pytest.raises(InvalidArgument) as caught:
+        client.generate(
+            [[1], [2]], sampling, seeds=options.get("seeds", ()), resumed_tokens=options.get("resumed_tokens", ())
+        )
+    assert str(caught.value).startswith(message)
+    assert not server.script.of(generation_pb2.GenerateRequest)
 
 
 async def test_models_are_replaced(server: ScriptedServer) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
 
 from ppod.client.identity import ModelState, Pin, Priority, Timing, check_state, read_timing
-from ppod.errors import FailedPrecondition, InvalidReply
+from ppod.errors import FailedPrecondition, InvalidArgument, InvalidReply
 from ppod.tensors import FloatArray, TokenArray, unpack_reply_floats, unpack_reply_tokens
 from ppod.v1 import generation_pb2
 
@@ -62,7 +62,11 @@ class Sampling:
     unscaled_logprobs: bool = False
 
     def to_proto(self) -> generation_pb2.SamplingParams:
-        """As the message that travels."""
+        """As the message that travels. Raises InvalidArgument: it does not hold a number."""
+        for name in ("max_tokens", "top_k", "n"):
+            check_unsigned(f"sampling.{name}", [getattr(self, name)], bits=32)
+        check_unsigned("sampling.stop_token_ids", self.stop_token_ids, bits=32)
+        check_unsigned("sampling.logit_bias", self.logit_bias, bits=32)
         return generation_pb2.SamplingParams(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -128,6 +132,13 @@ class GenerateOptions:
     priority: Priority = Priority.NORMAL
     request_id: str = ""
     resumed_tokens: Sequence[int] = ()
+
+
+def check_unsigned(field_name: str, numbers: Iterable[int], *, bits: int) -> None:
+    """Raise InvalidArgument that names the first number which so many bits do not hold."""
+    for number in numbers:
+        if not 0 <= number < 2**bits:
+            raise InvalidArgument(field_name, str(number), f"0 to {2**bits - 1}")
 
 
 class CompletionChecks:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy.typing as npt
 
-from ppod.client.completions import Completion, CompletionChecks, GenerateOptions, Sampling
+from ppod.client.completions import Completion, CompletionChecks, GenerateOptions, Sampling, check_unsigned
 from ppod.client.core import ClientCore, Program, SingleJob, parse
 from ppod.client.identity import ModelDescription, Pin, SeedPromise, check_state, new_request_id, read_limits
 from ppod.errors import InvalidReply
@@ -37,6 +37,8 @@ class GenerateJob:
     def __init__(
         self, prompts: Sequence[npt.ArrayLike], sampling: Sampling, options: GenerateOptions, pin: Pin
     ) -> None:
+        check_unsigned("seeds", options.seeds, bits=64)
+        check_unsigned("resumed_tokens", options.resumed_tokens, bits=32)
         self._request = generation_pb2.GenerateRequest(
             request_id=options.request_id or new_request_id(),
             selector=pin.to_proto(),
