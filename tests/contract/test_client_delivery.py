@@ -32,6 +32,7 @@ from ppod import (
 )
 from ppod.channel import MAX_MESSAGE_BYTES
 from ppod.client import NO_RETRY
+from ppod.errors import FilterFailed, NonFiniteOutput, PpodError
 from ppod.tensors import unpack_sequences
 from ppod.v1 import common_pb2, generation_pb2
 from support.processes import free_ports
@@ -344,6 +345,21 @@ def test_of_several_completions_only_those_that_are_missing_are_asked_for_again(
     assert isinstance(last, generation_pb2.GenerateRequest)
     assert (last.sampling.n, list(last.seeds)) == (1, [11, 12, 21])
     assert [each.tolist() for each in unpack_sequences(last.prompts, "prompts")] == [[1], [1], [2, 2]]
+
+
+@pytest.mark.parametrize("error", [NonFiniteOutput("logits", 2, "nan"), FilterFailed("f", "raised", "no", 2)])
+def test_an_error_of_what_is_asked_for_again_names_the_prompt_of_the_whole_request(error: PpodError) -> None:
+    """Its sample 2 is the one that is missing of the second prompt, behind the two of the first."""
+    patient = Delivery(retry=RetryPolicy(initial_backoff_s=0.01))
+    script = Script(raising({4: Unavailable("gone"), 5: error}))
+    with (
+        scripted_server(script) as server,
+        GenerationClient(server.target, delivery=patient) as client,
+        pytest.raises(type(error)) as caught,
+    ):
+        client.generate([[1], [2], [3]], Sampling(max_tokens=2, n=2), seeds=[11, 12, 21, 22, 31, 32])
+    assert getattr(caught.value, "sample", None) == 1
+    assert list(script.of(generation_pb2.GenerateRequest)[-1].seeds) == [11, 12, 21]
 
 
 def test_resumed_tokens_travel_with_their_prompts_when_asked_for_again() -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ppod.client.completions import Completion, CompletionChecks, GenerateOptions, Sampling, check_unsigned
 from ppod.client.core import ClientCore, Program, SingleJob, parse
 from ppod.client.identity import ModelDescription, Pin, SeedPromise, check_state, new_request_id, read_limits
-from ppod.errors import InvalidReply
+from ppod.errors import FilterFailed, InvalidArgument, InvalidReply, NonFiniteOutput, PpodError
 from ppod.tensors import pack_sequences
 from ppod.v1 import generation_pb2
 
@@ -108,6 +108,14 @@ class GenerateJob:
         completion = self._checks.read(reply, place.index, place.sample)
         self._missing.discard(place)
         return completion
+
+    def locate(self, error: PpodError) -> None:
+        """Let an error name its prompt by the position in the whole request, where only a part was asked for again."""
+        if isinstance(error, InvalidArgument | NonFiniteOutput | FilterFailed) and error.sample is not None:
+            # The server counts prompts, and here stand their completions.
+            place = error.sample * self._asked_n
+            if 0 <= place < len(self._asked):
+                error.sample = self._asked[place].index
 
     def finish(self) -> None:
         """Raise InvalidReply unless every completion is there."""

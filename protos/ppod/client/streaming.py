@@ -43,6 +43,10 @@ class StreamJob(Protocol[ItemT_co]):
         """Check a reply; raise InvalidReply or FailedPrecondition."""
         ...
 
+    def locate(self, error: PpodError) -> None:
+        """Let an error that names a sample of what was asked for last name it by its position in the whole request."""
+        ...
+
     def finish(self) -> None:
         """The stream ended; raise InvalidReply when something is missing."""
         ...
@@ -95,6 +99,7 @@ class StreamDelivery(Generic[ItemT]):
         """
         address = self._address or ""
         self.closed()
+        self.job.locate(error)
         refused = isinstance(error, ResourceExhausted) and error.retry_after_s > 0
         # Another replica may have the weights that are asked for: this one was started again, or is late.
         other_weights = isinstance(error, FailedPrecondition) and error.what == "weight_version"
