@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-_INCOMPLETE = "\ufffd"
+INCOMPLETE = "\ufffd"
+"""What stands for a character of which parts are missing."""
 _CONTEXT = 6
 
 
@@ -43,7 +44,7 @@ class StopTexts:
         before = self._decode(self._tokens[self._before : self._settled])
         now = self._decode(self._tokens[self._before :])
         added = now[len(before) :]
-        whole = added.rstrip(_INCOMPLETE)
+        whole = added.rstrip(INCOMPLETE)
         found = any(text in self._tail[max(0, len(self._tail) - len(text) + 1) :] + whole for text in self._texts)
         if added and added == whole:
             self._before, self._settled = self._settled, len(self._tokens)

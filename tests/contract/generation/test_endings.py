@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -93,6 +94,17 @@ def test_the_prompt_s_text_does_not_count(client: GenerationClient) -> None:
     assert (fresh.finish_reason, len(fresh.token_ids)) == (FinishReason.LENGTH, 4)
     [resumed] = client.generate([prompt], sampling, resumed_tokens=[2])
     assert (resumed.finish_reason, len(resumed.token_ids)) == (FinishReason.STOP_STRING, 1)
+
+
+def test_the_prompt_s_text_does_not_count_where_it_ends_inside_of_a_character(client: GenerationClient) -> None:
+    """As where a prompt is cut after so many tokens: what the first token completes is no text of the completion."""
+    prompt: list[int] = TOKENIZER.encode("Q: stop \N{CLAPPER BOARD}").ids[:-1]
+    letter = TOKENIZER.encode("p").ids[0]
+    sampling = Sampling(4, logit_bias={letter: 1e4}, stop=("Q:", "stop", "o"), ignore_eos=True)
+    [done] = client.generate([prompt], sampling)
+    assert (done.finish_reason, done.token_ids.tolist()) == (FinishReason.LENGTH, [letter] * 4)
+    [stopped] = client.generate([prompt], replace(sampling, stop=("ppp",)))
+    assert (stopped.finish_reason, len(stopped.token_ids)) == (FinishReason.STOP_STRING, 3)
 
 
 def test_the_model_s_length_ends_a_completion(client: GenerationClient) -> None:

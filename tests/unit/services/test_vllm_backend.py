@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ from ppod_models.configuration import ConfigError, parse_config
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.requests import Ending, GenerationItem, TokenFilter, VersionSpan
 from ppod_services.generation.vllm_backend.completions import (
-    ResumedStops,
+    OutsideStops,
     engine_seed,
     read_sample,
     sampling_values,
@@ -232,9 +232,19 @@ def test_logprobs_that_are_missing_or_not_finite_are_errors() -> None:
     assert caught.value.sample == 3
 
 
+def test_vllm_finds_stop_texts_behind_a_prompt_of_whole_characters() -> None:
+    tokenizer = build_tokenizer().backend_tokenizer
+    whole = np.asarray(tokenizer.encode("ab\N{CLAPPER BOARD}").ids, dtype=np.int32)
+    assert OutsideStops.needed(replace(item(), prompt=whole), tokenizer) is None
+    assert OutsideStops.needed(replace(item(), prompt=whole[:-1]), tokenizer) is not None
+    assert OutsideStops.needed(replace(item(), prompt=whole[:-1], stop_strings=()), tokenizer) is None
+
+
 def test_a_stop_text_of_a_resumed_completion_cuts_what_came_after_it() -> None:
-    stops = ResumedStops(item(resumed=1), build_tokenizer().backend_tokenizer)
-    assert sampling_values(item(resumed=1), both_logprobs=True)["stop"] == []
+    tokenizer = build_tokenizer().backend_tokenizer
+    stops = OutsideStops.needed(item(resumed=1), tokenizer)
+    assert stops is not None
+    assert sampling_values(item(resumed=1), both_logprobs=True, finds_stops=False)["stop"] == []
     c, d, x = 66, 67, 87
     assert build_tokenizer().decode([c, d]) == "cd"
     assert not stops.look([x])

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from ppod.errors import Internal, InvalidArgument, NonFiniteOutput
 from ppod.tensors import FloatArray
 from ppod_services.generation.requests import Ending, GeneratedSample, GenerationItem, VersionSpan
-from ppod_services.generation.stop_texts import StopTexts
+from ppod_services.generation.stop_texts import INCOMPLETE, StopTexts
 from ppod_services.generation.vllm_backend.outputs import CompletionOutput, Ended
 
 _LEAST_TEMPERATURE = 0.01
@@ -21,12 +21,13 @@ _RANDOM_SEED = 2**64 - 1
 _ENDINGS = {"stop": Ending.STOP, "length": Ending.LENGTH, "abort": Ending.ABORTED}
 
 
-def sampling_values(item: GenerationItem, *, both_logprobs: bool) -> Mapping[str, object]:
+def sampling_values(item: GenerationItem, *, both_logprobs: bool, finds_stops: bool = True) -> Mapping[str, object]:
     """The arguments of vLLM's SamplingParams for an item.
 
     Args:
         item: the completion.
         both_logprobs: whether the engine tells unscaled logprobs besides those of the sampled distribution.
+        finds_stops: whether the engine looks for stop texts; else `OutsideStops` does.
 
     Raises:
         InvalidArgument: vLLM does not sample so, or would silently sample otherwise.
@@ -49,8 +50,7 @@ def sampling_values(item: GenerationItem, *, both_logprobs: bool) -> Mapping[str
             "asked for, with a distribution that is not the model's own",
             "temperature 0 or 1 without cuts, penalty and bias: this vLLM tells no other distribution's logprobs",
         )
-    # vLLM does not see that a stop text began in tokens that were sampled before: `ResumedStops` does.
-    stops = () if item.resumed else item.stop_strings
+    stops = item.stop_strings if finds_stops else ()
     return {
         "temperature": 0.0 if token_filter.greedy else max(token_filter.temperature, _LEAST_TEMPERATURE),
         "top_p": token_filter.top_p,
@@ -89,8 +89,8 @@ def signed_seed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-class ResumedStops:
-    """Finds stop texts of a completion that was begun before, as its tokens come.
+class OutsideStops:
+    """Finds stop texts of a completion, as its tokens come, where vLLM would look for them in another text.
 
     Args:
         item: the completion, with stop texts.
@@ -106,6 +106,19 @@ class ResumedStops:
         self._stops = StopTexts(tokenizer, item.stop_strings, prompt[:begin], prompt[begin:])
         self._seen = 0
         self.tokens: int | None = None
+
+    @staticmethod
+    def needed(item: GenerationItem, tokenizer: Tokenizer) -> OutsideStops | None:
+        """None where vLLM finds them.
+
+        It does not see that a stop text began in tokens that were sampled before. And where the prompt ends inside of a
+        character, it takes all of the prompt for text of the completion.
+        """
+        if not item.stop_strings:
+            return None
+        if item.resumed or str(tokenizer.decode(item.prompt.tolist(), skip_special_tokens=True)).endswith(INCOMPLETE):
+            return OutsideStops(item, tokenizer)
+        return None
 
     def look(self, tokens: Sequence[int]) -> bool:
         """Take all tokens so far; whether a stop text is complete."""

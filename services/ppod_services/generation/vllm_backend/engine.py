@@ -13,7 +13,7 @@ from ppod_services.core.scheduler import JoinableSink
 from ppod_services.core.weights import ServedWeights
 from ppod_services.generation.requests import GeneratedSample, GenerationItem
 from ppod_services.generation.vllm_backend.api import EngineDeadError, VLLMValidationError, make_sampling
-from ppod_services.generation.vllm_backend.completions import ResumedStops, read_sample, sampling_values, unbegun_sample
+from ppod_services.generation.vllm_backend.completions import OutsideStops, read_sample, sampling_values, unbegun_sample
 from ppod_services.generation.vllm_backend.host import Answer, EngineHost, Prompt
 
 _POLL_S = 0.005
@@ -135,10 +135,10 @@ class _Run:
 
     def _prompt(self, position: int, item: GenerationItem) -> Prompt:
         """A completion as vLLM is to make it; raise PpodError when it cannot be."""
-        values = sampling_values(item, both_logprobs=self._both_logprobs)
-        resumed = bool(item.resumed and item.stop_strings)
+        stops = OutsideStops.needed(item, self._tokenizer)
+        values = sampling_values(item, both_logprobs=self._both_logprobs, finds_stops=stops is None)
         try:
-            sampling = make_sampling(values, stepwise=resumed)
+            sampling = make_sampling(values, stepwise=stops is not None)
         except VLLMValidationError as error:
             raise _of_one_request(error) from error
         return Prompt(
@@ -146,7 +146,7 @@ class _Run:
             token_ids=item.prompt.tolist(),
             sampling=sampling,
             pinned=item.weight_version is not None,
-            stops=ResumedStops(item, self._tokenizer) if resumed else None,
+            stops=stops,
             done=_Taker(position, self._answers),
         )
 

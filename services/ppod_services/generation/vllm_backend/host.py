@@ -15,7 +15,7 @@ import uvloop
 
 from ppod.errors import Internal, Unavailable
 from ppod_services.generation.vllm_backend.api import Engine, Sampling, make_prompt
-from ppod_services.generation.vllm_backend.completions import ResumedStops
+from ppod_services.generation.vllm_backend.completions import OutsideStops
 from ppod_services.generation.vllm_backend.outputs import Ended
 
 ResultT = TypeVar("ResultT")
@@ -45,7 +45,7 @@ class Prompt:
     token_ids: list[int]
     sampling: Sampling
     pinned: bool
-    stops: ResumedStops | None
+    stops: OutsideStops | None
     done: Callable[[Answer], None]
 
 
