@@ -46,7 +46,9 @@ class TrainerState:
 
 
 def save_checkpoint(directory: Path, learner: Learner, state: TrainerState, keep: int) -> Path:
-    """Write a checkpoint under `directory/step_NNNNNN` and delete all but the `keep` newest. All ranks call it.
+    """Write a checkpoint under `directory/step_NNNNNN` and delete all older ones but `keep`, it included.
+
+    All ranks call it. One of a later step, which could not be read when the run resumed, stays until its step is done.
 
     Raises:
         CheckpointError: a rank could not write; the checkpoints that were there are still there.
@@ -62,7 +64,8 @@ def save_checkpoint(directory: Path, learner: Learner, state: TrainerState, keep
     if leads:
         (aside / _STATE).write_text(json.dumps({**asdict(state), "files": files}, indent=2), encoding="utf-8")
         put_in_place(target)
-        for old in list_checkpoints(directory)[:-keep]:
+        # A later one, which is damaged, must not take the place of one that can be resumed from.
+        for old in [one for one in list_checkpoints(directory) if one <= target][:-keep]:
             shutil.rmtree(old)
     learner.ranks.wait_for_all()
     return target

@@ -103,6 +103,22 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert "going on from" in warning.getMessage()
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_ones_take_no_place_of_whole_ones(policy: PolicyWithValue, tmp_path: Path, keep: int) -> None:
+    """A run that went on from the one before saves, for it was stopped, before it comes to the damaged one's step."""
+    learner = learner_of(policy)
+    for step in (3, 5):
+        save_checkpoint(tmp_path, learner, state_at(step), keep=2)
+    next((tmp_path / "step_000005").glob("*.safetensors")).write_bytes(b"")
+    assert load_checkpoint(tmp_path, learner, "fingerprint") == state_at(3)
+    save_checkpoint(tmp_path, learner, state_at(4), keep=keep)
+    whole = [path.name for path in list_checkpoints(tmp_path) if path.name != "step_000005"]
+    assert whole == ["step_000003", "step_000004"][-keep:]
+    assert load_checkpoint(tmp_path, learner, "fingerprint") == state_at(4)
+    save_checkpoint(tmp_path, learner, state_at(5), keep=keep)
+    assert load_checkpoint(tmp_path, learner, "fingerprint") == state_at(5)
+
+
 def test_what_a_killed_process_left_is_tidied(policy: PolicyWithValue, tmp_path: Path) -> None:
     """Killed while it wrote, and while it put one checkpoint in the place of another."""
     learner = learner_of(policy)
