@@ -23,6 +23,7 @@ from ppod_trainer.checkpoint import TrainerState, list_checkpoints, load_checkpo
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig
 from ppod_trainer.connections import check_services, connect
+from ppod_trainer.durable import write_durably
 from ppod_trainer.environments.calls import EnvironmentCalls
 from ppod_trainer.environments.loading import load_environment
 from ppod_trainer.episodes import EpisodeRules, EpisodeSampler, TextCodec
@@ -73,7 +74,6 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
         TrainerError, PpodError, ModelSourceError: something needed is missing or does not fit.
     """
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     tokenizer = loading.load_tokenizer(resolve(config.policy.source).path)
 
     codec = _codec(tokenizer)
@@ -84,6 +84,8 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
     with ExitStack() as opened:
         # Last of all: the other ranks wait for it to end.
         opened.callback(leader.close)
+        # Not before: a run that does not fit the directory leaves the configuration that does.
+        write_durably(config.run_dir / "config.yaml", dump_config(config))
         metrics = MetricsLog(config.run_dir, config.metrics, state.step if state.components else None)
         opened.callback(metrics.close)
         with stop.interruptible():

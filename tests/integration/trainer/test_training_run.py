@@ -104,6 +104,26 @@ def test_a_stopped_run_resumes_to_the_same_end(system: System, number: int) -> N
     assert records_of(Path(str(straight["run_dir"]))) == records_of(run_dir)
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"seed": 1, "resume": True}, "resume with the configuration in the run directory"),
+    ],
+)
+def test_a_run_that_does_not_fit_its_directory_changes_nothing_there(
+    system: System, changes: dict[str, object], problem: str
+) -> None:
+    """One that would resume it as another run."""
+    config = system.config(f"taken-{len(changes)}", steps=2)
+    assert system.train(config).returncode == 0
+    run_dir = Path(str(config["run_dir"]))
+    kept = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    result = system.train({**config, **changes})
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == kept
+    assert result.returncode == 1
+    assert problem in result.stderr
+
+
 def test_the_reference_is_refreshed(system: System) -> None:
     config = system.config("refreshed", steps=5, reference_refresh_steps=2)
     result = system.train(config)
