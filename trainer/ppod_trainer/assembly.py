@@ -19,7 +19,7 @@ from ppod_models.configuration import dump_config
 from ppod_models.sources import resolve
 from ppod_trainer.algorithms import LearnedEstimator, build_estimator
 from ppod_trainer.bad_samples import BadSamples
-from ppod_trainer.checkpoint import TrainerState, list_checkpoints, load_checkpoint, restore_components
+from ppod_trainer.checkpoint import TrainerState, goes_on, load_checkpoint, restore_components
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig
 from ppod_trainer.connections import check_services, connect
@@ -174,11 +174,13 @@ def load_leader(
     What the state holds besides is for rank 0 to restore, and to share.
 
     Raises:
-        CheckpointError: the run cannot be resumed.
+        CheckpointError: the run cannot be resumed, or would begin over an earlier one.
     """
     if config.policy.threads is not None:
         torch.set_num_threads(config.policy.threads)
     torch.manual_seed(config.seed)
+    checkpoints = config.run_dir / "checkpoints"
+    resumes = goes_on(checkpoints, config.resume, ranks)
     loaded = load_policy(config, ranks)
     estimates = estimates or PreEstimates()
     estimator = build_estimator(config.advantages, loaded.policy.hidden_size, estimates, config.seed)
@@ -192,8 +194,7 @@ def load_leader(
     )
     learner = build_learner(loaded.policy, config.ppo, rules, config.optimizer, config.seed, ranks)
     state = TrainerState(0, 0, 0, configuration_fingerprint(config))
-    checkpoints = config.run_dir / "checkpoints"
-    if config.resume is True or (config.resume and ranks.agree(bool(list_checkpoints(checkpoints)))):
+    if resumes:
         state = load_checkpoint(checkpoints, learner, state.configuration)
     shared: dict[str, Stateful] = {"pre_estimates": estimates}
     if isinstance(estimator, LearnedEstimator):

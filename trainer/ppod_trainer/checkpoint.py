@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ppod_trainer.checkpoint_tensors import check_files, describe_files, read_tensors, write_tensors
 from ppod_trainer.durable import aside_of, new_aside, put_in_place, tidy
@@ -74,6 +75,22 @@ def save_checkpoint(directory: Path, learner: Learner, state: TrainerState, keep
 def list_checkpoints(directory: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     return sorted(path for path in directory.glob(f"{_PREFIX}*") if (path / _STATE).is_file())
+
+
+def goes_on(directory: Path, resume: bool | Literal["if_possible"], ranks: Ranks) -> bool:
+    """Whether a run goes on from a checkpoint that is there, or begins. All ranks call it.
+
+    Raises:
+        CheckpointError: it is to begin where an earlier run left its checkpoints.
+    """
+    found = ranks.agree(list_checkpoints(directory))
+    if found and not resume:
+        # Its own would count as older than those, and be deleted for them.
+        raise CheckpointError(
+            f"run_dir: {directory} holds {found[-1].name} of an earlier run; set resume to go on from there, or name "
+            "another run_dir"
+        )
+    return resume is True or bool(found)
 
 
 def kept_references(directory: Path) -> set[int]:

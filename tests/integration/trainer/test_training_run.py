@@ -82,7 +82,10 @@ def test_same_seed_same_run_and_another_seed_another(system: System) -> None:
 def test_a_stopped_run_resumes_to_the_same_end(system: System, number: int) -> None:
     steps = 40
     straight = system.config(
-        "straight", steps=steps, kl={"adaptive": {"target": 2.0, "horizon": 100}}, rewards={"normalize": "whiten"}
+        f"straight-{number}",
+        steps=steps,
+        kl={"adaptive": {"target": 2.0, "horizon": 100}},
+        rewards={"normalize": "whiten"},
     )
     assert system.train(straight).returncode == 0
 
@@ -107,13 +110,14 @@ def test_a_stopped_run_resumes_to_the_same_end(system: System, number: int) -> N
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
+        ({}, "holds step_000002 of an earlier run; set resume"),
         ({"seed": 1, "resume": True}, "resume with the configuration in the run directory"),
     ],
 )
 def test_a_run_that_does_not_fit_its_directory_changes_nothing_there(
     system: System, changes: dict[str, object], problem: str
 ) -> None:
-    """One that would resume it as another run."""
+    """Neither one that would begin over another's checkpoints, nor one that would resume it as another run."""
     config = system.config(f"taken-{len(changes)}", steps=2)
     assert system.train(config).returncode == 0
     run_dir = Path(str(config["run_dir"]))

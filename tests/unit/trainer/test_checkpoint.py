@@ -5,28 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from ppod_trainer.algorithms import build_estimator
+from ppod_trainer.assembly import load_leader
 from ppod_trainer.checkpoint import (
     TrainerState,
+    goes_on,
     kept_references,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
-from ppod_trainer.config import AdvantagesConfig, KlConfig, OptimizerConfig, PpoConfig, RewardsConfig
+from ppod_trainer.config import AdvantagesConfig, KlConfig, OptimizerConfig, PpoConfig, RewardsConfig, TrainerConfig
 from ppod_trainer.controls import StepControls
 from ppod_trainer.errors import CheckpointError
 from ppod_trainer.experience import ExperienceRules
 from ppod_trainer.learner import Learner, build_learner
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.policy import PolicyWithValue
+from ppod_trainer.ranks import Ranks
 from ppod_trainer.rollouts import ScoredRollout
 
 Make = Callable[..., list[ScoredRollout]]
+RESUME: tuple[bool | Literal["if_possible"], ...] = (False, "if_possible", True)
 RULES = ExperienceRules(RewardsConfig(), KlConfig(), build_estimator(AdvantagesConfig()), whiten=True)
 
 
@@ -131,6 +136,16 @@ def test_what_a_killed_process_left_is_tidied(policy: PolicyWithValue, tmp_path:
     (tmp_path / ".replaced-step_000003").mkdir()
     assert load_checkpoint(tmp_path, learner, "fingerprint") == state_at(3)
     assert [one.name for one in tmp_path.iterdir()] == ["step_000003"]
+
+
+def test_a_run_goes_on_only_where_it_is_told_to(policy: PolicyWithValue, tmp_path: Path) -> None:
+    ranks = Ranks(policy.device)
+    assert not any(goes_on(tmp_path / "none", resume, ranks) for resume in RESUME[:2])
+    assert goes_on(tmp_path / "none", resume=True, ranks=ranks)
+    save_checkpoint(tmp_path, learner_of(policy), state_at(3), keep=1)
+    assert all(goes_on(tmp_path, resume, ranks) for resume in RESUME[1:])
+    with pytest.raises(CheckpointError, match="holds step_000003 of an earlier run"):
+        goes_on(tmp_path, resume=False, ranks=ranks)
 
 
 def test_references_that_checkpoints_need_are_known(policy: PolicyWithValue, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class TrainerConfig(ConfigModel):
     resume: bool | Literal["if_possible"] = Field(
         default=False,
         description="go on from the newest checkpoint of run_dir; if_possible: or begin where there is none, as a Job "
-        "that is started again",
+        "that is started again; false: begin, and refuse a run_dir that holds checkpoints",
     )
     seed: int = Field(default=0, ge=0, lt=2**32)
     steps: int = Field(default=30, ge=1)
