@@ -83,6 +83,9 @@ def goes_on(directory: Path, resume: bool | Literal["if_possible"], ranks: Ranks
     Raises:
         CheckpointError: it is to begin where an earlier run left its checkpoints.
     """
+    if resume and ranks.rank == 0:
+        # What a killed process was putting in the place of its only checkpoint does not count before.
+        tidy(directory)
     found = ranks.agree(list_checkpoints(directory))
     if found and not resume:
         # Its own would count as older than those, and be deleted for them.

@@ -138,6 +138,17 @@ def test_what_a_killed_process_left_is_tidied(policy: PolicyWithValue, tmp_path:
     assert [one.name for one in tmp_path.iterdir()] == ["step_000003"]
 
 
+def test_a_job_killed_amid_replacing_its_only_checkpoint_goes_on_from_it(tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = {"source": str(tiny_model_dir), "device": "cpu", "dtype": "float32"}
+    config = TrainerConfig.model_validate({"run_dir": tmp_path, "resume": "if_possible", "policy": source})
+    leader, begun = load_leader(config, Ranks(torch.device("cpu")))
+    assert begun.step == 0
+    done = replace(state_at(3), configuration=begun.configuration)
+    path = save_checkpoint(tmp_path / "checkpoints", leader.learner, done, keep=1)
+    path.rename(path.with_name(".replaced-step_000003"))
+    assert load_leader(config, Ranks(torch.device("cpu")))[1] == done
+
+
 def test_a_run_goes_on_only_where_it_is_told_to(policy: PolicyWithValue, tmp_path: Path) -> None:
     ranks = Ranks(policy.device)
     assert not any(goes_on(tmp_path / "none", resume, ranks) for resume in RESUME[:2])
