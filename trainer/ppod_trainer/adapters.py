@@ -34,7 +34,7 @@ class PolicyAdapter:
         seed: of what the adapter begins with.
 
     Raises:
-        TrainerError: no layer is called like that, or one that is not linear.
+        TrainerError: no layer is called like that, or one that is not linear, or is the output layer.
     """
 
     def __init__(self, model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> None:
@@ -59,6 +59,12 @@ class PolicyAdapter:
         for name, layer in layers.items():
             if _NAME not in layer.lora_A:
                 raise TrainerError(f"policy.lora.target_modules: {name} is no linear layer; name linear layers alone")
+            if layer is model.get_output_embeddings():
+                # Logprobs are taken with its weights, without what an adapter adds to them.
+                raise TrainerError(
+                    f"policy.lora.target_modules: {name} is the output layer, on which an adapter would not learn; "
+                    "leave it out"
+                )
         _begin(layers.values(), seed)
         self._scalings = {name: float(module.scaling[_NAME]) for name, module in layers.items()}
 

@@ -98,6 +98,12 @@ def test_layers_that_are_not_linear_are_named() -> None:
         PolicyAdapter(model, LoraConfig(target_modules=("q_proj", "embed_tokens")))
 
 
+def test_the_output_layer_is_refused() -> None:
+    """Logprobs are taken with its weights alone, without what an adapter adds: it would never learn."""
+    with pytest.raises(TrainerError, match="lm_head is the output layer"):
+        PolicyAdapter(build_model(tied=False), LoraConfig(target_modules=("q_proj", "lm_head")))
+
+
 def test_an_adapter_begins_by_its_seed_alone() -> None:
     def begun(seed: int) -> dict[str, torch.Tensor]:
         made = build_model()

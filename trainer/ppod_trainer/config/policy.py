@@ -16,7 +16,8 @@ class LoraConfig(ConfigModel):
     alpha: float = Field(default=32.0, gt=0, description="scaling is alpha / rank")
     rank_stabilized: bool = Field(default=False, description="scaling is alpha / sqrt(rank) (Kalajdzievski 2023)")
     target_modules: tuple[str, ...] = Field(
-        default=(), description="ends of the names of linear layers, such as q_proj; none: all but the output layer"
+        default=(),
+        description="ends of the names of linear layers but the output layer, such as q_proj; none: all of these",
     )
     quantization: Literal["none", "nf4"] = Field(
         default="none",
