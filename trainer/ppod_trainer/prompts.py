@@ -54,13 +54,20 @@ class PromptSet:
             chosen.append(self.training[order[offset]])
         return chosen
 
-    def _of_curriculum(self, step: int, batch_size: int, seed: int) -> list[Prompt]:
-        """Drawn from the shortest prompts, of which each step takes in as many more (cf. Platanios et al. 2019)."""
+    def reach(self, step: int, batch_size: int) -> list[Prompt]:
+        """What a step may draw from: all prompts, and in a curriculum the shortest, of which each step takes in as many
+        more (cf. Platanios et al. 2019), a batch at least.
+        """
+        if step >= self.curriculum_steps:
+            return self.training
         count = len(self.training)
         reach = min(count, max(batch_size, math.ceil(count * (step + 1) / (self.curriculum_steps + 1))))
-        shortest = sorted(self.training, key=lambda prompt: (len(prompt.token_ids), prompt.index))[:reach]
-        order = np.random.default_rng([seed, 2, step]).permutation(reach)
-        return [shortest[order[position % reach]] for position in range(batch_size)]
+        return sorted(self.training, key=lambda prompt: (len(prompt.token_ids), prompt.index))[:reach]
+
+    def _of_curriculum(self, step: int, batch_size: int, seed: int) -> list[Prompt]:
+        shortest = self.reach(step, batch_size)
+        order = np.random.default_rng([seed, 2, step]).permutation(len(shortest))
+        return [shortest[order[position % len(shortest)]] for position in range(batch_size)]
 
 
 def load_prompts(config: PromptsConfig, encode: Encode) -> PromptSet:

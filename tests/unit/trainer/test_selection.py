@@ -107,6 +107,17 @@ def test_further_rounds_begin_again_where_prompts_run_out() -> None:
     assert indices(further_prompts(pool, pool, (0, 1), 1)) != indices(pool), "with all, where all were chosen"
 
 
+def test_further_rounds_of_a_curriculum_have_its_prompts() -> None:
+    """Lengths 1 to 12: in two first steps of three prompts those up to 4, then up to 8."""
+    training = [Prompt(index, np.zeros(index + 1, dtype=np.int32)) for index in range(12)]
+    schedule = EpochSchedule(PromptSet(training, [], curriculum_steps=2), 3, seed=5)
+    for step, reach in ((0, 4), (1, 8), (2, 12)):
+        drawn = [schedule.prompts(step, number) for number in range(5)]
+        assert max(len(prompt.token_ids) for prompts in drawn for prompt in prompts) == reach
+        assert [len(prompts) for prompts in drawn] == [3] * 5
+        assert {index for prompts in drawn for index in indices(prompts)} == set(range(reach))
+
+
 def play(schedule: PromptSchedule, steps: range, solved: frozenset[int] | set[int]) -> list[list[int]]:
     """Take steps, in which samples of some prompts are always right, of the others half."""
     taken: list[list[int]] = []

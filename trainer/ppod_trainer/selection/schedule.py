@@ -74,7 +74,8 @@ class EpochSchedule:
         chosen = self._prompts.for_step(step, self._per_step, self._seed)
         if not number:
             return chosen
-        return further_prompts(chosen, self._prompts.training, (self._seed, 2, step), number)
+        pool = self._prompts.reach(step, self._per_step)
+        return further_prompts(chosen, pool, (self._seed, 2, step), number)
 
     def record(self, step: int, rounds: Sequence[Sequence[ScoredRollout]]) -> dict[str, float]:
         """Nothing depends on outcomes."""
