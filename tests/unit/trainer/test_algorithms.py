@@ -110,6 +110,14 @@ def test_reinforce_pp_discounts() -> None:
     torch.testing.assert_close(result.advantages, torch.tensor([[1.0, 2.0, 4.0, 0.0]]))
 
 
+def test_reinforce_pp_discounts_the_baseline_with_the_outcome() -> None:
+    # gamma 1/2. Group 0: outcomes 4 and 2 less 3 are 1 and -1; group 1 says nothing, however long its samples are.
+    estimator = build_estimator(AdvantagesConfig(kind="reinforce_pp_baseline", gamma=0.5))
+    result = estimator.estimate(experience_of([4, 2, 1, 1], [0, 0, 1, 1], [3, 2, 1, 3]))
+    expected = [[0.25, 0.5, 1, 0], [-0.5, -1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    torch.testing.assert_close(result.advantages, torch.tensor(expected))
+
+
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"])
 def test_groups_that_say_nothing_have_advantage_0(kind: str) -> None:
     """Equal outcomes, in numbers that no mean hits exactly, and a sample that is alone: 0, and never NaN."""
