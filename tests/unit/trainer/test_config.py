@@ -66,6 +66,21 @@ def test_a_penalty_cannot_become_a_bonus() -> None:
     parse_config(TrainerConfig, adaptive, "test")
 
 
+def test_a_penalty_that_stays_nothing_is_refused() -> None:
+    """A controller multiplies its coefficient; and outcomes hold no KL, whatever its coefficient rises to."""
+    adaptive = {"kl": {"coefficient": 0, "adaptive": {"target": 6}}}
+    assert "multiplies the coefficient, and coefficient is 0" in problems(adaptive)[0]
+    rising = {
+        "kl": {"coefficient": 0},
+        "schedules": {"kl_coefficient": {"end": 0.05}},
+        "advantages": {"kind": "grpo"},
+        "rollout": {"samples_per_prompt": 8},
+    }
+    assert "kl.placement to loss" in problems(rising)[0]
+    rising["kl"] = {"coefficient": 0, "placement": "loss", "estimator": "k3"}
+    parse_config(TrainerConfig, rising, "test")
+
+
 def test_replicas_are_refused_where_weights_are_pushed() -> None:
     several = {"services": {"reward": "a:1,b:1", "reference": "dns:///reference:1"}}
     assert parse_config(TrainerConfig, several, "test").services.reward == "a:1,b:1"

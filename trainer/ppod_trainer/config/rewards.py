@@ -123,3 +123,12 @@ class KlConfig(ConfigModel):
         if self.placement == "reward" and self.importance_weighted:
             raise ValueError("importance_weighted is for a penalty in the loss; placement is 'reward'")
         return self
+
+    @model_validator(mode="after")
+    def _adapts_from_something(self) -> Self:
+        if self.adaptive is not None and not self.coefficient:
+            raise ValueError(
+                "adaptive multiplies the coefficient, and coefficient is 0, which stays 0; set what it starts from, "
+                "such as 0.05, or leave adaptive out"
+            )
+        return self

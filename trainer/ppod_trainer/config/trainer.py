@@ -130,10 +130,12 @@ class TrainerConfig(ConfigModel):
                 f"advantages.kind pvpo judges by outcomes from before training, whose scale rewards.normalize "
                 f"{self.rewards.normalize} moves; set it to none"
             )
-        if kind in LEAVES_OUT_KL and self.kl.placement == "reward" and self.kl.coefficient:
+        penalised = self.kl.coefficient or self.schedules.kl_coefficient is not None
+        if kind in LEAVES_OUT_KL and self.kl.placement == "reward" and penalised:
             raise ValueError(
                 f"advantages.kind {kind} reads outcomes, which a KL penalty in the reward is no part of; set "
-                "kl.placement to loss (with kl.estimator k3, as in the paper, or k2), or kl.coefficient to 0"
+                "kl.placement to loss (with kl.estimator k3, as in the paper, or k2), or kl.coefficient to 0 and leave "
+                "schedules.kl_coefficient out"
             )
         return self
 
