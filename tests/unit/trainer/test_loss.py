@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from ppod_trainer import algorithms
 from ppod_trainer.config import KlConfig, PpoConfig
 from ppod_trainer.controls import StepControls
 from ppod_trainer.loss import LossRows, Objective, minibatch_loss
@@ -140,3 +144,21 @@ def test_shares_and_means_do_not_depend_on_the_constant() -> None:
         assert found[1] == pytest.approx(found[0], rel=1e-6)
         seen += np.abs(found[0])
     assert seen.min() > 0, "there is something to compare"
+
+
+def test_the_recipe_of_rloo_takes_steps_of_reinforce_on_whole_responses() -> None:
+    """Its gradient is that of mean A * log pi(response), up to a factor: a response's tokens count, however many."""
+    table = Path(algorithms.__file__).with_name("README.md").read_text(encoding="utf-8")
+    (keys,) = re.findall(r"^\| RLOO \|.*`ppo: (\{.*\})` \|$", table, re.MULTILINE)
+    ppo = PpoConfig.model_validate(yaml.safe_load(keys.replace("<rollout.max_tokens>", "24")))
+    mask = torch.arange(SHAPE[1])[None] < torch.tensor(LENGTHS)[:, None]
+    old = torch.full(SHAPE, -2.0)
+    advantages = torch.where(mask, torch.tensor([[2.0], [-1.0], [0.5]]), 0.0)
+    zeros = torch.zeros(SHAPE)
+    rows = LossRows(loss_weights(mask, ppo.aggregation, ppo.constant_tokens), old, old, old, zeros, advantages, zeros)
+    logprobs = old.clone().requires_grad_()
+    output = PolicyOutput(logprobs, zeros, zeros, torch.zeros(SHAPE[0]))
+    minibatch_loss(output, rows, Objective(ppo, KlConfig(), critic=False), StepControls(1.0, 0.0, 0.0))[0].backward()
+    assert logprobs.grad is not None
+    factor = logprobs.grad[0, 0] / -advantages[0, 0]
+    torch.testing.assert_close(logprobs.grad, -advantages * factor)

@@ -7,7 +7,9 @@ LLMs", RLOO, after Kool et al. 2019. With R_i the return of sample i of a prompt
 
 The baseline does not depend on the sample, so the gradient is unbiased. What differs: the paper takes plain REINFORCE
 steps, here the clipped objective of `loss.py` is used, which is the same at the first optimizer step on a batch. With
-ppo.epochs and ppo.minibatches 1 there is no other.
+ppo.epochs and ppo.minibatches 1 there is no other. The response is one action there, with the log-probability that its
+tokens' add up to: that is ppo.aggregation constant (or token_mean, whose factor differs from batch to batch), and not
+sequence_mean, which weighs tokens of long responses less.
 
 Samples of a group that all have the same return, and the sample of a group of one, have advantage 0.
 """
