@@ -116,3 +116,20 @@ def test_pairs_of_four_ratings() -> None:
     clear = preference_pairs(np.array([2.0, -1.0, 2.0, 1.0]), min_gap=1.0)
     # 2.0 against 1.0 differs by exactly 1, which is not more than 1.
     assert sorted(zip(clear.preferred.tolist(), clear.rejected.tolist(), strict=True)) == [(0, 1), (2, 1), (3, 1)]
+
+
+def test_texts_of_any_script_are_told_apart() -> None:
+    """Reviews that hold no Latin letter are no copies of one another, and are split like all others."""
+    scripts = ["Отличный фильм {}", "素晴らしい映画 {}", "فيلم رائع {}", "{} :-)"]
+    numerals = "零一二三四五六七八九"
+    reviews = [
+        Review(f"{script}-{i}", 0.0, 0.0, text.format("".join(numerals[int(digit)] for digit in str(i))))
+        for script, text in enumerate(scripts)
+        for i in range(100)
+    ]
+    assert len({text_key(review.text) for review in reviews}) == 400
+    assert text_key("Отличный  фильм!") == text_key("отличный фильм")
+    assert text_key(":-)") != text_key(":-(")
+    splits = split_reviews(reviews, seed=5, held_out_share=0.3)
+    for part in (splits.half_a, splits.half_b, splits.held_out):
+        assert {review.id.split("-")[0] for review in part} == {"0", "1", "2", "3"}

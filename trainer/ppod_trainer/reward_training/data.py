@@ -158,8 +158,11 @@ def preference_pairs(ratings: npt.NDArray[np.float64], *, min_gap: float = 0.0) 
 
 
 def text_key(text: str) -> str:
-    """The text's letters and digits in lower case: what two copies of one snippet share."""
-    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+    """The text's letters and digits, of any script, in lower case: what two copies of one snippet share.
+
+    A text without any, such as one of emoji, is its own key.
+    """
+    return re.sub(r"[\W_]+", " ", text.lower()).strip() or text.strip()
 
 
 def hash_to_unit(seed: int, key: str) -> float:
