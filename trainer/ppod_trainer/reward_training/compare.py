@@ -16,11 +16,13 @@ import numpy.typing as npt
 import torch
 
 from ppod_models.loading import load_causal_lm, load_tokenizer, pick_dtype
+from ppod_models.reward_cards import HeadCard
 from ppod_models.reward_features import encode_text
+from ppod_models.reward_heads import RewardHeadError
 from ppod_models.reward_model import RewardModel
 from ppod_models.sources import resolve
 from ppod_trainer.reward_training.config import DataConfig
-from ppod_trainer.reward_training.data import PACKAGED_RATINGS, Review, read_reviews, split_reviews
+from ppod_trainer.reward_training.data import PACKAGED_RATINGS, Review, file_digest, read_reviews, split_reviews
 from ppod_trainer.reward_training.evaluate import Evaluation, evaluate
 
 CPU = torch.device("cpu")
@@ -41,8 +43,19 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print figures of each head, their agreement, the seconds of a batch and, when asked, the lexicon's figures."""
-    options = _parse(arguments)
+    """Print figures of each head, their agreement, the seconds of a batch and, when asked, the lexicon's figures.
+
+    Returns the exit code: 1 where a head cannot be compared, which one line tells.
+    """
+    try:
+        _compare(_parse(arguments))
+    except RewardHeadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _compare(options: Options) -> None:
     torch.set_num_threads(options.threads)
     data = DataConfig(half="a")
     splits = split_reviews(read_reviews(PACKAGED_RATINGS), seed=data.split_seed, held_out_share=data.held_out_share)
@@ -55,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{options.source} in {options.dtype}, {options.threads} threads, {len(reviews):,} held-out reviews")
     for head in options.heads:
         model = RewardModel.load(trunk, tokenizer, head)
+        check_unseen(model.card, data.split_seed, len(splits.held_out))
         columns.append(score_reviews(model, reviews))
         evaluation = evaluate(columns[-1], ratings, model.card.logit_per_score)
         _show(head, evaluation)
@@ -64,7 +78,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("correlation of the heads' scores:\n" + str(np.corrcoef(columns).round(3)))
     if options.lexicon:
         _show("VADER lexicon", evaluate(lexicon_scores(reviews), ratings, 1.0))
-    return 0
+
+
+def check_unseen(card: HeadCard, split_seed: int, held_out: int) -> None:
+    """Refuse a head that the shipped reviews trained by another split: it would be asked about what it was taught.
+
+    Args:
+        card: the head's.
+        split_seed: of the split whose held-out reviews are asked about.
+        held_out: how many these are.
+
+    Raises:
+        RewardHeadError: it was trained on some of them.
+    """
+    seed, count = card.training.split_seed, card.held_out.reviews
+    if card.training.data_sha256 != file_digest(PACKAGED_RATINGS):
+        return
+    # By one seed a larger share holds out what a smaller one does, and more.
+    if seed != split_seed or count < held_out:
+        raise RewardHeadError(
+            f"reward head {card.name!r} was trained on reviews that are held out here: data.split_seed {seed} and "
+            f"{count:,} reviews held out, expected {split_seed} and {held_out:,} or more; train it by that split"
+        )
 
 
 def spread(reviews: Sequence[Review], count: int | None) -> Sequence[Review]:
