@@ -256,7 +256,9 @@ class TrainingRun:
             parts.scores.update([one.score for one in rollouts])
             controls = self._controls()
             batch, stats = parts.learner.learn(rollouts, step, controls, timer)
-            parts.kl.update(batch.mean_kl, len(rollouts))
+            if not controls.critic_only:
+                # A policy that stands still says nothing about a coefficient, which would wind down meanwhile.
+                parts.kl.update(batch.mean_kl, len(rollouts))
             off_policy = measure_off_policy(batch, rollouts, self._versions)
             with timer.phase("push"):
                 self._push_update(self.state.policy_version + 1)

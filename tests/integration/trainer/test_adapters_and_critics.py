@@ -100,7 +100,8 @@ def test_a_resumed_adapter_ends_where_it_did_before(system: System) -> None:
 def test_a_critic_of_its_own_warms_up_before_the_policy_moves(system: System, tmp_path: Path) -> None:
     source = save_decoder(tmp_path / "critic", seed=3)
     critic = {"kind": "model", "source": str(source), "warm_up_steps": 2}
-    done = system.train(system.config("critic", critic=critic))
+    kl = {"coefficient": 0.1, "adaptive": {"target": 100.0, "horizon": 100}}
+    done = system.train(system.config("critic", critic=critic, kl=kl))
     assert done.returncode == 0, done.stderr
     records = [record for record in records_of(system.directory / "critic") if "loss/value" in record]
     assert [record["critic/warm_up"] for record in records] == [1.0, 1.0, 0.0, 0.0]
@@ -108,3 +109,5 @@ def test_a_critic_of_its_own_warms_up_before_the_policy_moves(system: System, tm
     assert [record["policy/approx_kl"] == 0 for record in records] == [True, True, False, False]
     assert all(record["policy/grad_norm"] > 0 for record in records)
     assert records[1]["loss/value"] < records[0]["loss/value"]
+    # No coefficient moves a policy that stands still: 8 samples of a horizon of 100 take 0.2 * 8 / 100 off it later.
+    assert [record["kl/coefficient"] for record in records] == pytest.approx([0.1, 0.1, 0.1, 0.1 * 0.984])
