@@ -11,6 +11,7 @@ from ppod_deploy.launcher import RUN_FILE, Launcher
 from ppod_deploy.overrides import COMMAND_LINE, Override, apply_overrides, describe_keys
 from ppod_deploy.run_config import RunConfig, parse_run, read_run_values, without_implied_targets
 from ppod_models.configuration import ConfigError
+from ppod_trainer.config import TrainerConfig, changes_of_course
 
 
 def launch(command: Run | Up, overrides: Sequence[Override]) -> int:
@@ -31,7 +32,8 @@ def resolve_run(command: Run | Up, overrides: Sequence[Override]) -> RunConfig:
     """The validated run that a command line asks for.
 
     Raises:
-        ConfigError: the file, an override or their sum is wrong, or the run directory holds another run.
+        ConfigError: the file, an override or their sum is wrong, or the run directory holds another run, which is not
+            resumed, or would be with a configuration that is not its own.
     """
     resume = command.resume if isinstance(command, Run) else None
     if resume is not None and not (resume / RUN_FILE).is_file():
@@ -47,8 +49,11 @@ def resolve_run(command: Run | Up, overrides: Sequence[Override]) -> RunConfig:
     origin = f"{path} with the command line's overrides" if overrides else str(path)
     config = parse_run(with_run_dir(values, path.stem), origin)
     run_dir = config.trainer.run_dir
-    if isinstance(command, Run) and not config.trainer.resume and (found := _earlier_run(run_dir)) is not None:
-        raise ConfigError(str(path), [f"trainer.run_dir: {run_dir} holds {found}"])
+    if isinstance(command, Run):
+        if config.trainer.resume:
+            _check_course(config.trainer, run_dir, origin)
+        elif (found := _earlier_run(run_dir)) is not None:
+            raise ConfigError(str(path), [f"trainer.run_dir: {run_dir} holds {found}"])
     return config
 
 
@@ -66,3 +71,14 @@ def _earlier_run(run_dir: Path) -> str | None:
     if records.is_file() and records.stat().st_size:
         return "the records of an earlier run, which left no checkpoint; remove it, or name another"
     return None
+
+
+def _check_course(trainer: TrainerConfig, run_dir: Path, origin: str) -> None:
+    """Before anything starts, and puts its own run file in the place of the one that the run can go on with."""
+    run_file = run_dir / RUN_FILE
+    if not run_file.is_file() or not (run_dir / "checkpoints").is_dir():
+        return
+    earlier = parse_run(read_run_values(run_file), str(run_file)).trainer
+    if changes := changes_of_course(trainer, earlier):
+        advice = f"in {run_dir}, and decides the course of training; leave it as it was, or name another run_dir"
+        raise ConfigError(origin, [f"trainer.{change} {advice}" for change in changes])

@@ -159,6 +159,24 @@ def test_a_file_that_is_no_mapping_and_a_resume_of_nothing_are_faults(tmp_path: 
         resolve_run(Run(resume=tmp_path), [])
 
 
+def test_a_run_is_resumed_with_its_own_course_alone(run_values: dict[str, Section], tmp_path: Path) -> None:
+    """Before its run file is overwritten, from which it could be resumed."""
+    values = apply_overrides(run_values, [Override(("trainer", "run_dir"), str(tmp_path))])
+    (tmp_path / RUN_FILE).write_text(dump_config(parse_run(values, "test")))
+    coefficient = Override(("trainer", "kl", "coefficient"), 0.25)
+    optimizer = Override(("trainer", "optimizer", "value_learning_rate"), 0.5)
+    free = Override(("trainer", "checkpoint", "interval"), 7)
+    assert resolve_run(Run(resume=tmp_path), [coefficient]).trainer.kl.coefficient == 0.25, "nothing is trained yet"
+    (tmp_path / "checkpoints").mkdir()
+    assert resolve_run(Run(resume=tmp_path), [free]).trainer.checkpoint.interval == 7
+    with pytest.raises(ConfigError) as caught:
+        resolve_run(Run(resume=tmp_path), [coefficient, optimizer, free])
+    changes = ("trainer.kl.coefficient is 0.25, was 0.05", "trainer.optimizer.value_learning_rate is 0.5, was None")
+    assert len(caught.value.problems) == 2
+    for change, problem in zip(changes, caught.value.problems, strict=True):
+        assert problem.startswith(f"{change} in {tmp_path}, and decides the course of training")
+
+
 def test_help_lists_every_key_that_an_override_reaches() -> None:
     text = "\n".join(describe_keys(RunConfig))
     for key in ("--services.reward.rewards", "--trainer.ppo.clip FLOAT", "--trainer.kl.adaptive.target FLOAT"):

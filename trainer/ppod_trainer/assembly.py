@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +19,7 @@ from ppod_trainer.algorithms import LearnedEstimator, build_estimator
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.checkpoint import TrainerState, goes_on, load_checkpoint, restore_components
 from ppod_trainer.collector import RolloutCollector
-from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig
+from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig, configuration_fingerprint
 from ppod_trainer.connections import check_services, connect
 from ppod_trainer.durable import write_durably
 from ppod_trainer.environments.calls import EnvironmentCalls
@@ -45,18 +43,6 @@ from ppod_trainer.training import Parts, TrainingRun
 from ppod_trainer.watch import build_watcher
 
 log = logging.getLogger(__name__)
-
-_FREE_SECTIONS = (
-    *("run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation"),
-    *("ranks", "memory", "watch"),
-)
-
-
-def configuration_fingerprint(config: TrainerConfig) -> str:
-    """Hash of all that decides the course of training; where things are kept and shown may differ on resume."""
-    free = {**dict.fromkeys(_FREE_SECTIONS, True), "environment": {"threads"}}
-    values = config.model_dump(mode="json", exclude=free)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def build_kl_controller(config: KlConfig) -> KlController:

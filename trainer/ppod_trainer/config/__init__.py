@@ -1,6 +1,7 @@
 """Configuration of the trainer. Importing it needs neither torch nor a GPU."""
 
 from ppod_trainer.config.advantages import AdvantagesConfig, GigpoConfig, SpaConfig
+from ppod_trainer.config.course import changes_of_course, configuration_fingerprint
 from ppod_trainer.config.memory import MemoryConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.policy import CriticConfig, LoraConfig, PolicyConfig
@@ -68,6 +69,8 @@ __all__ = [
     "TroubleKind",
     "WatchConfig",
     "WeightTransferConfig",
+    "changes_of_course",
+    "configuration_fingerprint",
     "is_kubernetes",
     "listed",
 ]
