@@ -1,4 +1,4 @@
-"""`python -m ppod_trainer.job --config FILE`: `python -m ppod_trainer`, which then writes its results to its log.
+"""`python -m ppod_trainer.job --config FILE ...`: `python -m ppod_trainer`, which then writes its results to its log.
 
 A pod that has ended can no longer be asked for files; its log stays. `ppod k8s train` reads them there.
 """
@@ -27,7 +27,7 @@ def run_job(arguments: list[str]) -> int:
     """Run the trainer, then write what there is of its results; returns the trainer's exit code."""
     code = main(arguments)
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config", type=Path, action="append", default=[])
+    parser.add_argument("--config", type=Path, action="append", required=True)
     known, _ = parser.parse_known_args(arguments)
     try:
         run_dir = load_config(TrainerConfig, *known.config).run_dir
