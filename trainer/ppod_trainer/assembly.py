@@ -85,7 +85,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
         parts = Parts(
             connections=connections,
             collector=collector,
-            evaluator=Evaluator(collector, connections.judge, prompts.heldout, codec.decode),
+            evaluator=Evaluator(collector, connections.judge, prompts.heldout, codec.decode, bad_samples),
             learner=leader,
             kl=build_kl_controller(config.kl),
             prompts=prompts,

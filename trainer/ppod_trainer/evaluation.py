@@ -11,13 +11,15 @@ import numpy as np
 
 from ppod import RewardClient
 from ppod.tensors import TokenArray
+from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt
-from ppod_trainer.rollouts import ScoredRollout, sample_seed
+from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
 
 Decode = Callable[[TokenArray], str]
 
+_STOP = BadSamples("stop")
 _EVALUATION_SEED = 7  # Not the run's: every run is judged on the same draws.
 
 
@@ -38,7 +40,8 @@ class Evaluation:
 
     Attributes:
         score, score_standard_error, score_std: reward-model score: mean, standard error of it, standard deviation.
-        judge, judge_standard_error: the held-out judge's; None without a judge.
+        judge, judge_standard_error: the held-out judge's, over the samples that it does not refuse; None where there is
+            none.
         kl: mean over responses of the summed log(policy / reference) of the sampled tokens, nats a response.
         length: mean tokens of a response.
         distinct_2: different word pairs over all word pairs of the continuations.
@@ -80,11 +83,18 @@ class Evaluator:
         judge: client of the held-out judge, or None.
         prompts: the held-out prompts.
         decode: turns token ids into text, special tokens left out.
+        bad_samples: what becomes of a sample that the judge refuses.
     """
 
     def __init__(
-        self, collector: RolloutCollector, judge: RewardClient | None, prompts: Sequence[Prompt], decode: Decode
+        self,
+        collector: RolloutCollector,
+        judge: RewardClient | None,
+        prompts: Sequence[Prompt],
+        decode: Decode,
+        bad_samples: BadSamples = _STOP,
     ) -> None:
+        self._bad_samples = bad_samples
         self._collector = collector
         self._judge = judge
         self._prompts = prompts
@@ -95,10 +105,8 @@ class Evaluator:
         seeds = [sample_seed(_EVALUATION_SEED, "heldout", 0, index) for index in range(len(self._prompts))]
         scored = self._collector.collect(self._prompts, seeds, policy_version, StepTimer())
         judged = self.judge(scored)
-        samples = tuple(
-            self._sample(one, None if judged is None else float(judged[position]))
-            for position, one in enumerate(scored)
-        )
+        samples = tuple(self._sample(one, judged.get(one.rollout.seed)) for one in scored)
+        judgements = np.array(list(judged.values()), dtype=np.float32)
         scores = np.array([one.outcome for one in scored])
         kl = [float((one.rollout.sampler_logprobs - one.ref_logprobs)[one.rollout.action_mask].sum()) for one in scored]
         return Evaluation(
@@ -106,19 +114,31 @@ class Evaluator:
             score=float(scores.mean()),
             score_standard_error=standard_error(scores),
             score_std=float(scores.std(ddof=1)) if len(scores) > 1 else 0.0,
-            judge=None if judged is None else float(judged.mean()),
-            judge_standard_error=None if judged is None else standard_error(judged),
+            judge=float(judgements.mean()) if judged else None,
+            judge_standard_error=standard_error(judgements) if judged else None,
             kl=float(np.mean(kl)),
             length=float(np.mean([one.rollout.sampled for one in scored])),
             distinct_2=distinct_2([sample.continuation for sample in samples]),
             samples=samples,
         )
 
-    def judge(self, scored: Sequence[ScoredRollout]) -> np.ndarray | None:
-        """The held-out judge's scores, float32 [samples]; None without a judge."""
-        if self._judge is None:
-            return None
-        return self._judge.score([one.rollout.visible_tokens for one in scored]).values
+    def judge(self, scored: Sequence[ScoredRollout]) -> dict[int, float]:
+        """The held-out judge's scores by the samples' seeds, in their order: of all but those that it refuses.
+
+        Empty without a judge.
+
+        Raises:
+            PpodError: the judge failed; or it named a bad sample and the configuration says to stop.
+        """
+        judge = self._judge
+        if judge is None:
+            return {}
+
+        def score(kept: Sequence[Rollout]) -> list[float]:
+            return judge.score([rollout.visible_tokens for rollout in kept]).values.tolist()
+
+        kept, scores = self._bad_samples.call([one.rollout for one in scored], score)
+        return {rollout.seed: value for rollout, value in zip(kept, scores, strict=True)}
 
     def _sample(self, scored: ScoredRollout, judge: float | None) -> Sample:
         rollout = scored.rollout

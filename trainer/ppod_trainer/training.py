@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from opentelemetry import trace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -108,7 +107,7 @@ class TrainingRun:
         self.parts = parts
         self.state = state
         self.whole = True
-        self._judged: npt.NDArray[np.float32] | None = None
+        self._judged: list[float] = []
         self._unpushed: WeightPushError | Unavailable | None = None
         self._versions = PolicyVersions()
         rollout = config.rollout
@@ -305,8 +304,9 @@ class TrainingRun:
             "samples/stale": float(stale),
             "tokens_per_second": sum(one.rollout.sampled for one in collected.rollouts) / timer.seconds["step"],
         }
-        if self._judged is not None:
-            figures |= {"judge/mean": float(self._judged.mean()), "judge/std": float(self._judged.std())}
+        if self._judged:
+            judged = np.array(self._judged, dtype=np.float32)
+            figures |= {"judge/mean": float(judged.mean()), "judge/std": float(judged.std())}
         seconds = collected.seconds | timer.seconds
         figures |= collected.figures
         if (push := self._to_generation.last) is not None:
@@ -315,11 +315,11 @@ class TrainingRun:
 
     def _judge(self, rollouts: Sequence[ScoredRollout], timer: StepTimer) -> None:
         """Ask the held-out judge about the step's samples, every `judge_interval` steps. It never enters the reward."""
-        self._judged = None
+        self._judged = []
         if self.state.step % self.config.evaluation.judge_interval and self.state.step + 1 < self.config.steps:
             return
         with timer.phase("judge"):
-            self._judged = self._insist(lambda: self.parts.evaluator.judge(rollouts))
+            self._judged = list(self._insist(lambda: self.parts.evaluator.judge(rollouts)).values())
 
     def _after_step(self) -> None:
         config, step = self.config, self.state.step
