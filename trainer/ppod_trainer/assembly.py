@@ -101,8 +101,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
         opened.callback(run.close)
         _synchronise(run)
         if config.advantages.kind == "pvpo" and not estimates.values:
-            with stop.interruptible():
-                _presample(run)
+            presample_for(run)
         leader.share()
         yield run
 
@@ -188,12 +187,12 @@ def load_leader(
     return Leader(learner, loaded.hollow, loaded.adapter, shared), state
 
 
-def _presample(run: TrainingRun) -> None:
-    """Estimate what the initial policy, which is served now, gets for each prompt."""
+def presample_for(run: TrainingRun) -> None:
+    """Estimate what the initial policy, which is served now, gets for each prompt. Raises as `TrainingRun.collect`."""
     config, parts = run.config, run.parts
     asked = planned_prompts(config, parts.prompts)
     print(f"estimating {len(asked)} prompts by {config.advantages.presamples} samples each", flush=True)
-    found = presample(asked, config, parts.collector, run.state.policy_version)
+    found = presample(asked, config, run.collect)
     parts.estimates.values.update(found.values)
     keep_estimates(config.run_dir / "pre_estimates.json", parts.estimates)
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import RewardsConfig, TrainerConfig
 from ppod_trainer.errors import TrainerError
-from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.rollouts import ScoredRollout, sample_seed
 from ppod_trainer.score_shaping import ScoreScale, shape_scores
@@ -61,9 +59,16 @@ def planned_prompts(config: TrainerConfig, prompts: PromptSet) -> list[Prompt]:
 
 
 def presample(
-    prompts: Sequence[Prompt], config: TrainerConfig, collector: RolloutCollector, policy_version: int
+    prompts: Sequence[Prompt],
+    config: TrainerConfig,
+    collect: Callable[[Sequence[Prompt], Sequence[int]], list[ScoredRollout]],
 ) -> PreEstimates:
-    """Sample each prompt `advantages.presamples` times with the weights of this version; the mean outcome of each.
+    """Sample each prompt `advantages.presamples` times with the present weights; the mean outcome of each.
+
+    Args:
+        prompts: to be estimated.
+        config: the run's.
+        collect: samples and scores one response for each prompt, by its seed.
 
     Raises:
         PpodError: a service failed; or it named a bad sample and the configuration says to stop.
@@ -77,7 +82,7 @@ def presample(
     outcomes: dict[int, list[float]] = {}
     for start in range(0, len(asked), batch):
         some = asked[start : start + batch]
-        found = collector.collect([one for one, _ in some], [seed for _, seed in some], policy_version, StepTimer())
+        found = collect([one for one, _ in some], [seed for _, seed in some])
         for scored, outcome in zip(found, shaped_outcomes(found, config.rewards), strict=True):
             outcomes.setdefault(scored.rollout.prompt.index, []).append(outcome)
     return PreEstimates({index: sum(each) / len(each) for index, each in outcomes.items()})

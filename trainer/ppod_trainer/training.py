@@ -36,7 +36,7 @@ from ppod_trainer.pipeline import Collected, RolloutPipeline
 from ppod_trainer.policy_push import PolicyPush
 from ppod_trainer.policy_versions import PolicyVersions
 from ppod_trainer.presampling import PreEstimates
-from ppod_trainer.prompts import PromptSet
+from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.recovery import Recovery
 from ppod_trainer.reference_policy import ReferencePolicy
 from ppod_trainer.report import format_evaluation, format_step
@@ -157,6 +157,18 @@ class TrainingRun:
             self.parts.metrics.write(self.state.step, evaluation.record())
         print(format_evaluation(evaluation), flush=True)
         return evaluation
+
+    def collect(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[ScoredRollout]:
+        """A scored response of the present weights to each prompt, by its seed. Services that go away are waited for.
+
+        Raises:
+            StopRequestedError: a signal came in.
+            PpodError: a service failed; or it named a bad sample and the configuration says to stop.
+        """
+        with self.parts.stop.interruptible():
+            return self._insist(
+                lambda: self.parts.collector.collect(prompts, seeds, self.state.policy_version, StepTimer())
+            )
 
     def save(self) -> Path:
         """Write a checkpoint of the last whole step."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch import nn
 
 from ppod import FailedPrecondition, Unavailable
 from ppod.client import LoraAdapter, ReplicaOutcome, WeightPush, WeightStatus
+from ppod_trainer.assembly import presample_for
 from ppod_trainer.checkpoint import TrainerState
 from ppod_trainer.config import TrainerConfig, WeightTransferConfig
 from ppod_trainer.errors import StopRequestedError, WeightPushError
@@ -27,12 +29,15 @@ from ppod_trainer.metrics import StepTimer
 from ppod_trainer.pipeline import RolloutPipeline
 from ppod_trainer.policy_push import PolicyPush
 from ppod_trainer.policy_versions import PolicyVersions
-from ppod_trainer.rollouts import Rollout, keep_fresh
+from ppod_trainer.presampling import PreEstimates
+from ppod_trainer.prompts import Prompt, PromptSet
+from ppod_trainer.rollouts import Rollout, ScoredRollout, keep_fresh
 from ppod_trainer.score_statistics import ScoreStatistics
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import TrainingRun
 from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
+from support.random_rollouts import random_rollouts
 from support.versioned_rollouts import Services
 
 
@@ -267,6 +272,45 @@ def test_a_judge_that_is_away_for_a_moment_is_asked_again(tmp_path: Path) -> Non
     with pytest.raises(TrainedError):
         run._step()
     assert judge.calls == 2
+
+
+def test_presampling_goes_on_where_a_replica_lost_its_weights(tmp_path: Path) -> None:
+    """It came back with version 0: it is given the policy under a new version, and asked for the same samples."""
+    generation = Generation()
+    asked: list[tuple[list[int], int]] = []
+
+    def collect(prompts: list[Prompt], seeds: list[int], version: int, _: StepTimer) -> list[ScoredRollout]:
+        asked.append((seeds, version))
+        if len(asked) == 2:
+            generation.serves["b"] = 0
+        if generation.serves != dict.fromkeys("ab", version):
+            raise FailedPrecondition("weight_version", "0", str(version))
+        found = random_rollouts(len(prompts))
+        return [
+            replace(one, score=float(prompt.index), rollout=replace(one.rollout, prompt=prompt, seed=seed))
+            for one, prompt, seed in zip(found, prompts, seeds, strict=True)
+        ]
+
+    pvpo: dict[str, object] = {
+        "rollout": {"batch_size": 2},
+        "advantages": {"kind": "pvpo", "presamples": 2},
+        "kl": {"placement": "loss", "estimator": "k3"},
+    }
+    prompts = PromptSet([Prompt(index, np.array([index], np.int32)) for index in range(3)], [])
+    run = run_of(
+        tmp_path,
+        generation,
+        TrainerState(0, 0, 0, ""),
+        pvpo,
+        collector=SimpleNamespace(collect=collect),
+        prompts=prompts,
+        estimates=PreEstimates(),
+    )
+    run.push_policy(1)
+    presample_for(run)
+    assert run.parts.estimates.values == {0: 0.0, 1: 1.0, 2: 2.0}
+    assert [version for _, version in asked] == [1, 1, 2, 2]
+    assert asked[1][0] == asked[2][0]
 
 
 class KeptReference:
