@@ -276,15 +276,15 @@ class TrainingRun:
         self.state = replace(self.state, step=step + 1)
         parts.rollouts.schedule.settle(step + 1)
         self.whole = True
+        tokens = int(batch.responses.action_mask.sum())
         record = finite_record(
             rollout_figures(rollouts)
             | off_policy
             | update_figures(batch, stats)
-            | self._run_figures(collected, stale, timer, controls)
+            | self._run_figures(collected, stale, tokens, timer, controls)
             | {f"samples/rejected_{reason}": float(count) for reason, count in rejected.items()}
         )
         record |= parts.watcher.observe(step + 1, record)
-        tokens = int(batch.responses.action_mask.sum())
         parts.metrics.write(step + 1, record, samples=len(rollouts), tokens=tokens)
         return record
 
@@ -299,7 +299,7 @@ class TrainingRun:
         )
 
     def _run_figures(
-        self, collected: Collected, stale: int, timer: StepTimer, controls: StepControls
+        self, collected: Collected, stale: int, tokens: int, timer: StepTimer, controls: StepControls
     ) -> dict[str, float]:
         """What the run itself did."""
         figures = {
@@ -314,7 +314,7 @@ class TrainingRun:
             "learning_rate": self.config.optimizer.learning_rate * controls.rate_factor,
             "samples/dropped": float(self.config.rollout.batch_size - len(collected.rollouts)),
             "samples/stale": float(stale),
-            "tokens_per_second": sum(one.rollout.sampled for one in collected.rollouts) / timer.seconds["step"],
+            "tokens_per_second": tokens / timer.seconds["step"],
         }
         if self._judged:
             judged = np.array(self._judged, dtype=np.float32)

@@ -50,6 +50,10 @@ def test_rejected_samples_are_counted_and_statistics_and_schedules_arrive(system
     rejected = sum(record["samples/rejected_repetitive"] for record in records)
     assert rejected > 0
     assert "samples are not trained on" in result.stderr
+    lines = [json.loads(line) for line in (system.directory / "filtered" / "metrics.jsonl").read_text().splitlines()]
+    for record in (line for line in lines if "score/mean" in line):
+        tokens = record["response/length"] * (8 - record["samples/rejected_repetitive"])
+        assert record["tokens_per_second"] * record["seconds/step"] == pytest.approx(tokens), "those trained on"
     assert [record["entropy/coefficient"] for record in records] == pytest.approx([0, 0.1, 0.2, 0.3])
     assert [record["kl/coefficient"] for record in records] == pytest.approx([0.05, 0.06, 0.07, 0.08])
     kept = json.loads(next((system.directory / "filtered").glob("checkpoints/*/trainer.json")).read_text())
