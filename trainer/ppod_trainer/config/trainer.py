@@ -90,7 +90,10 @@ class TrainerConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
-    def _judge_is_there(self) -> Self:
+    def _what_stops_is_looked_for(self) -> Self:
+        kind = self.advantages.kind
+        if "value_collapse" in self.watch.stop and kind not in NEEDS_CRITIC:
+            raise ValueError(f"watch.stop names value_collapse, and kind {kind} reads no values: leave it out")
         if "reward_hacking" in self.watch.stop and self.services.judge_model is None:
             raise ValueError("watch.stop names reward_hacking, which needs a held-out judge: set services.judge_model")
         return self
