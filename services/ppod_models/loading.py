@@ -91,9 +91,14 @@ def vocab_size(model: PreTrainedModel) -> int:
     return int(cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0])
 
 
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the language model's hidden states."""
+    return int(model.config.get_text_config(decoder=True).hidden_size)
+
+
 def max_sequence_tokens(model: PreTrainedModel) -> int:
     """Longest sequence that the model's positions cover."""
-    return int(model.config.max_position_embeddings)
+    return int(model.config.get_text_config(decoder=True).max_position_embeddings)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ppod_models.configuration import describe_faults
-from ppod_models.loading import tokenizer_fingerprint
+from ppod_models.loading import hidden_size, tokenizer_fingerprint
 from ppod_models.reward_cards import HeadCard
 
 HEADS_DIR = Path(__file__).parent / "heads"
@@ -104,8 +104,8 @@ def check_fit(card: HeadCard, trunk: PreTrainedModel, tokenizer: PreTrainedToken
         RewardHeadError: hidden size, number of layers, tokenizer or weights differ from the card's.
     """
     found: list[tuple[str, object, object]] = [
-        ("hidden size", card.trunk.hidden_size, int(trunk.config.hidden_size)),
-        ("number of layers", card.trunk.num_layers, int(trunk.config.num_hidden_layers)),
+        ("hidden size", card.trunk.hidden_size, hidden_size(trunk)),
+        ("number of layers", card.trunk.num_layers, int(trunk.config.get_text_config(decoder=True).num_hidden_layers)),
         ("tokenizer fingerprint", card.trunk.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)),
         ("weights digest", card.trunk.weights_digest, weights_digest(trunk)),
     ]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from ppod_models.loading import check_attention, load_causal_lm
+from ppod_models.loading import check_attention, hidden_size, load_causal_lm
 from ppod_trainer.errors import TrainerError
 
 
@@ -76,7 +76,7 @@ def load_value_model(
                 head.bias.copy_(bias)
     else:
         model = load_causal_lm(path, device=device, dtype=dtype, attention=attention)
-        head = zero_head(int(model.config.hidden_size), device)
+        head = zero_head(hidden_size(model), device)
     trunk = cast(PreTrainedModel, model.base_model)
     found = cast(nn.Embedding, trunk.get_input_embeddings()).num_embeddings
     if found != vocab_size:

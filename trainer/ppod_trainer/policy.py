@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ppod_models.loading import hidden_size
 from ppod_models.logit_transforms import UNCHANGED, LogitTransform
 from ppod_models.logprobs import token_logprobs
 from ppod_models.padding import position_ids
@@ -150,7 +151,7 @@ class PolicyWithValue(nn.Module):
     @property
     def hidden_size(self) -> int:
         """H of the language model."""
-        return int(self.model.config.hidden_size)
+        return hidden_size(self.model)
 
     @property
     def device(self) -> torch.device:

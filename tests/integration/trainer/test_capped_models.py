@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.capped_models import save_capped_model
+from support.capped_models import BUILDS, save_with_tokenizer, with_images
 from support.copying_runs import CopyingSystem
 from support.processes import running_service
 from support.services import tiny_model_config
@@ -18,9 +18,17 @@ from .conftest import records_of
 
 @pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])
 def test_sampler_reference_and_trainer_agree(kind: str, tmp_path: Path) -> None:
-    model_dir = save_capped_model(tmp_path / "model", kind)
+    model_dir = save_with_tokenizer(BUILDS[kind][0](), tmp_path / "model")
     # Gemma 2 caps its attention, too.
-    model = {**tiny_model_config(model_dir), "attention": "eager" if kind == "gemma2" else "sdpa"}
+    check_agreement(kind, model_dir, tmp_path, "eager" if kind == "gemma2" else "sdpa")
+
+
+def test_the_text_of_a_model_that_takes_images_is_trained(tmp_path: Path) -> None:
+    check_agreement("images", save_with_tokenizer(with_images(), tmp_path / "model"), tmp_path, "sdpa")
+
+
+def check_agreement(kind: str, model_dir: Path, tmp_path: Path, attention: str) -> None:
+    model = {**tiny_model_config(model_dir), "attention": attention}
     with ExitStack() as stack:
         reference, generation = (
             stack.enter_context(running_service(f"ppod_services.{name}", tmp_path, {"model": model}))

@@ -10,7 +10,14 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ppod_models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype, tokenizer_fingerprint
+from ppod_models.loading import (
+    hidden_size,
+    load_causal_lm,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    tokenizer_fingerprint,
+)
 from ppod_models.reward_cards import HeadCard, HeldOutFigures, TrainingRecord, TrunkSpec
 from ppod_models.reward_features import TrunkFeatures
 from ppod_models.reward_heads import RewardHead, weights_digest, write_head
@@ -178,8 +185,8 @@ def _card(
             fingerprint=trunk.resolved.fingerprint,
             weights_digest=weights_digest(trunk.model),
             tokenizer_fingerprint=tokenizer_fingerprint(trunk.tokenizer),
-            hidden_size=int(trunk.model.config.hidden_size),
-            num_layers=int(trunk.model.config.num_hidden_layers),
+            hidden_size=hidden_size(trunk.model),
+            num_layers=int(trunk.model.config.get_text_config(decoder=True).num_hidden_layers),
         ),
         logit_per_score=round(fitted.logit_per_score, 6),
         training=training,

@@ -164,7 +164,7 @@ def engine_arguments(
 
 
 def _longest(vllm: VllmConfig, path: Path) -> int:
-    own = int(AutoConfig.from_pretrained(path).max_position_embeddings)
+    own = int(AutoConfig.from_pretrained(path).get_text_config(decoder=True).max_position_embeddings)
     return own if vllm.max_model_len is None else min(own, vllm.max_model_len)
 
 
