@@ -231,10 +231,14 @@ class Exchange:
             counts = [address for _, address in self._attempts.values()]
             full = {address for address in counts if counts.count(address) >= in_flight} | held
             address = self._shared.replicas.pick(self._avoided(part), full, part.tokens)
+            held_until = min((until for until in self._held.values() if until > now), default=now)
+            if address is None and held_until >= self.deadline:
+                # No use waiting for them: whoever was down may be back by now.
+                address = self._shared.replicas.pick(self._avoided(part) | held, full, part.tokens)
             if address is not None:
                 actions.append(self._send(part, address, now))
             elif held:
-                self._wake(min(until for until in self._held.values() if until > now))
+                self._wake(held_until)
             elif not counts:
                 gone = Unavailable("no replica is left that could answer this request")
                 # Of a name that has no replica now, as between two pods, there may soon be one.
@@ -334,7 +338,8 @@ class Exchange:
         return self.cancel()
 
     def _wake(self, at: float) -> None:
-        self.wake_at = at if self.wake_at is None else min(self.wake_at, at)
+        # A replica may ask for a longer wait than the caller has time for.
+        self.wake_at = min(at, self.deadline if self.wake_at is None else self.wake_at)
 
 
 def _mismatch(found: Answerer, newest: Answerer) -> FailedPrecondition:

@@ -74,6 +74,24 @@ def test_what_no_repeat_can_mend_is_raised_at_once(error: PpodError) -> None:
     assert len(world.sent) == 1
 
 
+def test_no_wait_outlasts_the_deadline() -> None:
+    """One replica asks for a longer wait than there is time for, and the other one goes away."""
+    world = World({"a": failing(ResourceExhausted("full", 60.0)), "b": failing(GONE)})
+    with pytest.raises(Unavailable, match="gone"):
+        world.exchange(RowsJob([1]), timeout_s=10)
+    assert world.now < 10
+    assert world.addresses() == ["a", *["b"] * 5]
+
+
+def test_who_is_back_is_asked_before_who_wants_too_long_a_wait() -> None:
+    world = World({"a": failing(ResourceExhausted("full", 60.0)), "b": sequence_of(failing(GONE), good(0.1))})
+    job = RowsJob([1])
+    world.exchange(job, timeout_s=10)
+    assert job.covered() == [0]
+    assert world.addresses() == ["a", "b", "b"]
+    assert world.now < 1
+
+
 def test_what_may_not_be_done_twice_is_repeated_only_when_it_was_refused() -> None:
     world = World({"a": failing(GONE), "b": good(0.1)})
     with pytest.raises(Unavailable):
