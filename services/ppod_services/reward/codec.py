@@ -25,6 +25,7 @@ class TokenizerCodec:
         fingerprint: see `ppod_models.loading.tokenizer_fingerprint`.
         bos_token_id: begin of sequence; None where the tokenizer has none.
         longest_tokens: what the tokenizer's files say its model takes; huge where they say nothing.
+        special_tokens_around: how many special tokens it puts before a text, and how many behind it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -35,6 +36,9 @@ class TokenizerCodec:
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
+        mask = self._backend.encode("a").special_tokens_mask
+        before, all_of_them = (mask.index(0), sum(mask)) if 0 in mask else (0, 0)
+        self.special_tokens_around = before, all_of_them - before
 
     @property
     def vocab_size(self) -> int:

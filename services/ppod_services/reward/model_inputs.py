@@ -18,6 +18,7 @@ from ppod_services.reward.samples import (
     Content,
     IntArray,
     PlainText,
+    Query,
     Sample,
     TextContent,
     TokenContent,
@@ -56,12 +57,7 @@ def encode_whole(samples: Sequence[Sample], reader: Reader) -> list[TokenArray]:
     found: list[TokenArray | None] = [_own_tokens(sample, reader) for sample in samples]
     rest = [index for index, tokens in enumerate(found) if tokens is None]
     for special in (False, True):
-        # A rendered conversation brings its special tokens along.
-        chosen = [
-            index
-            for index in rest
-            if (reader.special_tokens and not isinstance(samples[index].content, ChatContent)) is special
-        ]
+        chosen = [index for index in rest if _gets_special_tokens(samples[index], reader) is special]
         if chosen:
             texts = [_whole_text(samples[index], reader) for index in chosen]
             for index, tokens in zip(chosen, reader.codec.encode(texts, special_tokens=special), strict=True):
@@ -70,16 +66,27 @@ def encode_whole(samples: Sequence[Sample], reader: Reader) -> list[TokenArray]:
 
 
 def truncate(
-    samples: Sequence[Sample], sequences: Sequence[TokenArray], side: Truncation, most: int
+    samples: Sequence[Sample], sequences: Sequence[TokenArray], query: Query, reader: Reader, most: int
 ) -> list[TokenArray]:
-    """Cut sequences to `most` tokens on the side asked for; raise InvalidArgument for one too long where none is."""
-    if side is Truncation.LEFT:
-        return [tokens[-most:] for tokens in sequences]
-    if side is Truncation.RIGHT:
-        return [tokens[:most] for tokens in sequences]
+    """Cut what `encode_whole` gave to `most` tokens, on the side that the query asks for.
+
+    Special tokens around a text stay: many encoders read the score at the first of them.
+
+    Raises:
+        InvalidArgument: a sequence is too long, and no side is asked for.
+    """
+    cut: list[TokenArray] = []
     for sample, tokens in zip(samples, sequences, strict=True):
-        check_length(sample.index, len(tokens), sample.field, most)
-    return list(sequences)
+        if query.truncation is Truncation.NONE:
+            check_length(sample.index, len(tokens), sample.field, most)
+        lost = len(tokens) - most
+        if lost <= 0:
+            cut.append(tokens)
+            continue
+        before, behind = reader.codec.special_tokens_around if _gets_special_tokens(sample, reader) else (0, 0)
+        start = before if query.truncation is Truncation.LEFT else len(tokens) - behind - lost
+        cut.append(np.delete(tokens, slice(start, start + lost)))
+    return cut
 
 
 def encode_steps(sample: Sample, positions: Sequence[int], separator: str, reader: Reader) -> ModelInput:
@@ -132,6 +139,13 @@ def _own_tokens(sample: Sample, reader: Reader) -> TokenArray | None:
             return tokens
         case _:
             return None
+
+
+def _gets_special_tokens(sample: Sample, reader: Reader) -> bool:
+    """Whether the tokenizer puts its special tokens around a sample; a rendered conversation brings them along."""
+    if isinstance(sample.content, ChatContent) or _own_tokens(sample, reader) is not None:
+        return False
+    return reader.special_tokens
 
 
 def _whole_text(sample: Sample, reader: Reader) -> str:

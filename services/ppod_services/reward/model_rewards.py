@@ -54,8 +54,9 @@ class SequenceReward:
         if query.steps is not None and self._reads_all_at_once(query):
             return await self._score_at_once(query, query.steps.positions)
         samples = with_prefixes(query.samples, query.steps)
-        sequences = await self._encode(samples, query)
-        cut = truncate(samples, sequences, query.truncation, self._model.info.max_sequence_tokens)
+        reader = self._reader(query)
+        sequences = await self._encode(samples, reader)
+        cut = truncate(samples, sequences, query, reader, self._model.info.max_sequence_tokens)
         scorer = self._model.scorer
         inputs = [at_end(tokens, scorer.end_of(tokens)) for tokens in cut]
         values, work = await self._runtime.run_model(self._model, inputs, query)
@@ -76,7 +77,7 @@ class SequenceReward:
 
     async def _score_at_once(self, query: Query, positions: Sequence[Sequence[int]]) -> Scored:
         scorer = self._model.scorer
-        sequences = await self._encode(query.samples, query)
+        sequences = await self._encode(query.samples, self._reader(query))
         inputs = [
             ModelInput(tokens, np.asarray([scorer.end_of(tokens[:end]) for end in ends], dtype=np.int32))
             for tokens, ends in zip(sequences, positions, strict=True)
@@ -85,8 +86,10 @@ class SequenceReward:
         scores = np.asarray([way[-1] for way in values], dtype=np.float32)
         return self._scored(query, RawScores(scores, tuple(values)), work, np.zeros(len(values), dtype=np.int64))
 
-    async def _encode(self, samples: Sequence[Sample], query: Query) -> list[TokenArray]:
-        reader = reader_of(self._name, self._model, query, special_tokens=self._special_tokens)
+    def _reader(self, query: Query) -> Reader:
+        return reader_of(self._name, self._model, query, special_tokens=self._special_tokens)
+
+    async def _encode(self, samples: Sequence[Sample], reader: Reader) -> list[TokenArray]:
         if all(isinstance(sample.content, TokenContent) for sample in samples) and reader.same_tokens:
             return encode_whole(samples, reader)
         return await self._runtime.tokenize(lambda: encode_whole(samples, reader))

@@ -119,6 +119,11 @@ class Codec(Protocol):
         """Begin of sequence; None where the tokenizer has none."""
         ...
 
+    @property
+    def special_tokens_around(self) -> tuple[int, int]:
+        """How many special tokens it puts before a text, and how many behind it."""
+        ...
+
     def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[TokenArray]:
         """One int32 array a text; `special_tokens` adds those that the tokenizer puts around a text."""
         ...

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ppod import InvalidArgument, RewardClient
+from ppod import InvalidArgument, Pin, RewardClient, Truncation
 from support.tiny_head import scores_alone
 from support.tiny_model import build_tokenizer
 
@@ -56,6 +56,18 @@ def test_an_encoder_gets_its_special_tokens_and_nothing_is_cut(zoo: Zoo) -> None
     too_long = failure(zoo.service, of_texts(["x" * 200]), "encoder")
     assert isinstance(too_long, InvalidArgument)
     assert "202 tokens" in too_long.found
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_text_is_cut_between_the_special_tokens_as_transformers_cuts_it(zoo: Zoo, side: str) -> None:
+    text = "the quick brown fox jumps over the lazy dog " * 4
+    tokenizer = AutoTokenizer.from_pretrained(zoo.encoder, truncation_side=side)
+    ids = tokenizer(text, truncation=True, max_length=96)["input_ids"]
+    assert (len(ids), ids[0], ids[-1]) == (96, 0, 1)
+    with RewardClient(zoo.service.target, pin=Pin(model="encoder")) as client:
+        scores = client.score_texts([text], truncation=Truncation[side.upper()])
+    assert scores.values == pytest.approx([alone(zoo.encoder, ids)], abs=NOISE)
+    assert scores.truncated_tokens == (len(text) + 2 - 96,)
 
 
 def test_token_ids_reach_a_member_with_another_tokenizer_as_text(zoo: Zoo) -> None:
