@@ -23,6 +23,7 @@ from ppod_services.reward.samples import (
     TextContent,
     TokenContent,
     Truncation,
+    decode_parts,
     read_text,
 )
 
@@ -160,14 +161,12 @@ def _whole_text(sample: Sample, reader: Reader) -> str:
 def _pieces(sample: Sample, positions: Sequence[int], reader: Reader) -> tuple[TokenArray, list[str]]:
     """The tokens of the prompt, and the text of each step."""
     content: Content = sample.content
-    starts: Sequence[int]
     match content:
         case TokenContent(tokens, prompt_length):
-            starts = (prompt_length, *positions[:-1])
             if reader.source is None:
                 read_text(sample, None)
             source = reader.source or reader.codec
-            pieces = [source.decode(tokens[a:b]) for a, b in zip(starts, positions, strict=True)]
+            _, *pieces = decode_parts(source, tokens, (prompt_length, *positions))
             prompt = tokens[:prompt_length] if reader.same_tokens else _encode_prompt(read_text(sample, source), reader)
             return prompt, pieces
         case ChatContent(turns):

@@ -6,6 +6,8 @@ import time
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ppod import InvalidArgument, NonFiniteOutput
 from ppod_services.core.callers import ANONYMOUS_CALLER
@@ -13,6 +15,7 @@ from ppod_services.reward.codec import TokenizerCodec
 from ppod_services.reward.composites import score_ensemble, score_sum
 from ppod_services.reward.judge import question, read_verdict
 from ppod_services.reward.kinds import EnsembleConfig, RubricConfig, SumConfig, TermConfig
+from ppod_services.reward.model_inputs import Reader, encode_steps, encode_whole
 from ppod_services.reward.samples import (
     Granularity,
     PlainText,
@@ -21,6 +24,7 @@ from ppod_services.reward.samples import (
     TextContent,
     TokenContent,
     Truncation,
+    decode_parts,
     read_text,
 )
 from ppod_services.reward.scored import Adjustment, Kind, Scored
@@ -63,6 +67,41 @@ def test_steps_of_tokens_hold_the_text_of_the_steps() -> None:
     assert before == ["größer", "größer\n✓ ok"]
     with pytest.raises(InvalidArgument, match="3 positions"):
         find_steps((sample,), StepRule(Granularity.STEP, "\n"), codec, 2)
+
+
+def spaced_codec() -> TokenizerCodec:
+    """Words that begin with their space, which the decoder drops before the first one, as those of Llama 2 and T5."""
+    words = ["▁The", "▁film", "▁was", "▁great.", "▁Really", "<unk>"]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=5))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return TokenizerCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+
+
+def test_prompt_and_response_of_token_ids_are_together_the_text_of_the_whole() -> None:
+    codec = spaced_codec()
+    tokens = np.asarray([0, 1, 2, 3], dtype=np.int32)
+    assert codec.decode(tokens[3:]) == "great."
+    assert read_text(Sample(0, TokenContent(tokens, 3)), codec) == PlainText("The film was", " great.")
+    other = TokenizerCodec(build_tokenizer())
+    reader = Reader("r", other, special_tokens=False, same_tokens=False, source=codec)
+    [read] = encode_whole([Sample(0, TokenContent(tokens, 3))], reader)
+    assert other.decode(read) == "The film was great."
+
+
+def test_a_character_in_two_parts_spoils_no_other_part() -> None:
+    codec = TokenizerCodec(build_tokenizer())
+    [tokens] = codec.encode(["aß b"], special_tokens=False)
+    assert decode_parts(codec, tokens, (2, 3, 5)) == ["a\ufffd", "\ufffd", " b"]
+
+
+def test_steps_of_token_ids_keep_the_spaces_before_them() -> None:
+    codec = spaced_codec()
+    tokens = np.asarray([0, 1, 2, 3, 4, 3], dtype=np.int32)
+    other = TokenizerCodec(build_tokenizer())
+    reader = Reader("r", other, special_tokens=False, same_tokens=False, source=codec)
+    read = encode_steps(Sample(0, TokenContent(tokens, 3)), (4, 6), "|", reader)
+    assert other.decode(read.tokens) == "The film was great.| Really great.|"
 
 
 @pytest.mark.parametrize(
