@@ -65,10 +65,10 @@ def step_positions(sample: Sample, separator: str, codec: Codec | None) -> tuple
         case TokenContent(tokens, prompt_length):
             if codec is None:
                 raise InvalidArgument("process", "tokens", "texts: this service has no tokenizer to find steps with")
-            response = tokens[prompt_length:]
-            ends = step_ends(codec.decode(response), separator)
+            text = codec.decode(tokens[prompt_length:])
+            ends = step_ends(text, separator)
             # The last step ends with the last token, even where that adds no text, as an end of sequence.
-            found = {_tokens_up_to(end, sample.content, codec) for end in ends[:-1]} | {len(tokens)}
+            found = {_tokens_up_to(text[:end], sample.content, codec) for end in ends[:-1]} | {len(tokens)}
             return tuple(sorted(found))
 
 
@@ -89,12 +89,15 @@ def step_ends(text: str, separator: str) -> tuple[int, ...]:
     return (*ends, len(text))
 
 
-def _tokens_up_to(end: int, content: TokenContent, codec: Codec) -> int:
-    """How many tokens of the sequence it takes until the response's text has `end` characters."""
+def _tokens_up_to(text: str, content: TokenContent, codec: Codec) -> int:
+    """How many tokens of the sequence it takes until the response's text begins with this text.
+
+    Not until it is as long: some decoders make several characters of half of one.
+    """
     low, high = content.prompt_length + 1, len(content.tokens)
     while low < high:
         middle = (low + high) // 2
-        if len(codec.decode(content.tokens[content.prompt_length : middle])) >= end:
+        if codec.decode(content.tokens[content.prompt_length : middle]).startswith(text):
             high = middle
         else:
             low = middle + 1

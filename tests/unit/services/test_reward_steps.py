@@ -95,6 +95,18 @@ def test_a_character_in_two_parts_spoils_no_other_part() -> None:
     assert decode_parts(codec, tokens, (2, 3, 5)) == ["a\ufffd", "\ufffd", " b"]
 
 
+def test_a_step_of_token_ids_ends_behind_its_last_character_not_within_it() -> None:
+    """The bytes of half a character count as a character each, in decoders that fall back to bytes."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    codec = TokenizerCodec(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    [tokens] = codec.encode(["😀😀\nend"], special_tokens=False)
+    assert [codec.decode(tokens[:end]) for end in (3, 4, 9)] == ["\ufffd" * 3, "😀", "😀😀\n"]
+    steps = find_steps((Sample(0, TokenContent(tokens, 0)),), StepRule(Granularity.STEP, "\n"), codec, 10)
+    assert steps.positions == ((9, 12),)
+
+
 def test_steps_of_token_ids_keep_the_spaces_before_them() -> None:
     codec = spaced_codec()
     tokens = np.asarray([0, 1, 2, 3, 4, 3], dtype=np.int32)
