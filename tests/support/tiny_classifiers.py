@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -80,6 +81,14 @@ def save_process_model(directory: Path, *, seed: int = 0) -> Path:
         num_labels=2,
     )
     return _save(Qwen2ForTokenClassification(config), chat_tokenizer(), directory)
+
+
+def add_unknown_tokens(model_dir: Path) -> str:
+    """Let a model's tokenizer know tokens that the model has no embeddings for; returns the text of one."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.add_tokens([f"<extra {number}>" for number in range(VOCAB_SIZE)])
+    tokenizer.save_pretrained(model_dir)
+    return f"<extra {VOCAB_SIZE - 1}>"
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:

@@ -37,6 +37,7 @@ class Reader:
     Attributes:
         name: of the reward, for errors.
         codec: the model's tokenizer.
+        vocab_size: the model takes ids from 0 to vocab_size - 1; its tokenizer may make others.
         special_tokens: whether the tokenizer's own special tokens go around a text.
         same_tokens: whether the request's token ids are the model's.
         source: the tokenizer of the request's token ids, to decode those of another; None where it is unknown.
@@ -44,6 +45,7 @@ class Reader:
 
     name: str
     codec: Codec
+    vocab_size: int
     special_tokens: bool
     same_tokens: bool
     source: Codec | None
@@ -53,7 +55,8 @@ def encode_whole(samples: Sequence[Sample], reader: Reader) -> list[TokenArray]:
     """Token ids of whole sequences, int32 [length] each.
 
     Raises:
-        InvalidArgument: a text without a token, a conversation that the chat template refuses, unknown token ids.
+        InvalidArgument: a text without a token, a conversation that the chat template refuses, token ids that the
+            model does not have.
     """
     found: list[TokenArray | None] = [_own_tokens(sample, reader) for sample in samples]
     rest = [index for index, tokens in enumerate(found) if tokens is None]
@@ -63,7 +66,9 @@ def encode_whole(samples: Sequence[Sample], reader: Reader) -> list[TokenArray]:
             texts = [_whole_text(samples[index], reader) for index in chosen]
             for index, tokens in zip(chosen, reader.codec.encode(texts, special_tokens=special), strict=True):
                 found[index] = tokens
-    return [_not_empty(sample, tokens) for sample, tokens in zip(samples, found, strict=True)]
+    sequences = [_not_empty(sample, tokens) for sample, tokens in zip(samples, found, strict=True)]
+    check_ids(samples, sequences, reader)
+    return sequences
 
 
 def truncate(
@@ -101,6 +106,9 @@ def encode_steps(sample: Sample, positions: Sequence[int], separator: str, reade
         positions: where its steps end.
         separator: what goes after each step.
         reader: of the model.
+
+    Raises:
+        InvalidArgument: as `encode_whole`.
     """
     prompt, pieces = _pieces(sample, positions, reader)
     end = reader.codec.encode([separator], special_tokens=False)[0]
@@ -113,7 +121,9 @@ def encode_steps(sample: Sample, positions: Sequence[int], separator: str, reade
         parts += [tokens, end]
         length += len(tokens) + len(end)
         reads.append(length - 1)
-    return ModelInput(np.concatenate(parts), np.asarray(reads, dtype=np.int32))
+    whole = np.concatenate(parts)
+    check_ids([sample], [whole], reader)
+    return ModelInput(whole, np.asarray(reads, dtype=np.int32))
 
 
 def truncate_reads(sample: Sample, one: ModelInput, side: Truncation, most: int) -> tuple[ModelInput, int]:
@@ -207,6 +217,17 @@ def _not_empty(sample: Sample, tokens: TokenArray | None) -> TokenArray:
         field = "texts.texts" if isinstance(sample.content, TextContent) else sample.field
         raise InvalidArgument(field, "a text without a single token", "at least one token", sample.index)
     return tokens
+
+
+def check_ids(samples: Sequence[Sample], sequences: Sequence[TokenArray], reader: Reader) -> None:
+    """Raise InvalidArgument for an id that the model has no embedding for: it would break all that share the batch."""
+    if np.concatenate(sequences).max() < reader.vocab_size:
+        return
+    for sample, tokens in zip(samples, sequences, strict=True):
+        highest = int(tokens.max())
+        if highest >= reader.vocab_size:
+            expected = f"ids from 0 to {reader.vocab_size - 1}: the model of {reader.name!r} has no others"
+            raise InvalidArgument(sample.field, f"token id {highest}", expected, sample.index)
 
 
 def at_end(tokens: TokenArray, end: int) -> ModelInput:

@@ -11,7 +11,15 @@ import numpy.typing as npt
 from ppod.errors import InvalidArgument
 from ppod.tensors import FloatArray, TokenArray
 from ppod_services.reward.kinds import HeadConfig, SequenceClassificationConfig, TokenClassificationConfig
-from ppod_services.reward.model_inputs import Reader, at_end, encode_steps, encode_whole, truncate, truncate_reads
+from ppod_services.reward.model_inputs import (
+    Reader,
+    at_end,
+    check_ids,
+    encode_steps,
+    encode_whole,
+    truncate,
+    truncate_reads,
+)
 from ppod_services.reward.requests import ModelInput
 from ppod_services.reward.runtime import Runtime, holds_tokens_of
 from ppod_services.reward.samples import (
@@ -147,6 +155,7 @@ class ProcessReward:
         if not isinstance(sample.content, TokenContent) or not reader.same_tokens:
             expected = f"token ids of the tokenizer of {self._config.name!r}, or granularity STEP"
             raise InvalidArgument("process", "PROCESS_GRANULARITY_TOKEN", expected, sample.index)
+        check_ids([sample], [sample.content.tokens], reader)
         return ModelInput(sample.content.tokens, np.asarray(ends, dtype=np.int32) - 1)
 
 
@@ -162,7 +171,7 @@ def reader_of(name: str, model: ServedModel, query: Query, *, special_tokens: bo
     """How a model reads a query."""
     same = query.source is None or query.source.codec.fingerprint == model.info.tokenizer_fingerprint
     source = None if query.source is None else query.source.codec
-    return Reader(name, model.codec, special_tokens, same, source)
+    return Reader(name, model.codec, model.info.vocab_size, special_tokens, same, source)
 
 
 def scored_by_model(

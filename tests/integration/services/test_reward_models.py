@@ -15,6 +15,9 @@ from transformers import (
 )
 
 from ppod import InvalidArgument, Pin, RewardClient, Truncation
+from support.processes import running_service
+from support.services import tiny_model_config
+from support.tiny_classifiers import add_unknown_tokens, save_decoder
 from support.tiny_head import scores_alone
 from support.tiny_model import build_tokenizer
 
@@ -68,6 +71,23 @@ def test_a_text_is_cut_between_the_special_tokens_as_transformers_cuts_it(zoo: Z
         scores = client.score_texts([text], truncation=Truncation[side.upper()])
     assert scores.values == pytest.approx([alone(zoo.encoder, ids)], abs=NOISE)
     assert scores.truncated_tokens == (len(text) + 2 - 96,)
+
+
+def test_a_text_with_a_token_that_its_model_lacks_is_refused_and_harms_nobody(tmp_path: Path) -> None:
+    """Tokenizers with a padding token that was added later make ids that the model has no embedding for."""
+    decoder = save_decoder(tmp_path / "decoder")
+    unknown = add_unknown_tokens(decoder)
+    rewards = [{"name": "decoder", "kind": "sequence_classification", "model": tiny_model_config(decoder)}]
+    with running_service("ppod_services.reward", tmp_path, {"rewards": rewards}) as service:
+        for request, field in (
+            (of_texts(["fine", f"a {unknown}"]), "texts"),
+            (of_chats([("user", "fine")], [("user", unknown)]), "conversations"),
+        ):
+            refused = failure(service, request)
+            assert isinstance(refused, InvalidArgument)
+            assert (refused.field, refused.sample) == (field, 1)
+            assert "the model of 'decoder' has no others" in refused.expected
+        assert floats(score(service, of_texts(["fine"])).scores)
 
 
 def test_token_ids_reach_a_member_with_another_tokenizer_as_text(zoo: Zoo) -> None:

@@ -29,7 +29,7 @@ from ppod_services.reward.samples import (
 )
 from ppod_services.reward.scored import Adjustment, Kind, Scored
 from ppod_services.reward.steps import StepRule, find_steps, step_ends
-from support.tiny_model import build_tokenizer
+from support.tiny_model import VOCAB_SIZE, build_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_prompt_and_response_of_token_ids_are_together_the_text_of_the_whole() -
     assert codec.decode(tokens[3:]) == "great."
     assert read_text(Sample(0, TokenContent(tokens, 3)), codec) == PlainText("The film was", " great.")
     other = TokenizerCodec(build_tokenizer())
-    reader = Reader("r", other, special_tokens=False, same_tokens=False, source=codec)
+    reader = Reader("r", other, VOCAB_SIZE, special_tokens=False, same_tokens=False, source=codec)
     [read] = encode_whole([Sample(0, TokenContent(tokens, 3))], reader)
     assert other.decode(read) == "The film was great."
 
@@ -111,9 +111,20 @@ def test_steps_of_token_ids_keep_the_spaces_before_them() -> None:
     codec = spaced_codec()
     tokens = np.asarray([0, 1, 2, 3, 4, 3], dtype=np.int32)
     other = TokenizerCodec(build_tokenizer())
-    reader = Reader("r", other, special_tokens=False, same_tokens=False, source=codec)
+    reader = Reader("r", other, VOCAB_SIZE, special_tokens=False, same_tokens=False, source=codec)
     read = encode_steps(Sample(0, TokenContent(tokens, 3)), (4, 6), "|", reader)
     assert other.decode(read.tokens) == "The film was great.| Really great.|"
+
+
+def test_ids_that_one_of_several_models_lacks_name_their_sample() -> None:
+    """A sum's ids are those of its first model; another one with the same tokenizer may have fewer embeddings."""
+    samples = [
+        Sample(index, TokenContent(np.asarray([token], dtype=np.int32), 0)) for index, token in enumerate((5, 310))
+    ]
+    codec = TokenizerCodec(build_tokenizer())
+    with pytest.raises(InvalidArgument, match="sample 1: found token id 310, expected ids from 0 to 299"):
+        encode_whole(samples, Reader("r", codec, 300, special_tokens=False, same_tokens=True, source=codec))
+    assert encode_whole(samples, Reader("r", codec, 311, special_tokens=False, same_tokens=True, source=codec))
 
 
 @pytest.mark.parametrize(
