@@ -22,7 +22,7 @@ _LONGEST_QUOTE = 200
 
 
 class JudgeRefusedError(Exception):
-    """A server does not take a question: too long, another model, a wrong key."""
+    """A server does not take a question, or breaks on it: too long, another model, a wrong key, NaN."""
 
 
 class JudgeServer(Protocol):
@@ -32,8 +32,8 @@ class JudgeServer(Protocol):
         """The assistant's next turn.
 
         Raises:
-            Unavailable, ResourceExhausted: the server is not there or busy. JudgeRefusedError: it does not take
-            the question.
+            Unavailable, ResourceExhausted: the server is not there or busy. DeadlineExceeded: it was too slow.
+            JudgeRefusedError: it does not take the question, or cannot answer it.
         """
         ...
 

@@ -12,7 +12,7 @@ import openai
 from openai.types.chat import ChatCompletionMessageParam
 
 from ppod import GenerationClient, Sampling
-from ppod.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from ppod.errors import Cancelled, DeadlineExceeded, PpodError, ResourceExhausted, Unavailable
 from ppod_models.sources import ModelSourceError
 from ppod_services.reward.judge import JudgeRefusedError, JudgeServer
 from ppod_services.reward.kinds import JudgeConfig, OpenAiServerConfig, PpodServerConfig
@@ -122,8 +122,11 @@ class PpodServer:
         try:
             [prompt] = self._codec.encode([self._codec.render(turns, open_turn=True)], special_tokens=False)
             [completion] = self._client.generate([prompt], self._sampling, seeds=[0], timeout_s=timeout_s)
-        except (InvalidArgument, FailedPrecondition, NotFound) as error:
-            # Of the question, not of the request that it is asked for: its sample numbers are others.
+        except (Unavailable, ResourceExhausted, DeadlineExceeded, Cancelled):
+            raise
+        except PpodError as error:
+            # Of the question, not of the request that it is asked for: its sample numbers are others, and so are the
+            # caller and the token that it may be about.
             raise JudgeRefusedError(f"{error.code.name} from {self._target}: {error}") from error
         except ChatTemplateError as error:
             raise JudgeRefusedError(f"{self._target}: {error}") from error

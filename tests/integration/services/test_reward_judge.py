@@ -9,13 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from google.protobuf.message import Message
 
-from ppod import DeadlineExceeded, ResourceExhausted, RewardFailed, Unavailable
+from ppod import (
+    DeadlineExceeded,
+    FilterFailed,
+    NonFiniteOutput,
+    PermissionDenied,
+    PpodError,
+    ResourceExhausted,
+    RewardFailed,
+    Unauthenticated,
+    Unavailable,
+)
+from ppod.tensors import pack_floats, pack_tokens
+from ppod.v1 import generation_pb2
+from ppod_services.core.callers import ANONYMOUS_CALLER
+from ppod_services.reward.codec import TokenizerCodec
+from ppod_services.reward.judge import Judge
+from ppod_services.reward.judge_servers import PpodServer
+from ppod_services.reward.kinds import JudgeConfig, PpodServerConfig
+from ppod_services.reward.samples import PlainText, Query, Sample, TextContent, Truncation
 from support.chat_server import ChatServer, Messages, chat_server
 from support.processes import ServiceProcess, free_ports, running_service
+from support.scripted_services import Script, scripted_server
 from support.services import tiny_model_config
 from support.tiny_classifiers import chat_tokenizer
-from support.tiny_model import save_tiny_model
+from support.tiny_model import build_tokenizer, save_tiny_model
 
 from .reward_calls import failure, floats, of_chats, of_texts, score
 
@@ -174,6 +194,41 @@ def test_a_generation_service_of_ours_is_asked_too(judging: Judging) -> None:
     too_long = failure(judging.service, of_texts(["b" * 9000]), "ours")
     assert isinstance(too_long, RewardFailed)
     assert (too_long.sample, "INVALID_ARGUMENT" in too_long.found) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (NonFiniteOutput("logits", 0, "nan"), "INTERNAL"),
+        (FilterFailed("filter", "a raise", "a verdict", 0), "INTERNAL"),
+        (Unauthenticated("the call carries no token"), "UNAUTHENTICATED"),
+        (PermissionDenied("not yours"), "PERMISSION_DENIED"),
+    ],
+)
+async def test_a_generation_service_that_cannot_answer_fails_the_sample_that_it_was_asked_about(
+    trouble: PpodError, words: str
+) -> None:
+    """Its errors are about the one prompt of a question, and about the judge's own token: neither is the caller's."""
+    verdict = build_tokenizer()("Score: 1", add_special_tokens=False)["input_ids"]
+
+    def change(reply: Message, number: int) -> None:
+        if number > 1:
+            raise trouble
+        assert isinstance(reply, generation_pb2.GenerateResponse)
+        reply.token_ids, reply.logprobs = pack_tokens(verdict), pack_floats([-1.0] * len(verdict))
+
+    with scripted_server(Script(change)) as generation:
+        server = {"kind": "ppod", "target": generation.target, "tokenizer": "none"}
+        config = JudgeConfig.model_validate(judge("judge", server, concurrency=1))
+        assert isinstance(config.server, PpodServerConfig)
+        asked = Judge(config, PpodServer(config, config.server, TokenizerCodec(chat_tokenizer())))
+        samples = tuple(Sample(index, TextContent("", text)) for index, text in enumerate(("fine", "not")))
+        query = Query(samples, Truncation.NONE, ANONYMOUS_CALLER, time.monotonic() + 20)
+        with pytest.raises(RewardFailed) as caught:
+            await asked.score(samples, [PlainText("", "fine"), PlainText("", "not")], query)
+        await asked.close()
+    assert (caught.value.reward, caught.value.sample) == ("judge", 1)
+    assert f"{words} from {generation.target}: {trouble}" in caught.value.found
 
 
 def test_a_missing_key_is_told_at_the_start(tmp_path: Path) -> None:
