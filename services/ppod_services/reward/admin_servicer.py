@@ -58,9 +58,13 @@ class RewardAdminServicer(reward_admin_pb2_grpc.RewardAdminServiceServicer):
             if version <= old.weight_version:
                 raise FailedPrecondition("weight_version", str(old.weight_version), f"one below {version}")
             config = _changed(old.config, request.source, request.head)
-            new = (await self._load(config, rewards)).as_version(version)
-            load_s = time.monotonic() - start
-            await self._scheduler.exclusive(lambda: self._swap(rewards, new))
+            try:
+                new = (await self._load(config, rewards)).as_version(version)
+                load_s = time.monotonic() - start
+                await self._scheduler.exclusive(lambda: self._swap(rewards, new))
+            except ModelSourceError as error:
+                expected = "a model that loads and gives finite scores"
+                raise InvalidArgument("source", " ".join(str(error).split()), expected) from error
         self._on_version(version)
         log_event(
             _LOGGER,
@@ -73,10 +77,7 @@ class RewardAdminServicer(reward_admin_pb2_grpc.RewardAdminServiceServicer):
         from ppod_services.reward.loading import load_model  # noqa: PLC0415 - imports torch, which is there by now
 
         beside = list(rewards.parts.models.values())
-        try:
-            return await asyncio.to_thread(load_model, config, self._config.batching.max_batch_tokens, beside)
-        except ModelSourceError as error:
-            raise InvalidArgument("source", " ".join(str(error).split()), "a model that loads") from error
+        return await asyncio.to_thread(load_model, config, self._config.batching.max_batch_tokens, beside)
 
     def _swap(self, rewards: RewardSet, new: ServedModel) -> None:
         """In the models' thread, between two batches; requests that began before keep the model they began with."""

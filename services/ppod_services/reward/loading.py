@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ppod.errors import NonFiniteOutput
 from ppod.tensors import FloatArray, TokenArray
 from ppod_models.configuration import ModelConfig
 from ppod_models.loading import load_tokenizer, max_sequence_tokens, pick_device, pick_dtype, vocab_size
@@ -24,6 +26,7 @@ from ppod_models.reward_model import RewardHeadError, RewardModel
 from ppod_models.sources import ModelSourceError, resolve, resolve_tokenizer
 from ppod_services.core.described import ModelInfo
 from ppod_services.core.model import load_pretrained, quieten_transformers, set_threads
+from ppod_services.core.scheduler import Sink
 from ppod_services.core.warm_up import warm_up
 from ppod_services.reward.codec import TokenizerCodec
 from ppod_services.reward.kinds import (
@@ -33,7 +36,7 @@ from ppod_services.reward.kinds import (
     TokenClassificationConfig,
 )
 from ppod_services.reward.model_inputs import at_end
-from ppod_services.reward.requests import ModelInput, RewardItem, Scorer, run_batch
+from ppod_services.reward.requests import ModelInput, RewardItem, Scorer
 from ppod_services.reward.samples import TokenSource
 from ppod_services.reward.served import ServedModel
 
@@ -171,11 +174,21 @@ def load_tokenizer_source(source: str) -> TokenSource:
 
 
 def warm_up_model(model: ServedModel, tokens: int) -> None:
-    """Run a lone sequence and a batch of `tokens` tokens; raises ModelSourceError when the model cannot."""
+    """Run a lone sequence and a batch of `tokens` tokens.
+
+    Raises:
+        ModelSourceError: the model cannot run them, or gives no finite score.
+    """
     scorer = model.scorer
-    warm_up(
-        run_batch, model.info, tokens, lambda _, sequence: RewardItem(scorer, at_end(sequence, scorer.end_of(sequence)))
-    )
+
+    def run(items: Sequence[RewardItem], sink: Sink[FloatArray]) -> None:
+        for position, read in enumerate(scorer.score([item.input for item in items])):
+            if np.isfinite(read).all():
+                sink.emit(position, read)
+            else:
+                sink.fail(position, NonFiniteOutput(f"score of {model.info.name!r}", position, str(read[0])))
+
+    warm_up(run, model.info, tokens, lambda _, ids: RewardItem(scorer, at_end(ids, scorer.end_of(ids))))
 
 
 def _load_head(config: HeadConfig, max_batch_tokens: int, beside: Iterable[ServedModel]) -> ServedModel:

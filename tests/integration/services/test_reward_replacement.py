@@ -11,6 +11,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from ppod import FailedPrecondition, InvalidArgument, NotFound
 from ppod.errors import PpodError, from_rpc_error
@@ -170,3 +172,27 @@ def test_files_that_changed_in_place_are_read_again(tmp_path: Path) -> None:
         assert min(abs(a - b) for a, b in zip(before, floats(after.scores), strict=True)) > 100 * NOISE
         with pytest.raises(InvalidArgument, match="expected none"):
             replace(service, "decoder", head="x")
+
+
+def test_a_model_that_gives_nan_neither_replaces_another_nor_starts(tmp_path: Path) -> None:
+    """As a training run saves it that has diverged."""
+    serving, diverged = save_decoder(tmp_path / "serving"), save_decoder(tmp_path / "diverged")
+    weights = load_file(diverged / "model.safetensors")
+    weights["score.weight"].fill_(torch.nan)
+    save_file(weights, diverged / "model.safetensors", metadata={"format": "pt"})
+    reward = {"name": "decoder", "kind": "sequence_classification"}
+    rewards = [{**reward, "model": tiny_model_config(serving)}]
+    with running_service("ppod_services.reward", tmp_path, {"rewards": rewards}) as service:
+        before = floats(score(service, of_tokens(SEQUENCES)).scores)
+        with pytest.raises(InvalidArgument, match=r"source: found the model cannot run: .* score of 'decoder' is nan"):
+            replace(service, "decoder", source=str(diverged))
+        after = score(service, of_tokens(SEQUENCES))
+        assert floats(after.scores) == pytest.approx(before, abs=NOISE)
+        assert after.model.weight_version == 0
+    with (
+        pytest.raises(AssertionError, match="score of 'decoder' is nan"),
+        running_service(
+            "ppod_services.reward", tmp_path, {"rewards": [{**reward, "model": tiny_model_config(diverged)}]}
+        ),
+    ):
+        pass
