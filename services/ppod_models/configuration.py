@@ -92,7 +92,8 @@ def read_yaml(path: Path) -> object:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Not all are YAMLErrors: bytes that are no UTF-8, a date that is none, brackets nested by the thousand.
         raise ConfigError(str(path), [f"not YAML: {error}"]) from error
 
 

@@ -130,6 +130,30 @@ async def changed(tenancy: Tenancy, path: Path) -> None:
     assert path.name
 
 
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe teams", b"teams: 2001-13-45", b"[" * 2_000], ids=["bytes", "date", "depth"]
+)
+async def test_a_file_that_is_no_yaml_is_refused_and_the_next_one_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    path = teams_file(tmp_path / "teams.yaml")
+    tenancy = tenancy_of(path)
+    watch = asyncio.create_task(tenancy.watch())
+    path.write_bytes(content)
+    async with asyncio.timeout(10):
+        while "teams_file_refused" not in [record.message for record in caplog.records]:
+            assert not watch.done(), watch.exception()
+            await asyncio.sleep(0.01)
+        assert tenancy.team(bearer(RED)).name == "red"
+        teams_file(path, teams=[{"name": "green", "token_sha256": [digest(RED)]}])
+        while tenancy.team(bearer(RED)).name != "green":
+            assert not watch.done(), watch.exception()
+            await asyncio.sleep(0.01)
+    watch.cancel()
+    with suppress(asyncio.CancelledError):
+        await watch
+
+
 async def test_the_quotas_of_each_file_are_told(tmp_path: Path) -> None:
     path, metrics = teams_file(tmp_path / "teams.yaml"), ServiceMetrics()
 
