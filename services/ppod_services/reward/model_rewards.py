@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ppod.errors import InvalidArgument
 from ppod.tensors import FloatArray, TokenArray
+from ppod_services.core.callers import Caller
 from ppod_services.reward.kinds import HeadConfig, SequenceClassificationConfig, TokenClassificationConfig
 from ppod_services.reward.model_inputs import (
     Reader,
@@ -63,7 +64,7 @@ class SequenceReward:
             return await self._score_at_once(query, query.steps.positions)
         samples = with_prefixes(query.samples, query.steps)
         reader = self._reader(query)
-        sequences = await self._encode(samples, reader)
+        sequences = await self._encode(samples, reader, query.caller)
         cut = truncate(samples, sequences, query, reader, self._model.info.max_sequence_tokens)
         scorer = self._model.scorer
         inputs = [at_end(tokens, scorer.end_of(tokens)) for tokens in cut]
@@ -85,7 +86,7 @@ class SequenceReward:
 
     async def _score_at_once(self, query: Query, positions: Sequence[Sequence[int]]) -> Scored:
         scorer = self._model.scorer
-        sequences = await self._encode(query.samples, self._reader(query))
+        sequences = await self._encode(query.samples, self._reader(query), query.caller)
         inputs = [
             ModelInput(tokens, np.asarray([scorer.end_of(tokens[:end]) for end in ends], dtype=np.int32))
             for tokens, ends in zip(sequences, positions, strict=True)
@@ -97,10 +98,10 @@ class SequenceReward:
     def _reader(self, query: Query) -> Reader:
         return reader_of(self._name, self._model, query, special_tokens=self._special_tokens)
 
-    async def _encode(self, samples: Sequence[Sample], reader: Reader) -> list[TokenArray]:
+    async def _encode(self, samples: Sequence[Sample], reader: Reader, caller: Caller) -> list[TokenArray]:
         if all(isinstance(sample.content, TokenContent) for sample in samples) and reader.same_tokens:
             return encode_whole(samples, reader)
-        return await self._runtime.tokenize(lambda: encode_whole(samples, reader))
+        return await self._runtime.tokenize(samples, caller, lambda: encode_whole(samples, reader))
 
     def _scored(self, query: Query, raw: RawScores, work: Work, lost: npt.NDArray[np.integer]) -> Scored:
         return scored_by_model(query, raw, self._adjustment, self._model, Kind.MODEL, work, lost.tolist())
@@ -118,7 +119,7 @@ class ProcessReward:
     async def score(self, query: Query) -> Scored:
         """See `Reward`. The way is the probability of each step; with granularity TOKEN, of each token as it stands."""
         reader = reader_of(self._config.name, self._model, query, special_tokens=False)
-        prepared = await self._runtime.tokenize(lambda: self._prepare(query, reader))
+        prepared = await self._runtime.tokenize(query.samples, query.caller, lambda: self._prepare(query, reader))
         values, work = await self._runtime.run_model(self._model, [one for one, _ in prepared], query)
         count = len(query.samples)
         scores = np.asarray([_REDUCTIONS[self._config.reduce](steps) for steps in values[:count]], dtype=np.float32)

@@ -6,37 +6,46 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ppod.errors import DeadlineExceeded
 from ppod.tensors import FloatArray
+from ppod_services.core.callers import Caller
 from ppod_services.core.scheduler import Outcome, Scheduler, Submission
+from ppod_services.reward.backlog import Turns
 from ppod_services.reward.requests import ModelInput, RewardItem
-from ppod_services.reward.samples import PlainText, Query, Sample, TextContent, TokenContent, read_text
+from ppod_services.reward.samples import ChatContent, PlainText, Query, Sample, TextContent, TokenContent, read_text
 from ppod_services.reward.scored import Work
 from ppod_services.reward.served import ServedModel
 
 JobT = TypeVar("JobT")
 
+_CHARACTERS_OF_A_TOKEN = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """The models' queue, and an executor with a single thread for tokenisers and templates."""
+    """The models' queue, and an executor with a single thread for tokenisers and templates.
+
+    Tokenising a long text takes seconds, and comes before queue and quotas: the thread goes to the teams in turn.
+    """
 
     scheduler: Scheduler[RewardItem, FloatArray]
     tokenizing: Executor
+    turns: Turns = field(default_factory=lambda: Turns(1))
 
-    async def tokenize(self, job: Callable[[], JobT]) -> JobT:
-        """Run what encodes, decodes or renders, off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, job)
+    async def tokenize(self, samples: Sequence[Sample], caller: Caller, job: Callable[[], JobT]) -> JobT:
+        """Run what encodes, decodes or renders these samples, off the event loop, when it is the caller's turn."""
+        async with self.turns.place(caller, sum(_size_of(sample) for sample in samples)):
+            return await asyncio.get_running_loop().run_in_executor(self.tokenizing, job)
 
     async def texts(self, samples: Sequence[Sample], query: Query) -> list[PlainText]:
         """Samples as text; raises InvalidArgument as `read_text` does."""
         codec = None if query.source is None else query.source.codec
         if all(isinstance(sample.content, TextContent) for sample in samples):
             return [read_text(sample, codec) for sample in samples]
-        return await self.tokenize(lambda: [read_text(sample, codec) for sample in samples])
+        return await self.tokenize(samples, query.caller, lambda: [read_text(sample, codec) for sample in samples])
 
     async def run_model(
         self, model: ServedModel, inputs: Sequence[ModelInput], query: Query
@@ -76,6 +85,18 @@ def holds_tokens_of(sample: Sample, query: Query, model: ServedModel) -> bool:
     if not isinstance(sample.content, TokenContent):
         return False
     return query.source is None or query.source.codec.fingerprint == model.info.tokenizer_fingerprint
+
+
+def _size_of(sample: Sample) -> int:
+    """About as many tokens as a sample has; only for fairness."""
+    match sample.content:
+        case TokenContent(tokens, _):
+            return len(tokens)
+        case TextContent(prompt, response):
+            characters = len(prompt) + len(response)
+        case ChatContent(turns):
+            characters = sum(len(turn.content) for turn in turns)
+    return 1 + characters // _CHARACTERS_OF_A_TOKEN
 
 
 def _work_of(outcomes: Sequence[Outcome[FloatArray]], tokens: int) -> Work:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import grpc.aio
 
@@ -11,10 +12,9 @@ from ppod_services.core.callers import caller_of
 from ppod_services.core.described import Deferred, effective_deadline_s, pinned_version
 from ppod_services.reward.config import RewardServiceConfig
 from ppod_services.reward.inputs import read_granularity, read_samples, read_truncation
-from ppod_services.reward.kinds import RewardConfig
 from ppod_services.reward.replies import write_description, write_limits, write_scores, write_state
 from ppod_services.reward.rewards import RewardSet
-from ppod_services.reward.samples import Granularity, Query, Sample, Steps, TokenSource
+from ppod_services.reward.samples import Query, Steps
 from ppod_services.reward.steps import StepRule, find_steps
 
 REWARD_SERVICE = reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name
@@ -50,10 +50,11 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             caller=caller_of(request.priority),
             deadline=deadline,
             source=source,
-            steps=None
-            if granularity is None
-            else await self._find_steps(rewards, config, samples, granularity, request.process_interval or 1, source),
         )
+        if granularity is not None:
+            # The reward that was asked for says what a step is, for its members too.
+            rule = StepRule(granularity, config.steps.separator, request.process_interval or 1)
+            query = replace(query, steps=await self._find_steps(rewards, query, rule))
         return write_scores(await rewards.score(config, query), identity, query.steps)
 
     async def GetRewardModel(
@@ -85,17 +86,11 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             rewards=[write_description(rewards, config, limits) for config in rewards.configs.values()]
         )
 
-    async def _find_steps(
-        self,
-        rewards: RewardSet,
-        config: RewardConfig,
-        samples: tuple[Sample, ...],
-        granularity: Granularity,
-        interval: int,
-        source: TokenSource | None,
-    ) -> Steps:
-        """Where to score on the way: the reward that was asked for says what a step is, for its members too."""
-        codec = None if source is None else source.codec
+    async def _find_steps(self, rewards: RewardSet, query: Query, rule: StepRule) -> Steps:
+        """Where to score on the way."""
+        codec = None if query.source is None else query.source.codec
         most = self._config.max_process_positions
-        rule = StepRule(granularity, config.steps.separator, interval)
-        return await rewards.parts.runtime.tokenize(lambda: find_steps(samples, rule, codec, most))
+        samples = query.samples
+        return await rewards.parts.runtime.tokenize(
+            samples, query.caller, lambda: find_steps(samples, rule, codec, most)
+        )

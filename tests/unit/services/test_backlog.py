@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from ppod.errors import InvalidArgument, ResourceExhausted
 from ppod_services.core.callers import ANONYMOUS_CALLER, Caller, Priority, Team
+from ppod_services.core.config import BatchingConfig
+from ppod_services.core.metrics import ServiceMetrics
+from ppod_services.core.scheduler import Scheduler
 from ppod_services.reward.backlog import Backlog, Turns
+from ppod_services.reward.requests import run_batch
+from ppod_services.reward.runtime import Runtime
+from ppod_services.reward.samples import Sample, TextContent
 
 A = Caller(Team("a", part=0.5))
 B = Caller(Team("b", part=0.5))
@@ -98,3 +106,33 @@ async def test_whoever_goes_away_gives_its_place_to_the_next() -> None:
     await asyncio.sleep(0)
     assert not late.done()
     late.cancel()
+
+
+async def test_texts_are_tokenised_for_the_teams_in_turn() -> None:
+    """One team's long texts come before no queue and no quota, so they must not hold up another team's short one."""
+    begun, go_on = threading.Event(), threading.Event()
+    done: list[str] = []
+    with ThreadPoolExecutor(1) as model, ThreadPoolExecutor(1) as tokenizing:
+        scheduler = Scheduler(run_batch, BatchingConfig(), model, ServiceMetrics())
+        runtime = Runtime(scheduler, tokenizing)
+
+        def job(name: str) -> None:
+            begun.set()
+            assert go_on.wait(10)
+            done.append(name)
+
+        def tokenize(caller: Caller, text: str, name: str) -> asyncio.Task[None]:
+            return asyncio.ensure_future(
+                runtime.tokenize([Sample(0, TextContent("", text))], caller, lambda: job(name))
+            )
+
+        long = [tokenize(A, "x" * 1_000_000, f"a{number}") for number in range(4)]
+        await asyncio.to_thread(begun.wait, 10)
+        short = tokenize(B, "x", "b")
+        await asyncio.sleep(0)
+        # A caller that goes away leaves its place to the next.
+        long.pop(1).cancel()
+        go_on.set()
+        await asyncio.gather(*long, short)
+    # A team that comes has had as much as the others: theirs that were first go before it once.
+    assert done == ["a0", "a2", "b", "a3"]
