@@ -243,8 +243,13 @@ class Scheduler(Generic[ItemT, ResultT]):
                 self._rate.started(sum(entry.tokens for entry in batch), now_s)
         if late:
             self._metrics.dropped(len(late), "expired")
-            self._mailbox.post(lambda: _expire(late))
+            self._mailbox.post(lambda: self._expire(late))
         return BatchRun(batch, next(self._batches), self._mailbox, self) if batch else None
+
+    def _expire(self, late: Sequence[Entry[ItemT, ResultT]]) -> None:
+        for entry in late:
+            entry.ticket.fail(DeadlineExceeded("the deadline is nearer than the end of the next batch"), "expired")
+        self._count_queue({entry.team for entry in late})
 
     def _bounds(self, now_s: float) -> BatchBounds:
         config = self._config
@@ -311,8 +316,3 @@ class Scheduler(Generic[ItemT, ResultT]):
         self._metrics.queue(len(self._queue), self._queue.tokens)
         for team in teams:
             self._metrics.team_queue(team, self._queue.team_tokens(team))
-
-
-def _expire(late: Sequence[Entry[ItemT, ResultT]]) -> None:
-    for entry in late:
-        entry.ticket.fail(DeadlineExceeded("the deadline is nearer than the end of the next batch"), "expired")

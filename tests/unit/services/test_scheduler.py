@@ -20,6 +20,7 @@ from ppod.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from ppod_services.core.callers import Caller, Team
 from ppod_services.core.config import BatchingConfig
 from ppod_services.core.metrics import ServiceMetrics
 from ppod_services.core.scheduler import Scheduler, Sink, Submission
@@ -53,11 +54,16 @@ class Engine:
 
 @asynccontextmanager
 async def scheduling(
-    engine: Engine, *, batch_tokens: int = 100, queue_tokens: int = 1000, wait_ms: float = 0.0
+    engine: Engine,
+    *,
+    batch_tokens: int = 100,
+    queue_tokens: int = 1000,
+    wait_ms: float = 0.0,
+    metrics: ServiceMetrics | None = None,
 ) -> AsyncIterator[Scheduler[int, int]]:
     config = BatchingConfig(max_batch_tokens=batch_tokens, max_queue_tokens=queue_tokens, max_wait_ms=wait_ms)
     with ThreadPoolExecutor(1) as executor:
-        scheduler: Scheduler[int, int] = Scheduler(engine.run, config, executor, ServiceMetrics())
+        scheduler: Scheduler[int, int] = Scheduler(engine.run, config, executor, metrics or ServiceMetrics())
         task = asyncio.create_task(scheduler.run())
         try:
             yield scheduler
@@ -77,11 +83,11 @@ async def settled(executor: ThreadPoolExecutor) -> None:
     await asyncio.get_running_loop().run_in_executor(executor, lambda: None)
 
 
-async def blocked(engine: Engine, scheduler: Scheduler[int, int]) -> asyncio.Task[object]:
+async def blocked(engine: Engine, scheduler: Scheduler[int, int], tokens: int = 1) -> asyncio.Task[object]:
     """Occupy the engine with a batch of its own until its gate opens."""
     engine.gate.clear()
     engine.entered.clear()
-    task: asyncio.Task[object] = asyncio.create_task(scheduler.submit(submissions(999), LONG_S).gather())  # pyright: ignore
+    task: asyncio.Task[object] = asyncio.create_task(scheduler.submit(submissions(999, tokens=tokens), LONG_S).gather())  # pyright: ignore
     await asyncio.to_thread(engine.entered.wait, 5)
     return task
 
@@ -159,6 +165,32 @@ async def test_cancelled_entries_never_reach_the_engine() -> None:
         with pytest.raises(Cancelled):
             await gone.gather()
     assert engine.batches[1:] == [[1]]
+
+
+async def test_what_is_dropped_for_being_late_waits_no_more_by_the_metrics_either() -> None:
+    engine, metrics = Engine(), ServiceMetrics()
+
+    def waiting() -> tuple[float | None, float | None]:
+        value = metrics.registry.get_sample_value
+        return value("ppod_queue_tokens"), value("ppod_team_queue_tokens", {"team": "late"})
+
+    async with scheduling(engine, metrics=metrics) as scheduler:
+        # 100 tokens take 1 s, by which the others would end too late once they may begin.
+        block = await blocked(engine, scheduler, tokens=100)
+        await asyncio.sleep(1.0)
+        engine.gate.set()
+        await block
+        block = await blocked(engine, scheduler)
+        late = [scheduler.submit(submissions(item, tokens=20), 1.5, Caller(Team("late"))) for item in (1, 2)]
+        assert waiting() == (40, 40)
+        await asyncio.sleep(1.3)
+        engine.gate.set()
+        for ticket in late:
+            with pytest.raises(DeadlineExceeded):
+                await ticket.gather()
+        await block
+        await asyncio.sleep(0.1)
+        assert waiting() == (0, 0)
 
 
 async def test_expired_entries_never_reach_the_engine() -> None:
