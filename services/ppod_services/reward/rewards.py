@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ppod.errors import FailedPrecondition, NotFound
 from ppod_services.reward.composites import score_ensemble, score_sum
@@ -25,6 +25,7 @@ from ppod_services.reward.kinds import (
     TokenClassificationConfig,
 )
 from ppod_services.reward.model_rewards import ProcessReward, Reward, SequenceReward
+from ppod_services.reward.rendezvous import Rendezvous
 from ppod_services.reward.runtime import Runtime
 from ppod_services.reward.samples import Query, TokenSource
 from ppod_services.reward.scored import Kind, ModelIdentity, Scored
@@ -119,7 +120,11 @@ class RewardSet:
         """Score a request, members side by side; the first that fails ends the others and the request."""
         leaf = self._leaves.get(config.name)
         # Most requests ask for one model: no tasks for them.
-        return await leaf.score(query) if leaf is not None else await _Evaluation(self, query).score(config)
+        if leaf is not None:
+            return await leaf.score(query)
+        models = sum(1 for _ in self.models_in(config))
+        together = replace(query, rendezvous=Rendezvous(models) if models > 1 else None)
+        return await _Evaluation(self, together).score(config)
 
     def leaf(self, name: str) -> Reward | None:
         """The reward of a name unless it is composed."""

@@ -50,16 +50,24 @@ class Runtime:
     async def run_model(
         self, model: ServedModel, inputs: Sequence[ModelInput], query: Query
     ) -> tuple[list[FloatArray], Work]:
-        """Put inputs into the models' queue together and wait for all; leaving early takes them out again."""
+        """Put inputs into the models' queue together and wait for all; leaving early takes them out again.
+
+        With those of all other models that the query asks: they enter together or not at all.
+        """
         group = (model.info.name, model.weight_version)
         packed = model.info.packs
         scorer = model.scorer
         submissions = [Submission(RewardItem(scorer, one), scorer.tokens_of(one), group, packed) for one in inputs]
-        ticket = self.scheduler.submit(submissions, seconds_left(query), query.caller)
-        try:
-            outcomes = await ticket.gather()
-        finally:
-            ticket.cancel()
+
+        async def submit(all_of_them: Sequence[Submission[RewardItem]]) -> list[Outcome[FloatArray]]:
+            ticket = self.scheduler.submit(all_of_them, seconds_left(query), query.caller)
+            try:
+                return await ticket.gather()
+            finally:
+                ticket.cancel()
+
+        meeting = query.rendezvous
+        outcomes = await (submit(submissions) if meeting is None else meeting.run(submissions, submit))
         return [outcome.result for outcome in outcomes], _work_of(outcomes, sum(one.tokens for one in submissions))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,10 @@ import numpy.typing as npt
 from ppod.errors import InvalidArgument
 from ppod.tensors import FloatArray, TokenArray
 from ppod_services.core.callers import Caller
+from ppod_services.reward.rendezvous import Rendezvous
+
+if TYPE_CHECKING:
+    from ppod_services.reward.requests import RewardItem
 
 IntArray = npt.NDArray[np.int32]
 
@@ -160,6 +164,7 @@ class Query:
         deadline: when it is worth nothing any more, by `time.monotonic`.
         source: what made its token ids; None where it has none.
         steps: where to score on the way; None: at the end only.
+        rendezvous: where the models that it asks meet; None where there is one at most.
     """
 
     samples: tuple[Sample, ...]
@@ -168,6 +173,7 @@ class Query:
     deadline: float
     source: TokenSource | None = None
     steps: Steps | None = None
+    rendezvous: Rendezvous[RewardItem, FloatArray] | None = None
 
 
 @dataclass(frozen=True, slots=True)

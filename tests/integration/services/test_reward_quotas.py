@@ -1,0 +1,59 @@
+"""What quotas do to rewards that are made of several models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import pytest
+import yaml
+
+from ppod import ClientSecurity, InvalidArgument, Pin, RewardClient
+from support.processes import ServiceProcess, metrics_of, running_service
+from support.services import tiny_model_config
+from support.tiny_classifiers import save_decoder
+
+SEQUENCES = [[5] * 100] * 4
+TOKENS = 2 * 400
+"""What the ensemble's two models compute for them."""
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    directory = tmp_path_factory.mktemp("quotas")
+    teams = [
+        {"name": "steady", "tokens_per_s": 800.0, "burst_s": 1.25},
+        {"name": "narrow", "max_tokens_in_flight": TOKENS - 1},
+    ]
+    for team in teams:
+        team["token_sha256"] = [hashlib.sha256(str(team["name"]).encode()).hexdigest()]
+    teams_file = directory / "teams.yaml"
+    teams_file.write_text(yaml.safe_dump({"teams": teams}))
+    rewards: list[dict[str, object]] = [
+        {"name": name, "kind": "sequence_classification", "model": tiny_model_config(save_decoder(directory / name))}
+        for name in ("first", "second")
+    ]
+    rewards.append({"name": "both", "kind": "ensemble", "members": ["first", "second"]})
+    values = {"rewards": rewards, "tenancy": {"teams_file": str(teams_file)}}
+    with running_service("ppod_services.reward", directory, values) as running:
+        yield running
+
+
+def client_of(service: ServiceProcess, team: str) -> RewardClient:
+    return RewardClient(service.target, security=ClientSecurity(token=team), pin=Pin(model="both"), timeout_s=20)
+
+
+def test_a_team_at_its_quota_gets_and_pays_for_whole_requests(service: ServiceProcess) -> None:
+    """A request that is refused spends nothing; told when to come back, it is there for all members."""
+    with client_of(service, "steady") as client:
+        for _ in range(3):
+            assert len(client.score(SEQUENCES).values) == 4
+    assert f'ppod_team_accepted_tokens_total{{team="steady"}} {3.0 * TOKENS}' in metrics_of(service)
+
+
+def test_what_all_members_together_exceed_is_told_at_once(service: ServiceProcess) -> None:
+    with (
+        client_of(service, "narrow") as client,
+        pytest.raises(InvalidArgument, match=r"800 tokens.*at most 799"),
+    ):
+        client.score(SEQUENCES)
