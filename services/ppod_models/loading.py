@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 import transformers
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ppod_models.sources import ModelSourceError
@@ -82,8 +83,16 @@ def check_attention(model: PreTrainedModel) -> None:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """First 16 hex digits of the SHA-256 of the tokenizer's canonical JSON: equal ids mean equal text."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    """First 16 hex digits of the SHA-256 of the tokenizer's canonical JSON: equal ids mean equal text.
+
+    Without padding and truncation: they are settings of whoever used it last, which `save_pretrained` saves along.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None or backend.padding is not None:
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    return hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]
 
 
 def vocab_size(model: PreTrainedModel) -> int:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ppod_models.configuration import ConfigError, ConfigModel, ModelConfig, dump_config, load_config, parse_config
-from ppod_models.loading import pick_dtype
+from ppod_models.loading import load_tokenizer, pick_dtype, tokenizer_fingerprint
 from ppod_models.sources import ModelSourceError, resolve, write_once
+from support.tiny_model import build_tokenizer
 from support.tiny_trunk import save_tiny_trunk
 
 
@@ -152,3 +153,16 @@ def test_auto_is_bfloat16_only_where_the_device_is_faster_in_it(monkeypatch: pyt
     assert pick_dtype("auto", cpu) == torch.float32
     assert pick_dtype("auto", cuda) == torch.bfloat16
     assert pick_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+def test_a_tokenizers_fingerprint_is_the_same_however_it_was_used_before_it_was_saved(tmp_path: Path) -> None:
+    """Calls leave padding and truncation behind, and trainers save the tokenizer with them; its ids stay the same."""
+    tokenizer = build_tokenizer()
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer(["a", "bbb"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_fingerprint(tokenizer) == before
+    assert tokenizer.backend_tokenizer.padding is not None
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path)) == before
+    tokenizer.add_tokens(["<another>"])
+    assert tokenizer_fingerprint(tokenizer) != before
