@@ -19,7 +19,7 @@ from ppod_trainer.config import MetricsConfig, ServicesConfig, TrainerConfig
 Values = Mapping[str, object]
 
 SERVICE_NAMES = ("reward", "reference", "generation")
-WILDCARD_HOSTS = {"0.0.0.0", "::", "[::]"}
+WILDCARD_HOSTS = {"0.0.0.0", "::"}
 
 
 class ServicesSection(ConfigModel):
@@ -88,7 +88,7 @@ def busy_ports(config: RunConfig) -> list[str]:
                 # As gRPC binds: a port whose last connection is winding down is free, one that is listened on is not.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    probe.bind((service.listen.host.strip("[]"), port))
+                    probe.bind((service.listen.host, port))
                 except OSError as error:
                     problems.append(f"services.{name}.listen.{key}: {service.listen.host}:{port}: {error.strerror}")
     return problems
@@ -96,7 +96,7 @@ def busy_ports(config: RunConfig) -> list[str]:
 
 def target_of(listen: ListenConfig, port: int) -> str:
     """The address at which a process on this machine reaches a service."""
-    return f"127.0.0.1:{port}" if listen.host in WILDCARD_HOSTS else f"{listen.host}:{port}"
+    return f"127.0.0.1:{port}" if listen.host in WILDCARD_HOSTS else listen.address(port)
 
 
 def _ports(listen: ListenConfig) -> Iterator[tuple[str, int]]:

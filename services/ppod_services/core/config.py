@@ -27,6 +27,15 @@ class ListenConfig(ConfigModel):
         "health is on the other gRPC ports only",
     )
 
+    def address(self, port: int) -> str:
+        """One of the ports as a gRPC address."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+
+    @field_validator("host")
+    @classmethod
+    def _without_brackets(cls, host: str) -> str:
+        return host.removeprefix("[").removesuffix("]")
+
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
         ports = [one for one in (self.port, self.admin_port, self.metrics_port, self.health_port) if one is not None]
@@ -178,7 +187,7 @@ def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ip_address(host.strip("[]")).is_loopback
+        return ip_address(host).is_loopback
     except ValueError:
         return False
 

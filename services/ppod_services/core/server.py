@@ -186,19 +186,19 @@ class _Server:
         return [*servers, admin]
 
     def _bind_port(self, server: grpc.aio.Server, key: str, port: int, tls: TlsConfig | None) -> None:
-        host = self._config.listen.host
-        _check_free(key, host, port)
+        listen = self._config.listen
+        _check_free(key, listen.host, port)
         try:
             if tls is None:
-                server.add_insecure_port(f"{host}:{port}")
+                server.add_insecure_port(listen.address(port))
             else:
                 certificates = RotatingCertificates(tls)
                 self._certificates.append(certificates)
-                server.add_secure_port(f"{host}:{port}", certificates.credentials)
+                server.add_secure_port(listen.address(port), certificates.credentials)
         except CertificateError as error:
             raise StartError(f"tls: {error}") from error
         except RuntimeError as error:
-            raise StartError(f"{key}: cannot listen on {host}:{port}: {error}") from error
+            raise StartError(f"{key}: cannot listen on {listen.address(port)}: {error}") from error
 
     def _new_server(self, names: Sequence[str], identify: Identify) -> grpc.aio.Server:
         limits = self._config.limits

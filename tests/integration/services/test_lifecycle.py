@@ -24,6 +24,7 @@ from ppod import (
     PpodError,
     ReferenceClient,
     ResourceExhausted,
+    RewardClient,
     Sampling,
     Unavailable,
     WeightClient,
@@ -46,6 +47,37 @@ def generation_values(model_dir: Path, **batching: int) -> dict[str, object]:
         "model": tiny_model_config(model_dir),
         "batching": {"max_batch_tokens": 128, "max_batch_size": 1, **batching},
     }
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_a_service_listens_on_an_address_of_ipv6(host: str, tmp_path: Path) -> None:
+    port, admin_port, metrics_port, health_port = free_ports(4)
+    listen = {
+        "host": host,
+        "port": port,
+        "admin_port": admin_port,
+        "metrics_port": metrics_port,
+        "health_port": health_port,
+    }
+    values = {"listen": listen, "rewards": [{"name": "length", "kind": "function", "function": "length"}]}
+    with running_service("ppod_services.reward", tmp_path, values):
+        for each in (port, admin_port, health_port):
+            with RewardClient(f"[::1]:{each}") as client:
+                client.wait_ready(5)
+        with RewardClient(f"[::1]:{port}") as client:
+            assert client.score_texts(["four"]).values.tolist() == [0.0]
+        with socket.create_connection(("::1", metrics_port), timeout=5):
+            pass
 
 
 @pytest.mark.parametrize("service", ["reward", "reference", "generation"])
