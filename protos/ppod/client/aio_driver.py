@@ -91,7 +91,7 @@ class AioDriver:
         start, code = time.monotonic(), "OK"
         try:
             stub = self._channel(address).stream_unary(method, None, None)
-            timeout_s = timeout_s or self._core.settings.timeout_s
+            timeout_s = self._core.settings.timeout_s if timeout_s is None else timeout_s
             call = stub(_threaded(messages), timeout=timeout_s, metadata=self._core.metadata())
             return await reply_to_stream(call)
         except grpc.RpcError as error:

@@ -159,7 +159,7 @@ class ClientCore:
 
     def deadline(self, timeout_s: float | None) -> float:
         """When a call that starts now must have ended, on time.monotonic()."""
-        return time.monotonic() + (timeout_s or self.settings.timeout_s)
+        return time.monotonic() + (self.settings.timeout_s if timeout_s is None else timeout_s)
 
     def metadata(self) -> Metadata:
         """What a call carries: the team's token and the active trace."""

@@ -104,7 +104,7 @@ class SyncDriver:
         start, code = time.monotonic(), "OK"
         try:
             stub = self._channel(address).stream_unary(method, None, None)
-            timeout_s = timeout_s or self._core.settings.timeout_s
+            timeout_s = self._core.settings.timeout_s if timeout_s is None else timeout_s
             return stub(_made_ahead(messages), timeout=timeout_s, metadata=self._core.metadata())
         except grpc.RpcError as error:
             typed = typed_error(error, self._core.service_name, address)
