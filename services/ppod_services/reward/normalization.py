@@ -67,15 +67,17 @@ def read_references(path: Path) -> list[Reference]:
         ReferenceFileError: it cannot be read, a line is not as described, or there are fewer than two.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not `splitlines`, which ends a line at separators that texts hold themselves, as U+2028.
+        numbered = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+        lines = {number: line for number, line in numbered if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise ReferenceFileError(f"{path}: {error}") from error
     if len(lines) < _FEWEST:
         raise ReferenceFileError(f"{path}: found {len(lines)} samples, expected at least {_FEWEST}")
     if path.suffix != ".jsonl":
-        return [Reference(TextContent("", line)) for line in lines]
+        return [Reference(TextContent("", line)) for line in lines.values()]
     found: list[Reference] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines.items():
         try:
             found.append(_read_object(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

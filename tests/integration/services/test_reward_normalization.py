@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
+from ppod_services.reward.normalization import ReferenceFileError, read_references
+from ppod_services.reward.samples import TextContent
 from support.processes import ROOT, run_to_exit, write_config
 from support.services import tiny_model_config
 from support.tiny_head import scores_alone
@@ -66,6 +68,21 @@ def test_what_cannot_be_measured_is_told(
     done = run_to_exit(COMMAND, *arguments)
     assert (done.returncode, words in done.stderr) == (code, True), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path: Path) -> None:
+    """Texts from the web hold other separators, which JSON leaves as they are; blank lines count for none."""
+    texts = ["one\u2028and the same", "two\x0cof a\x85page"]
+    (tmp_path / "samples.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8", newline="\r\n")
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "samples.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    for name in ("samples.txt", "samples.jsonl"):
+        assert [sample.content for sample in read_references(tmp_path / name)] == [
+            TextContent("", one) for one in texts
+        ]
+    (tmp_path / "samples.jsonl").write_text("\n\n".join([*lines, "{}"]), encoding="utf-8")
+    with pytest.raises(ReferenceFileError, match="line 5: KeyError"):
+        read_references(tmp_path / "samples.jsonl")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
