@@ -64,11 +64,11 @@ def write_description(rewards: RewardSet, config: RewardConfig, limits: LimitsCo
 
 def write_limits(
     rewards: RewardSet, config: RewardConfig, limits: LimitsConfig, most_tokens: int
-) -> common_pb2.ModelLimits | None:
-    """What a reward takes: of a composed one, what all of its models take; None where it takes no token ids."""
+) -> common_pb2.ModelLimits:
+    """What a reward takes: of a composed one, what all of its models take; zeros for token ids where it takes none."""
     source = rewards.own_source(config)
     if source is None:
-        return None
+        return common_pb2.ModelLimits(max_request_sequences=limits.max_request_sequences)
     models = list(rewards.models_in(config))
     longest = min((model.info.max_sequence_tokens for model in models), default=most_tokens)
     return common_pb2.ModelLimits(

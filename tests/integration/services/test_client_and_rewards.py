@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from ppod import (
     SplitPolicy,
 )
 from ppod.client import RewardKind
-from support.processes import ServiceProcess
+from support.processes import ServiceProcess, running_service
 from support.tiny_model import VOCAB_SIZE
 
 from .conftest import Zoo
@@ -45,6 +47,15 @@ def test_a_sum_is_made_of_its_breakdown(zoo: Zoo) -> None:
     assert (length.kind, length.state) == (RewardKind.FUNCTION, None)
     assert first.state is not None
     assert first.state.model == "first"
+
+
+def test_texts_for_functions_alone_are_cut_to_the_services_limit_too(tmp_path: Path) -> None:
+    """Such a service has no model and no tokenizer to tell limits of, but one of its requests."""
+    rewards = [{"name": "length", "kind": "function", "function": "length", "parameters": {"maximum": 0}}]
+    values = {"rewards": rewards, "limits": {"max_request_sequences": 16}}
+    with running_service("ppod_services.reward", tmp_path, values) as service, RewardClient(service.target) as client:
+        scores = client.score_texts(["x" * count for count in range(1, 41)])
+    assert scores.values.tolist() == [-float(count) for count in range(1, 41)]
 
 
 def test_parts_of_a_sum_join_into_the_same_scores(zoo: Zoo) -> None:
