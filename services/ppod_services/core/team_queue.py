@@ -69,7 +69,7 @@ class Times(NamedTuple):
 class WaitingRequest(Generic[QueuedT]):
     """One request, its sequences from the longest to the shortest."""
 
-    __slots__ = ("_first", "expiry", "key", "left", "level", "nodes", "team", "urgent_s")
+    __slots__ = ("_first", "expiry", "key", "left", "level", "nodes", "team", "urgency", "urgent_s")
 
     def __init__(
         self,
@@ -83,8 +83,9 @@ class WaitingRequest(Generic[QueuedT]):
         self.team = team
         self.level = level
         self.urgent_s = times.arrived_s + _URGENT_AFTER * (times.expires_s - times.arrived_s)
-        # The first node's order makes it unique.
+        # The first node's order makes them unique.
         self.expiry = (times.expires_s, nodes[0].order)
+        self.urgency = (self.urgent_s, nodes[0].order)
         self.nodes = sorted(nodes, key=_longest_first)
         self.left = len(nodes)
         self._first = 0
@@ -106,18 +107,21 @@ class Level(Generic[QueuedT]):
         self.requests: OrderedDict[Hashable, WaitingRequest[QueuedT]] = OrderedDict()
         self.groups: dict[Hashable, LengthIndex[Node[QueuedT]]] = {}
         self._expiries = SortedList()
+        self._urgencies = SortedList()
         self._by_expiry: dict[tuple[float, int], WaitingRequest[QueuedT]] = {}
 
     def join(self, request: WaitingRequest[QueuedT]) -> None:
         """A request begins to wait."""
         self.requests[request.key] = request
         self._expiries.add(request.expiry)
+        self._urgencies.add(request.urgency)
         self._by_expiry[request.expiry] = request
 
     def leave(self, request: WaitingRequest[QueuedT]) -> None:
         """Nothing of a request waits any more."""
         del self.requests[request.key]
         self._expiries.remove(request.expiry)
+        self._urgencies.remove(request.urgency)
         del self._by_expiry[request.expiry]
 
     def expiring(self, before_s: float) -> list[WaitingRequest[QueuedT]]:
@@ -127,11 +131,14 @@ class Level(Generic[QueuedT]):
 
     def urgent(self, urgent_s: float) -> Iterator[WaitingRequest[QueuedT]]:
         """Requests that are urgent at this time, those that expire first before others; not all where they are many."""
+        # Mostly there is none, which need not be found out from each request.
+        if not self._urgencies or cast("tuple[float, int]", self._urgencies[0])[0] > urgent_s:
+            return
         for expiry in itertools.islice(self._in_order(), _SEEN):
             request = self._by_expiry[expiry]
-            if request.urgent_s > urgent_s:
-                return
-            yield request
+            # One that came just now, with little time, is not urgent yet and may expire before others that are.
+            if request.urgent_s <= urgent_s:
+                yield request
 
     def _in_order(self) -> Iterator[tuple[float, int]]:
         return cast("Iterator[tuple[float, int]]", iter(self._expiries))
