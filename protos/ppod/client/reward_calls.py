@@ -220,9 +220,11 @@ class ScoreJob:
             raise InvalidReply("process.positions", f"{len(flat)} values", f"{total}, as process.lengths tell")
         scores = unpack_reply_floats(reply.process.scores, total, "process.scores")
         positions = split_ragged(flat, lengths)
+        # The last message of a conversation may be empty: it is one step, at whose end nothing of it was seen.
+        least = 0 if self.input_field == "conversations" else 1
         for row, places in zip(rows, positions, strict=True):
             most = None if self._lengths is None else self._lengths[row]
-            if len(places) and (places[0] < 1 or (np.diff(places) < 1).any() or (most and places[-1] > most)):
+            if len(places) and (places[0] < least or (np.diff(places) < 1).any() or (most and places[-1] > most)):
                 raise InvalidReply("process.positions", f"{places.tolist()} of sequence {row}", "ascending ones within")
         return ProcessScores(positions, split_ragged(scores, lengths))
 

@@ -9,6 +9,7 @@ import pytest
 
 from ppod import (
     AsyncRewardClient,
+    ChatTurn,
     Delivery,
     Granularity,
     InvalidArgument,
@@ -56,6 +57,15 @@ def test_texts_for_functions_alone_are_cut_to_the_services_limit_too(tmp_path: P
     with running_service("ppod_services.reward", tmp_path, values) as service, RewardClient(service.target) as client:
         scores = client.score_texts(["x" * count for count in range(1, 41)])
     assert scores.values.tolist() == [-float(count) for count in range(1, 41)]
+
+
+def test_an_empty_last_message_is_one_step(zoo: Zoo) -> None:
+    chats = [[ChatTurn("user", "hi"), ChatTurn("assistant", text)] for text in ("", "one\ntwo")]
+    with RewardClient(zoo.service.target, pin=Pin(model="decoder")) as client:
+        scores = client.score_conversations(chats, process=Granularity.STEP)
+    assert scores.process is not None
+    assert [places.tolist() for places in scores.process.positions] == [[0], [4, 7]]
+    assert [float(way[-1]) for way in scores.process.scores] == scores.values.tolist()
 
 
 def test_parts_of_a_sum_join_into_the_same_scores(zoo: Zoo) -> None:
