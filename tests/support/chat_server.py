@@ -23,6 +23,7 @@ class ChatServer:
         questions: the bodies of all requests.
         keys: their Authorization headers.
         busiest: most requests that were under way at a time.
+        retry_after: header of status 429.
     """
 
     base_url: str
@@ -30,6 +31,7 @@ class ChatServer:
     questions: list[dict[str, object]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     busiest: int = 0
+    retry_after: str = "1"
     running: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -64,7 +66,7 @@ def chat_server(answer: Answer) -> Iterator[ChatServer]:
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             if status == 429:
-                self.send_header("Retry-After", "1")
+                self.send_header("Retry-After", state.retry_after)
             self.end_headers()
             # A caller that did not wait is part of some tests.
             with suppress(ConnectionError):

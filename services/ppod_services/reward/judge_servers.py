@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -135,7 +136,9 @@ class PpodServer:
 
 def _retry_after_s(error: openai.RateLimitError) -> float:
     try:
-        return float(error.response.headers.get("retry-after", _RETRY_AFTER_S))
+        told_s = float(error.response.headers.get("retry-after", _RETRY_AFTER_S))
     except ValueError:
         # The header may also hold a date.
         return _RETRY_AFTER_S
+    # Callers take a wait of zero for an error that no wait mends.
+    return told_s if told_s > 0 and math.isfinite(told_s) else _RETRY_AFTER_S

@@ -170,6 +170,16 @@ def test_the_servers_trouble_is_told_apart(judging: Judging) -> None:
     assert "cannot be reached" in str(absent)
 
 
+@pytest.mark.parametrize("told", ["0", "nan"])
+def test_a_busy_server_that_tells_no_wait_is_come_back_to_all_the_same(judging: Judging, told: str) -> None:
+    ask(judging, lambda _: 429)
+    judging.server.retry_after = told
+    busy = failure(judging.service, of_texts(["a"]), "patient")
+    judging.server.retry_after = "1"
+    assert isinstance(busy, ResourceExhausted)
+    assert busy.retry_after_s == 1.0
+
+
 def test_the_callers_deadline_ends_the_question(judging: Judging) -> None:
     def slowly(_: Messages) -> str:
         time.sleep(4)
