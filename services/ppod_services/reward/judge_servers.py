@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from typing import TypeVar, cast
 
 import openai
 from openai.types.chat import ChatCompletionMessageParam
 
-from ppod import GenerationClient, Sampling
+from ppod import AsyncGenerationClient, Sampling
 from ppod.errors import Cancelled, DeadlineExceeded, PpodError, ResourceExhausted, Unavailable
+from ppod.tensors import TokenArray
 from ppod_models.sources import ModelSourceError
 from ppod_services.reward.judge import JudgeRefusedError, JudgeServer
 from ppod_services.reward.kinds import JudgeConfig, OpenAiServerConfig, PpodServerConfig
 from ppod_services.reward.samples import ChatTemplateError, Codec, Turn
+
+JobT = TypeVar("JobT")
 
 _SERVER_ERROR = 500
 _RETRIES = 2
@@ -106,32 +110,39 @@ class PpodServer:
         self._sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
         self._codec = codec
         self._target = server.target
-        self._client = GenerationClient(server.target)
-        # Threads of its own: a slow judge must not take those that others share.
-        self._threads = ThreadPoolExecutor(config.concurrency, thread_name_prefix="judge")
+        self._client = AsyncGenerationClient(server.target)
+        # One of its own, as the tokenizer wants it.
+        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
 
     async def complete(self, turns: Sequence[Turn], timeout_s: float) -> str:
         """The assistant's next turn; see `JudgeServer`."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._complete, turns, timeout_s)
-
-    async def close(self) -> None:
-        """Close the channel."""
-        self._client.close()
-        self._threads.shutdown(wait=False)
-
-    def _complete(self, turns: Sequence[Turn], timeout_s: float) -> str:
+        until = time.monotonic() + timeout_s
+        prompt = await self._tokenize(lambda: self._prompt(turns))
         try:
-            [prompt] = self._codec.encode([self._codec.render(turns, open_turn=True)], special_tokens=False)
-            [completion] = self._client.generate([prompt], self._sampling, seeds=[0], timeout_s=timeout_s)
+            left_s = max(0.0, until - time.monotonic())
+            [completion] = await self._client.generate([prompt], self._sampling, seeds=[0], timeout_s=left_s)
         except (Unavailable, ResourceExhausted, DeadlineExceeded, Cancelled):
             raise
         except PpodError as error:
             # Of the question, not of the request that it is asked for: its sample numbers are others, and so are the
             # caller and the token that it may be about.
             raise JudgeRefusedError(f"{error.code.name} from {self._target}: {error}") from error
+        return await self._tokenize(lambda: self._codec.decode(completion.token_ids))
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._client.close()
+        self._tokenizing.shutdown(wait=False)
+
+    async def _tokenize(self, job: Callable[[], JobT]) -> JobT:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, job)
+
+    def _prompt(self, turns: Sequence[Turn]) -> TokenArray:
+        try:
+            [prompt] = self._codec.encode([self._codec.render(turns, open_turn=True)], special_tokens=False)
         except ChatTemplateError as error:
             raise JudgeRefusedError(f"{self._target}: {error}") from error
-        return self._codec.decode(completion.token_ids)
+        return prompt
 
 
 def _retry_after_s(error: openai.RateLimitError) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -239,6 +241,37 @@ async def test_a_generation_service_that_cannot_answer_fails_the_sample_that_it_
         await asked.close()
     assert (caught.value.reward, caught.value.sample) == ("judge", 1)
     assert f"{words} from {generation.target}: {trouble}" in caught.value.found
+
+
+async def test_a_caller_that_goes_away_leaves_a_generation_service_to_the_next_one() -> None:
+    verdict = build_tokenizer()("Score: 1", add_special_tokens=False)["input_ids"]
+    begun, go_on = threading.Event(), threading.Event()
+
+    def change(reply: Message, number: int) -> None:
+        if number == 1:
+            begun.set()
+            go_on.wait(20)
+        assert isinstance(reply, generation_pb2.GenerateResponse)
+        reply.token_ids, reply.logprobs = pack_tokens(verdict), pack_floats([-1.0] * len(verdict))
+
+    with scripted_server(Script(change)) as generation:
+        server = {"kind": "ppod", "target": generation.target, "tokenizer": "none"}
+        config = JudgeConfig.model_validate(judge("judge", server, concurrency=1))
+        assert isinstance(config.server, PpodServerConfig)
+        asked = Judge(config, PpodServer(config, config.server, TokenizerCodec(chat_tokenizer())))
+        samples = (Sample(0, TextContent("", "a")),)
+        query = Query(samples, Truncation.NONE, ANONYMOUS_CALLER, time.monotonic() + 30)
+        gone = asyncio.ensure_future(asked.score(samples, [PlainText("", "a")], query))
+        await asyncio.to_thread(begun.wait, 10)
+        gone.cancel()
+        start = time.monotonic()
+        try:
+            async with asyncio.timeout(10):
+                assert await asked.score(samples, [PlainText("", "a")], query) == [1.0]
+        finally:
+            go_on.set()
+        assert time.monotonic() - start < 5
+        await asked.close()
 
 
 def test_a_missing_key_is_told_at_the_start(tmp_path: Path) -> None:
