@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Messages = list[dict[str, str]]
-Answer = Callable[[Messages], str | int]
-"""The assistant's text, or an HTTP status."""
+Answer = Callable[[Messages], str | int | bytes]
+"""The assistant's text, an HTTP status, or a whole body: JSON where it begins with a brace, else a web page."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class ChatServer:
     running: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def reply(self, body: dict[str, object], key: str | None) -> str | int:
+    def reply(self, body: dict[str, object], key: str | None) -> str | int | bytes:
         with self.lock:
             self.questions.append(body)
             self.keys.append(key)
@@ -58,12 +58,9 @@ def chat_server(answer: Answer) -> Iterator[ChatServer]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             said = state.reply(body, self.headers["Authorization"]) if self.path == "/v1/chat/completions" else 404
-            status, payload = (
-                (said, {"error": {"message": "told to fail"}}) if isinstance(said, int) else (200, _reply(said))
-            )
-            data = json.dumps(payload).encode()
+            status, data = _response(said)
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", "application/json" if data.startswith(b"{") else "text/html")
             self.send_header("Content-Length", str(len(data)))
             if status == 429:
                 self.send_header("Retry-After", state.retry_after)
@@ -86,6 +83,17 @@ def chat_server(answer: Answer) -> Iterator[ChatServer]:
         server.shutdown()
         server.server_close()
         thread.join(10)
+
+
+def _response(said: str | int | bytes) -> tuple[int, bytes]:
+    """HTTP status and body."""
+    match said:
+        case bytes():
+            return 200, said
+        case int():
+            return said, json.dumps({"error": {"message": "told to fail"}}).encode()
+        case str():
+            return 200, json.dumps(_reply(said)).encode()
 
 
 def _reply(text: str) -> dict[str, object]:

@@ -33,7 +33,7 @@ from ppod_trainer.learner import build_learner
 from ppod_trainer.metrics import MetricsLog
 from ppod_trainer.policy_loading import load_policy
 from ppod_trainer.presampling import PreEstimates, keep_estimates, planned_prompts, presample
-from ppod_trainer.prompts import Encode, PromptSet, load_prompts, split_prompts
+from ppod_trainer.prompts import Encode, PromptSet, check_lengths, load_prompts, split_prompts
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
 from ppod_trainer.stateful import Stateful
@@ -78,6 +78,8 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             connections = connect(config, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc)
             opened.callback(connections.close)
             served = check_services(connections, config.rollout, loading.vocab_size(leader.learner.policy.model))
+        if config.rollout.on_bad_sample == "stop":
+            check_lengths(prompts, served.limits.max_sequence_tokens)
         bad_samples = BadSamples(config.rollout.on_bad_sample)
         sampler = _build_sampler(config, connections.generation, served.limits.max_sequence_tokens, environments, codec)
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)

@@ -70,6 +70,21 @@ class PromptSet:
         return [shortest[order[position % len(shortest)]] for position in range(batch_size)]
 
 
+def check_lengths(prompts: PromptSet, max_sequence_tokens: int) -> None:
+    """Raise PromptError when generation has no room for a response to some prompt, before a step comes to it.
+
+    Args:
+        prompts: all that the run may come to.
+        max_sequence_tokens: prompt and response together.
+    """
+    longest = max([*prompts.training, *prompts.heldout], key=lambda prompt: len(prompt.token_ids))
+    if len(longest.token_ids) >= max_sequence_tokens:
+        raise PromptError(
+            f"prompt {longest.index} has {len(longest.token_ids)} tokens, and generation takes {max_sequence_tokens}, "
+            "a response included; shorten it, or set rollout.on_bad_sample to skip"
+        )
+
+
 def load_prompts(config: PromptsConfig, encode: Encode) -> PromptSet:
     """Read, encode, cut and split the prompts of a file; equal ones count once.
 

@@ -38,6 +38,7 @@ __all__ = ["CallInterceptor"]
 _LOGGER = logging.getLogger(__name__)
 _GUARDED = ("/ppod.v1.", "/grpc.channelz.v1.")
 _REFUSALS_LOGGED_PER_S = 10
+_LONGEST_REQUEST_ID = 256
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
@@ -187,14 +188,18 @@ class _Call:
         current_team.set(team)
 
     def parsed(self, incoming: bytes, parse: Parse) -> Message:
-        """The message; raise InvalidArgument for bytes that are none."""
+        """The message; raise InvalidArgument for bytes that are none, or for a request id that nobody could keep."""
         try:
             request = parse(incoming)
         except DecodeError as error:
             expected = "a message of the method's request type"
             raise InvalidArgument("request", f"{len(incoming)} bytes that cannot be decoded", expected) from error
-        self._request_id = str(getattr(request, "request_id", ""))
-        current_request_id.set(self._request_id)
+        request_id = str(getattr(request, "request_id", ""))
+        if len(request_id) > _LONGEST_REQUEST_ID:
+            # It is logged, and kept for those who are told to come again.
+            raise InvalidArgument("request_id", f"{len(request_id)} characters", f"at most {_LONGEST_REQUEST_ID}")
+        self._request_id = request_id
+        current_request_id.set(request_id)
         return request
 
     def _note_cancelled(self) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
 
 import openai
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
 from ppod import AsyncGenerationClient, Sampling
 from ppod.errors import Cancelled, DeadlineExceeded, PpodError, ResourceExhausted, Unavailable
@@ -75,6 +75,9 @@ class OpenAiServer:
             raise Unavailable(f"{self._what()} gave no answer within {timeout_s:.1f} s") from None
         except openai.APIError as error:
             raise self._typed(error) from error
+        # Of an answer that is no JSON, as a web page's, the client makes a text, and of any JSON a completion.
+        if not isinstance(cast(object, reply), ChatCompletion) or not isinstance(cast(object, reply.choices), list):
+            raise JudgeRefusedError(f"{self._server.base_url} does not answer with chat completions; see its base_url")
         if not reply.choices or reply.choices[0].message.content is None:
             return ""
         return reply.choices[0].message.content

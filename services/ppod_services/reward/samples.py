@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 IntArray = npt.NDArray[np.int32]
 
+_MOST_PREFIX_CHARACTERS = 2**26
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenContent:
@@ -219,9 +221,22 @@ def decode_parts(codec: Codec, tokens: TokenArray, ends: Sequence[int]) -> list[
 
 
 def with_prefixes(samples: Sequence[Sample], steps: Steps | None) -> tuple[Sample, ...]:
-    """Every sequence at every position, its whole last: what scores the way by scores of prefixes."""
+    """Every sequence at every position, its whole last: what scores the way by scores of prefixes.
+
+    Raises:
+        InvalidArgument: the texts up to each position would fill the memory.
+    """
     if steps is None:
         return tuple(samples)
+    # Of token ids a prefix is a view.
+    characters = sum(
+        sum(positions)
+        for sample, positions in zip(samples, steps.positions, strict=True)
+        if not isinstance(sample.content, TokenContent)
+    )
+    if characters > _MOST_PREFIX_CHARACTERS:
+        expected = f"at most {_MOST_PREFIX_CHARACTERS}: shorter texts, or fewer steps"
+        raise InvalidArgument("process", f"{characters} characters in the texts up to each step", expected)
     return tuple(
         sample if position == positions[-1] else sample.prefix(position)
         for sample, positions in zip(samples, steps.positions, strict=True)

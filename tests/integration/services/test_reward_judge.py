@@ -167,6 +167,11 @@ def test_the_servers_trouble_is_told_apart(judging: Judging) -> None:
     refused = failure(judging.service, of_texts(["a"]), "patient")
     assert isinstance(refused, RewardFailed)
     assert (refused.sample, "status 401" in refused.found) == (0, True)
+    for page in (b"<html>Welcome</html>", b'{"detail": "no such path"}'):
+        ask(judging, lambda _, page=page: page)
+        elsewhere = failure(judging.service, of_texts(["a"]), "patient")
+        assert isinstance(elsewhere, RewardFailed)
+        assert (elsewhere.sample, "does not answer with chat completions" in elsewhere.found) == (0, True)
     absent = failure(judging.service, of_texts(["a"]), "absent")
     assert isinstance(absent, Unavailable)
     assert "cannot be reached" in str(absent)

@@ -218,3 +218,23 @@ def test_normalised_and_clipped_scores_come_with_what_they_were(zoo: Zoo) -> Non
     plain = score(zoo.service, request, "first").breakdown
     assert not plain.HasField("adjustment")
     assert plain.raw_scores == b""
+
+
+def test_texts_up_to_each_step_that_no_memory_holds_are_refused_at_once(zoo: Zoo) -> None:
+    """One megabyte of 16,000 steps is eight gigabytes of beginnings."""
+    text = "x" * 63 + "\n"
+    refused = failure(zoo.service, with_process(of_texts([text * 16_000]), STEP), "decoder")
+    assert isinstance(refused, InvalidArgument)
+    assert (refused.field, refused.found) == ("process", "8192512000 characters in the texts up to each step")
+
+
+def test_a_request_id_that_nobody_could_keep_is_refused(zoo: Zoo) -> None:
+    request = of_texts(["fine"])
+    for length, taken in ((256, True), (257, False)):
+        request.request_id = "x" * length
+        if taken:
+            assert floats(score(zoo.service, request, "decoder").scores)
+        else:
+            refused = failure(zoo.service, request, "decoder")
+            assert isinstance(refused, InvalidArgument)
+            assert str(refused) == "request_id: found 257 characters, expected at most 256"

@@ -9,7 +9,7 @@ import pytest
 
 from ppod_trainer.config import PromptsConfig
 from ppod_trainer.errors import PromptError
-from ppod_trainer.prompts import Prompt, PromptSet, load_prompts
+from ppod_trainer.prompts import Prompt, PromptSet, check_lengths, load_prompts
 
 
 def encode(text: str) -> list[int]:
@@ -66,6 +66,15 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: str, message: s
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"none\.txt: cannot be read"):
         load_prompts(PromptsConfig(path=tmp_path / "none.txt"), encode)
+
+
+def test_a_prompt_that_leaves_no_room_is_told_before_a_step_comes_to_it(tmp_path: Path) -> None:
+    lines = write(tmp_path, "p.txt", "abc\nabcdefgh\nab\nabcde")
+    for heldout in (1, 3):
+        prompts = load_prompts(PromptsConfig(path=lines, first_tokens=None, heldout=heldout), encode)
+        check_lengths(prompts, 9)
+        with pytest.raises(PromptError, match="prompt 1 has 8 tokens, and generation takes 8, a response included"):
+            check_lengths(prompts, 8)
 
 
 def test_jsonl_and_tsv_are_read(tmp_path: Path) -> None:
