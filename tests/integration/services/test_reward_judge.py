@@ -213,6 +213,15 @@ def test_a_generation_service_of_ours_is_asked_too(judging: Judging) -> None:
     assert (too_long.sample, "INVALID_ARGUMENT" in too_long.found) == (0, True)
 
 
+def judge_by(target: str) -> Judge:
+    """A judge that asks this generation service, one question at a time."""
+    config = JudgeConfig.model_validate(
+        judge("judge", {"kind": "ppod", "target": target, "tokenizer": "none"}, concurrency=1)
+    )
+    assert isinstance(config.server, PpodServerConfig)
+    return Judge(config, PpodServer(config, config.server, TokenizerCodec(chat_tokenizer())))
+
+
 @pytest.mark.parametrize(
     ("trouble", "words"),
     [
@@ -235,10 +244,7 @@ async def test_a_generation_service_that_cannot_answer_fails_the_sample_that_it_
         reply.token_ids, reply.logprobs = pack_tokens(verdict), pack_floats([-1.0] * len(verdict))
 
     with scripted_server(Script(change)) as generation:
-        server = {"kind": "ppod", "target": generation.target, "tokenizer": "none"}
-        config = JudgeConfig.model_validate(judge("judge", server, concurrency=1))
-        assert isinstance(config.server, PpodServerConfig)
-        asked = Judge(config, PpodServer(config, config.server, TokenizerCodec(chat_tokenizer())))
+        asked = judge_by(generation.target)
         samples = tuple(Sample(index, TextContent("", text)) for index, text in enumerate(("fine", "not")))
         query = Query(samples, Truncation.NONE, ANONYMOUS_CALLER, time.monotonic() + 20)
         with pytest.raises(RewardFailed) as caught:
@@ -260,10 +266,7 @@ async def test_a_caller_that_goes_away_leaves_a_generation_service_to_the_next_o
         reply.token_ids, reply.logprobs = pack_tokens(verdict), pack_floats([-1.0] * len(verdict))
 
     with scripted_server(Script(change)) as generation:
-        server = {"kind": "ppod", "target": generation.target, "tokenizer": "none"}
-        config = JudgeConfig.model_validate(judge("judge", server, concurrency=1))
-        assert isinstance(config.server, PpodServerConfig)
-        asked = Judge(config, PpodServer(config, config.server, TokenizerCodec(chat_tokenizer())))
+        asked = judge_by(generation.target)
         samples = (Sample(0, TextContent("", "a")),)
         query = Query(samples, Truncation.NONE, ANONYMOUS_CALLER, time.monotonic() + 30)
         gone = asyncio.ensure_future(asked.score(samples, [PlainText("", "a")], query))
