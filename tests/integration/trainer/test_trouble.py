@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import socket
@@ -53,17 +54,27 @@ def test_nan_from_the_reward_model_stops_or_skips(fragile: System) -> None:
     assert len(records) == 12
 
 
-def test_a_prompt_too_long_is_named_by_its_sample(fragile: System) -> None:
+def test_a_prompt_too_long_is_named_before_the_first_step(fragile: System) -> None:
     (fragile.directory / "prompts.txt").write_text("\n".join(["x" * 200, *(f"{i:02d} is it" for i in range(9))]))
-    prompts = {"path": str(fragile.directory / "prompts.txt"), "first_tokens": None, "heldout": 9}
-    result = fragile.train(fragile.config("long", prompts=prompts, services=without_judge(fragile)))
-    assert result.returncode == 1
-    assert "sample " in result.stderr
-    assert "200" in result.stderr
+    prompts = {"path": str(fragile.directory / "prompts.txt"), "first_tokens": None, "heldout": 2}
+    changes = {"steps": 2, "prompts": prompts, "services": without_judge(fragile)}
+    refused = fragile.train(fragile.config("long", **changes))
+    assert refused.returncode == 1
+    assert "prompt 0 has 200 tokens, and generation takes 128, a response included" in refused.stderr
+    assert "step" not in refused.stdout
+
+    config = fragile.config(
+        "long-skip", rollout={"batch_size": 10, "max_tokens": 7, "on_bad_sample": "skip"}, **changes
+    )
+    skipped = fragile.train(config)
+    assert skipped.returncode == 0, skipped.stderr
+    assert re.search(r"dropped a sample: .*200.*prompt 0", skipped.stderr)
 
 
 def test_a_service_that_dies_is_named(fragile: System) -> None:
-    config = fragile.config("dies", steps=1000, services=without_judge(fragile))
+    # Its scores of some samples are NaN.
+    rollout = {"batch_size": 8, "max_tokens": 7, "on_bad_sample": "skip"}
+    config = fragile.config("dies", steps=1000, services=without_judge(fragile), rollout=rollout)
     process = fragile.start(config)
     wait_for_step(process, Path(str(config["run_dir"])), 2)
     fragile.reference.signal(signal.SIGKILL)
