@@ -141,11 +141,9 @@ def _build_sampler(
     codec: TextCodec,
 ) -> Sampler:
     bad_samples = BadSamples(config.rollout.on_bad_sample)
-    # A list's replicas take turns; those that come and go are there to share each step's work.
-    spread = config.services.follows_generation
     if config.environment is None or environments is None:
-        return ResponseSampler(TurnSampler(generation, config.rollout, spread=spread), bad_samples)
-    turns = TurnSampler(generation, config.rollout, environments.stop, spread=spread)
+        return ResponseSampler(TurnSampler(generation, config.rollout), bad_samples)
+    turns = TurnSampler(generation, config.rollout, environments.stop)
     # A turn that has less room than it may ask for would be cut off for no fault of the policy's.
     max_context_tokens = max_sequence_tokens - config.rollout.max_tokens + 1
     independent = config.environment.turns == "independent"

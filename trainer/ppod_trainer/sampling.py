@@ -48,7 +48,7 @@ class Context:
 
 
 class TurnSampler:
-    """Samples one continuation of each context.
+    """Samples one continuation of each context, by all of the client's replicas, as many as there are at each call.
 
     What is handed back unfinished, because new weights came, is asked for again until it is finished: it goes on with
     the new weights, and its versions tell which token is whose.
@@ -57,14 +57,10 @@ class TurnSampler:
         client: of generation.
         config: how tokens are drawn.
         stop: texts that end a turn.
-        spread: divide the contexts among the client's replicas, as many as there are at each call.
     """
 
-    def __init__(
-        self, client: GenerationClient, config: RolloutConfig, stop: tuple[str, ...] = (), *, spread: bool = False
-    ) -> None:
+    def __init__(self, client: GenerationClient, config: RolloutConfig, stop: tuple[str, ...] = ()) -> None:
         self._client = client
-        self._spread = spread
         self._sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature, stop=stop)
 
     def sample(
@@ -75,7 +71,7 @@ class TurnSampler:
         begun = [_Begun() for _ in contexts]
         left = list(range(len(contexts)))
         while left:
-            parts = equal_parts(contexts, left, self._client.replica_count if self._spread else 1)
+            parts = equal_parts(contexts, left, self._client.replica_count)
             asked = [partial(self._ask, contexts, begun, part, policy_version, sampling) for part in parts]
             completions = [each for part in _together(asked) for each in part]
             for index, completion in zip(left, completions, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import WeightPushError
 from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
-from support.processes import ServiceProcess, running_service
+from support.processes import ServiceProcess, metrics_of, running_service
 from support.services import tiny_model_config
 from support.tiny_adapter import build_adapted_model
 from support.tiny_head import save_tiny_head
@@ -289,15 +290,55 @@ def test_a_trainer_that_was_killed_leaves_a_whole_version_and_its_files_are_clea
     assert_takes_next(system.generation, version + 100, seed=8)
 
 
+def with_second(system: System, second: ServiceProcess) -> dict[str, str]:
+    """The services of a run that has another replica of generation."""
+    services = dict(run_config(system, "x")["services"])  # type: ignore[call-overload]
+    services["generation"] = f"{system.generation.target},{second.target}"
+    services["generation_admin"] = f"{system.generation.admin_target},{second.admin_target}"
+    return services
+
+
+def completed(service: ServiceProcess) -> int:
+    """Completions that it has been asked for."""
+    [count] = re.findall(r"^ppod_batch_sequences_sum (\S+)$", metrics_of(service), re.MULTILINE)
+    return int(float(count))
+
+
+def test_listed_replicas_share_each_step_and_change_nothing(
+    system: System, tiny_model_dir: Path, shared: Path, tmp_path: Path
+) -> None:
+    alone = run_config(system, "one-replica", steps=3)
+    assert system.train(alone).returncode == 0
+    with generator(tiny_model_dir, tmp_path, shared) as second:
+        before = completed(system.generation), completed(second)
+        both = run_config(system, "two-replicas", steps=3, services=with_second(system, second))
+        result = system.train(both)
+        assert result.returncode == 0, result.stderr
+        after = completed(system.generation), completed(second)
+    # Three steps of eight prompts, and six held-out ones twice.
+    assert [now - then for now, then in zip(after, before, strict=True)] == [18, 18]
+    found = [
+        [
+            (one["score/mean"], one["response/length"])
+            for one in records_of(Path(str(run["run_dir"])))
+            if "score/mean" in one
+        ]
+        for run in (alone, both)
+    ]
+    assert len(found[0]) == 3
+    assert found[1] == [pytest.approx(one, abs=1e-4) for one in found[0]]
+
+
 def test_a_run_goes_on_without_a_replica_that_dies(
     system: System, tiny_model_dir: Path, shared: Path, tmp_path: Path
 ) -> None:
     with generator(tiny_model_dir, tmp_path, shared) as second:
-        services = dict(run_config(system, "x")["services"])  # type: ignore[call-overload]
-        services["generation"] = f"{system.generation.target},{second.target}"
-        services["generation_admin"] = f"{system.generation.admin_target},{second.admin_target}"
         config = run_config(
-            system, "survives", steps=1000, services=services, weight_transfer={"lost_replicas": "skip"}
+            system,
+            "survives",
+            steps=1000,
+            services=with_second(system, second),
+            weight_transfer={"lost_replicas": "skip"},
         )
         process = system.start(config)
         wait_for_step(process, Path(str(config["run_dir"])), 2)

@@ -117,8 +117,7 @@ def test_services_of_kubernetes_are_followed_and_weights_reach_their_pods() -> N
     followed = {"generation": "k8s:///g.team:grpc", "generation_admin": "k8s:///g.team:admin"}
     services = {"reward": "k8s:///r:50051", "reference": "k8s:///ref:grpc", **followed}
     config = parse_config(TrainerConfig, {"services": services}, "test")
-    assert config.services.follows_generation
-    assert not TrainerConfig().services.follows_generation
+    assert config.services.generation == "k8s:///g.team:grpc"
     for wrong in (
         {"generation": "k8s:///g:grpc"},
         {"generation_admin": "k8s:///g:admin"},

@@ -109,17 +109,17 @@ def test_contexts_are_divided_by_whole_groups(firsts: tuple[int, ...], count: in
     assert [list(part) for part in found] == expected
 
 
-def test_replicas_that_come_and_go_share_a_call_and_the_order_stays() -> None:
+def test_replicas_share_a_call_and_the_order_stays() -> None:
     generation = Generation(aborted=frozenset({53}))
     generation.replica_count = 3
-    spread = TurnSampler(generation, RolloutConfig(), spread=True)  # pyright: ignore[reportArgumentType]
+    spread = TurnSampler(generation, RolloutConfig())  # pyright: ignore[reportArgumentType]
     turns = spread.sample(contexts(7, 7, 9, 9, 8, 8), 3)
     assert sorted(generation.asked) == [(1, 1), (1, 2), (1, 2), (1, 2)]
     expected = [[7, 50], [7, 51], [9, 52], [9, 53, 9, 53], [8, 54], [8, 55]]
     assert [turn.tokens.tolist() for turn in turns] == expected
     refusing = Generation(refused=frozenset({8}))
     refusing.replica_count = 3
-    spread = TurnSampler(refusing, RolloutConfig(), spread=True)  # pyright: ignore[reportArgumentType]
+    spread = TurnSampler(refusing, RolloutConfig())  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidArgument) as caught:
         spread.sample(contexts(7, 7, 9, 9, 8, 8), 3)
     assert caught.value.sample == 4

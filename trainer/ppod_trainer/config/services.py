@@ -59,11 +59,6 @@ class ServicesConfig(ConfigModel):
         default=False, description="send the token without TLS to other machines, as inside a mesh that encrypts itself"
     )
 
-    @property
-    def follows_generation(self) -> bool:
-        """Whether the replicas of generation come and go."""
-        return is_kubernetes(self.generation)
-
     @model_validator(mode="after")
     def _services_are_named(self) -> Self:
         for key in ("reward", "reference", "reference_admin", "generation", "generation_admin"):
