@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deploy.manifests import policies
 from ppod_models.configuration import parse_config
 from ppod_trainer import job
 from ppod_trainer.config import TrainerConfig
 from support.fake_kubernetes import FakeKubernetes, Object, Place, Request
-from support.manifests import combined
+from support.manifests import combined, overlay
 
 from .conftest import Command, pod
 
@@ -134,6 +135,16 @@ def test_a_dry_run_prints_what_kubectl_can_apply(api: FakeKubernetes, k8s: Comma
     assert (config_map["kind"], job_manifest["kind"]) == ("ConfigMap", "Job")
     assert result.stderr.splitlines()[0].endswith("--field-manager=ppod -f -")
     assert api.requests == []
+
+
+def test_the_packaged_job_may_watch_pods_as_an_overlays_may(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    """The account is the overlay's, which gives its token to no pod that does not ask for it."""
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    assert k8s("train", "--config", str(config), "--no-follow").code == 0
+    submitted = api.seen("PATCH", "/jobs/")[0].body
+    objects = [*(one for one in overlay("cpu") if one["kind"] != "Job"), submitted]
+    assert list(policies.least_privilege(objects)) == []
+    assert list(policies.restricted(objects)) == []
 
 
 def test_a_pod_that_the_job_replaces_is_followed_by_the_next(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
