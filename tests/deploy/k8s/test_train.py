@@ -18,7 +18,7 @@ from ppod_models.configuration import parse_config
 from ppod_trainer import job
 from ppod_trainer.config import TrainerConfig
 from support.fake_kubernetes import FakeKubernetes, Object, Place, Request
-from support.manifests import combined, overlay
+from support.manifests import combined, overlay, workload
 
 from .conftest import Command, pod
 
@@ -145,6 +145,16 @@ def test_the_packaged_job_may_watch_pods_as_an_overlays_may(api: FakeKubernetes,
     objects = [*(one for one in overlay("cpu") if one["kind"] != "Job"), submitted]
     assert list(policies.least_privilege(objects)) == []
     assert list(policies.restricted(objects)) == []
+
+
+def test_the_packaged_job_runs_the_image_that_overlays_run(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    """A name without a tag is `latest`, which a node asks a registry for, whatever it was given by hand."""
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    assert k8s("train", "--config", str(config), "--no-follow").code == 0
+    [container] = api.seen("PATCH", "/jobs/")[0].body["spec"]["template"]["spec"]["containers"]
+    wanted = workload(overlay("cpu"), "trainer").container
+    for key in ("image", "imagePullPolicy"):
+        assert container[key] == wanted[key]
 
 
 def test_a_pod_that_the_job_replaces_is_followed_by_the_next(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
