@@ -20,6 +20,7 @@ from ppod_deploy.k8s.readiness import pod_trouble
 
 _PART_OF = "app.kubernetes.io/part-of=ppod"
 _COMPONENT = "app.kubernetes.io/component"
+_RANK = "batch.kubernetes.io/job-completion-index"
 _ASKED_AT_ONCE = 8
 
 
@@ -133,6 +134,9 @@ def look(cluster: Cluster) -> ClusterStatus:
 
 
 def _metrics_port(pod: Manifest) -> int | None:
+    # Of many ranks only the first exports metrics; the others, of the same template, have nothing on the port.
+    if text_at(pod, "metadata", "annotations", _RANK) not in {"", "0"}:
+        return None
     for container in items_at(pod, "spec", "containers"):
         for port in items_at(container, "ports"):
             if text_at(port, "name") == "metrics":

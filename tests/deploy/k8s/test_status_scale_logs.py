@@ -107,6 +107,19 @@ def test_the_table_shows_the_same(running: FakeKubernetes, k8s: Command, monkeyp
     assert "metrics of ppod-generation-c could not be read: cannot proxy to Pod/ppod-generation-c:9101" in result.stdout
 
 
+def test_only_the_first_rank_of_a_trainer_is_asked_for_figures(running: FakeKubernetes, k8s: Command) -> None:
+    """The others of a JobSet have the port in their template, and nothing that listens there."""
+    for rank in range(3):
+        made = pod(f"ppod-trainer-rank-0-{rank}", "trainer", port=9104)
+        made["metadata"]["annotations"] = {"batch.kubernetes.io/job-completion-index": str(rank)}
+        running.put("v1", "pods", "ppod", made)
+    running.metrics["ppod-trainer-rank-0-0:9104"] = "# TYPE ppod_step gauge\nppod_step 3.0\n"
+    status = json.loads(k8s("status", "--json").stdout)
+    steps = {one["pod"]: one["step"] for one in status["pods"] if "-rank-" in one["pod"]}
+    assert steps == {"ppod-trainer-rank-0-0": 3, "ppod-trainer-rank-0-1": None, "ppod-trainer-rank-0-2": None}
+    assert list(status["unread"]) == ["ppod-generation-c"]
+
+
 def test_scale_patches_one_number_and_waits(api: FakeKubernetes, k8s: Command) -> None:
     api.put("apps/v1", "deployments", "ppod", deployment("reward", 1))
     deployment_controller(api)
