@@ -22,6 +22,9 @@ from ppod_trainer.errors import TrainerError
 
 Record = Mapping[str, float]
 
+_CALL_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Percentiles are told no further than the last bound, and a call that samples a batch may take minutes."""
+
 GAUGES = {
     "score/mean": ("ppod_reward_score_mean", "Mean reward-model score of the step's samples"),
     "score/std": ("ppod_reward_score_std", "Standard deviation of the step's scores"),
@@ -145,7 +148,11 @@ class MetricsLog:
         self._samples = Counter("ppod_samples", "Samples trained on", registry=self.registry)
         self._tokens = Counter("ppod_response_tokens", "Response tokens trained on", registry=self.registry)
         self._rpc_seconds = Histogram(
-            "ppod_client_rpc_seconds", "Latency of calls to the services", ["method"], registry=self.registry
+            "ppod_client_rpc_seconds",
+            "Latency of calls to the services",
+            ["method"],
+            buckets=_CALL_SECONDS,
+            registry=self.registry,
         )
         self._rpc_failures = Counter(
             "ppod_client_rpc_failures", "Calls that failed", ["method", "code"], registry=self.registry

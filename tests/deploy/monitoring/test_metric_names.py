@@ -11,12 +11,17 @@ from typing import get_args
 import grpc
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 
+from deploy.manifests.configurations import trainer_configuration
 from monitoring.generate import generated
 from ppod_services.core.admission import Refusal
-from ppod_trainer.config import TroubleKind
+from ppod_services.core.config import LimitsConfig
+from ppod_services.core.metrics import ServiceMetrics
+from ppod_trainer.config import MetricsConfig, TroubleKind
+from ppod_trainer.metrics import MetricsLog
 from support.exported_metrics import SCRAPED, asked, exported
-from support.manifests import KUSTOMIZE, combined, of_kind
+from support.manifests import KUSTOMIZE, combined, of_kind, overlay, workload
 from support.processes import ROOT
 from support.prometheus import needs_prometheus
 
@@ -72,6 +77,23 @@ def test_every_query_names_what_is_exported(tmp_path: Path) -> None:
     queries = [*dashboard_queries(), *rule_queries(), *scaling_queries(tmp_path)]
     assert len(queries) > 80
     assert [fault for where, expression in queries for fault in faults(where, expression)] == []
+
+
+def last_bound_s(registry: CollectorRegistry, name: str) -> float:
+    """The last finite bound of a histogram, beyond which no percentile of it is told."""
+    [family] = [one for one in registry.collect() if one.name == name]
+    return sorted(float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels)[-2]
+
+
+def test_percentiles_of_calls_reach_to_their_deadlines(tmp_path: Path) -> None:
+    trainer, service = MetricsLog(tmp_path, MetricsConfig(port=None, tensorboard=False)), ServiceMetrics()
+    trainer.observe_rpc("Generate", 1.0, "OK")
+    trainer.close()
+    service.rpc("Generate", "", "OK", 1.0)
+    objects = overlay("gpu")
+    timeout_s = trainer_configuration(objects, workload(objects, "trainer")).services.timeout_s
+    assert last_bound_s(trainer.registry, "ppod_client_rpc_seconds") >= timeout_s
+    assert last_bound_s(service.registry, "ppod_rpc_seconds") >= LimitsConfig().default_deadline_s
 
 
 def test_labels_of_groups_and_legends_are_exported() -> None:
