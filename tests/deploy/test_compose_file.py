@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import cast
 
@@ -94,6 +95,15 @@ def test_compose_leaves_no_process_more_than_it_needs(services: dict[str, Values
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert service["networks"] == ["ppod"]
         assert not {"privileged", "cap_add", "user", "network_mode", "pid"} & service.keys()
+
+
+def test_what_triton_compiles_can_be_loaded(services: dict[str, Values]) -> None:
+    """Its shared objects lie below HOME, and Docker mounts a tmpfs noexec where nothing else is said."""
+    home = re.findall(r"\bHOME=(\S+)", (DOCKER / "generation.Dockerfile").read_text())
+    [mount] = cast("list[str]", services["generation"]["tmpfs"])
+    path, _, options = mount.partition(":")
+    assert home == [path]
+    assert "exec" in options.split(",")
 
 
 def test_the_trainer_waits_for_every_service(services: dict[str, Values]) -> None:
