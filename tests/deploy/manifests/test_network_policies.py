@@ -84,6 +84,7 @@ def _strangers() -> list[Place]:
         pod("stranger", "other", {"web": 8080}),
         pod("lodger", "ppod", {"web": 8080}),
         Place("api-server", ports={"https": 6443}, outside=True),
+        Place("minikube", ports={"https": 8443}, outside=True),
         Place("hub", ports={"https": 443}, outside=True),
     ]
 
@@ -105,6 +106,7 @@ TRAINING = {
     ("trainer", "generation", "admin"),
     ("trainer", "trainer", "metrics"),
     ("trainer", "api-server", "https"),
+    ("trainer", "minikube", "https"),
     ("trainer", "hub", "https"),
 }
 
