@@ -88,6 +88,14 @@ def test_compose_asks_publishes_and_stops_as_configured(services: dict[str, Valu
     assert int(cast(str, service["stop_grace_period"]).removesuffix("s")) > config.drain_grace_s
 
 
+def test_images_built_as_the_page_says_are_those_that_compose_runs(services: dict[str, Values]) -> None:
+    files = (services, cast("dict[str, Values]", read(DOCKER / "compose.vllm.yaml")["services"]))
+    run = {cast(str, one["image"]).replace("${PPOD_TAG:-", "").rstrip("}") for file in files for one in file.values()}
+    commands = re.findall(r"docker build .*-t (\S+)", (DOCKER / "README.md").read_text())
+    assert commands
+    assert set(commands) <= run
+
+
 def test_compose_leaves_no_process_more_than_it_needs(services: dict[str, Values]) -> None:
     for service in services.values():
         assert service["read_only"] is True
