@@ -17,6 +17,7 @@ from support.manifests import (
     combinations,
     combined,
     kustomize,
+    of_kind,
     overlay,
     pairs,
     parse,
@@ -49,6 +50,24 @@ def test_what_the_comments_of_the_gpu_overlay_offer_works(tmp_path: Path) -> Non
         "/etc/ppod/tls-trainer.yaml",
         "/etc/ppod/teams-trainer.yaml",
     ]
+
+
+def test_an_overlay_may_be_of_another_namespace(tmp_path: Path) -> None:
+    """What it names follows: accounts that are bound, and the pods that monitors look for."""
+    combined(tmp_path / "inner", "base", ("monitoring",))
+    (tmp_path / "kustomization.yaml").write_text("{namespace: other, resources: [inner]}")
+    objects = parse(kustomize(tmp_path))
+    assert list(of_kind(objects, "Namespace")) == ["other"]
+    places = {one["metadata"].get("namespace") for one in objects if one["kind"] != "Namespace"}
+    bound = {one["namespace"] for binding in of_kind(objects, "RoleBinding").values() for one in binding["subjects"]}
+    monitored = {
+        name
+        for kind in ("ServiceMonitor", "PodMonitor")
+        for monitor in of_kind(objects, kind).values()
+        # Where none is named it is the monitor's own.
+        for name in monitor["spec"].get("namespaceSelector", {}).get("matchNames", ["other"])
+    }
+    assert (places, bound, monitored) == ({"other"}, {"other"}, {"other"})
 
 
 def _faults(job: tuple[Path, str, tuple[str, ...]]) -> list[str]:
