@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from ppod_services.core.config import CausalServiceConfig
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.reward.config import RewardServiceConfig
-from ppod_trainer.config import TrainerConfig
+from ppod_trainer.config import TrainerConfig, configuration_fingerprint
 from support.manifests import COMPONENTS, KUSTOMIZE, OVERLAYS, SCALERS
 from support.processes import ROOT
 
@@ -92,3 +92,16 @@ def test_the_example_of_a_teams_file_is_one_that_the_service_takes() -> None:
 
     roster = load_roster(KUSTOMIZE / "components" / "teams" / "teams.example.yaml")
     assert {team.name for _, team in roster.holders} == {"search", "trainer", "administrator"}
+
+
+def test_the_runbook_asks_for_no_resume_that_the_trainer_refuses() -> None:
+    """A checkpoint takes the configuration that made it alone: who changes the course of training begins anew."""
+    changed = TrainerConfig.model_validate({"kl": {"coefficient": 0.5}})
+    assert configuration_fingerprint(changed) != configuration_fingerprint(TrainerConfig())
+    training = (ROOT / "deploy" / "docs" / "runbook.md").read_text().split("\n# ")[1]
+    introduction, *sections = training.split("\n## ")
+    advice = [section.split("**Do.**")[1] for section in sections]
+    changing = [done for done in advice if re.search(r"`(kl|optimizer|policy|ppo|rewards|rollout)\.", done)]
+    assert len(changing) > 3
+    assert [done for done in changing if re.search(r"\bgo on\s+from\b", done)] == []
+    assert re.search(r"\bnew\s+run\b", introduction)
