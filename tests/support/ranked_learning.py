@@ -25,6 +25,7 @@ from ppod_trainer.metrics import StepTimer
 from ppod_trainer.ranks import open_ranks
 from ppod_trainer.rollouts import ScoredRollout
 from ppod_trainer.stateful import JsonState
+from ppod_trainer.stopping import NotedSignal
 from support.random_rollouts import random_episodes, random_rollouts
 
 
@@ -82,7 +83,7 @@ def main() -> None:
             with torch.no_grad():
                 leader.learner.policy.value_head.bias.fill_(0.5)
         if ranks.rank:
-            follow(leader)
+            follow(leader, NotedSignal())
         else:
             begin(leader, state, config)
             lead(leader, state, config, options)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -116,13 +115,15 @@ def _lead(config: TrainerConfig, ranks: Ranks, started: Callable[[], None]) -> i
 def _follow(config: TrainerConfig, ranks: Ranks, started: Callable[[], None]) -> int:
     from ppod_trainer.assembly import load_leader  # noqa: PLC0415
     from ppod_trainer.follower import follow  # noqa: PLC0415
+    from ppod_trainer.stopping import NotedSignal  # noqa: PLC0415
 
-    # A signal to the whole group is rank 0's to obey: it finishes the step, and needs the others for its checkpoint.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # A signal is rank 0's to obey: it finishes the step, and needs the others for its checkpoint. It is told of one
+    # that came here alone, as to a pod whose node is drained.
+    noted = NotedSignal()
+    noted.install()
     leader, _ = load_leader(config, ranks)
     started()
-    follow(leader)
+    follow(leader, noted)
     return 0
 
 

@@ -75,12 +75,14 @@ class Leader:
         hollow: the policy's language model without weights; None where this rank holds them whole, and not adapted.
         adapter: what of the model is trained; None: all of it.
         shared: parts that advantages are made with, which each rank has whole and alike.
+        signalled: a signal that another rank had got by the last update; 0: none.
     """
 
     learner: Learner
     hollow: PreTrainedModel | None = None
     adapter: PolicyAdapter | None = None
     shared: Mapping[str, Stateful] = field(default_factory=dict[str, Stateful])
+    signalled: int = field(default=0, init=False)
     _in_step: bool = field(default=True, init=False)
 
     def learn(
@@ -88,7 +90,9 @@ class Leader:
     ) -> tuple[PpoBatch, UpdateStats]:
         """See `Learner.learn`."""
         with self._together(Learn(rollouts, step, controls)):
-            return self.learner.learn(rollouts, step, controls, timer)
+            learned = self.learner.learn(rollouts, step, controls, timer)
+            self.signalled = int(self.learner.ranks.largest(0))
+            return learned
 
     def share(self) -> None:
         """Give the other ranks what was sampled, or restored, of the shared parts."""

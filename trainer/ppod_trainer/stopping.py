@@ -19,12 +19,18 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._came_here = False
         self._interruptible = False
 
     def install(self) -> None:
         """Take over the two signals."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+
+    def hear(self, number: int) -> None:
+        """Another rank got this signal; 0: none of them did."""
+        if number and self.received is None:
+            self.received = number
 
     def check(self) -> None:
         """Raise StopRequestedError if a signal came in."""
@@ -55,10 +61,28 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.received is not None:
+        if self._came_here:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        # One that another rank got does not make this the second: whoever ends a run asks all of its ranks.
+        self._came_here = True
         self.received = number
         if self._interruptible:
             self._interruptible = False
             self.check()
+
+
+class NotedSignal:
+    """SIGINT and SIGTERM to a rank that follows another: noted for that one, which ends the run where it is whole."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def install(self) -> None:
+        """Take over the two signals, however often they come: rank 0 needs this one for its checkpoint."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.received = number

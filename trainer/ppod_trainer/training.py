@@ -267,6 +267,7 @@ class TrainingRun:
             parts.scores.update([one.score for one in rollouts])
             controls = self._controls()
             batch, stats = parts.learner.learn(rollouts, step, controls, timer)
+            parts.stop.hear(parts.learner.signalled)
             if not controls.critic_only:
                 # A policy that stands still says nothing about a coefficient, which would wind down meanwhile.
                 parts.kl.update(batch.mean_kl, len(rollouts))

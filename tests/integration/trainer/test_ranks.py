@@ -178,13 +178,15 @@ def test_all_ranks_end_when_one_is_killed(system: System) -> None:
         assert "all ranks end" in stderr
 
 
-def test_a_signal_to_all_ranks_ends_the_run_after_a_checkpoint(system: System) -> None:
-    config = system.config("stopped-ranks", steps=200)
+@pytest.mark.parametrize("signalled", [(0, 1), (1,)], ids=["all", "one that follows"])
+def test_a_signal_to_ranks_ends_the_run_after_a_checkpoint(system: System, signalled: tuple[int, ...]) -> None:
+    """To all, as from a terminal or for a run that is deleted; or to one, as to a pod whose node is drained."""
+    config = system.config(f"stopped-ranks-{len(signalled)}", steps=200)
     run_dir = Path(str(config["run_dir"]))
     processes = start(system, config)
     wait_for_step(processes[0], run_dir, 2)
-    for process in processes:
-        process.terminate()
+    for rank in signalled:
+        processes[rank].terminate()
     (code, stdout, stderr), (other, _, _) = wait_for_ranks(processes, 30)
     assert (code, other) == (128 + signal.SIGTERM, 0), stderr
     assert "resume from" in stdout
