@@ -157,6 +157,17 @@ def test_the_packaged_job_runs_the_image_that_overlays_run(api: FakeKubernetes, 
         assert container[key] == wanted[key]
 
 
+def test_the_packaged_job_ends_as_an_overlays_does(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    assert k8s("train", "--config", str(config), "--no-follow").code == 0
+    made, wanted = (
+        api.seen("PATCH", "/jobs/")[0].body["spec"]["template"]["spec"],
+        workload(overlay("cpu"), "trainer").pod,
+    )
+    for key in ("terminationGracePeriodSeconds", "restartPolicy", "shareProcessNamespace"):
+        assert made[key] == wanted[key]
+
+
 def test_a_pod_that_the_job_replaces_is_followed_by_the_next(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
     config = write(tmp_path / "t.yaml", {"steps": 1})
     with job_controller(api, ["one", "two", "three", "four", "five"], 137, 0):

@@ -93,6 +93,8 @@ def graceful_end(objects: Sequence[Object]) -> Faults:
     for one in _trainers(objects):
         if one.pod.get("terminationGracePeriodSeconds", 30) < 300:
             yield f"{one.name}: no time for a checkpoint"
+        if one.pod.get("shareProcessNamespace") is not True:
+            yield f"{one.name}: its process is number 1, which a signal does not end before it listens for one"
         if one.pod["restartPolicy"] != "Never" or trainer_configuration(objects, one).resume != "if_possible":
             yield f"{one.name}: does not go on from its checkpoint"
 
