@@ -52,7 +52,8 @@ class TrainPpo:
 
     The file is a run file's trainer section; `services` says where they listen. Prints a line a step and, at the end,
     what changed on held-out prompts; leaves everything in `run_dir`. SIGINT and SIGTERM write a checkpoint, and
-    `resume: true` goes on from it. Exit code: 0 done; 1 a failure, named; 2 the configuration is wrong; 128 + signal.
+    `resume: true` goes on from it. Exit code: 0 done; 1 a failure, named; 2 the configuration is wrong; 3 stopped by
+    `watch.stop`; 128 + signal.
     """
 
     config: Path

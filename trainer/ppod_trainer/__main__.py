@@ -2,8 +2,8 @@
 
 Started by torchrun it is one of several ranks, which divide the policy among them.
 
-Exit codes: 0 done; 1 something failed, named in one line; 2 the configuration is wrong; 128 + signal after a
-clean stop.
+Exit codes: 0 done; 1 something failed, named in one line; 2 the configuration is wrong; 3 the run showed what
+`watch.stop` names, and would go on into it if it were started again; 128 + signal after a clean stop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ppod_models.garbage import uncollected_start
 from ppod_models.sources import ModelSourceError
 from ppod_models.tracing import configure_tracing
 from ppod_trainer.config import TrainerConfig
-from ppod_trainer.errors import StopRequestedError, TrainerError, with_notes
+from ppod_trainer.errors import StopRequestedError, TrainerError, TroubleError, with_notes
 
 if TYPE_CHECKING:
     from ppod_trainer.ranks import Ranks
@@ -73,7 +73,7 @@ def _run(config: TrainerConfig, started: Callable[[], None]) -> int:
             return role(config, ranks, started)
     except (TrainerError, PpodError, ModelSourceError) as error:
         _complain(ranks, with_notes(error))
-        return 1
+        return 3 if isinstance(error, TroubleError) else 1
     except RuntimeError as error:
         # What collectives raise when another rank is gone, and our own bugs: those need their traceback.
         if ranks is None or ranks.size == 1:

@@ -93,6 +93,9 @@ def graceful_end(objects: Sequence[Object]) -> Faults:
     for one in _trainers(objects):
         if one.pod.get("terminationGracePeriodSeconds", 30) < 300:
             yield f"{one.name}: no time for a checkpoint"
+        rules = one.job["podFailurePolicy"]["rules"]
+        if [rule["onExitCodes"]["values"] for rule in rules if "onExitCodes" in rule] != [[2, 3]]:
+            yield f"{one.name}: starts again what a wrong configuration, or watch.stop, has ended"
         if one.pod.get("shareProcessNamespace") is not True:
             yield f"{one.name}: its process is number 1, which a signal does not end before it listens for one"
         if one.pod["restartPolicy"] != "Never" or trainer_configuration(objects, one).resume != "if_possible":

@@ -86,6 +86,7 @@ MUTATIONS: list[tuple[policies.Policy, str, Mutation]] = [
     (policies.graceful_end, "s needed", lambda o: settings(o, "reward.yaml", "drain_grace_s: 60", "drain_grace_s: 64")),
     (policies.graceful_end, "clients look", lambda o: reward(o).container.pop("lifecycle")),
     (policies.graceful_end, "checkpoint", lambda o: trainer(o).pod.pop("terminationGracePeriodSeconds")),
+    (policies.graceful_end, "starts again", lambda o: trainer(o).job["podFailurePolicy"]["rules"].pop()),
     (policies.graceful_end, "number 1", lambda o: trainer(o).pod.pop("shareProcessNamespace")),
     (policies.graceful_end, "go on", lambda o: settings(o, "trainer.yaml", "resume: if_possible", "resume: false")),
     (
