@@ -33,7 +33,7 @@ from ppod_trainer.learner import build_learner
 from ppod_trainer.metrics import MetricsLog
 from ppod_trainer.policy_loading import load_policy
 from ppod_trainer.presampling import PreEstimates, keep_estimates, planned_prompts, presample
-from ppod_trainer.prompts import Encode, PromptSet, check_lengths, load_prompts, split_prompts
+from ppod_trainer.prompts import Encode, PromptSet, check_lengths, load_prompts, split_episodes
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
 from ppod_trainer.stateful import Stateful
@@ -129,7 +129,7 @@ def _load_prompts(config: TrainerConfig, environments: EnvironmentCalls | None, 
     if config.environment is None or environments is None:
         prompts = load_prompts(config.prompts, encode)
     else:
-        prompts = split_prompts(environments.prompts(config.environment.episodes), encode, config.prompts.heldout)
+        prompts = split_episodes(environments.prompts(config.environment.episodes), encode, config.prompts.heldout)
     return replace(prompts, curriculum_steps=config.prompts.curriculum_steps)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +31,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Training and held-out prompts; no token sequence is in both.
+    """Training and held-out prompts; no token sequence is in both, unless too many episodes begin alike.
 
     Attributes:
         training, heldout: the prompts.
@@ -100,21 +100,62 @@ def load_prompts(config: PromptsConfig, encode: Encode) -> PromptSet:
 
 def split_prompts(texts: Iterable[str], encode: Encode, heldout: int) -> PromptSet:
     """Encode texts, the first of which has index 0, and hold some out; equal ones count once. Errors as above."""
-    seen: dict[tuple[int, ...], Prompt] = {}
+    prompts = _different(_encoded(texts, encode))
+    _check_count(len(prompts), heldout, "prompts")
+    shuffled = _shuffled(prompts)
+    return PromptSet(training=shuffled[heldout:], heldout=shuffled[:heldout])
+
+
+def split_episodes(beginnings: Iterable[str], encode: Encode, heldout: int) -> PromptSet:
+    """Encode the beginnings of an environment's episodes, by their seeds from 0, and hold some episodes out.
+
+    Episodes that begin alike count each: what an environment keeps to itself, such as a number to guess, may tell them
+    apart. Those that begin as one that is held out are left out of training, unless too few begin differently for that.
+
+    Raises:
+        PromptError: a beginning is empty, or no episode is left for training.
+    """
+    prompts = _encoded(beginnings, encode)
+    _check_count(len(prompts), heldout, "episodes")
+    different = _different(prompts)
+    if len(different) <= heldout:
+        shuffled = _shuffled(prompts)
+        return PromptSet(training=shuffled[heldout:], heldout=shuffled[:heldout])
+    held = _shuffled(different)[:heldout]
+    kept_out = {tuple(prompt.token_ids.tolist()) for prompt in held}
+    training = [prompt for prompt in _shuffled(prompts) if tuple(prompt.token_ids.tolist()) not in kept_out]
+    return PromptSet(training=training, heldout=held)
+
+
+def _encoded(texts: Iterable[str], encode: Encode) -> list[Prompt]:
+    prompts: list[Prompt] = []
     for index, text in enumerate(texts):
         tokens = encode(text)
         if not tokens:
             raise PromptError(f"prompt {index} ({text!r}): no tokens; expected at least one; remove it from the file")
-        seen.setdefault(tuple(tokens), Prompt(index, np.asarray(tokens, dtype=np.int32)))
-    prompts = list(seen.values())
-    if len(prompts) <= heldout:
+        prompts.append(Prompt(index, np.asarray(tokens, dtype=np.int32)))
+    return prompts
+
+
+def _different(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first of each token sequence."""
+    seen: dict[tuple[int, ...], Prompt] = {}
+    for prompt in prompts:
+        seen.setdefault(tuple(prompt.token_ids.tolist()), prompt)
+    return list(seen.values())
+
+
+def _check_count(count: int, heldout: int, what: str) -> None:
+    if count <= heldout:
         raise PromptError(
-            f"prompts.heldout is {heldout}, but there are only {len(prompts)} different prompts; "
+            f"prompts.heldout is {heldout}, but there are only {count} different {what}; "
             "one at least must be left for training"
         )
+
+
+def _shuffled(prompts: Sequence[Prompt]) -> list[Prompt]:
     order = np.random.default_rng(_HELDOUT_SEED).permutation(len(prompts))
-    shuffled = [prompts[position] for position in order]
-    return PromptSet(training=shuffled[heldout:], heldout=shuffled[:heldout])
+    return [prompts[position] for position in order]
 
 
 def _read_texts(path: Path | None) -> list[str]:

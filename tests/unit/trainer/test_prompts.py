@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ppod_trainer.config import PromptsConfig
+from ppod_trainer.assembly import _load_prompts
+from ppod_trainer.config import PromptsConfig, TrainerConfig
+from ppod_trainer.environments import Reply
+from ppod_trainer.environments.calls import EnvironmentCalls
+from ppod_trainer.environments.loading import LoadedEnvironment
 from ppod_trainer.errors import PromptError
-from ppod_trainer.prompts import Prompt, PromptSet, check_lengths, load_prompts
+from ppod_trainer.prompts import Prompt, PromptSet, check_lengths, load_prompts, split_episodes
 
 
 def encode(text: str) -> list[int]:
@@ -29,6 +33,37 @@ def test_equal_prompts_count_once_and_never_straddle_the_split(tmp_path: Path) -
     heldout = {tuple(prompt.token_ids) for prompt in prompts.heldout}
     assert (len(training), len(heldout)) == (2, 2)
     assert training | heldout == {(97, 98, 99), (98, 99, 100), (99, 100, 101), (100, 101, 102)}
+
+
+class Guessing:
+    """Thinks of a number, of which its prompt says nothing."""
+
+    def reset(self, seed: int) -> str:
+        self.number = seed
+        return "Guess."
+
+    def step(self, action: str) -> Reply:
+        return Reply("", float(action == str(self.number)), done=True)
+
+
+def test_episodes_that_begin_alike_count_each() -> None:
+    """The seed, not the prompt, tells one episode from another."""
+    environments = EnvironmentCalls(LoadedEnvironment(Guessing, ()), threads=1)
+    values = {"environment": {"name": "guessing", "episodes": 10}, "prompts": {"heldout": 3}}
+    prompts = _load_prompts(TrainerConfig.model_validate(values), environments, encode)
+    assert (len(prompts.training), len(prompts.heldout)) == (7, 3)
+    assert sorted(prompt.index for prompt in [*prompts.training, *prompts.heldout]) == list(range(10))
+    with pytest.raises(PromptError, match="heldout is 10, but there are only 10 different episodes"):
+        split_episodes(["Guess."] * 10, encode, heldout=10)
+
+
+def test_no_episode_is_trained_on_that_begins_as_one_that_is_held_out() -> None:
+    texts = ["even", "odd", "prime"] * 4
+    prompts = split_episodes(texts, encode, heldout=1)
+    [held] = prompts.heldout
+    assert sorted(prompt.index for prompt in prompts.training) == [
+        index for index, text in enumerate(texts) if text != texts[held.index]
+    ]
 
 
 def test_each_epoch_uses_every_prompt_once(tmp_path: Path) -> None:

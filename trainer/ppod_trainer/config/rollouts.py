@@ -94,7 +94,7 @@ class EnvironmentConfig(ConfigModel):
 
     name: str = Field(min_length=1, description="entry point of the group ppod.environments, such as calculator")
     parameters: dict[str, JsonValue] = Field(default_factory=dict, description="of the environment")
-    episodes: int = Field(default=2048, ge=2, description="different episodes; prompts.heldout of them are held out")
+    episodes: int = Field(default=2048, ge=2, description="episodes, of seeds from 0; prompts.heldout are held out")
     max_turns: int = Field(default=4, ge=1, description="turns of the policy; each has rollout.max_tokens at most")
     turns: Literal["together", "independent"] = Field(
         default="together",

@@ -25,6 +25,9 @@ An environment is a class, named by an entry point of the group `ppod.environmen
                 return Reply("", 1.0, done=True)
             return Reply("higher\n" if guess < self._number else "lower\n", 0.0, done=False)
 
+Episodes may begin alike, as these do: each seed is an episode of its own. Where enough of them begin differently, those
+that begin as one that is held out for evaluation are not trained on.
+
 It runs in the trainer's process, one instance for each episode, so it keeps the state of its own episode only.
 
 Instances are asked at the same time, in up to `environment.threads` threads, so that slow tools are not waited for one
