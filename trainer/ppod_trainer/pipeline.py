@@ -66,6 +66,7 @@ class RolloutPipeline:
         steps: the run's; nothing is made for later ones.
         mixes: whether new weights may come while rollouts are generated, which then are of several versions.
         stopping: whether the run was told to stop.
+        fault: why a step's rollouts are of no use, which `take` raises; None: they are.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class RolloutPipeline:
         steps: int,
         mixes: bool,
         stopping: Callable[[], bool] = lambda: False,
+        fault: Callable[[Collected], Exception | None] = lambda _: None,
     ) -> None:
         self.version = 0
         self._collects = collects
@@ -83,15 +85,27 @@ class RolloutPipeline:
         self._steps = steps
         self._mixes = mixes
         self._stopping = stopping
+        self._fault = fault
+        self._mistrusted = -1
         self._generating = threading.Lock()
         self._scoring = threading.Lock()
         self._pending: dict[int, Future[Collected]] = {}
         self._background = Background("rollouts")
 
     def take(self, step: int) -> Collected:
-        """Wait for a step's rollouts; raises what making them raised."""
-        if not self._ahead:
-            return self._make(step)
+        """Wait for a step's rollouts; raises what making them raised, or their fault.
+
+        Where they had a fault, those of the next call are of exactly the version that serves.
+        """
+        collected = self._made(step) if self._ahead else self._make(step)
+        if (fault := self._fault(collected)) is not None:
+            self._discard()
+            self._mistrusted = step
+            raise fault
+        return collected
+
+    def _made(self, step: int) -> Collected:
+        """Wait for what is made in the background, and begin the steps behind it."""
         for coming in range(step, min(step + self._ahead + 1, self._steps)):
             if coming not in self._pending:
                 self._pending[coming] = self._background.submit(partial(self._make, coming))
@@ -154,7 +168,8 @@ class RolloutPipeline:
         with ExitStack() as generating:
             if not self._mixes:
                 generating.enter_context(self._generating)
-            version = None if self._mixes else self.version
+            # Whoever takes a step again puts no new weights into service before it is there.
+            version = None if self._mixes and step != self._mistrusted else self.version
             while True:
                 rollouts = self._collects.generate(step, len(rounds), version, timer)
                 last = len(rounds) + 1 == self._collects.max_rounds

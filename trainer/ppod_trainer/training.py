@@ -115,8 +115,9 @@ class TrainingRun:
             parts.rollouts,
             ahead=rollout.max_staleness,
             steps=config.steps,
-            mixes=config.weight_transfer.pause != "wait",
+            mixes=config.weight_transfer.pause != "wait" and rollout.max_staleness > 0,
             stopping=lambda: parts.stop.received is not None,
+            fault=self._too_old,
         )
         self._reference = ReferencePolicy(config.run_dir / "reference", parts.connections)
         self._to_generation = PolicyPush(
@@ -288,6 +289,15 @@ class TrainingRun:
         record |= parts.watcher.observe(step + 1, record)
         parts.metrics.write(step + 1, record, samples=len(rollouts), tokens=tokens)
         return record
+
+    def _too_old(self, collected: Collected) -> FailedPrecondition | None:
+        """Too few samples are left: where versions may mix, a replica that lacks the run's weights samples, too."""
+        most = self.config.rollout.max_staleness
+        fresh, stale = keep_fresh(collected.rollouts, self._versions, most)
+        if not stale or len(fresh) >= self.config.ppo.minibatches:
+            return None
+        found = f"{stale} of {len(collected.rollouts)} samples by weights more than {most} updates old"
+        return FailedPrecondition("weight_version", found, f"{self.state.policy_version} on all replicas")
 
     def _controls(self) -> StepControls:
         config, step = self.config, self.state.step

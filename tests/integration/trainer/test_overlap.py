@@ -14,6 +14,7 @@ import pytest
 from support.processes import running_service
 from support.services import tiny_model_config
 from support.tiny_head import save_tiny_head
+from support.tiny_model import save_tiny_model
 
 from .conftest import Config, System, records_of, running_system, wait_for_step
 
@@ -129,6 +130,35 @@ def test_a_generation_service_that_comes_back_gets_its_weights(
     assert all(record.get("sampler/gap_max", 0) < 1e-3 for record in records), "no sample of other weights"
     bound = 1 if changes else 0
     assert max(record["sampler/staleness_max"] for record in records) <= bound
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+def test_a_replica_that_takes_no_weights_ends_no_run_where_versions_may_mix(
+    system: System, max_staleness: int, tmp_path: Path
+) -> None:
+    """It has another model than the run, and samples whatever it is asked for, as no version is."""
+    other = {"model": tiny_model_config(save_tiny_model(tmp_path / "untied", tied=False))}
+    with running_service("ppod_services.generation", tmp_path, other) as second:
+        services = {
+            **system.config("x")["services"],  # type: ignore[dict-item]
+            "generation": f"{second.target},{system.generation.target}",
+            "generation_admin": f"{second.admin_target},{system.generation.admin_target}",
+            "recovery_timeout_s": 30,
+        }
+        config = system.config(
+            f"lost-{max_staleness}",
+            steps=6,
+            services=services,
+            rollout={"batch_size": 8, "max_tokens": 8, "max_staleness": max_staleness},
+            ppo={"importance_cap": 2.0},
+            weight_transfer={"pause": "keep", "lost_replicas": "skip"},
+        )
+        result = system.train(config)
+    assert result.returncode == 0, result.stderr
+    records = steps_of(config)
+    assert [record["step"] for record in records] == list(range(1, 7))
+    assert all(record["samples/stale"] == 0 for record in records)
+    assert all(record.get("sampler/gap_max", 0) < 1e-3 for record in records), "no sample of other weights"
 
 
 def test_who_is_told_to_stop_waits_for_no_service(fragile: System, tmp_path: Path) -> None:

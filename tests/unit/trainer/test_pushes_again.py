@@ -115,6 +115,52 @@ def test_a_policy_that_is_pushed_again_makes_no_sample_older(tmp_path: Path) -> 
     assert ages == [0, 1, 1, 1, 1]
 
 
+class OfReplica(Services):
+    """Asks one replica, whatever it serves where no version is asked for."""
+
+    def __init__(self, generation: Generation) -> None:
+        super().__init__()
+        self._generation = generation
+
+    def generate(self, step: int, number: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
+        serves = self._generation.serves["b"]
+        if policy_version not in (None, serves):
+            raise FailedPrecondition("weight_version", str(serves), str(policy_version))
+        return super().generate(step, number, serves, timer)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+def test_a_replica_without_the_runs_weights_is_given_them_where_versions_may_mix(
+    tmp_path: Path, max_staleness: int
+) -> None:
+    """It was away at pushes that others took, and was started again: none of its samples can be trained on."""
+    generation = Generation()
+    config: dict[str, object] = {
+        "rollout": {"batch_size": 1, "max_staleness": max_staleness},
+        "ppo": {"minibatches": 1, "importance_cap": 2.0},
+        "weight_transfer": {"pause": "keep"},
+    }
+    rollouts, learned = OfReplica(generation), list[int]()
+
+    def learn(found: list[ScoredRollout], *_: object) -> None:
+        learned.extend(one.rollout.age(run._versions) for one in found)
+        raise TrainedError
+
+    learner = SimpleNamespace(learn=learn, adapter=None, whole_model=lambda *_: None)
+    evaluator = Evaluator(cast(Any, None), None, [], cast(Any, str))
+    state = TrainerState(0, 0, 0, "")
+    run = run_of(tmp_path, generation, state, config, rollouts=rollouts, learner=learner, evaluator=evaluator)
+    run.push_policy(1)
+    for version in range(2, 5):
+        run._push_update(version)
+    generation.serves["b"] = 0
+    with pytest.raises(TrainedError):
+        run._step()
+    run.close()
+    assert learned == [0]
+    assert generation.serves == {"a": 5, "b": 5}
+
+
 class Adapted:
     """What a push of an adapter asks of `WeightSync`; remembers what serves."""
 
