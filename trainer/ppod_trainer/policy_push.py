@@ -25,7 +25,7 @@ class PolicyPush:
         leader: has the policy.
         generation: pushes to all replicas.
         stop: a signal waits while all ranks gather.
-        versions: told which versions are bases.
+        versions: told which versions are pushed, and which of them are bases.
 
     Attributes:
         last: what the last push of the policy took; none where none went well.
@@ -52,6 +52,7 @@ class PolicyPush:
             with self._stop.deferred():
                 model = self._leader.whole_model(dtype)
             with in_service(weight_version):
+                self._versions.pushed(weight_version)
                 self.last = self._generation.push(model, dtype, weight_version)
             return weight_version
         base: PreTrainedModel | None = None
@@ -67,5 +68,6 @@ class PolicyPush:
                 self._versions.base(base_version)
                 self._generation.push(base, dtype, base_version)
                 self._base_version = base_version
+            self._versions.pushed(weight_version)
             self.last = self._generation.push_adapter(self._leader.adapter.description, tensors, weight_version)
         return weight_version

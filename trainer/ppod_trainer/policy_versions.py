@@ -16,12 +16,21 @@ class PolicyVersions:
     """Counts the updates that lie between two weight versions.
 
     Most updates take one version. But what was pushed again, because a service was away, is the same policy under a
-    later version; and the base of an adapter has a version too, which is no policy of this run.
+    later version; and the base of an adapter has a version too, which is no policy of this run. Nor is what a replica
+    was started with, or was given by somebody else: a version that was never pushed.
     """
 
     def __init__(self) -> None:
         self._updates: list[int] = []
         self._bases: set[int] = set()
+        self._pushed: tuple[int, int] | None = None
+
+    def pushed(self, weight_version: int) -> None:
+        """The policy is put into service under this version."""
+        first, last = self._pushed or (weight_version, weight_version)
+        self._pushed = min(first, weight_version), max(last, weight_version)
+        # A base may have failed to come before, and not be needed any more.
+        self._bases.discard(weight_version)
 
     def updated(self, weight_version: int) -> None:
         """From this version on the policy has had one more update."""
@@ -32,6 +41,13 @@ class PolicyVersions:
         self._bases.add(weight_version)
 
     def ages(self, versions: npt.NDArray[np.int64]) -> Ages:
-        """How many updates followed on these versions, whatever their shape."""
+        """How many updates followed on these versions, whatever their shape; no policy of this run is older than all.
+
+        Before the first push all versions count as the run's.
+        """
         ages = len(self._updates) - np.searchsorted(self._updates, versions, side="right").astype(np.int64)
-        return np.where(np.isin(versions, list(self._bases)), _NEVER, ages) if self._bases else ages
+        foreign = np.isin(versions, list(self._bases))
+        if self._pushed is not None:
+            first, last = self._pushed
+            foreign |= (versions < first) | (versions > last)
+        return np.where(foreign, _NEVER, ages)

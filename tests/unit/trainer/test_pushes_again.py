@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +21,9 @@ from ppod import FailedPrecondition, Unavailable
 from ppod.client import LoraAdapter, ReplicaOutcome, WeightPush, WeightStatus
 from ppod_trainer.assembly import presample_for
 from ppod_trainer.checkpoint import TrainerState
-from ppod_trainer.config import TrainerConfig, WeightTransferConfig
+from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import StopRequestedError, WeightPushError
 from ppod_trainer.evaluation import Evaluator
-from ppod_trainer.kl import FixedKl
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.pipeline import RolloutPipeline
 from ppod_trainer.policy_push import PolicyPush
@@ -32,67 +31,12 @@ from ppod_trainer.policy_versions import PolicyVersions
 from ppod_trainer.presampling import PreEstimates
 from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.rollouts import Rollout, ScoredRollout, keep_fresh
-from ppod_trainer.score_statistics import ScoreStatistics
-from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import TrainingRun
 from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
+from support.pushed_runs import Generation, TrainedError, run_of
 from support.random_rollouts import random_rollouts
 from support.versioned_rollouts import Services
-
-
-class Generation:
-    """Two replicas, as a push sees them."""
-
-    def __init__(self) -> None:
-        self.serves = {"a": 1, "b": 1}
-        self.half = False
-        self.gone = False
-
-    def serving_versions(self) -> set[int]:
-        self._check()
-        return set(self.serves.values())
-
-    def push(self, model: object, dtype: torch.dtype, weight_version: int) -> None:
-        del model, dtype
-        self._check()
-        if self.half:
-            self.serves["a"], self.half = weight_version, False
-            raise WeightPushError("commit failed on 1 of 2") from Unavailable("b is away")
-        self.serves = dict.fromkeys(self.serves, weight_version)
-
-    def _check(self) -> None:
-        if self.gone:
-            raise WeightPushError("a does not tell which weights it has") from Unavailable("gone")
-
-
-def run_of(
-    directory: Path, generation: object, state: TrainerState, further: dict[str, object], **parts: object
-) -> TrainingRun:
-    """A run whose services are stand-ins."""
-
-    def wait_ready(_: float) -> None:
-        if getattr(generation, "gone", False):
-            raise Unavailable("generation is not ready")
-
-    connections = SimpleNamespace(
-        reference=None,
-        reference_weights=None,
-        wait_ready=wait_ready,
-        generation_weights=generation,
-        generation=SimpleNamespace(describe=lambda: SimpleNamespace(limits=SimpleNamespace(dtype="float32"))),
-    )
-    given: dict[str, object] = {
-        "connections": connections,
-        "rollouts": Services(),
-        "stop": StopSignal(),
-        "learner": SimpleNamespace(adapter=None, whole_model=lambda *_: None),
-        "kl": FixedKl(0.1),
-        "scores": ScoreStatistics(),
-        "watcher": None,
-    }
-    config = TrainerConfig.model_validate({"run_dir": str(directory), **further})
-    return TrainingRun(config, cast(Any, SimpleNamespace(**(given | parts))), state)
 
 
 def test_a_policy_that_is_pushed_again_makes_no_sample_older(tmp_path: Path) -> None:
@@ -115,64 +59,21 @@ def test_a_policy_that_is_pushed_again_makes_no_sample_older(tmp_path: Path) -> 
     assert ages == [0, 1, 1, 1, 1]
 
 
-class OfReplica(Services):
-    """Asks one replica, whatever it serves where no version is asked for."""
-
-    def __init__(self, generation: Generation) -> None:
-        super().__init__()
-        self._generation = generation
-
-    def generate(self, step: int, number: int, policy_version: int | None, timer: StepTimer) -> list[Rollout]:
-        serves = self._generation.serves["b"]
-        if policy_version not in (None, serves):
-            raise FailedPrecondition("weight_version", str(serves), str(policy_version))
-        return super().generate(step, number, serves, timer)
-
-
-@pytest.mark.parametrize("max_staleness", [0, 1, 2])
-def test_a_replica_without_the_runs_weights_is_given_them_where_versions_may_mix(
-    tmp_path: Path, max_staleness: int
-) -> None:
-    """It was away at pushes that others took, and was started again: none of its samples can be trained on."""
-    generation = Generation()
-    config: dict[str, object] = {
-        "rollout": {"batch_size": 1, "max_staleness": max_staleness},
-        "ppo": {"minibatches": 1, "importance_cap": 2.0},
-        "weight_transfer": {"pause": "keep"},
-    }
-    rollouts, learned = OfReplica(generation), list[int]()
-
-    def learn(found: list[ScoredRollout], *_: object) -> None:
-        learned.extend(one.rollout.age(run._versions) for one in found)
-        raise TrainedError
-
-    learner = SimpleNamespace(learn=learn, adapter=None, whole_model=lambda *_: None)
-    evaluator = Evaluator(cast(Any, None), None, [], cast(Any, str))
-    state = TrainerState(0, 0, 0, "")
-    run = run_of(tmp_path, generation, state, config, rollouts=rollouts, learner=learner, evaluator=evaluator)
-    run.push_policy(1)
-    for version in range(2, 5):
-        run._push_update(version)
-    generation.serves["b"] = 0
-    with pytest.raises(TrainedError):
-        run._step()
-    run.close()
-    assert learned == [0]
-    assert generation.serves == {"a": 5, "b": 5}
-
-
 class Adapted:
     """What a push of an adapter asks of `WeightSync`; remembers what serves."""
 
     def __init__(self) -> None:
         self.bases = {0}
         self.serves = "nothing"
+        self.gone = False
 
     def base_versions(self) -> set[int]:
         return self.bases
 
     def push(self, model: object, dtype: torch.dtype, weight_version: int) -> None:
         del model, dtype
+        if self.gone:
+            raise WeightPushError("there is no replica to push to")
         self.bases, self.serves = {weight_version}, "base"
         time.sleep(0.05)
 
@@ -218,6 +119,30 @@ def test_nothing_is_sampled_from_an_adapters_base_while_both_are_pushed() -> Non
     assert not {"base", "nothing"} & set(services.served)
     # Where versions may mix, what the bases of versions 1 and 5 sampled is too old.
     assert (versions.ages(np.array([1, 2, 5, 6])) > 1000).tolist() == [True, False, True, False]
+
+
+def test_a_version_that_was_to_be_a_base_and_became_a_policy_is_one() -> None:
+    """The base failed to come, and the replica that lacked it left."""
+    generation, versions = Adapted(), PolicyVersions()
+    leader = SimpleNamespace(
+        adapter=SimpleNamespace(description=None),
+        base_model=lambda _: nn.Linear(1, 1),
+        adapter_weights=lambda: {},
+    )
+    push = PolicyPush(
+        cast(Any, leader), cast(Any, generation), cast(Any, SimpleNamespace(deferred=nullcontext)), versions
+    )
+
+    def in_service(_: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    assert push.push(torch.float32, 1, in_service) == 2
+    generation.bases, generation.gone = {0}, True
+    with pytest.raises(WeightPushError):
+        push.push(torch.float32, 3, in_service)
+    generation.bases, generation.gone = {1}, False
+    assert push.push(torch.float32, 3, in_service) == 3
+    assert versions.ages(np.array([3])).tolist() == [0]
 
 
 class Replica:
@@ -296,10 +221,6 @@ class AwayOnce:
         if self.calls == 1:
             raise Unavailable("the judge's pod is moved")
         return SimpleNamespace(values=np.zeros(len(sequences), np.float32))
-
-
-class TrainedError(Exception):
-    """The step came to its update."""
 
 
 def test_a_judge_that_is_away_for_a_moment_is_asked_again(tmp_path: Path) -> None:
