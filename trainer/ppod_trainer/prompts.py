@@ -7,10 +7,12 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ppod.tensors import TokenArray
 from ppod_trainer.config import PromptsConfig
@@ -50,8 +52,7 @@ class PromptSet:
         chosen: list[Prompt] = []
         for position in range(step * batch_size, (step + 1) * batch_size):
             epoch, offset = divmod(position, count)
-            order = np.random.default_rng([seed, epoch]).permutation(count)
-            chosen.append(self.training[order[offset]])
+            chosen.append(self.training[_epoch_order(seed, epoch, count)[offset]])
         return chosen
 
     def reach(self, step: int, batch_size: int) -> list[Prompt]:
@@ -68,6 +69,11 @@ class PromptSet:
         shortest = self.reach(step, batch_size)
         order = np.random.default_rng([seed, 2, step]).permutation(len(shortest))
         return [shortest[order[position % len(shortest)]] for position in range(batch_size)]
+
+
+@lru_cache(maxsize=2)  # A step may end one epoch and begin another. To shuffle a million takes 10 ms.
+def _epoch_order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def check_lengths(prompts: PromptSet, max_sequence_tokens: int) -> None:
