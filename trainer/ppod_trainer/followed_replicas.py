@@ -271,7 +271,7 @@ class FollowedReplicas:
             status = member.client.status(timeout_s=_STATUS_TIMEOUT_S)
             found = status.state.weight_version
             if found != served.weight_version:
-                self._admit(member, False)
+                self._withdraw(member)
                 _give(member, status, served)
                 member.ours = True
             elif not member.ours:
@@ -285,12 +285,18 @@ class FollowedReplicas:
             log.info(
                 "%s came with version %d: serves %d after %.2f s", member.address, found, served.weight_version, seconds
             )
-            self._admit(member, True)
+            self._admit(member)
 
-    def _admit(self, member: _Member, admitted: bool) -> None:
+    def _admit(self, member: _Member) -> None:
         with self._state:
-            member.admitted = admitted and member.ready
+            member.admitted = member.ready
             member.failures, member.retry_at = 0, 0.0
+            self._publish()
+
+    def _withdraw(self, member: _Member) -> None:
+        """No work for now. How often it failed stays: it may be about to fail again."""
+        with self._state:
+            member.admitted = False
             self._publish()
 
     def _failed(self, member: _Member, error: PpodError) -> None:

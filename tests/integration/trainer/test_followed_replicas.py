@@ -23,7 +23,7 @@ from ppod_trainer.weight_sync import WeightSync
 from support.pods import Cluster, Deployment, RunningPod, running_cluster
 from support.services import tiny_model_config
 from support.tiny_adapter import build_adapted_model
-from support.tiny_model import build_model
+from support.tiny_model import build_model, save_tiny_model
 from support.weight_tensors import weight_tensors
 
 WITHIN_S = 5.0
@@ -41,6 +41,7 @@ class Following:
     """What a run has of generation."""
 
     deployment: Deployment
+    followed: FollowedReplicas
     sync: WeightSync
     client: GenerationClient
 
@@ -72,7 +73,7 @@ def following(cluster: Cluster, model_dir: Path, replicas: int, **transfer: str)
     with GenerationClient("k8s:///ppod-generation:grpc", timeout_s=20, replicas=followed) as client:
         client.wait_ready(20)
         try:
-            yield Following(deployment, sync, client)
+            yield Following(deployment, followed, sync, client)
         finally:
             sync.close()
 
@@ -187,6 +188,25 @@ def test_a_pod_of_another_runs_base_gets_no_adapter_and_no_work(
             wait_until(lambda: f"{second.host}:{run.deployment.ports[0]} gets no work until it serves" in caplog.text)
         assert second.host not in run.working()
         assert run.version(second) == 1
+
+
+def test_a_pod_that_never_takes_the_weights_is_tried_ever_more_seldom(
+    cluster: Cluster, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each try may send all weights, and keeps pushes to all others waiting."""
+    with following(cluster, tiny_model_dir, 1) as run:
+        run.sync.push(build_model(seed=1), torch.float32, 1)
+        untied = tiny_model_config(save_tiny_model(tmp_path / "untied", tied=False))
+        run.deployment.values = {**run.deployment.values, "model": untied}
+        with caplog.at_level(logging.WARNING):
+            second = run.deployment.up()
+            refused = f"{second.host}:{run.deployment.ports[0]} gets no work until it serves"
+            wait_until(lambda: refused in caplog.text)
+            [member] = [one for one in run.followed._members.values() if one.endpoint.pod == second.name]
+            # By then the next try is two seconds away.
+            wait_until(lambda: member.failures == 3, 3 * WITHIN_S)
+        assert caplog.text.count(refused) == 1, "told once"
+        assert second.host not in run.working()
 
 
 def test_weights_that_do_not_fit_stop_the_run(cluster: Cluster, tiny_model_dir: Path) -> None:
