@@ -67,7 +67,7 @@ def test_the_trainer_uses_replicas_tls_and_the_token(
             rollout = RolloutConfig(batch_size=LIMITS.max_request_sequences, max_tokens=8)
             assert connections.reward is not None
             assert connections.reward.pin == Pin(tokenizer_fingerprint=FINGERPRINT)
-            assert check_services(connections, rollout, LIMITS.vocab_size).eos_token_ids == (2,)
+            assert check_services(connections, rollout, LIMITS.vocab_size).generation.eos_token_ids == (2,)
             too_many = RolloutConfig(batch_size=LIMITS.max_request_sequences + 1, max_tokens=8)
             with pytest.raises(ServiceMismatchError, match="generation takes 8 sequences"):
                 check_services(connections, too_many, LIMITS.vocab_size)

@@ -20,7 +20,7 @@ from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.checkpoint import TrainerState, goes_on, load_checkpoint, restore_components
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig, configuration_fingerprint
-from ppod_trainer.connections import check_services, connect
+from ppod_trainer.connections import ServedModels, check_services, connect
 from ppod_trainer.durable import write_durably
 from ppod_trainer.environments.calls import EnvironmentCalls
 from ppod_trainer.environments.loading import load_environment
@@ -33,7 +33,7 @@ from ppod_trainer.learner import build_learner
 from ppod_trainer.metrics import MetricsLog
 from ppod_trainer.policy_loading import load_policy
 from ppod_trainer.presampling import PreEstimates, keep_estimates, planned_prompts, presample
-from ppod_trainer.prompts import Encode, PromptSet, check_lengths, load_prompts, split_episodes
+from ppod_trainer.prompts import Encode, PromptSet, check_lengths, check_readers, load_prompts, split_episodes
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
 from ppod_trainer.stateful import Stateful
@@ -79,9 +79,9 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             opened.callback(connections.close)
             served = check_services(connections, config.rollout, loading.vocab_size(leader.learner.policy.model))
         if config.rollout.on_bad_sample == "stop":
-            check_lengths(prompts, served.limits.max_sequence_tokens)
+            _check_room(prompts, served, config.rollout.max_tokens)
         bad_samples = BadSamples(config.rollout.on_bad_sample)
-        sampler = _build_sampler(config, connections.generation, served.limits.max_sequence_tokens, environments, codec)
+        sampler = _build_sampler(config, connections.generation, served.sequence_tokens, environments, codec)
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
         opened.callback(collector.close)
         parts = Parts(
@@ -131,6 +131,12 @@ def _load_prompts(config: TrainerConfig, environments: EnvironmentCalls | None, 
     else:
         prompts = split_episodes(environments.prompts(config.environment.episodes), encode, config.prompts.heldout)
     return replace(prompts, curriculum_steps=config.prompts.curriculum_steps)
+
+
+def _check_room(prompts: PromptSet, served: ServedModels, max_tokens: int) -> None:
+    made_tokens = served.generation.limits.max_sequence_tokens
+    check_lengths(prompts, made_tokens)
+    check_readers(prompts, made_tokens, max_tokens, served.reader, served.read_tokens)
 
 
 def _build_sampler(

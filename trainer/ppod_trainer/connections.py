@@ -62,6 +62,26 @@ class Connections:
             thread.join(max(until - time.monotonic(), 0.0))
 
 
+@dataclass(frozen=True, slots=True)
+class ServedModels:
+    """What the services serve.
+
+    Attributes:
+        generation: generation's description.
+        reader: which of the others, that read prompt and response together, takes the shortest sequences.
+        read_tokens: how many tokens that one takes.
+    """
+
+    generation: ModelDescription
+    reader: str
+    read_tokens: int
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Longest sequence that all of them take."""
+        return min(self.generation.limits.max_sequence_tokens, self.read_tokens)
+
+
 def connect(trainer: TrainerConfig, tokenizer_fingerprint: str, observer: RpcObserver) -> Connections:
     """Open channels to all services, with the policy's tokenizer pinned, and wait until each is ready.
 
@@ -128,8 +148,8 @@ def client_security(config: ServicesConfig, *, administrator: bool = False) -> C
     )
 
 
-def check_services(connections: Connections, rollout: RolloutConfig, vocab_size: int) -> ModelDescription:
-    """Ask every service what it serves; return generation's description.
+def check_services(connections: Connections, rollout: RolloutConfig, vocab_size: int) -> ServedModels:
+    """Ask every service what it serves, and whether it fits.
 
     The reference's weights are pinned as they are: a run that somebody gives another one would not notice.
 
@@ -163,4 +183,6 @@ def check_services(connections: Connections, rollout: RolloutConfig, vocab_size:
                 f"{name} takes {limits.max_sequence_tokens} tokens a sequence; rollout.max_tokens is "
                 f"{rollout.max_tokens} and leaves no room for a prompt"
             )
-    return generation
+    read = {name: each.limits.max_sequence_tokens for name, each in described.items() if name != "generation"}
+    reader = min(read, key=lambda name: read[name])
+    return ServedModels(generation, reader, read[reader])

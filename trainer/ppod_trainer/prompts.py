@@ -83,12 +83,36 @@ def check_lengths(prompts: PromptSet, max_sequence_tokens: int) -> None:
         prompts: all that the run may come to.
         max_sequence_tokens: prompt and response together.
     """
-    longest = max([*prompts.training, *prompts.heldout], key=lambda prompt: len(prompt.token_ids))
+    longest = _longest(prompts)
     if len(longest.token_ids) >= max_sequence_tokens:
         raise PromptError(
             f"prompt {longest.index} has {len(longest.token_ids)} tokens, and generation takes {max_sequence_tokens}, "
             "a response included; shorten it, or set rollout.on_bad_sample to skip"
         )
+
+
+def check_readers(prompts: PromptSet, max_sequence_tokens: int, max_tokens: int, reader: str, read_tokens: int) -> None:
+    """Raise PromptError when some prompt with its longest response is more than a service reads, before one is made.
+
+    Args:
+        prompts: all that the run may come to.
+        max_sequence_tokens: prompt and response together, as generation makes them.
+        max_tokens: longest response.
+        reader: the service that takes the shortest sequences.
+        read_tokens: how long these may be.
+    """
+    longest = _longest(prompts)
+    length = len(longest.token_ids)
+    if min(length + max_tokens, max_sequence_tokens) > read_tokens:
+        raise PromptError(
+            f"prompt {longest.index} has {length} tokens, its response up to {max_tokens}; the {reader} "
+            f"service takes {read_tokens} together; lower rollout.max_tokens, shorten the prompt, raise the service's "
+            "batching.max_batch_tokens where its model reads more, or set rollout.on_bad_sample to skip"
+        )
+
+
+def _longest(prompts: PromptSet) -> Prompt:
+    return max([*prompts.training, *prompts.heldout], key=lambda prompt: len(prompt.token_ids))
 
 
 def load_prompts(config: PromptsConfig, encode: Encode) -> PromptSet:

@@ -7,11 +7,14 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from support.copying import LETTERS, SIGN
 from support.copying_runs import CopyingSystem, copying_system
+from support.processes import running_service
+from support.services import tiny_model_config
 from support.waiting import met_file
 
 from .conftest import Config, records_of, wait_for_step
@@ -114,3 +117,19 @@ def test_a_tool_that_breaks_ends_the_run_and_loses_no_step(copying: CopyingSyste
     assert "ConnectionError: the tool's server is away" in stderr
     assert f"ConnectionError: failed after step {len(steps_of(config))}; resume from" in stdout
     assert (run_dir / "checkpoints" / f"step_{len(steps_of(config)):06d}").is_dir()
+
+
+def test_episodes_end_where_the_reference_reads_no_further(copying: CopyingSystem, tmp_path: Path) -> None:
+    """Generation takes longer sequences: an episode that used its room would be refused, and the run with it."""
+    values = {"model": tiny_model_config(copying.model_dir), "batching": {"max_batch_tokens": 12}}
+    with running_service("ppod_services.reference", tmp_path, values) as reference:
+        services = {"reference": reference.target, "reference_admin": reference.admin_target}
+        config = {**config_of(copying, "room", "together")}
+        config["services"] = {**cast("dict[str, object]", config["services"]), **services}
+        copying.train(config)
+        assert [record["step"] for record in steps_of(config)] == [1, 2, 3]
+        too_long = {**config, "run_dir": str(tmp_path / "long"), "rollout": {"batch_size": 32, "max_tokens": 9}}
+        process = copying.start(too_long)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "has 4 tokens, its response up to 9; the reference service takes 12 together" in stderr

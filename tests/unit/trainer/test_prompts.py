@@ -13,7 +13,7 @@ from ppod_trainer.environments import Reply
 from ppod_trainer.environments.calls import EnvironmentCalls
 from ppod_trainer.environments.loading import LoadedEnvironment
 from ppod_trainer.errors import PromptError
-from ppod_trainer.prompts import Prompt, PromptSet, check_lengths, load_prompts, split_episodes
+from ppod_trainer.prompts import Prompt, PromptSet, check_lengths, check_readers, load_prompts, split_episodes
 
 
 def encode(text: str) -> list[int]:
@@ -125,6 +125,19 @@ def test_a_prompt_that_leaves_no_room_is_told_before_a_step_comes_to_it(tmp_path
         check_lengths(prompts, 9)
         with pytest.raises(PromptError, match="prompt 1 has 8 tokens, and generation takes 8, a response included"):
             check_lengths(prompts, 8)
+
+
+def test_a_response_that_a_service_could_not_read_is_told_before_a_step_comes_to_it(tmp_path: Path) -> None:
+    lines = write(tmp_path, "p.txt", "abc\nabcdefgh\nab")
+    prompts = load_prompts(PromptsConfig(path=lines, first_tokens=None, heldout=1), encode)
+    check_readers(prompts, 100, 4, "reward", 12)
+    # Generation ends the response before.
+    check_readers(prompts, 11, 4, "reward", 11)
+    expected = (
+        "prompt 1 has 8 tokens, its response up to 4; the reward service takes 11 together; lower rollout.max_tokens"
+    )
+    with pytest.raises(PromptError, match=expected):
+        check_readers(prompts, 12, 4, "reward", 11)
 
 
 def test_jsonl_and_tsv_are_read(tmp_path: Path) -> None:
