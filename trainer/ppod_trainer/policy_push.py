@@ -69,5 +69,7 @@ class PolicyPush:
                 self._generation.push(base, dtype, base_version)
                 self._base_version = base_version
             self._versions.pushed(weight_version)
-            self.last = self._generation.push_adapter(self._leader.adapter.description, tensors, weight_version)
+            # Not whatever all have: one that takes no base is passed over where replicas may be lost.
+            adapter, on = self._leader.adapter.description, self._base_version
+            self.last = self._generation.push_adapter(adapter, tensors, weight_version, on)
         return weight_version

@@ -156,21 +156,28 @@ class WeightSync:
         with self._taking():
             return {status.base_version for status in self._statuses().values()}
 
-    def push_adapter(self, adapter: LoraAdapter, tensors: Sequence[WeightTensor], weight_version: int) -> PushReport:
+    def push_adapter(
+        self,
+        adapter: LoraAdapter,
+        tensors: Sequence[WeightTensor],
+        weight_version: int,
+        base_version: int | None = None,
+    ) -> PushReport:
         """Put an adapter alone into service, on top of the whole weights that the replicas have.
 
+        Args:
+            adapter, tensors: what it is.
+            weight_version: its own.
+            base_version: of the whole weights; None: the one that all replicas have.
+
         Raises:
-            WeightPushError: as for `push`, or the replicas have different whole weights.
+            WeightPushError: as for `push`, or without `base_version` the replicas have different whole weights.
         """
         started = time.monotonic()
         with self._taking():
-            bases = {status.base_version for status in self._statuses().values()}
-            if len(bases) != 1:
-                # As of one that was started again since somebody looked.
-                error = FailedPrecondition("base_version", f"{sorted(bases)}", "one version on all replicas")
-                raise WeightPushError(f"adapter of weight version {weight_version}: {error}") from error
+            base = self._common_base(weight_version) if base_version is None else base_version
             self._sent_bytes = 0
-            push = WeightPush(weight_version, tensors, base_version=bases.pop(), adapter=adapter)
+            push = WeightPush(weight_version, tensors, base_version=base, adapter=adapter)
             lost = self._lost("prepare", weight_version, self._send(push, list(self._clients)))
             report = self._commit(weight_version, lost, started, 0)
             if self._replicas.change and self._committed is not None:
@@ -178,6 +185,14 @@ class WeightSync:
                 kept = [replace(one, data=memoryview(bytes(one.data))) for one in tensors]
                 self._replicas.serve(ServedWeights(self._committed.whole, replace(push, tensors=kept)), report.lost)
         return report
+
+    def _common_base(self, weight_version: int) -> int:
+        bases = {status.base_version for status in self._statuses().values()}
+        if len(bases) != 1:
+            # As of one that was started again since somebody looked.
+            error = FailedPrecondition("base_version", f"{sorted(bases)}", "one version on all replicas")
+            raise WeightPushError(f"adapter of weight version {weight_version}: {error}") from error
+        return bases.pop()
 
     @contextmanager
     def _taking(self) -> Generator[None]:

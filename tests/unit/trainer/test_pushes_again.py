@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from ppod import FailedPrecondition, Unavailable
+from ppod import FailedPrecondition, ResourceExhausted, Unavailable
 from ppod.client import LoraAdapter, ReplicaOutcome, WeightPush, WeightStatus
 from ppod_trainer.assembly import presample_for
 from ppod_trainer.checkpoint import TrainerState
@@ -77,8 +77,9 @@ class Adapted:
         self.bases, self.serves = {weight_version}, "base"
         time.sleep(0.05)
 
-    def push_adapter(self, description: object, tensors: object, weight_version: int) -> None:
+    def push_adapter(self, description: object, tensors: object, weight_version: int, base_version: int) -> None:
         del description, tensors
+        assert self.bases == {base_version}
         time.sleep(0.02)
         self.serves = f"adapter {weight_version}"
 
@@ -208,6 +209,27 @@ def test_a_base_that_is_lost_after_it_was_looked_for_is_pushed_again(tmp_path: P
     run.push_policy(3)
     assert a.base == b.base > 2
     assert a.version == b.version == run.state.policy_version == a.base + 1
+
+
+def test_a_replica_that_takes_no_base_is_passed_over_where_that_is_allowed(tmp_path: Path) -> None:
+    """As one whose disk is full: it answers, and has another base than the others for ever."""
+    a, b = Replica("a"), Replica("b")
+
+    def refuse() -> None:
+        raise ResourceExhausted("no room", 1.0)
+
+    b.before_push = refuse
+    sync = WeightSync(FixedReplicas(cast(Any, [a, b]), "skip"), WeightTransferConfig())
+    leader = SimpleNamespace(
+        adapter=SimpleNamespace(description=LoraAdapter(1, 1.0, ("x",))),
+        base_model=lambda _: nn.Linear(2, 2),
+        adapter_weights=lambda: {"x": torch.zeros(2)},
+    )
+    config: dict[str, object] = {"services": {"recovery_timeout_s": 0.1}}
+    run = run_of(tmp_path, sync, TrainerState(0, 0, 0, ""), config, learner=leader)
+    for version in (1, 3):
+        run.push_policy(version)
+        assert (a.version, a.base, b.version, b.base) == (version + 1, version, 0, 0)
 
 
 class AwayOnce:
