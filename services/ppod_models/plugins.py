@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import ClassVar, Generic, Protocol, TypeVar, cast
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -55,7 +55,7 @@ class PluginGroup(Generic[PluginT]):
         """The class and its parameters; raise ValueError as `find` does, or with every fault of the parameters."""
         plugin = self.find(name)
         try:
-            return plugin, plugin.parameters_type.model_validate(parameters)
+            return plugin, plugin.parameters_type.model_validate(parameters, extra=_extra(plugin.parameters_type))
         except ValidationError as error:
             faults = "; ".join(f"parameters.{fault}" for fault in describe_faults(error))
             raise ValueError(f"{self.kind} {name!r}: {faults}") from error
@@ -77,3 +77,11 @@ class PluginGroup(Generic[PluginT]):
                 f"{self.members}"
             )
         return cast(PluginT, loaded)
+
+
+def _extra(parameters_type: type[BaseModel]) -> Literal["forbid"] | None:
+    """Whether unknown keys are refused where the type does not say what becomes of them.
+
+    By itself pydantic ignores them, and a parameter whose name is misspelt would have no effect.
+    """
+    return None if "extra" in parameters_type.model_config else "forbid"
