@@ -11,6 +11,12 @@ from pydantic import BaseModel, ValidationError
 
 from ppod_models.configuration import describe_faults
 
+_IMPORT_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
+    *(OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+)
+"""What a module of somebody else's may raise as it is imported: it need not even be Python."""
+
 
 class Plugin(Protocol):
     """The class that an entry point names."""
@@ -63,8 +69,9 @@ class PluginGroup(Generic[PluginT]):
     def _load(self, entry: EntryPoint) -> PluginT:
         try:
             loaded = cast(object, entry.load())
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{self.kind} {entry.name!r}: {entry.value} cannot be loaded: {error}") from error
+        except _IMPORT_ERRORS as error:
+            found = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.kind} {entry.name!r}: {entry.value} cannot be loaded: {found}") from error
         parameters_type = getattr(loaded, "parameters_type", None)
         if not (
             isinstance(loaded, type)

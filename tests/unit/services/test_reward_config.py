@@ -58,6 +58,7 @@ def test_every_fault_of_every_kind_is_told_with_a_path_of_the_file() -> None:
         {"name": "f", "kind": "function", "function": "test_no_function"},
         {"name": "f", "kind": "function", "function": "test_missing"},
         {"name": "f", "kind": "function", "function": "test_scripted", "parameters": {"facter": 2}},
+        {"name": "f", "kind": "function", "function": "test_unwritten"},
         {"name": "j", "kind": "judge", "rubric": {"criteria": "c", "scale": {"low": 2, "high": 2}}, "server": {}},
         {"name": "j", "kind": "judge", "rubric": {"criteria": "c"}, "server": {"kind": "telepathy"}},
         {"name": "e", "kind": "ensemble", "members": ["a"], "pessimism": -1},
@@ -79,11 +80,12 @@ def test_every_fault_of_every_kind_is_told_with_a_path_of_the_file() -> None:
         "rewards.9: reward function 'test_no_function': support.reward_functions:NoFunction must be a class with",
         "rewards.10: reward function 'test_missing': support.reward_functions:Missing cannot be loaded",
         "rewards.11: reward function 'test_scripted': parameters.facter: unknown key",
-        "rewards.12.rubric.scale: low must be below high",
-        "rewards.12.server.base_url: required",
-        "rewards.13.server: expected a mapping whose kind is openai or ppod",
-        "rewards.14.members: ",
-        "rewards.14.pessimism: ",
+        "support.unwritten_plugin:Anything cannot be loaded: NameError: name 'pydantic' is not defined",
+        "rewards.13.rubric.scale: low must be below high",
+        "rewards.13.server.base_url: required",
+        "rewards.14.server: expected a mapping whose kind is openai or ppod",
+        "rewards.15.members: ",
+        "rewards.15.pessimism: ",
     ):
         assert part in text, f"{part!r} not in\n{text}"
     assert "kind=" not in text
