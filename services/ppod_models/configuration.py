@@ -136,6 +136,9 @@ def describe_faults(error: ValidationError) -> list[str]:
     """One line for each fault: dotted path, what is wrong, what was found."""
     lines: list[str] = []
     for fault in error.errors(include_url=False):
+        if fault["type"] == "too_short" and len(fault["input"]) >= fault.get("ctx", {})["min_length"]:
+            # pydantic counts the items that are right; the others are named already.
+            continue
         # Which kind of several a section is, stands in its own key `kind`; in the path it would be no key of the file.
         path = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("kind=")) or "(top level)"
         if fault["type"] == "extra_forbidden":

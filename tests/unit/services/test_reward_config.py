@@ -117,3 +117,9 @@ def test_compositions_that_make_no_sense_are_told_all_at_once() -> None:
 def test_a_diamond_is_no_cycle() -> None:
     config = parse(HEAD, {**HEAD, "name": "b"}, ensemble("e", "a", "b"), weighted("s", "e", "a"))
     assert [reward.name for reward in config.rewards] == ["a", "b", "e", "s"]
+
+
+def test_a_list_whose_only_item_is_wrong_is_not_called_empty() -> None:
+    [problem] = problems({"name": "f", "kind": "function", "function": "nothing"})
+    assert problem.startswith("rewards.0: no reward function 'nothing'")
+    assert problems() == ["rewards: Tuple should have at least 1 item after validation, not 0"]
