@@ -40,6 +40,17 @@ class ConfigError(Exception):
         return f"{self.origin}: {count} problem{'s' if count != 1 else ''}\n{lines}"
 
 
+class SectionFaults(ValueError):
+    """Several faults of one section, each in words: a validator that raises ValueError could name one only."""
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__(*faults)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        return "; ".join(self.faults)
+
+
 class ModelConfig(ConfigModel):
     """Which model to load, and how."""
 
@@ -145,6 +156,8 @@ def describe_faults(error: ValidationError) -> list[str]:
             lines.append(f"{path}: unknown key")
         elif fault["type"] == "missing":
             lines.append(f"{path}: required, but missing")
+        elif isinstance(several := fault.get("ctx", {}).get("error"), SectionFaults):
+            lines += [f"{path}: {one}" for one in several.faults]
         else:
             message = fault["msg"].removeprefix("Value error, ")
             # A check over a whole section names the values it compared; the section itself would bury them.

@@ -26,6 +26,22 @@ def test_all_faults_are_named_at_once() -> None:
         assert any(line.startswith(path) for line in found)
 
 
+def test_all_disagreements_of_sections_are_named_at_once() -> None:
+    """As of who takes the default run and asks for GRPO."""
+    found = problems(
+        {"advantages": {"kind": "grpo"}, "rewards": {"shaping": "token"}, "optimizer": {"warmup_steps": 99}}
+    )
+    parts = (
+        "set it to 2 or more",
+        "set kl.placement to loss",
+        "rewards.shaping is token",
+        "optimizer.warmup_steps is 99",
+    )
+    assert len(found) == len(parts)
+    for part, line in zip(parts, found, strict=True):
+        assert part in line
+
+
 def test_top_p_is_refused_in_training() -> None:
     assert "smaller support" in problems({"rollout": {"top_p": 0.9}})[0]
     assert "smaller support" in problems({"rollout": {"top_k": 50}})[0]

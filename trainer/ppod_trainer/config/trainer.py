@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ppod_models.configuration import ConfigModel, TracingConfig
+from ppod_models.configuration import ConfigModel, SectionFaults, TracingConfig
 from ppod_trainer.config.advantages import (
     LEAVES_OUT_KL,
     NEEDS_CRITIC,
@@ -68,112 +70,112 @@ class TrainerConfig(ConfigModel):
         return self.reference_refresh_steps is not None or self.policy.quantised
 
     @model_validator(mode="after")
-    def _weights_reach_the_reference(self) -> Self:
+    def _parts_fit(self) -> Self:
+        """All that disagrees at once: another kind of advantages, for one, asks for several keys to be changed."""
+        checks = (
+            self._weights_reach_the_reference(),
+            self._something_pays(),
+            self._one_chooses_the_prompts(),
+            self._what_stops_is_looked_for(),
+            self._one_steers_the_kl(),
+            self._correct_stale_samples(),
+            self._estimator_has_what_it_reads(),
+            self._shaping_is_read(),
+            self._critic_is_read(),
+            self._check_batch_splits(),
+        )
+        if faults := tuple(itertools.chain(*checks)):
+            raise SectionFaults(*faults)
+        return self
+
+    def _weights_reach_the_reference(self) -> Iterator[str]:
         if self.pushes_reference:
-            self.services.check_weights_reach("reference")
-        return self
+            try:
+                self.services.check_weights_reach("reference")
+            except ValueError as error:
+                yield str(error)
 
-    @model_validator(mode="after")
-    def _something_pays(self) -> Self:
+    def _something_pays(self) -> Iterator[str]:
         if self.environment is None and not self.rewards.model:
-            raise ValueError("rewards.model is false and there is no environment: nothing would pay a reward")
+            yield "rewards.model is false and there is no environment: nothing would pay a reward"
         if not self.rewards.model and self.services.judge_model is not None:
-            raise ValueError("services.judge_model needs the reward service, which rewards.model false leaves out")
-        return self
+            yield "services.judge_model needs the reward service, which rewards.model false leaves out"
 
-    @model_validator(mode="after")
-    def _one_chooses_the_prompts(self) -> Self:
+    def _one_chooses_the_prompts(self) -> Iterator[str]:
         if self.prompts.curriculum_steps and self.rollout.history_resampling is not None:
-            raise ValueError(
+            yield (
                 "prompts.curriculum_steps and rollout.history_resampling would both choose the prompts: leave one out"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _what_stops_is_looked_for(self) -> Self:
+    def _what_stops_is_looked_for(self) -> Iterator[str]:
         kind = self.advantages.kind
         if "value_collapse" in self.watch.stop and kind not in NEEDS_CRITIC:
-            raise ValueError(f"watch.stop names value_collapse, and kind {kind} reads no values: leave it out")
+            yield f"watch.stop names value_collapse, and kind {kind} reads no values: leave it out"
         if "reward_hacking" in self.watch.stop and self.services.judge_model is None:
-            raise ValueError("watch.stop names reward_hacking, which needs a held-out judge: set services.judge_model")
-        return self
+            yield "watch.stop names reward_hacking, which needs a held-out judge: set services.judge_model"
 
-    @model_validator(mode="after")
-    def _one_steers_the_kl(self) -> Self:
+    def _one_steers_the_kl(self) -> Iterator[str]:
         if self.schedules.kl_coefficient is not None and self.kl.adaptive is not None:
-            raise ValueError("schedules.kl_coefficient and kl.adaptive would both steer the coefficient: choose one")
+            yield "schedules.kl_coefficient and kl.adaptive would both steer the coefficient: choose one"
         fastest = self.rollout.batch_size / 5
         if self.kl.adaptive is not None and self.kl.adaptive.horizon <= fastest:
             # The controller multiplies by 1 - 0.2 * batch_size / horizon where the KL is far below its target.
-            raise ValueError(
+            yield (
                 f"kl.adaptive.horizon is {self.kl.adaptive.horizon}; expected more than {fastest:g}, a fifth of "
                 "rollout.batch_size: else one step could turn the penalty into a bonus"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _correct_stale_samples(self) -> Self:
+    def _correct_stale_samples(self) -> Iterator[str]:
         if self.rollout.max_staleness and self.ppo.importance_cap is None:
-            raise ValueError(
+            yield (
                 f"rollout.max_staleness is {self.rollout.max_staleness}: samples of older weights need importance "
                 "weights; set ppo.importance_cap, such as 2"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _estimator_has_what_it_reads(self) -> Self:
+    def _estimator_has_what_it_reads(self) -> Iterator[str]:
         kind = self.advantages.kind
         if kind in NEEDS_GROUPS and self.rollout.samples_per_prompt < 2:
-            raise ValueError(
+            yield (
                 f"advantages.kind {kind} compares the samples of one prompt, and rollout.samples_per_prompt is "
                 f"{self.rollout.samples_per_prompt}; set it to 2 or more, such as 8"
             )
         if kind == "pvpo" and self.rewards.normalize != "none":
-            raise ValueError(
+            yield (
                 f"advantages.kind pvpo judges by outcomes from before training, whose scale rewards.normalize "
                 f"{self.rewards.normalize} moves; set it to none"
             )
         penalised = self.kl.coefficient or self.schedules.kl_coefficient is not None
         if kind in LEAVES_OUT_KL and self.kl.placement == "reward" and penalised:
-            raise ValueError(
+            yield (
                 f"advantages.kind {kind} reads outcomes, which a KL penalty in the reward is no part of; set "
                 "kl.placement to loss (with kl.estimator k3, as in the paper, or k2), or kl.coefficient to 0 and leave "
                 "schedules.kl_coefficient out"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _shaping_is_read(self) -> Self:
+    def _shaping_is_read(self) -> Iterator[str]:
         shaping, advantages = self.rewards.shaping, self.advantages
         if shaping != "none" and advantages.kind not in READS_TOKEN_REWARDS:
-            raise ValueError(
+            yield (
                 f"rewards.shaping is {shaping}, and advantages.kind {advantages.kind} reads what whole responses were "
                 f"paid; expected {', '.join(sorted(READS_TOKEN_REWARDS))}, or shaping none"
             )
         if shaping != "none" and advantages.bootstrap_truncated:
-            raise ValueError(
+            yield (
                 f"rewards.shaping is {shaping}, where every response ends with the potential 0, and "
                 "advantages.bootstrap_truncated goes on behind it: choose one"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _critic_is_read(self) -> Self:
+    def _critic_is_read(self) -> Iterator[str]:
         kind, critic = self.advantages.kind, self.critic
         if kind not in NEEDS_CRITIC and (critic.kind != "head" or critic.warm_up_steps):
-            raise ValueError(f"advantages.kind {kind} reads no values: remove critic.kind and critic.warm_up_steps")
+            yield f"advantages.kind {kind} reads no values: remove critic.kind and critic.warm_up_steps"
         if critic.warm_up_steps >= self.steps:
-            raise ValueError(f"critic.warm_up_steps is {critic.warm_up_steps}; steps, {self.steps}, must be more")
-        return self
+            yield f"critic.warm_up_steps is {critic.warm_up_steps}; steps, {self.steps}, must be more"
 
-    @model_validator(mode="after")
-    def _check_batch_splits(self) -> Self:
+    def _check_batch_splits(self) -> Iterator[str]:
         if self.ppo.minibatches > self.rollout.batch_size:
-            raise ValueError(
+            yield (
                 f"ppo.minibatches is {self.ppo.minibatches}, more than rollout.batch_size, {self.rollout.batch_size}"
             )
         if self.optimizer.warmup_steps >= self.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; steps, {self.steps}, must be more"
-            )
-        return self
+            yield f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; steps, {self.steps}, must be more"
