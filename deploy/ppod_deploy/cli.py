@@ -122,7 +122,10 @@ def _ask(query: Score | Generate) -> int:
     from ppod_deploy import clients  # noqa: PLC0415
     from ppod_models.sources import ModelSourceError  # noqa: PLC0415
 
-    texts = clients.read_lines(query.texts if isinstance(query, Score) else query.prompts)
+    try:
+        texts = clients.read_lines(query.texts if isinstance(query, Score) else query.prompts)
+    except UnicodeDecodeError as error:
+        return _fail(EXIT_CONFIG, f"stdin: not UTF-8: {error}")
     if not texts:
         return _fail(EXIT_CONFIG, "nothing to do: give a text, or lines on stdin")
     tls = query.tls

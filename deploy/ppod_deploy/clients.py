@@ -13,6 +13,7 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from ppod.client import ClientSecurity, Completion, GenerationClient, Pin, RewardClient, Sampling, Truncation
+from ppod.client.texts import check_texts
 from ppod_models.sources import resolve
 
 
@@ -90,6 +91,7 @@ def generate(query: GenerateQuery) -> None:
     Raises:
         PpodError: the service answered with an error, or not at all. ModelSourceError: there is no such tokenizer.
     """
+    check_texts("prompts", query.prompts)
     # The tokenizer file alone, through the tokenizers library: no torch, so the command answers at once.
     tokenizer = Tokenizer.from_file(str(resolve(query.tokenizer).path / "tokenizer.json"))
     tokenizer.no_padding()

@@ -275,3 +275,30 @@ async def test_parts_of_reference_and_process_are_joined(server: ScriptedServer)
         assert [each.tolist() for each in scores.process.positions] == [[2, 3], [1, 2], [1, 2, 3], [3]]
         assert server.script.requests
         assert other.script.requests
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ("A joy.", {}, "texts: found one text, 'A joy.', expected a sequence of texts"),
+        (["a", "caf\udce9"], {}, r"texts, sample 1: found '\udce9' at character 3, expected Unicode text"),
+        (["a"], {"prompts": "b"}, "texts.prompts: found one text"),
+        (["a"], {"references": ["\udce9"]}, "references, sample 0: found"),
+    ],
+)
+def test_texts_that_are_none_are_typed_errors(
+    server: ScriptedServer, texts: Sequence[str], options: dict[str, Sequence[str]], message: str
+) -> None:
+    with RewardClient(server.target) as client, pytest.raises(InvalidArgument) as caught:
+        client.score_texts(texts, prompts=options.get("prompts", ()), references=options.get("references", ()))
+    assert str(caught.value).startswith(message)
+    assert not server.script.of(reward_pb2.ScoreRequest)
+
+
+def test_a_conversation_and_stop_texts_are_checked_too(server: ScriptedServer) -> None:
+    turns = [ChatTurn("user", "Hi"), ChatTurn("assistant", "\udce9")]
+    with RewardClient(server.target) as client, pytest.raises(InvalidArgument, match="conversations, sample 1: found"):
+        client.score_conversations([[ChatTurn("user", "Hi")], turns])
+    stop: tuple[str, ...] = "END"  # pyright: ignore[reportAssignmentType]
+    with GenerationClient(server.target) as client, pytest.raises(InvalidArgument, match="stop: found one text, 'END'"):
+        client.generate([[1]], Sampling(2, stop=stop))

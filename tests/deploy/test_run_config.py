@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -271,3 +272,15 @@ def test_speed_is_read_off_the_flags_of_the_cpu(tmp_path: Path, cpuinfo: str, ex
     assert not cpu_is_fast(file)
     file.write_text(cpuinfo)
     assert cpu_is_fast(file) is expected
+
+
+@pytest.mark.parametrize("command", ["score", "generate"])
+def test_texts_in_another_encoding_are_refused_in_words(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python reads them strictly or with stand-ins for the bytes, by the locale; arguments always with stand-ins."""
+    for errors, code, words in (("strict", 2, "stdin: not UTF-8"), ("surrogateescape", 1, "sample 0: found")):
+        stdin = io.TextIOWrapper(io.BytesIO("café\n".encode("latin-1")), encoding="utf-8", errors=errors)
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert execute([command, "--target", "127.0.0.1:1", "--timeout-s", "5"]) == code
+        assert words in capsys.readouterr().err

@@ -9,6 +9,7 @@ from enum import Enum
 import numpy as np
 
 from ppod.client.identity import ModelState, Pin, Priority, Timing, check_state, read_timing
+from ppod.client.texts import check_texts
 from ppod.errors import FailedPrecondition, InvalidArgument, InvalidReply
 from ppod.tensors import FloatArray, TokenArray, unpack_reply_floats, unpack_reply_tokens
 from ppod.v1 import generation_pb2
@@ -62,11 +63,12 @@ class Sampling:
     unscaled_logprobs: bool = False
 
     def to_proto(self) -> generation_pb2.SamplingParams:
-        """As the message that travels. Raises InvalidArgument: it does not hold a number."""
+        """As the message that travels. Raises InvalidArgument: it does not hold a number, or a stop text."""
         for name in ("max_tokens", "top_k", "n"):
             check_unsigned(f"sampling.{name}", [getattr(self, name)], bits=32)
         check_unsigned("sampling.stop_token_ids", self.stop_token_ids, bits=32)
         check_unsigned("sampling.logit_bias", self.logit_bias, bits=32)
+        check_texts("sampling.stop", self.stop)
         return generation_pb2.SamplingParams(
             max_tokens=self.max_tokens,
             temperature=self.temperature,

@@ -31,6 +31,7 @@ from ppod.client.identity import (
 )
 from ppod.client.jobs import Answerer
 from ppod.client.splitting import RowSizes
+from ppod.client.texts import check_texts
 from ppod.errors import InvalidArgument, InvalidReply
 from ppod.tensors import FloatArray, TokenArray, pack_sequences, split_ragged, unpack_reply_floats, unpack_reply_tokens
 from ppod.v1 import common_pb2, reward_pb2
@@ -256,17 +257,18 @@ def token_job(
 
 def text_job(texts: Sequence[str], prompts: Sequence[str], options: ScoreOptions, pin: Pin) -> ScoreJob:
     """Score texts, each after its prompt where there are prompts."""
+    after, before = check_texts("texts", texts), check_texts("texts.prompts", prompts)
     if prompts:
         _check_count("texts.prompts", len(prompts), len(texts))
     request = _request(options, pin, len(texts))
     request.texts.CopyFrom(common_pb2.TextSequences(texts=texts, prompts=prompts))
-    before = [len(prompt.encode()) for prompt in prompts] or [0] * len(texts)
-    sizes = [len(text.encode()) + ahead for text, ahead in zip(texts, before, strict=True)]
+    sizes = [size + ahead for size, ahead in zip(after, before or [0] * len(texts), strict=True)]
     return ScoreJob(request, _text_sizes(sizes), None, pin)
 
 
 def conversation_job(conversations: Sequence[Sequence[ChatTurn]], options: ScoreOptions, pin: Pin) -> ScoreJob:
     """Score conversations."""
+    check_texts("conversations", ["".join(turn.role + turn.content for turn in turns) for turns in conversations])
     request = _request(options, pin, len(conversations))
     request.conversations.SetInParent()
     for turns in conversations:
@@ -302,6 +304,7 @@ def list_rewards(core: ClientCore, timeout_s: float | None) -> Program[tuple[Rew
 
 
 def _request(options: ScoreOptions, pin: Pin, count: int) -> reward_pb2.ScoreRequest:
+    check_texts("references", options.references)
     if options.references:
         _check_count("references", len(options.references), count)
     return reward_pb2.ScoreRequest(
