@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from ppod.client import ClientSecurity, Completion, GenerationClient, Pin, RewardClient, Sampling, Truncation
 from ppod.client.texts import check_texts
-from ppod_models.sources import resolve
+from ppod_models.sources import resolve_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def generate(query: GenerateQuery) -> None:
     """
     check_texts("prompts", query.prompts)
     # The tokenizer file alone, through the tokenizers library: no torch, so the command answers at once.
-    tokenizer = Tokenizer.from_file(str(resolve(query.tokenizer).path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(resolve_tokenizer(query.tokenizer) / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     ids = [tokenizer.encode(prompt).ids for prompt in query.prompts]

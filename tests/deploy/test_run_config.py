@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -284,3 +285,18 @@ def test_texts_in_another_encoding_are_refused_in_words(
         monkeypatch.setattr("sys.stdin", stdin)
         assert execute([command, "--target", "127.0.0.1:1", "--timeout-s", "5"]) == code
         assert words in capsys.readouterr().err
+
+
+def test_prompts_are_tokenised_by_a_tokenizer_without_its_models_weights(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "hi", "--target", "127.0.0.1:1", "--timeout-s", "5", "--tokenizer", str(tmp_path)]
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model_dir / name, tmp_path)
+    assert execute(command) == 1
+    assert f"{tmp_path} holds no tokenizer.json" in capsys.readouterr().err
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).unlink()
+    shutil.copy(tiny_model_dir / "tokenizer.json", tmp_path)
+    assert execute(command) == 1
+    assert "GenerationService at 127.0.0.1:1" in capsys.readouterr().err
