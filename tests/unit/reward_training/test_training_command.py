@@ -100,6 +100,35 @@ def test_what_is_missing_is_one_line(tmp_path, values, capsys, section, key, val
     assert capsys.readouterr().err.strip() == message
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["1.0 good"], "fitting part of half a: found 0 reviews, expected two at least whose mean ratings"),
+        (["1.0 good"] * 40, "fitting part of half a: found 1"),
+        ([f"{number / 5 - 2} good" for number in range(20)], "validation part of half a: found 0 reviews"),
+        ([f"{number % 2} good" for number in range(120)], "differ by more than 1; add reviews, spread the ratings"),
+        ([f"{number % 8 - 4} {'good ' * 200}" for number in range(120)], "tokens, and the trunk takes 1 to "),
+    ],
+    ids=["one", "equal", "few", "narrow", "long"],
+)
+def test_ratings_that_teach_nothing_are_one_line(tmp_path, values, capsys, rows: list[str], message: str) -> None:
+    table = [(number, *row.split(" ", 1)) for number, row in enumerate(rows)]
+    lines = [f"{number}\t{rating}\t0.5\t{text} {number}" for number, rating, text in table]
+    (tmp_path / "ratings.tsv").write_text("\n".join(["id\tmean_rating\tstddev\ttext", *lines]))
+    assert run(tmp_path, values) == 1
+    [error] = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {tmp_path / 'ratings.tsv'}, ")
+    assert message in error
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_computed(tmp_path, values, capsys) -> None:
+    (tmp_path / "head").touch()
+    assert run(tmp_path, values) == 1
+    shown = capsys.readouterr()
+    assert shown.err == f"error: {tmp_path / 'head'}: File exists\n"
+    assert "reviews to train on" not in shown.out
+
+
 def test_shipped_configurations_describe_the_shipped_heads() -> None:
     heads = {}
     for name in ("reviews-reward", "reviews-judge"):

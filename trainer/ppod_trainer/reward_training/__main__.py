@@ -53,7 +53,9 @@ def _train(config: RewardTrainingConfig, command: str) -> int:
         try:
             train_head(config, command, lambda line: display.console.print(line, soft_wrap=True), progress)
         except (ModelSourceError, ReviewDataError, RewardHeadError) as error:
-            failure = error
+            failure = str(error)
+        except OSError as error:
+            failure = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         else:
             return 0
     print(f"error: {failure}", file=sys.stderr)

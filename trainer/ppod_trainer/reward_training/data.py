@@ -112,6 +112,19 @@ def read_reviews(path: Path) -> tuple[Review, ...]:
     return tuple(reviews)
 
 
+def check_preferences(path: Path, part: str, reviews: Sequence[Review], *, min_gap: float = 0.0) -> None:
+    """Raise ReviewDataError unless some pair of these reviews has ratings that differ by more than `min_gap`."""
+    ratings = [review.mean_rating for review in reviews]
+    if not ratings or max(ratings) - min(ratings) <= min_gap:
+        raise ReviewDataError(
+            path,
+            0,
+            part,
+            f"found {len(ratings)} reviews, expected two at least whose mean ratings, from -4 to 4, differ by more "
+            f"than {min_gap:g}; add reviews, spread the ratings, or change the shares under `data`",
+        )
+
+
 def split_reviews(reviews: Sequence[Review], *, seed: int, held_out_share: float) -> Splits:
     """Split by a hash, so that a review's place depends on nothing but the seed and the review itself.
 

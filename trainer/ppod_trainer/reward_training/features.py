@@ -16,10 +16,21 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ppod_models.reward_features import TrunkFeatures, encode_text
-from ppod_trainer.reward_training.data import Review
+from ppod_trainer.reward_training.data import Review, ReviewDataError
 
 Progress = Callable[[int, int], None]
 """Called with reviews done and reviews in all."""
+
+
+def check_lengths(path: Path, tokenizer: PreTrainedTokenizerFast, reviews: Sequence[Review], longest: int) -> None:
+    """Raise ReviewDataError for a review that has more tokens than the trunk takes."""
+    for review in reviews:
+        tokens = len(encode_text(tokenizer, review.text))
+        if not 1 <= tokens <= longest:
+            problem = (
+                f"review {review.id!r} has {tokens} tokens, and the trunk takes 1 to {longest}; cut it, or leave it out"
+            )
+            raise ReviewDataError(path, 0, "text", problem)
 
 
 def review_features(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +28,20 @@ from ppod_trainer.reward_training.data import (
     PACKAGED_RATINGS,
     Review,
     Splits,
+    check_preferences,
     file_digest,
     read_reviews,
     split_reviews,
     split_validation,
 )
-from ppod_trainer.reward_training.evaluate import Evaluation, evaluate
-from ppod_trainer.reward_training.features import features_key, keep_features, load_features, review_features
+from ppod_trainer.reward_training.evaluate import CLEAR_GAP, Evaluation, evaluate
+from ppod_trainer.reward_training.features import (
+    check_lengths,
+    features_key,
+    keep_features,
+    load_features,
+    review_features,
+)
 from ppod_trainer.reward_training.report import write_report
 from ppod_trainer.reward_training.train import LinearHead, Trial, choose_penalty, fit_head
 
@@ -68,15 +76,20 @@ def train_head(config: RewardTrainingConfig, command: str, say: Say, progress: C
         ModelSourceError: the trunk is not there.
         ReviewDataError: the ratings are missing or broken.
         RewardHeadError: the trunk has no such layer.
+        OSError: the output cannot be written.
     """
     ratings_file = config.data.ratings or PACKAGED_RATINGS
     splits = split_reviews(
         read_reviews(ratings_file), seed=config.data.split_seed, held_out_share=config.data.held_out_share
     )
     half = splits.half_a if config.data.half == "a" else splits.half_b
+    # What is wrong with them is told now, not once all is computed.
+    _check_splits(config, ratings_file, half, splits.held_out)
+    config.output.mkdir(parents=True, exist_ok=True)
     say(f"{len(half):,} reviews to train on (half {config.data.half}), {len(splits.held_out):,} held out")
     trunk = load_trunk(config)
     extractor = TrunkFeatures(trunk.model, trunk.tokenizer, config.features)
+    check_lengths(ratings_file, trunk.tokenizer, (*half, *splits.held_out), extractor.max_sequence_tokens)
     features = _features(config, trunk, extractor, half, lambda done, of: progress("training features", done, of))
     chosen = _choose(config, half, features, say)
     fitted = fit_head(features, torch.tensor([r.mean_rating for r in half]), chosen, config.fit.max_iterations)
@@ -115,6 +128,14 @@ def load_trunk(config: RewardTrainingConfig) -> Trunk:
 def ratings_of(reviews: Sequence[Review]) -> npt.NDArray[np.float64]:
     """Mean ratings, float64 [N]."""
     return np.array([review.mean_rating for review in reviews])
+
+
+def _check_splits(config: RewardTrainingConfig, path: Path, half: Sequence[Review], held_out: Sequence[Review]) -> None:
+    """Raise ReviewDataError unless each part has preferences: to learn from, to choose the penalty by, to report on."""
+    parts = split_validation(half, seed=config.data.split_seed, share=config.data.validation_share)
+    for name, indices in zip(("fitting", "validation"), parts, strict=True):
+        check_preferences(path, f"{name} part of half {config.data.half}", [half[index] for index in indices])
+    check_preferences(path, "held-out part", held_out, min_gap=CLEAR_GAP)
 
 
 def _features(
