@@ -279,10 +279,11 @@ class Launcher:
             *self._config.services.items(),
             ("trainer", self._config.trainer),
         ]
-        self._config_file("trainer").parent.mkdir(parents=True, exist_ok=True)
-        for name, section in sections:
-            self._config_file(name).write_text(dump_config(section), encoding="utf-8")
-        (self._run_dir / RUN_FILE).write_text(dump_config(self._config), encoding="utf-8")
+        with _writing_to(self._run_dir):
+            self._config_file("trainer").parent.mkdir(parents=True, exist_ok=True)
+            for name, section in sections:
+                self._config_file(name).write_text(dump_config(section), encoding="utf-8")
+            (self._run_dir / RUN_FILE).write_text(dump_config(self._config), encoding="utf-8")
 
     def _config_file(self, name: str) -> Path:
         return self._run_dir / "config" / f"{name}.yaml"
@@ -319,8 +320,10 @@ def _locked(run_dir: Path) -> Generator[int]:
 
     Yields the descriptor that holds it: as long as a process has it open.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
+    with _writing_to(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held = (run_dir / ".lock").open("w")
+    with held as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -329,3 +332,12 @@ def _locked(run_dir: Path) -> Generator[int]:
                 "which still writes its checkpoint"
             ) from None
         yield lock.fileno()
+
+
+@contextmanager
+def _writing_to(run_dir: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise LaunchError(f"trainer.run_dir: {run_dir} cannot be written: {where}{error.strerror}") from error

@@ -84,6 +84,18 @@ def test_a_taken_port_is_named_before_anything_starts(start_ppod: StartPpod, run
     assert not (run_dir / "logs").exists()
 
 
+def test_a_run_directory_that_cannot_be_written_is_named(start_ppod: StartPpod, run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    (tmp_path / "run" / "config").mkdir(parents=True)
+    (tmp_path / "run" / "config" / "reward.yaml").mkdir()
+    for run_dir, words in ((tmp_path / "taken", "File exists"), (tmp_path / "run", "reward.yaml: Is a directory")):
+        ppod = start_ppod("run", "--config", str(run_file), f"--trainer.run-dir={run_dir}")
+        assert ppod.wait() == 1
+        [error] = ppod.stderr.splitlines()
+        assert error.startswith(f"ppod: trainer.run_dir: {run_dir} cannot be written: {run_dir}")
+        assert error.endswith(words)
+
+
 def test_a_service_that_cannot_start_is_named_and_the_others_end(
     start_ppod: StartPpod, run_file: Path, run_dir: Path
 ) -> None:
