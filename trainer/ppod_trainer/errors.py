@@ -40,6 +40,10 @@ class EnvironmentLoadError(TrainerError):
     """An environment cannot be loaded, or its parameters are wrong."""
 
 
+class EnvironmentReplyError(TrainerError):
+    """An environment answered with something that is no prompt, or no reply that could be paid and read."""
+
+
 class NonFiniteLossError(TrainerError):
     """A loss or gradient norm is NaN or infinite: the update is not applied."""
 

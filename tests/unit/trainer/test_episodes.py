@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import pydantic
 import pytest
 
 from ppod import InvalidArgument
 from ppod.tensors import TokenArray
+from ppod_trainer import environments
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.environments import Reply, load_environment
 from ppod_trainer.environments.calculator import Calculator, CalculatorParameters, ExpressionError, evaluate
 from ppod_trainer.environments.calls import EnvironmentCalls
 from ppod_trainer.environments.loading import LoadedEnvironment
 from ppod_trainer.episodes import EpisodeRules, EpisodeSampler, TextCodec
-from ppod_trainer.errors import EnvironmentLoadError
-from ppod_trainer.prompts import Prompt
+from ppod_trainer.errors import EnvironmentLoadError, EnvironmentReplyError, with_notes
+from ppod_trainer.prompts import Prompt, split_episodes
 from ppod_trainer.rollouts import Rollout, Turn, sample_seed
 from ppod_trainer.sampling import Context
 
@@ -170,3 +176,62 @@ def test_environments_are_found_by_name_and_told_what_is_wrong() -> None:
         load_environment("abacus", {})
     with pytest.raises(EnvironmentLoadError, match=r"environment 'calculator': parameters\.highest"):
         load_environment("calculator", {"highest": 1})
+
+
+def test_the_documented_environment_runs_though_all_its_episodes_begin_alike() -> None:
+    lines = iter((environments.__doc__ or "").splitlines())
+    behind = itertools.dropwhile(lambda line: "class GuessingParameters" not in line, lines)
+    code = "\n".join(itertools.takewhile(lambda line: not line or line.startswith(" "), behind))
+    names: dict[str, Any] = {"pydantic": pydantic, "random": random, "Reply": Reply}
+    exec(textwrap.dedent(code), names)
+    kind = names["Guessing"]
+    loaded = LoadedEnvironment(lambda: kind(kind.parameters_type(highest=9)), kind.stop)
+    prompts = split_episodes(EnvironmentCalls(loaded, threads=2).prompts(8), CODEC.encode, heldout=3)
+    assert len(prompts.heldout) == 3
+    assert {prompt.index for prompt in prompts.training + prompts.heldout} == set(range(8))
+    replies: list[Reply] = []
+    for seed in range(8):
+        episode = loaded.make()
+        assert episode.reset(seed) == "Guess a number from 1 to 9.\n"
+        assert episode.step("²\n") == Reply("higher\n", 0.0, done=False), "no number"
+        replies += [episode.step(f" {guess}\n") for guess in range(1, 10)]
+    assert replies.count(Reply("", 1.0, done=True)) == 8
+    assert {reply.observation for reply in replies} == {"", "higher\n", "lower\n"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        (("", 1.0, True, {}), "step returned ('', 1.0, True, {}), expected a Reply"),
+        (None, "step returned None, expected a Reply"),
+        (Reply("", float("nan"), done=True), "step returned the reward nan, expected a finite number"),
+        (Reply("", None, done=True), "step returned the reward None, expected a finite number"),  # type: ignore[arg-type]
+        (Reply(None, 0.0, done=False), "step returned the observation None, expected a text"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_an_environment_must_not_answer_is_named_with_its_episode(reply: Any, found: str) -> None:
+    class Odd:
+        def reset(self, seed: int) -> str:
+            del seed
+            return "a"
+
+        def step(self, action: str) -> Reply:
+            del action
+            return reply
+
+    calls = EnvironmentCalls(LoadedEnvironment(Odd, ()), threads=1)
+    bad_samples = BadSamples("skip")
+    sampler = EpisodeSampler(Talker({"a": ["x"]}), calls, CODEC, EpisodeRules(2, 99), bad_samples)
+    with pytest.raises(EnvironmentReplyError) as caught:
+        sampler.sample([Prompt(7, ids("a"))], [1], None)
+    assert with_notes(caught.value) == f"environment Odd: {found}; turn 0 of the episode of seed 7"
+
+
+def test_a_prompt_that_is_no_text_is_named() -> None:
+    class Odd(Echo):
+        def reset(self, seed: int) -> str:
+            del seed
+            return None  # type: ignore[return-value]
+
+    with pytest.raises(EnvironmentReplyError, match=r"environment Odd: reset\(0\) returned None, expected a text"):
+        EnvironmentCalls(LoadedEnvironment(Odd, ()), threads=1).prompts(1)

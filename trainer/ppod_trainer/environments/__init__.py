@@ -20,7 +20,7 @@ An environment is a class, named by an entry point of the group `ppod.environmen
             return f"Guess a number from 1 to {self._highest}.\n"
 
         def step(self, action: str) -> Reply:
-            guess = int(action) if action.strip().isdigit() else 0
+            guess = int(action) if action.strip().isdecimal() else 0
             if guess == self._number:
                 return Reply("", 1.0, done=True)
             return Reply("higher\n" if guess < self._number else "lower\n", 0.0, done=False)

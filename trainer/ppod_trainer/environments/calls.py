@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from functools import partial
+from typing import SupportsFloat, cast
 
 from ppod_trainer.environments.base import Environment, Reply
 from ppod_trainer.environments.loading import LoadedEnvironment
+from ppod_trainer.errors import EnvironmentReplyError
 from ppod_trainer.threads import at_once
 
 
@@ -30,15 +33,34 @@ class EnvironmentCalls:
         self._room = threading.Semaphore(threads)
 
     def begin(self, seed: int) -> tuple[Environment, str]:
-        """A new environment, at the beginning of the episode that this seed determines, and the episode's prompt."""
+        """A new environment, at the beginning of the episode that this seed determines, and the episode's prompt.
+
+        Raises:
+            EnvironmentReplyError: the prompt is no text.
+        """
         with self._room:
             environment = self._make()
-            return environment, environment.reset(seed)
+            prompt = cast(object, environment.reset(seed))
+        if not isinstance(prompt, str):
+            raise _failure(environment, f"reset({seed}) returned {prompt!r}", "a text")
+        return environment, prompt
 
     def step(self, environment: Environment, action: str) -> Reply:
-        """What an environment answers to a turn."""
+        """What an environment answers to a turn.
+
+        Raises:
+            EnvironmentReplyError: that is no reply, or one whose reward or observation is none.
+        """
         with self._room:
-            return environment.step(action)
+            reply = cast(object, environment.step(action))
+        if not isinstance(reply, Reply):
+            raise _failure(environment, f"step returned {reply!r}", "a Reply")
+        if not _is_finite(reply.reward):
+            raise _failure(environment, f"step returned the reward {reply.reward!r}", "a finite number")
+        observation = cast(object, reply.observation)
+        if not reply.done and not isinstance(observation, str):
+            raise _failure(environment, f"step returned the observation {observation!r}", "a text")
+        return reply
 
     def prompts(self, episodes: int) -> list[str]:
         """The prompts of the episodes of seeds 0 to `episodes` - 1."""
@@ -46,3 +68,11 @@ class EnvironmentCalls:
 
     def _prompt(self, seed: int) -> str:
         return self.begin(seed)[1]
+
+
+def _is_finite(reward: object) -> bool:
+    return isinstance(reward, SupportsFloat) and math.isfinite(reward)
+
+
+def _failure(environment: Environment, found: str, expected: str) -> EnvironmentReplyError:
+    return EnvironmentReplyError(f"environment {type(environment).__name__}: {found}, expected {expected}")
