@@ -9,6 +9,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from ppod import (
+    AsyncReferenceClient,
     FailedPrecondition,
     GenerationClient,
     InvalidArgument,
@@ -243,6 +244,17 @@ def test_a_long_value_is_cut_not_dropped_with_the_whole_status(reference_service
             client.logprobs([[1, 2]], [1])
         assert caught.value.found[:50] == name[:50]
         assert caught.value.found.endswith("…")
+
+
+async def test_the_port_of_another_service_is_named(generation_service: ServiceProcess) -> None:
+    message = f"target: found {generation_service.target}, which does not take this call, expected a port of "
+    with RewardClient(generation_service.target) as client, pytest.raises(InvalidArgument) as caught:
+        client.score([[1]])
+    assert str(caught.value) == f"{message}ppod.v1.RewardService"
+    async with AsyncReferenceClient(generation_service.target) as asynchronous:
+        with pytest.raises(InvalidArgument) as caught:
+            await asynchronous.logprobs([[1, 2]], [1])
+    assert str(caught.value) == f"{message}ppod.v1.ReferenceService"
 
 
 def test_a_temperature_that_no_float_can_divide_by_is_the_callers_fault(reference_service: ServiceProcess) -> None:
