@@ -119,7 +119,8 @@ def print_completion(prompt: str, text: str, withheld: str) -> None:
 
 def read_lines(texts: Sequence[str]) -> list[str]:
     """The texts, or the non-empty lines of stdin where there are none."""
-    return list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    # Standard input, unlike a file, keeps the carriage return of Windows' lines.
+    return list(texts) or [line.removesuffix("\n").removesuffix("\r") for line in sys.stdin if line.strip()]
 
 
 def print_json(record: dict[str, str | int | float | list[float]]) -> None:

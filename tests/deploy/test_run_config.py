@@ -15,6 +15,7 @@ import pytest
 
 from deploy.conftest import Section
 from ppod_deploy.cli import execute
+from ppod_deploy.clients import read_lines
 from ppod_deploy.commands import Run
 from ppod_deploy.defaults import (
     CPU_CONFIG,
@@ -285,6 +286,11 @@ def test_texts_in_another_encoding_are_refused_in_words(
         monkeypatch.setattr("sys.stdin", stdin)
         assert execute([command, "--target", "127.0.0.1:1", "--timeout-s", "5"]) == code
         assert words in capsys.readouterr().err
+
+
+def test_lines_of_stdin_end_as_on_any_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\r\n\r\n b \nc"), encoding="utf-8", newline="\n"))
+    assert read_lines([]) == ["a", " b ", "c"]
 
 
 def test_prompts_are_tokenised_by_a_tokenizer_without_its_models_weights(
