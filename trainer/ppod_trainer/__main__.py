@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 something failed, named in one line; 2 the configuration i
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import sys
@@ -31,6 +32,9 @@ from ppod_trainer.errors import StopRequestedError, TrainerError, TroubleError, 
 if TYPE_CHECKING:
     from ppod_trainer.ranks import Ranks
     from ppod_trainer.training import TrainingRun
+
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+"""A full disk, and its like: met wherever a record, a sample or a model is written."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,6 +78,11 @@ def _run(config: TrainerConfig, started: Callable[[], None]) -> int:
     except (TrainerError, PpodError, ModelSourceError) as error:
         _complain(ranks, with_notes(error))
         return 3 if isinstance(error, TroubleError) else 1
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        _complain(ranks, f"run_dir: {config.run_dir} cannot be written: {error}")
+        return 1
     except RuntimeError as error:
         # What collectives raise when another rank is gone, and our own bugs: those need their traceback.
         if ranks is None or ranks.size == 1:

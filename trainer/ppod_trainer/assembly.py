@@ -25,6 +25,7 @@ from ppod_trainer.durable import write_durably
 from ppod_trainer.environments.calls import EnvironmentCalls
 from ppod_trainer.environments.loading import load_environment
 from ppod_trainer.episodes import EpisodeRules, EpisodeSampler, TextCodec
+from ppod_trainer.errors import TrainerError
 from ppod_trainer.evaluation import Evaluator
 from ppod_trainer.experience import ExperienceRules
 from ppod_trainer.kl import AdaptiveKl, FixedKl, KlController
@@ -59,7 +60,10 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
     Raises:
         TrainerError, PpodError, ModelSourceError: something needed is missing or does not fit.
     """
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainerError(f"run_dir: {config.run_dir} cannot be made: {error.strerror}") from error
     tokenizer = loading.load_tokenizer(resolve(config.policy.source).path)
 
     codec = _codec(tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +178,23 @@ def test_the_command_lays_files_over_each_other(tmp_path: Path, capsys: pytest.C
     over.write_text("rollout: {max_tokens: 0}\n")
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"{base}, {over}: 1 problem\n  rollout.max_tokens: ")
+
+
+def test_a_run_directory_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ppod_trainer.stopping.StopSignal.install", lambda _: None)
+    taken = tmp_path / "taken"
+    taken.touch()
+    file = tmp_path / "trainer.yaml"
+    file.write_text(f"run_dir: {taken}\n")
+    assert main(["--config", str(file)]) == 1
+    assert capsys.readouterr().err == f"ppod train: run_dir: {taken} cannot be made: File exists\n"
+
+    def lead(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ppod_trainer.__main__._lead", lead)
+    assert main(["--config", str(file)]) == 1
+    words = f"ppod train: run_dir: {taken} cannot be written: [Errno {errno.ENOSPC}] No space left on device\n"
+    assert capsys.readouterr().err == words
