@@ -65,7 +65,9 @@ def print_keys() -> None:
 
 def _earlier_run(run_dir: Path) -> str | None:
     """What a new run would destroy, and what to do; None: nothing, as where a run did not get to its first record."""
-    if any((run_dir / "checkpoints").glob("*step_*")):
+    checkpoints = run_dir / "checkpoints"
+    # One that was being put in the place of another counts, and none that was not written to its end.
+    if any(checkpoints.glob("step_*")) or any(checkpoints.glob(".replaced-step_*")):
         return f"an earlier run; --resume {run_dir} goes on, or name another"
     records = run_dir / "metrics.jsonl"
     if records.is_file() and records.stat().st_size:

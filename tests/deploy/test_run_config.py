@@ -141,6 +141,8 @@ def test_only_what_a_run_left_keeps_another_from_its_directory(run_file: Path, t
     assert resolve_run(Run(config=run_file), []).trainer.run_dir == run_dir
 
     (run_dir / "metrics.jsonl").write_text('{"step": 0}\n')
+    # Of one that was killed while it wrote its first checkpoint, with which no other run can go on.
+    (run_dir / "checkpoints" / ".writing-step_000001").mkdir(parents=True)
     with pytest.raises(ConfigError) as raised:
         resolve_run(Run(config=run_file), [])
     [problem] = raised.value.problems
@@ -148,9 +150,11 @@ def test_only_what_a_run_left_keeps_another_from_its_directory(run_file: Path, t
         f"trainer.run_dir: {run_dir} holds the records of an earlier run, which left no checkpoint; remove it, or name "
         "another"
     )
-    (run_dir / "checkpoints" / "step_000001").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds an earlier run; --resume"):
-        resolve_run(Run(config=run_file), [])
+    for name in (".replaced-step_000001", "step_000001"):
+        (run_dir / "checkpoints" / name).mkdir()
+        with pytest.raises(ConfigError, match="holds an earlier run; --resume"):
+            resolve_run(Run(config=run_file), [])
+        (run_dir / "checkpoints" / name).rmdir()
 
 
 def test_a_file_that_is_no_mapping_and_a_resume_of_nothing_are_faults(tmp_path: Path) -> None:
