@@ -196,7 +196,7 @@ def _read_texts(path: Path | None) -> list[str]:
     if reader is None:
         raise PromptError(f"prompts.path {path}: unknown kind {path.suffix!r}; expected {', '.join(readers)}")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"prompts.path {path}: cannot be read: {error}") from error
     return reader(path, content)

@@ -68,7 +68,7 @@ def read_references(path: Path) -> list[Reference]:
     """
     try:
         # Not `splitlines`, which ends a line at separators that texts hold themselves, as U+2028.
-        numbered = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+        numbered = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
         lines = {number: line for number, line in numbered if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise ReferenceFileError(f"{path}: {error}") from error

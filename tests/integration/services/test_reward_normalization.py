@@ -93,3 +93,10 @@ def test_the_examples_are_right(path: Path) -> None:
 
 def test_there_are_examples() -> None:
     assert [path.stem for path in EXAMPLES] == ["composed", "judge"]
+
+
+@pytest.mark.parametrize(("name", "line"), [("a.txt", "good"), ("a.jsonl", '{"text": "good"}')])
+def test_the_mark_that_windows_puts_before_utf_8_is_no_text(tmp_path: Path, name: str, line: str) -> None:
+    (tmp_path / name).write_text(f"{line}\n{line}\n", encoding="utf-8-sig")
+    first, second = read_references(tmp_path / name)
+    assert first == second

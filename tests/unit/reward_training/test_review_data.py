@@ -29,6 +29,9 @@ def write(tmp_path: Path, body: str, header: str = HEADER) -> Path:
 def test_reads_rows(tmp_path) -> None:
     path = write(tmp_path, '7\t-1.5\t0.5\tquite "dull"\n8\t2\t0\tgood\n')
     assert read_reviews(path) == (Review("7", -1.5, 0.5, 'quite "dull"'), Review("8", 2.0, 0.0, "good"))
+    marked = tmp_path / "marked.tsv"
+    marked.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert read_reviews(marked) == read_reviews(path)
 
 
 @pytest.mark.parametrize(

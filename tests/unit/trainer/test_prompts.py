@@ -165,6 +165,16 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
         assert texts == {text, "fg"}, name
 
 
+def test_the_mark_that_windows_puts_before_utf_8_is_no_text(tmp_path: Path) -> None:
+    files = {"p.txt": "ab\ncd", "p.tsv": "text\nab\ncd", "p.jsonl": '{"prompt": "ab"}\n{"prompt": "cd"}'}
+    for name, content in files.items():
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8-sig")
+        prompts = load_prompts(PromptsConfig(path=path, first_tokens=None, heldout=1), encode)
+        texts = {"".join(map(chr, prompt.token_ids)) for prompt in prompts.training + prompts.heldout}
+        assert texts == {"ab", "cd"}, name
+
+
 def test_a_curriculum_begins_with_the_shortest_and_takes_in_longer_ones() -> None:
     """Ten prompts of 1 to 10 tokens, four steps: the shortest 2, 4, 6 and 8 at most, then all."""
     lengths = (7, 2, 9, 1, 5, 10, 3, 8, 4, 6)

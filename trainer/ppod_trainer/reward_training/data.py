@@ -92,7 +92,7 @@ def read_reviews(path: Path) -> tuple[Review, ...]:
         ReviewDataError: the file is missing, is not UTF-8, or a line breaks the format.
     """
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except OSError as error:
         raise ReviewDataError(path, 0, "", f"cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
