@@ -50,7 +50,9 @@ def execute(arguments: Sequence[str]) -> int:
         case Serve(service, config):
             return _become(f"ppod_services.{service}", config)
         case Train(job):
-            return _become("ppod_trainer" if isinstance(job, TrainPpo) else "ppod_trainer.reward_training", job.config)
+            if isinstance(job, TrainPpo):
+                return _become("ppod_trainer", job.config)
+            return _become("ppod_trainer.reward_training", (job.config,))
         case Score() | Generate() as query:
             return _ask(query)
         case Run() | Up():
@@ -159,9 +161,10 @@ def _ask(query: Score | Generate) -> int:
     return 0
 
 
-def _become(module: str, config: Path) -> NoReturn:
+def _become(module: str, configs: Sequence[Path]) -> NoReturn:
     """Replace this process, so that signals and the exit code are the module's own."""
-    os.execv(sys.executable, [sys.executable, "-m", module, "--config", str(config)])
+    options = [word for config in configs for word in ("--config", str(config))]
+    os.execv(sys.executable, [sys.executable, "-m", module, *options])
 
 
 def _fail(code: int, message: str) -> int:

@@ -12,6 +12,8 @@ from ppod_deploy.k8s.commands import K8s
 
 Positional = tyro.conf.Positional
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+LaidOver = Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH")]
+"""Files, each laid over those before it. That one must be given says the program that reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,8 @@ class TrainPpo:
     `watch.stop`; 128 + signal.
     """
 
-    config: Path
-    """YAML configuration of the trainer."""
+    config: LaidOver
+    """YAML configuration of the trainer; given again: values that are laid over those before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,9 @@ class Serve:
     service: Positional[Literal["reward", "reference", "generation"]]
     """Which service."""
 
-    config: Path
-    """YAML configuration of the service: its section of a run file."""
+    config: LaidOver
+    """YAML configuration of the service: its section of a run file; given again: values that are laid over those
+    before."""
 
 
 @dataclass(frozen=True, slots=True)

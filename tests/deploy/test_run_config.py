@@ -310,3 +310,15 @@ def test_prompts_are_tokenised_by_a_tokenizer_without_its_models_weights(
     shutil.copy(tiny_model_dir / "tokenizer.json", tmp_path)
     assert execute(command) == 1
     assert "GenerationService at 127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "module"), [(["serve", "reward"], "ppod_services.reward"), (["train", "ppo"], "ppod_trainer")]
+)
+def test_files_that_are_laid_over_each_other_are_all_handed_on(
+    words: list[str], module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda _, command: started.append(command[2:]))
+    execute([*words, "--config", "base.yaml", "--config", "over.yaml"])
+    assert started == [[module, "--config", "base.yaml", "--config", "over.yaml"]]

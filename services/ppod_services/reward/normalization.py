@@ -118,12 +118,19 @@ def section(measured: Measurement) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0; 1 a reward failed; 2 the configuration or the file is wrong."""
     parser = argparse.ArgumentParser(prog="python -m ppod_services.reward.normalization", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the service's configuration")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="the service's configuration; given again: a file whose values are laid over those before it",
+    )
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE", help="reference samples, .txt or .jsonl")
     parser.add_argument("--reward", default="", metavar="NAME", help="the reward to measure; the first by default")
     options = parser.parse_args(arguments)
     try:
-        config = load_config(RewardServiceConfig, options.config)
+        config = load_config(RewardServiceConfig, *options.config)
         references = read_references(options.texts)
         measured = asyncio.run(measure(config, options.reward, references))
     except (ConfigError, ReferenceFileError) as error:

@@ -44,6 +44,14 @@ def test_a_reward_is_measured_as_it_is_before_its_own_normalisation(
     assert "70 samples" in done.stdout
 
 
+def test_files_of_the_configuration_are_laid_over_each_other(tmp_path: Path) -> None:
+    base = write_config(tmp_path / "base.yaml", {"listen": {"port": 1}})
+    over = write_config(tmp_path / "over.yaml", {"rewards": [{"name": "f", "kind": "function", "function": "length"}]})
+    (tmp_path / "texts.txt").write_text("a\nb\n")
+    done = run_to_exit(COMMAND, "--config", str(base), "--config", str(over), "--texts", str(tmp_path / "texts.txt"))
+    assert "all 2 samples have the score 0" in done.stderr
+
+
 def test_samples_with_references_measure_a_function(config: Path, tmp_path: Path) -> None:
     lines = [{"prompt": "1+1", "text": "2", "reference": "2"}, {"text": "3", "reference": "2"}]
     file = tmp_path / "texts.jsonl"
