@@ -160,11 +160,19 @@ def _read_object(value: dict[str, object]) -> Reference:
         messages = value["messages"]
         if not isinstance(messages, list) or not messages:
             raise ValueError("messages are empty or no list")
-        turns = tuple(Turn(str(one["role"]), str(one["content"])) for one in messages)  # pyright: ignore
+        turns = tuple(Turn(_text(one, "role"), _text(one, "content")) for one in messages)  # pyright: ignore
         content: Content = ChatContent(turns)
     else:
-        content = TextContent(str(value.get("prompt", "")), str(value["text"]))
+        content = TextContent(_text({"prompt": "", **value}, "prompt"), _text(value, "text"))
+    # A number is as good an answer as its digits.
     return Reference(content, None if answer is None else str(answer))
+
+
+def _text(values: dict[str, object], key: str) -> str:
+    value = values[key]
+    if not isinstance(value, str):
+        raise TypeError(f"{key} is {value!r}, no text")
+    return value
 
 
 def _rounded(value: float) -> float:

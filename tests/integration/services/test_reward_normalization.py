@@ -108,3 +108,17 @@ def test_the_mark_that_windows_puts_before_utf_8_is_no_text(tmp_path: Path, name
     (tmp_path / name).write_text(f"{line}\n{line}\n", encoding="utf-8-sig")
     first, second = read_references(tmp_path / name)
     assert first == second
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"text": null}', "text is None, no text"),
+        ('{"text": "a", "prompt": 1}', "prompt is 1, no text"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', "content is None, no text"),
+    ],
+)
+def test_what_is_no_text_is_not_measured_as_one(tmp_path: Path, line: str, fault: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + line)
+    with pytest.raises(ReferenceFileError, match=f"line 2: .*{fault}"):
+        read_references(tmp_path / "a.jsonl")
