@@ -14,6 +14,7 @@ from ppod import (
     AsyncRewardAdminClient,
     AsyncRewardClient,
     ChatTurn,
+    DeadlineExceeded,
     Delivery,
     GenerationClient,
     Granularity,
@@ -302,3 +303,14 @@ def test_a_conversation_and_stop_texts_are_checked_too(server: ScriptedServer) -
     stop: tuple[str, ...] = "END"  # pyright: ignore[reportAssignmentType]
     with GenerationClient(server.target) as client, pytest.raises(InvalidArgument, match="stop: found one text, 'END'"):
         client.generate([[1]], Sampling(2, stop=stop))
+
+
+async def test_a_call_that_has_no_time_left_is_not_sent(
+    server: ScriptedServer, async_reward: AsyncRewardClient
+) -> None:
+    """Zero seconds, as of a caller's own deadline that has passed, are not the client's default."""
+    with RewardClient(server.target) as client, pytest.raises(DeadlineExceeded):
+        client.score(SEQUENCES, timeout_s=0.0)
+    with pytest.raises(DeadlineExceeded):
+        await async_reward.score(SEQUENCES, timeout_s=0.0)
+    assert server.script.requests == []

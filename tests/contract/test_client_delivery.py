@@ -134,21 +134,6 @@ def test_the_deadline_holds_and_nothing_stays_behind(score: ScoreOnce) -> None:
         release.set()
 
 
-def test_a_call_that_has_no_time_left_is_not_sent() -> None:
-    """Zero seconds, as of a caller's own deadline that has passed, are not the client's default."""
-    with scripted_server() as server:
-        with RewardClient(server.target) as client, pytest.raises(DeadlineExceeded):
-            client.score([[1]], timeout_s=0.0)
-
-        async def call() -> None:
-            async with AsyncRewardClient(server.target) as client:
-                await client.score([[1]], timeout_s=0.0)
-
-        with pytest.raises(DeadlineExceeded):
-            asyncio.run(call())
-        assert server.script.requests == []
-
-
 @both_faces
 def test_a_dead_replica_is_skipped(score: ScoreOnce) -> None:
     [nobody] = free_ports(1)

@@ -91,6 +91,16 @@ def test_a_step_shuffles_an_epoch_once_and_not_for_each_of_its_prompts(monkeypat
     assert shuffled == [[11, 0], [11, 1]]
 
 
+def test_prompts_of_ones_own_are_whole_unless_they_are_to_be_cut(tmp_path: Path) -> None:
+    path = write(tmp_path, "p.txt", "a long question\nanother long question")
+    for values, most in (({"path": path}, 21), ({"path": path, "first_tokens": 4}, 4)):
+        prompts = load_prompts(PromptsConfig.model_validate({"heldout": 1, **values}), encode)
+        assert max(len(prompt.token_ids) for prompt in [*prompts.training, *prompts.heldout]) == most
+    assert PromptsConfig().first_tokens == 6, "reviews are no prompts"
+    assert PromptsConfig(first_tokens=None).first_tokens is None
+    assert TrainerConfig().prompts.first_tokens == 6
+
+
 def test_reviews_are_the_default() -> None:
     prompts = load_prompts(PromptsConfig(heldout=64), encode)
     assert len(prompts.heldout) == 64

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 from pydantic import Field, JsonValue, model_validator
 
 from ppod_models.configuration import ConfigModel
+
+_REVIEW_TOKENS = 6
 
 
 class PromptsConfig(ConfigModel):
@@ -17,11 +20,23 @@ class PromptsConfig(ConfigModel):
         default=None,
         description=".tsv with a `text` column, .jsonl with a `prompt` field, or .txt; none: movie reviews",
     )
-    first_tokens: int | None = Field(default=6, ge=1, description="tokens kept of each text; none: all")
+    first_tokens: int | None = Field(
+        default=None, ge=1, description="tokens kept of each text; none: all; not given: all, of the reviews 6"
+    )
     heldout: int = Field(default=64, ge=1, description="prompts kept aside for evaluation")
     curriculum_steps: int = Field(
         default=0, ge=0, description="first steps with short prompts, to which each adds longer ones; 0: all at once"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reviews_are_cut(cls, values: object) -> object:
+        """Prompts of one's own are whole where nothing else is said."""
+        if not isinstance(values, Mapping):
+            return values
+        given = cast("Mapping[str, object]", values)
+        own = given.get("path") is not None or "first_tokens" in given
+        return given if own else {**given, "first_tokens": _REVIEW_TOKENS}
 
 
 class DynamicSamplingConfig(ConfigModel):
