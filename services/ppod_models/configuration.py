@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self, TypeVar, cast
@@ -128,6 +129,18 @@ def load_config(model: type[ConfigT], path: Path, *over: Path) -> ConfigT:
         above = read_yaml(one)
         values = values if above is None else _laid_over(values, above)
     return parse_config(model, values, ", ".join(str(one) for one in (path, *over)))
+
+
+def add_config_option(parser: ArgumentParser) -> None:
+    """The option whose files `load_config` is given."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="YAML configuration; given again: a file whose values are laid over those before it",
+    )
 
 
 def dump_config(config: ConfigModel) -> str:

@@ -9,9 +9,8 @@ import argparse
 import base64
 import gzip
 import sys
-from pathlib import Path
 
-from ppod_models.configuration import ConfigError, load_config
+from ppod_models.configuration import ConfigError, add_config_option, load_config
 from ppod_trainer.__main__ import main
 from ppod_trainer.config import TrainerConfig
 
@@ -27,7 +26,7 @@ def run_job(arguments: list[str]) -> int:
     """Run the trainer, then write what there is of its results; returns the trainer's exit code."""
     code = main(arguments)
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config", type=Path, action="append", required=True)
+    add_config_option(parser)
     known, _ = parser.parse_known_args(arguments)
     try:
         run_dir = load_config(TrainerConfig, *known.config).run_dir

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Generic, TypeVar
 
-from ppod_models.configuration import ConfigError, dump_config, load_config
+from ppod_models.configuration import ConfigError, add_config_option, dump_config, load_config
 from ppod_services.core.config import ServiceConfig
 from ppod_services.core.logs import configure_logging
 from ppod_services.core.server import Host, HostedService, StartError, exit_now, serve
@@ -70,14 +69,7 @@ class ServiceCommand(Generic[ConfigT]):
         parser = argparse.ArgumentParser(
             prog=f"python -m ppod_services.{self._name}", description=self._description, epilog=_EPILOG
         )
-        parser.add_argument(
-            "--config",
-            type=Path,
-            required=True,
-            action="append",
-            metavar="FILE",
-            help="YAML configuration; given again: a file whose values are laid over those before it",
-        )
+        add_config_option(parser)
         parser.add_argument(
             "--check", action="store_true", help="validate the configuration, print it with all defaults, and exit"
         )

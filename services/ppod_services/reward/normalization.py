@@ -22,7 +22,7 @@ import yaml
 
 from ppod.errors import PpodError
 from ppod.tensors import FloatArray
-from ppod_models.configuration import ConfigError, load_config
+from ppod_models.configuration import ConfigError, add_config_option, load_config
 from ppod_models.sources import ModelSourceError
 from ppod_services.core.callers import ANONYMOUS_CALLER
 from ppod_services.core.metrics import ServiceMetrics
@@ -118,14 +118,7 @@ def section(measured: Measurement) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0; 1 a reward failed; 2 the configuration or the file is wrong."""
     parser = argparse.ArgumentParser(prog="python -m ppod_services.reward.normalization", description=__doc__)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        required=True,
-        action="append",
-        metavar="FILE",
-        help="the service's configuration; given again: a file whose values are laid over those before it",
-    )
+    add_config_option(parser)
     parser.add_argument("--texts", type=Path, required=True, metavar="FILE", help="reference samples, .txt or .jsonl")
     parser.add_argument("--reward", default="", metavar="NAME", help="the reward to measure; the first by default")
     options = parser.parse_args(arguments)
