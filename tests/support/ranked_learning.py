@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ppod_models.configuration import load_config
+from ppod_models.ending import exit_now
 from ppod_trainer.assembly import load_leader
 from ppod_trainer.checkpoint import TrainerState, restore_components
 from ppod_trainer.config import TrainerConfig
@@ -92,3 +93,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    exit_now(0)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ppod_models.configuration import load_config
+from ppod_models.ending import exit_now
 from ppod_trainer.assembly import load_leader
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.ranks import open_ranks
@@ -69,3 +70,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    exit_now(0)

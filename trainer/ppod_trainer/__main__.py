@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 
 from ppod import PpodError
 from ppod_models.configuration import ConfigError, add_config_option, load_config
+from ppod_models.ending import exit_now
 from ppod_models.garbage import uncollected_start
 from ppod_models.sources import ModelSourceError
-from ppod_models.tracing import configure_tracing
+from ppod_models.tracing import configure_tracing, flush_tracing
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.errors import StopRequestedError, TrainerError, TroubleError, with_notes
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 """A full disk, and its like: met wherever a record, a sample or a model is written."""
+_FLUSH_TIMEOUT_S = 2.0
+"""Longest wait, at the end, for a collector to take the last spans."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -169,4 +172,6 @@ def _train(training_run: TrainingRun) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    flush_tracing(_FLUSH_TIMEOUT_S)
+    exit_now(exit_code)

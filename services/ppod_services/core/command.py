@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 from ppod_models.configuration import ConfigError, add_config_option, dump_config, load_config
+from ppod_models.ending import exit_now
 from ppod_services.core.config import ServiceConfig
 from ppod_services.core.logs import configure_logging
-from ppod_services.core.server import Host, HostedService, StartError, exit_now, serve
+from ppod_services.core.server import Host, HostedService, StartError, serve
 
 ConfigT = TypeVar("ConfigT", bound=ServiceConfig)
 
@@ -52,7 +53,6 @@ class ServiceCommand(Generic[ConfigT]):
             config = load_config(self._config_type, *options.config)
         except ConfigError as error:
             self._fail(EXIT_CONFIG, str(error))
-            return
         if options.check:
             sys.stdout.write(dump_config(config))
             return
@@ -75,6 +75,6 @@ class ServiceCommand(Generic[ConfigT]):
         )
         return parser
 
-    def _fail(self, code: int, message: str) -> None:
+    def _fail(self, code: int, message: str) -> NoReturn:
         sys.stderr.write(f"ppod {self._name}: {message}\n")
         exit_now(code)

@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from ppod.channel import ChannelOptions, server_options
+from ppod_models.ending import exit_now
 from ppod_models.garbage import uncollected_start
 from ppod_models.sources import ModelSourceError
 from ppod_models.tracing import flush_tracing
@@ -264,13 +265,6 @@ class _Server:
             exit_now(128 + number)
         log_event(_LOGGER, "signal", fields)
         self._stopping.set()
-
-
-def exit_now(code: int) -> None:
-    """End the process without waiting for the model's thread, which no signal can interrupt."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _check_free(key: str, host: str, port: int) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import yaml
@@ -23,10 +24,11 @@ import yaml
 from ppod.errors import PpodError
 from ppod.tensors import FloatArray
 from ppod_models.configuration import ConfigError, add_config_option, load_config
+from ppod_models.ending import exit_now
 from ppod_models.sources import ModelSourceError
 from ppod_services.core.callers import ANONYMOUS_CALLER
 from ppod_services.core.metrics import ServiceMetrics
-from ppod_services.core.server import Host, exit_now
+from ppod_services.core.server import Host
 from ppod_services.reward.config import RewardServiceConfig
 from ppod_services.reward.rewards import RewardSet
 from ppod_services.reward.samples import ChatContent, Content, Query, Sample, TextContent, Truncation, Turn
@@ -173,7 +175,7 @@ def _rounded(value: float) -> float:
     return value if not value else round(value, 5 - math.floor(math.log10(abs(value))))
 
 
-def _fail(code: int, message: str) -> None:
+def _fail(code: int, message: str) -> NoReturn:
     sys.stderr.write(f"ppod reward normalization: {message}\n")
     exit_now(code)
 

@@ -1,0 +1,20 @@
+"""How a process ends that has threads in C++: not by way of the interpreter's."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+
+def exit_now(code: int) -> NoReturn:
+    """End the process as it is: what it has printed is written, no exit handler runs, and no thread is waited for.
+
+    The interpreter's own end waits for a model's thread, which no signal can interrupt. It may also abort the process:
+    a thread of a gloo process group that lets go of a finished operation's tensors needs the interpreter for it, and
+    to have one that is ending is `std::terminate` (https://github.com/pytorch/pytorch/pull/179291). Such threads
+    live as long as anything refers to their group, whether or not it was destroyed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
