@@ -15,6 +15,8 @@ from typing import Literal, Union, cast, get_args, get_origin
 import yaml
 from pydantic_core import PydanticUndefined
 
+from ppod_deploy.key_types import Kinds, choices, kinds_at
+from ppod_deploy.run_config import RunConfig
 from ppod_models.configuration import ConfigError, ConfigModel
 
 PREFIXES = ("--services.", "--trainer.")
@@ -33,7 +35,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]
     """Part a command line into what is no override, and the overrides.
 
     `--trainer.steps 5` and `--trainer.steps=5` are the same; several values make a list; none makes true. A value is
-    YAML, with None for null.
+    YAML, with None for null where that is no choice of the key's.
 
     Raises:
         ConfigError: a value is not YAML.
@@ -51,7 +53,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]
         while not equals and queue and not queue[0].startswith("--"):
             texts.append(queue.pop(0))
         path = tuple(key.replace("-", "_").split("."))
-        parsed = [_parse(text, key) for text in texts]
+        kinds = kinds_at(RunConfig, path)
+        parsed = [_parse(text, key, kinds) for text in texts]
         overrides.append(Override(path, True if not parsed else parsed[0] if len(parsed) == 1 else parsed))
     return rest, overrides
 
@@ -68,7 +71,9 @@ def apply_overrides(values: object, overrides: Sequence[Override]) -> object:
     return merged
 
 
-def _parse(text: str, key: str) -> object:
+def _parse(text: str, key: str, kinds: Kinds) -> object:
+    if text in choices(kinds):
+        return text
     if text in {"None", "none"}:
         return None
     try:

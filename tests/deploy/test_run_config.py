@@ -63,6 +63,12 @@ def test_overrides_are_yaml_values_under_dotted_paths() -> None:
     ]
 
 
+def test_none_is_a_word_where_it_is_a_choice_and_else_nothing() -> None:
+    words = ["--trainer.rewards.shaping", "none", "--trainer.rewards.normalize=none", "--trainer.services.judge-model"]
+    _, overrides = split_arguments([*words, "none"])
+    assert [override.value for override in overrides] == ["none", "none", None]
+
+
 def test_overrides_reach_into_lists_and_leave_the_file_values_alone() -> None:
     values = {"services": {"reward": {"rewards": [{"name": "a"}, {"name": "b"}]}}}
     path = ("services", "reward", "rewards", "1", "name")

@@ -1,0 +1,43 @@
+"""What a key of a configuration takes, by its dotted path."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal, Union, get_args, get_origin
+
+from ppod_models.configuration import ConfigModel
+
+Kinds = tuple[object, ...]
+"""Types of which a value has one; none: there is no such key, or what it takes is not said."""
+
+
+def kinds_at(model: type[ConfigModel], path: Sequence[str]) -> Kinds:
+    """The types of a key; numbers in its path are places in lists."""
+    kinds: Kinds = (model,)
+    for key in path:
+        kinds = tuple(inner for kind in kinds for inner in _inside(kind, key))
+    return kinds
+
+
+def choices(kinds: Kinds) -> set[object]:
+    """The words that are values, where these are listed."""
+    return {choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)}
+
+
+def _inside(kind: object, key: str) -> Iterator[object]:
+    if get_origin(kind) in (tuple, list):
+        yield from _alternatives(get_args(kind)[0])
+    elif isinstance(kind, type) and issubclass(kind, ConfigModel) and key in kind.model_fields:
+        yield from _alternatives(kind.model_fields[key].annotation)
+
+
+def _alternatives(annotation: object) -> Iterator[object]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _alternatives(get_args(annotation)[0])
+    elif origin in (Union, types.UnionType):
+        for one in get_args(annotation):
+            yield from _alternatives(one)
+    else:
+        yield annotation
