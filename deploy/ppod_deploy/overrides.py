@@ -34,11 +34,11 @@ class Override:
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
     """Part a command line into what is no override, and the overrides.
 
-    `--trainer.steps 5` and `--trainer.steps=5` are the same; several values make a list; none makes true. A value is
-    YAML, with None for null where that is no choice of the key's.
+    `--trainer.steps 5` and `--trainer.steps=5` are the same; several values make a list; none makes true where the key
+    takes it. A value is YAML, with None for null where that is no choice of the key's.
 
     Raises:
-        ConfigError: a value is not YAML.
+        ConfigError: a value is missing, or not YAML.
     """
     rest: list[str] = []
     overrides: list[Override] = []
@@ -54,6 +54,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]
             texts.append(queue.pop(0))
         path = tuple(key.replace("-", "_").split("."))
         kinds = kinds_at(RunConfig, path)
+        if not texts and kinds and bool not in kinds:
+            raise ConfigError(COMMAND_LINE, [f"--{key}: a value is missing behind it"])
         parsed = [_parse(text, key, kinds) for text in texts]
         overrides.append(Override(path, True if not parsed else parsed[0] if len(parsed) == 1 else parsed))
     return rest, overrides

@@ -69,6 +69,14 @@ def test_none_is_a_word_where_it_is_a_choice_and_else_nothing() -> None:
     assert [override.value for override in overrides] == ["none", "none", None]
 
 
+@pytest.mark.parametrize("words", [["--trainer.steps"], ["--trainer.kl", "--trainer.resume"], ["--trainer.run-dir"]])
+def test_a_value_that_is_missing_is_told_by_its_option(words: list[str]) -> None:
+    """Not taken for true, which is 1 where a number is expected."""
+    with pytest.raises(ConfigError) as raised:
+        split_arguments(["run", *words])
+    assert raised.value.problems == [f"{words[0]}: a value is missing behind it"]
+
+
 def test_overrides_reach_into_lists_and_leave_the_file_values_alone() -> None:
     values = {"services": {"reward": {"rewards": [{"name": "a"}, {"name": "b"}]}}}
     path = ("services", "reward", "rewards", "1", "name")
