@@ -25,8 +25,13 @@ def choices(kinds: Kinds) -> set[object]:
     return {choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)}
 
 
+def takes_list(kinds: Kinds) -> bool:
+    """Whether a list is a value."""
+    return any(get_origin(kind) is tuple for kind in kinds)
+
+
 def _inside(kind: object, key: str) -> Iterator[object]:
-    if get_origin(kind) in (tuple, list):
+    if get_origin(kind) is tuple:
         yield from _alternatives(get_args(kind)[0])
     elif isinstance(kind, type) and issubclass(kind, ConfigModel) and key in kind.model_fields:
         yield from _alternatives(kind.model_fields[key].annotation)

@@ -15,7 +15,7 @@ from typing import Literal, Union, cast, get_args, get_origin
 import yaml
 from pydantic_core import PydanticUndefined
 
-from ppod_deploy.key_types import Kinds, choices, kinds_at
+from ppod_deploy.key_types import Kinds, choices, kinds_at, takes_list
 from ppod_deploy.run_config import RunConfig
 from ppod_models.configuration import ConfigError, ConfigModel
 
@@ -34,8 +34,9 @@ class Override:
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
     """Part a command line into what is no override, and the overrides.
 
-    `--trainer.steps 5` and `--trainer.steps=5` are the same; several values make a list; none makes true where the key
-    takes it. A value is YAML, with None for null where that is no choice of the key's.
+    `--trainer.steps 5` and `--trainer.steps=5` are the same; several values make a list, and so does one where the key
+    takes a list; none makes true where the key takes it. A value is YAML, with None for null where that is no choice of
+    the key's.
 
     Raises:
         ConfigError: a value is missing, or not YAML.
@@ -57,7 +58,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]
         if not texts and kinds and bool not in kinds:
             raise ConfigError(COMMAND_LINE, [f"--{key}: a value is missing behind it"])
         parsed = [_parse(text, key, kinds) for text in texts]
-        overrides.append(Override(path, True if not parsed else parsed[0] if len(parsed) == 1 else parsed))
+        # A list that is written as one, or null, is the value itself.
+        alone = len(parsed) == 1 and (isinstance(parsed[0], list | None) or not takes_list(kinds))
+        overrides.append(Override(path, True if not parsed else parsed[0] if alone else parsed))
     return rest, overrides
 
 

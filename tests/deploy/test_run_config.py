@@ -69,6 +69,19 @@ def test_none_is_a_word_where_it_is_a_choice_and_else_nothing() -> None:
     assert [override.value for override in overrides] == ["none", "none", None]
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("reward_hacking", ["reward_hacking"]),
+        ("[reward_hacking, repetition]", ["reward_hacking", "repetition"]),
+        ("[]", []),
+    ],
+)
+def test_one_value_is_a_list_where_the_key_takes_one(value: str, expected: list[str]) -> None:
+    _, [override] = split_arguments(["run", "--trainer.watch.stop", value])
+    assert override.value == expected
+
+
 @pytest.mark.parametrize("words", [["--trainer.steps"], ["--trainer.kl", "--trainer.resume"], ["--trainer.run-dir"]])
 def test_a_value_that_is_missing_is_told_by_its_option(words: list[str]) -> None:
     """Not taken for true, which is 1 where a number is expected."""
