@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin
 
 from ppod_models.configuration import ConfigModel
@@ -28,6 +29,11 @@ def choices(kinds: Kinds) -> set[object]:
 def takes_list(kinds: Kinds) -> bool:
     """Whether a list is a value."""
     return any(get_origin(kind) is tuple for kind in kinds)
+
+
+def takes_texts(kinds: Kinds) -> bool:
+    """Whether all values, but for none, are texts or paths."""
+    return not {str, Path}.isdisjoint(kinds) and {str, Path, type(None)}.issuperset(kinds)
 
 
 def _inside(kind: object, key: str) -> Iterator[object]:

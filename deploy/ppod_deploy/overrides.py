@@ -15,7 +15,7 @@ from typing import Literal, Union, cast, get_args, get_origin
 import yaml
 from pydantic_core import PydanticUndefined
 
-from ppod_deploy.key_types import Kinds, choices, kinds_at, takes_list
+from ppod_deploy.key_types import Kinds, choices, kinds_at, takes_list, takes_texts
 from ppod_deploy.run_config import RunConfig
 from ppod_models.configuration import ConfigError, ConfigModel
 
@@ -36,7 +36,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]
 
     `--trainer.steps 5` and `--trainer.steps=5` are the same; several values make a list, and so does one where the key
     takes a list; none makes true where the key takes it. A value is YAML, with None for null where that is no choice of
-    the key's.
+    the key's; where the key takes texts alone, it is no number, date or truth.
 
     Raises:
         ConfigError: a value is missing, or not YAML.
@@ -57,7 +57,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]
         kinds = kinds_at(RunConfig, path)
         if not texts and kinds and bool not in kinds:
             raise ConfigError(COMMAND_LINE, [f"--{key}: a value is missing behind it"])
-        parsed = [_parse(text, key, kinds) for text in texts]
+        one = kinds_at(RunConfig, (*path, "0")) if takes_list(kinds) else kinds
+        parsed = [_parse(text, key, one) for text in texts]
         # A list that is written as one, or null, is the value itself.
         alone = len(parsed) == 1 and (isinstance(parsed[0], list | None) or not takes_list(kinds))
         overrides.append(Override(path, True if not parsed else parsed[0] if alone else parsed))
@@ -82,9 +83,10 @@ def _parse(text: str, key: str, kinds: Kinds) -> object:
     if text in {"None", "none"}:
         return None
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value: object = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(COMMAND_LINE, [f"{key}: {text!r} is not a value: {error}"]) from error
+    return text if takes_texts(kinds) and not isinstance(value, str | list | dict | None) else value
 
 
 def _set(values: object, override: Override, depth: int) -> object:

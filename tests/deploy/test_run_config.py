@@ -82,6 +82,24 @@ def test_one_value_is_a_list_where_the_key_takes_one(value: str, expected: list[
     assert override.value == expected
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("trainer.run-dir", "2026-11-27", "2026-11-27"),
+        ("trainer.services.judge-model", "007", "007"),
+        ("trainer.services.judge-model", "none", None),
+        ("trainer.services.reward-model", "'off'", "off"),
+        ("services.reward.rewards.0.name", "1.5", "1.5"),
+        ("services.reward.tokenizers", "12:30", ["12:30"]),
+    ],
+)
+def test_a_text_that_reads_as_something_else_stays_a_text(key: str, text: str, expected: object) -> None:
+    _, [override] = split_arguments(["run", f"--{key}={text}"])
+    assert override.value == expected
+    with pytest.raises(ConfigError, match="'2026-13-41' is not a value: month must be in"):
+        split_arguments(["run", f"--{key}=2026-13-41"])
+
+
 @pytest.mark.parametrize("words", [["--trainer.steps"], ["--trainer.kl", "--trainer.resume"], ["--trainer.run-dir"]])
 def test_a_value_that_is_missing_is_told_by_its_option(words: list[str]) -> None:
     """Not taken for true, which is 1 where a number is expected."""
