@@ -50,9 +50,7 @@ def execute(arguments: Sequence[str]) -> int:
         case Serve(service, config):
             return _become(f"ppod_services.{service}", config)
         case Train(job):
-            if isinstance(job, TrainPpo):
-                return _become("ppod_trainer", job.config)
-            return _become("ppod_trainer.reward_training", (job.config,))
+            return _become("ppod_trainer" if isinstance(job, TrainPpo) else "ppod_trainer.reward_training", job.config)
         case Score() | Generate() as query:
             return _ask(query)
         case Run() | Up():

@@ -8,12 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ppod_deploy.k8s.commands import K8s
+from ppod_deploy.k8s.commands import K8s, LaidOver
 
 Positional = tyro.conf.Positional
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
-LaidOver = Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH")]
-"""Files, each laid over those before it. That one must be given says the program that reads them."""
+OptionalLaidOver = Annotated[tuple[Path, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATH")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +29,9 @@ class Run:
     wait. Exit code: the trainer's; 1 a service failed; 2 the configuration is wrong; 130 Ctrl-C.
     """
 
-    config: OptionalPath = None
-    """YAML run file. Default: the packaged one for this machine."""
+    config: OptionalLaidOver = ()
+    """YAML run file; given again: values that are laid over those before. Default: the packaged one for this
+    machine."""
 
     resume: OptionalPath = None
     """Go on from the newest checkpoint of this run directory, with the run file it keeps (or --config's)."""
@@ -44,8 +44,9 @@ class Up:
     Takes the same run file and the same overrides as `ppod run`; logs go to <trainer.run_dir>/logs.
     """
 
-    config: OptionalPath = None
-    """YAML run file. Default: the packaged one for this machine."""
+    config: OptionalLaidOver = ()
+    """YAML run file; given again: values that are laid over those before. Default: the packaged one for this
+    machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +75,8 @@ class TrainReward:
     Exit code: 0 done; 1 a failure, named; 2 the configuration is wrong.
     """
 
-    config: Path
-    """YAML configuration of the reward training."""
+    config: LaidOver
+    """YAML configuration of the reward training; given again: values that are laid over those before."""
 
 
 @dataclass(frozen=True, slots=True)

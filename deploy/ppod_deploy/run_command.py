@@ -10,7 +10,7 @@ from ppod_deploy.defaults import default_config, with_run_dir
 from ppod_deploy.launcher import RUN_FILE, Launcher
 from ppod_deploy.overrides import COMMAND_LINE, Override, apply_overrides, describe_keys
 from ppod_deploy.run_config import RunConfig, parse_run, read_run_values, without_implied_targets
-from ppod_models.configuration import ConfigError
+from ppod_models.configuration import ConfigError, named
 from ppod_trainer.config import TrainerConfig, changes_of_course
 
 
@@ -38,22 +38,22 @@ def resolve_run(command: Run | Up, overrides: Sequence[Override]) -> RunConfig:
     resume = command.resume if isinstance(command, Run) else None
     if resume is not None and not (resume / RUN_FILE).is_file():
         raise ConfigError(COMMAND_LINE, [f"--resume: {resume} holds no {RUN_FILE}, so no run was started there"])
-    path = command.config or (resume / RUN_FILE if resume is not None else default_config())
-    values = read_run_values(path)
-    if command.config is None and resume is not None:
+    paths = command.config or (resume / RUN_FILE if resume is not None else default_config(),)
+    values = read_run_values(*paths)
+    if not command.config and resume is not None:
         values = without_implied_targets(values)
     values = apply_overrides(values, overrides)
     if resume is not None:
         resuming = [Override(("trainer", "run_dir"), str(resume)), Override(("trainer", "resume"), True)]
         values = apply_overrides(values, resuming)
-    origin = f"{path} with the command line's overrides" if overrides else str(path)
-    config = parse_run(with_run_dir(values, path.stem), origin)
+    origin = f"{named(*paths)} with the command line's overrides" if overrides else named(*paths)
+    config = parse_run(with_run_dir(values, paths[-1].stem), origin)
     run_dir = config.trainer.run_dir
     if isinstance(command, Run):
         if config.trainer.resume:
             _check_course(config.trainer, run_dir, origin)
         elif (found := _earlier_run(run_dir)) is not None:
-            raise ConfigError(str(path), [f"trainer.run_dir: {run_dir} holds {found}"])
+            raise ConfigError(origin, [f"trainer.run_dir: {run_dir} holds {found}"])
     return config
 
 

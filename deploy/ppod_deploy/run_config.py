@@ -9,7 +9,7 @@ from typing import Self, cast
 
 from pydantic import ValidationError, model_validator
 
-from ppod_models.configuration import ConfigError, ConfigModel, ConfigT, describe_faults, read_yaml
+from ppod_models.configuration import ConfigError, ConfigModel, ConfigT, describe_faults, named, read_layers
 from ppod_services.core.config import ListenConfig, ServiceConfig
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.reference.config import ReferenceServiceConfig
@@ -230,9 +230,13 @@ def without_implied_targets(values: object) -> object:
     return {**cast(Values, values), "trainer": {**trainer, "services": kept}}
 
 
-def read_run_values(path: Path) -> object:
-    """Plain values of a run file; raises ConfigError when it cannot be read or is not a mapping."""
-    values = read_yaml(path)
+def read_run_values(path: Path, *over: Path) -> object:
+    """Plain values of a run file, and of those that are laid over it.
+
+    Raises:
+        ConfigError: one cannot be read, or they are not a mapping.
+    """
+    values = read_layers(path, *over)
     if values is not None and not isinstance(values, Mapping):
-        raise ConfigError(str(path), ["(top level): must be a mapping with the keys services and trainer"])
+        raise ConfigError(named(path, *over), ["(top level): must be a mapping with the keys services and trainer"])
     return values

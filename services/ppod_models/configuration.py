@@ -117,8 +117,8 @@ def parse_config(model: type[ConfigT], values: object, origin: str) -> ConfigT:
         raise ConfigError(origin, describe_faults(error)) from error
 
 
-def load_config(model: type[ConfigT], path: Path, *over: Path) -> ConfigT:
-    """Read a YAML file, lay others over it, and validate the whole; raise ConfigError that lists every fault at once.
+def read_layers(path: Path, *over: Path) -> object:
+    """Read a YAML file and lay others over it; raise ConfigError when one cannot be read or parsed.
 
     Args:
         path: the file.
@@ -128,7 +128,17 @@ def load_config(model: type[ConfigT], path: Path, *over: Path) -> ConfigT:
     for one in over:
         above = read_yaml(one)
         values = values if above is None else _laid_over(values, above)
-    return parse_config(model, values, ", ".join(str(one) for one in (path, *over)))
+    return values
+
+
+def named(*paths: Path) -> str:
+    """Files that are laid over each other, as the origin of what they come to."""
+    return ", ".join(str(path) for path in paths)
+
+
+def load_config(model: type[ConfigT], path: Path, *over: Path) -> ConfigT:
+    """Read files as `read_layers` does, and validate the whole; raise ConfigError that lists every fault at once."""
+    return parse_config(model, read_layers(path, *over), named(path, *over))
 
 
 def add_config_option(parser: ArgumentParser) -> None:

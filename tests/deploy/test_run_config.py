@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import tyro
 
 from deploy.conftest import Section
 from ppod_deploy.cli import execute
 from ppod_deploy.clients import read_lines
-from ppod_deploy.commands import Run
+from ppod_deploy.commands import Run, Up
 from ppod_deploy.defaults import (
     CPU_CONFIG,
     CUDA_CONFIG,
@@ -95,13 +96,13 @@ def test_only_what_a_run_left_keeps_another_from_its_directory(run_file: Path, t
     run_dir.mkdir()
     (run_dir / RUN_FILE).write_text(run_file.read_text())
     (run_dir / "metrics.jsonl").write_text("")
-    assert resolve_run(Run(config=run_file), []).trainer.run_dir == run_dir
+    assert resolve_run(Run(config=(run_file,)), []).trainer.run_dir == run_dir
 
     (run_dir / "metrics.jsonl").write_text('{"step": 0}\n')
     # Of one that was killed while it wrote its first checkpoint, with which no other run can go on.
     (run_dir / "checkpoints" / ".writing-step_000001").mkdir(parents=True)
     with pytest.raises(ConfigError) as raised:
-        resolve_run(Run(config=run_file), [])
+        resolve_run(Run(config=(run_file,)), [])
     [problem] = raised.value.problems
     assert problem == (
         f"trainer.run_dir: {run_dir} holds the records of an earlier run, which left no checkpoint; remove it, or name "
@@ -110,15 +111,37 @@ def test_only_what_a_run_left_keeps_another_from_its_directory(run_file: Path, t
     for name in (".replaced-step_000001", "step_000001"):
         (run_dir / "checkpoints" / name).mkdir()
         with pytest.raises(ConfigError, match="holds an earlier run; --resume"):
-            resolve_run(Run(config=run_file), [])
+            resolve_run(Run(config=(run_file,)), [])
         (run_dir / "checkpoints" / name).rmdir()
+
+
+def test_run_files_are_laid_over_each_other(run_file: Path, tmp_path: Path) -> None:
+    over, more = tmp_path / "over.yaml", tmp_path / "more.yaml"
+    over.write_text("trainer: {steps: 7, kl: {coefficient: 0.5}}")
+    more.write_text("trainer: {steps: 8}\nservices: {reward: {log_level: error}}")
+    files = ["--config", str(run_file), "--config", str(over), "--config", str(more)]
+    for command in (tyro.cli(Run, args=files), tyro.cli(Up, args=files)):
+        found = resolve_run(command, [Override(("trainer", "seed"), 5)])
+        assert (found.trainer.steps, found.trainer.seed, found.trainer.kl.coefficient) == (8, 5, 0.5)
+        assert found.services.reward is not None
+        assert (found.services.reward.log_level, found.services.reward.rewards[0].name) == ("error", "tiny")
+    over.write_text("trainer: {steps: 0}")
+    with pytest.raises(ConfigError, match=f"{run_file}, {over}: 1 problem\n  trainer.steps: .* found 0"):
+        resolve_run(Run(config=(run_file, over)), [])
+
+
+@pytest.mark.parametrize("words", [["serve", "reward"], ["train", "ppo"], ["train", "reward"], ["k8s", "train"]])
+def test_help_says_that_a_file_must_be_given(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        execute([*words, "--help"])
+    assert "(required, repeatable)" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_a_file_that_is_no_mapping_and_a_resume_of_nothing_are_faults(tmp_path: Path) -> None:
     file = tmp_path / "list.yaml"
     file.write_text("- 1\n")
     with pytest.raises(ConfigError, match="must be a mapping"):
-        resolve_run(Run(config=file), [])
+        resolve_run(Run(config=(file,)), [])
     with pytest.raises(ConfigError, match="no run was started there"):
         resolve_run(Run(resume=tmp_path), [])
 
@@ -270,7 +293,12 @@ def test_prompts_are_tokenised_by_a_tokenizer_without_its_models_weights(
 
 
 @pytest.mark.parametrize(
-    ("words", "module"), [(["serve", "reward"], "ppod_services.reward"), (["train", "ppo"], "ppod_trainer")]
+    ("words", "module"),
+    [
+        (["serve", "reward"], "ppod_services.reward"),
+        (["train", "ppo"], "ppod_trainer"),
+        (["train", "reward"], "ppod_trainer.reward_training"),
+    ],
 )
 def test_files_that_are_laid_over_each_other_are_all_handed_on(
     words: list[str], module: str, monkeypatch: pytest.MonkeyPatch

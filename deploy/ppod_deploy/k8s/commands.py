@@ -10,6 +10,12 @@ import tyro
 
 Positional = tyro.conf.Positional
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+LaidOver = Annotated[
+    tuple[Path, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="PATH", help_behavior_hint="(required, repeatable)"),
+]
+"""Files, each laid over those before it. That one must be given says the program that reads them."""
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="STR")]
 Service = Literal["reward", "reference", "generation"]
 
@@ -79,8 +85,8 @@ class K8sTrain:
         ppod k8s train --config my.yaml --image registry.example/ppod-trainer:1.0
     """
 
-    config: Path
-    """YAML file: a trainer's, or a run file."""
+    config: LaidOver
+    """YAML file: a trainer's, or a run file; given again: values that are laid over those before."""
 
     where: Annotated[Where, tyro.conf.arg(name="")] = field(default_factory=Where)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
@@ -11,7 +11,7 @@ from typing import cast
 from ppod_deploy.k8s.commands import K8sTrain
 from ppod_deploy.k8s.objects import K8sError, Manifest, at, items_at, text_at
 from ppod_deploy.k8s.overlays import read_overlay
-from ppod_models.configuration import ConfigError, dump_config, parse_config, read_yaml
+from ppod_models.configuration import ConfigError, dump_config, named, parse_config, read_layers
 from ppod_trainer.config import TrainerConfig
 
 _PACKAGED = Path(__file__).with_name("trainer-job.yaml")
@@ -28,15 +28,21 @@ _METRICS = {"host": "0.0.0.0", "port": 9104}
 Values = dict[str, object]
 
 
-def cluster_config(path: Path, name: str) -> TrainerConfig:
+def cluster_config(paths: Sequence[Path], name: str) -> TrainerConfig:
     """A trainer's configuration, or a run file's, with the cluster's places for what is on this machine.
+
+    Args:
+        paths: its files, each laid over those before.
+        name: of the run.
 
     Raises:
         ConfigError: it is wrong.
     """
-    values = read_yaml(path)
+    if not paths:
+        raise ConfigError("command line", ["--config: required, but missing"])
+    values = read_layers(*paths)
     if not isinstance(values, dict):
-        raise ConfigError(str(path), ["expected keys and values"])
+        raise ConfigError(named(*paths), ["expected keys and values"])
     given = cast("Values", values)
     # A run file has a section for each service and one for the trainer.
     trainer = dict(cast("Values", given["trainer"])) if isinstance(given.get("trainer"), dict) else dict(given)
@@ -48,7 +54,7 @@ def cluster_config(path: Path, name: str) -> TrainerConfig:
     # A Job's next pod goes on where the last one was.
     trainer.setdefault("resume", "if_possible")
     trainer["metrics"] = {**_section(trainer, "metrics"), **_METRICS}
-    return parse_config(TrainerConfig, trainer, f"{path} for the cluster")
+    return parse_config(TrainerConfig, trainer, f"{named(*paths)} for the cluster")
 
 
 def config_map(command: K8sTrain, config: TrainerConfig) -> Manifest:

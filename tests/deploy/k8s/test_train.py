@@ -133,6 +133,12 @@ def test_a_dry_run_prints_what_kubectl_can_apply(api: FakeKubernetes, k8s: Comma
     assert result.code == 0
     config_map, job_manifest = yaml.safe_load_all(result.stdout)
     assert (config_map["kind"], job_manifest["kind"]) == ("ConfigMap", "Job")
+    over = write(tmp_path / "over.yaml", {"seed": 4})
+    laid = k8s("train", "--config", str(config), "--config", str(over), "--dry-run")
+    sent = yaml.safe_load(next(yaml.safe_load_all(laid.stdout))["data"]["trainer.yaml"])
+    assert (sent["steps"], sent["seed"]) == (3, 4)
+    nothing = k8s("train", "--dry-run")
+    assert (nothing.code, "--config: required, but missing" in nothing.stderr) == (2, True)
     assert result.stderr.splitlines()[0].endswith("--field-manager=ppod -f -")
     assert api.requests == []
 

@@ -39,10 +39,10 @@ def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
     }
 
 
-def run(tmp_path: Path, values: dict[str, object]) -> int:
+def run(tmp_path: Path, values: dict[str, object], *over: Path) -> int:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(values))
-    return main(["--config", str(file)])
+    return main([word for one in (file, *over) for word in ("--config", str(one))])
 
 
 def test_same_seed_gives_the_same_bytes_with_and_without_cached_features(tmp_path, values, monkeypatch) -> None:
@@ -63,10 +63,13 @@ def test_same_seed_gives_the_same_bytes_with_and_without_cached_features(tmp_pat
 
 
 def test_trained_head_loads_and_orders_what_it_was_taught(tmp_path, values) -> None:
-    assert run(tmp_path, values) == 0
+    (over := tmp_path / "over.yaml").write_text("name: laid-over")
+    assert run(tmp_path, values, over) == 0
     card = read_head(tmp_path / "head").card
+    assert card.name == "laid-over"
     assert card.held_out.accuracy > 0.75
-    assert card.training.command == f"python -m ppod_trainer.reward_training --config {tmp_path / 'config.yaml'}"
+    files = f"--config {tmp_path / 'config.yaml'} --config {over}"
+    assert card.training.command == f"python -m ppod_trainer.reward_training {files}"
     model = RewardModel.load(tiny_trunk(), tiny_tokenizer(), tmp_path / "head")
     texts = ["warm funny warm funny warm 1", "dull lifeless dull lifeless dull 1"]
     good, bad = model.score([np.array(tiny_tokenizer().encode(text)) for text in texts])

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ppod_models.configuration import ConfigError, load_config
+from ppod_models.configuration import ConfigError, add_config_option, load_config
 from ppod_trainer.reward_training.config import RewardTrainingConfig
 
 
@@ -20,14 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ppod_trainer.reward_training", description="Train a reward head on pairs of rated reviews."
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML; see configs/ in this package")
-    file: Path = parser.parse_args(arguments).config
+    add_config_option(parser)
+    files: list[Path] = parser.parse_args(arguments).config
     try:
-        config = load_config(RewardTrainingConfig, file)
+        config = load_config(RewardTrainingConfig, *files)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    return _train(config, f"python -m ppod_trainer.reward_training --config {file}")
+    return _train(config, " ".join(["python -m ppod_trainer.reward_training", *(f"--config {file}" for file in files)]))
 
 
 def _train(config: RewardTrainingConfig, command: str) -> int:
