@@ -11,6 +11,9 @@ from ppod.errors import InvalidArgument
 
 _FIRST_PROBE_S = 0.5
 _LAST_PROBE_S = 10.0
+_PORT_DIGITS = 5
+_OTHER_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
+"""Of targets that are gRPC's own to read."""
 RESOLVE_INTERVAL_S = 10.0
 """A name is looked up again this often, and whenever a replica fails: pods come and go."""
 
@@ -35,14 +38,14 @@ def parse_target(target: str) -> Endpoints:
     """Read `host:port`, `a:1,b:2`, `dns:///host:port`, `k8s:///SERVICE[.NAMESPACE]:PORT` or any other gRPC target.
 
     Raises:
-        InvalidArgument: it is empty, names a replica twice, or is a dns or k8s target without a port.
+        InvalidArgument: it is empty, names a replica twice, or has no port, where it needs one, from 1 to 65535.
     """
     if target.startswith(SCHEME):
         return Endpoints((), kubernetes=parse_kubernetes_target(target))
     if target.startswith("dns:///"):
         host, colon, port = target.removeprefix("dns:///").rpartition(":")
-        if not colon or not host or not port.isdigit():
-            raise InvalidArgument("target", target, "dns:///host:port")
+        if not colon or not host or not _is_port(port):
+            raise InvalidArgument("target", target, "dns:///host:port, the port from 1 to 65535")
         return Endpoints((), host.strip("[]"), int(port))
     # ipv4: and ipv6: targets hold lists of their own, which gRPC balances.
     listed = [target] if target.startswith(("ipv4:", "ipv6:")) else [part.strip() for part in target.split(",")]
@@ -50,7 +53,15 @@ def parse_target(target: str) -> Endpoints:
         raise InvalidArgument("target", repr(target), "host:port, or several with commas between")
     if len(set(listed)) != len(listed):
         raise InvalidArgument("target", target, "each replica once")
+    for one in listed:
+        # gRPC itself would take 443 where there is none, and of a larger number its last 16 bits.
+        if not one.startswith(_OTHER_SCHEMES) and not _is_port(one.rpartition(":")[2]):
+            raise InvalidArgument("target", one, "host:port, the port from 1 to 65535")
     return Endpoints(tuple(listed))
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _PORT_DIGITS and 1 <= int(text) <= 65_535
 
 
 @dataclass(slots=True)

@@ -134,6 +134,18 @@ def test_targets_that_are_none(target: str) -> None:
         parse_kubernetes_target(target)
 
 
+@pytest.mark.parametrize("target", ["a:65536", "a:1,b:99999", "a", "a:0", "a:http", "dns:///a", "dns:///a:70000"])
+def test_a_port_that_there_cannot_be_is_refused(target: str) -> None:
+    """gRPC would connect to another one: of 99999 to its last 16 bits, and without any to 443."""
+    with pytest.raises(InvalidArgument, match="host:port, the port from 1 to 65535"):
+        parse_target(target)
+
+
+def test_other_targets_of_grpc_are_its_own_to_read() -> None:
+    for target in ("[::1]:65535", "unix:///run/a", "ipv4:10.0.0.1:1,10.0.0.2:1"):
+        assert parse_target(target).addresses == (target,)
+
+
 def test_who_asks_small_and_large_things_by_turns_uses_all_replicas() -> None:
     """With turns alone one of two replicas would get all large requests."""
     replicas = Replicas(["a", "b"])

@@ -145,6 +145,19 @@ def test_services_of_kubernetes_are_followed_and_weights_reach_their_pods() -> N
     assert "reward is 'k8s://r:1': expected k8s:///SERVICE" in problems({"services": {"reward": "k8s://r:1"}})[0]
 
 
+@pytest.mark.parametrize("target", ["a:65536", "a:1,b:99999", "a", "a:0", "a:1,", "", "dns:///a", "dns:///a:70000"])
+def test_a_target_has_a_port_that_there_can_be(target: str) -> None:
+    """gRPC would connect to another one."""
+    found = problems({"services": {"reward": target, "reference": target}})
+    words = "expected host:port, or several with commas between, ports to 65535"
+    assert found == [f"services: {key} is {target!r}: {words}" for key in ("reward", "reference")]
+
+
+@pytest.mark.parametrize("target", ["[::1]:65535", "dns:///a:1", "unix:///run/reward", "ipv4:10.0.0.1:1,10.0.0.2:1"])
+def test_targets_of_every_kind_are_taken(target: str) -> None:
+    assert parse_config(TrainerConfig, {"services": {"reward": target}}, "test").services.reward == target
+
+
 def test_a_shared_directory_goes_with_its_plane() -> None:
     assert "give one for shared" in problems({"weight_transfer": {"plane": "shared"}})[0]
     assert "give one for shared" in problems({"weight_transfer": {"directory": "/dev/shm/x"}})[0]

@@ -8,11 +8,14 @@ from typing import Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from ppod_models.configuration import ClientTlsConfig, ConfigModel
+from ppod_models.configuration import ClientTlsConfig, ConfigModel, SectionFaults
 
 Target = str
 
 _KUBERNETES = re.compile(r"k8s:///[a-z0-9][-a-z0-9]*(\.[a-z0-9][-a-z0-9]*)?:[a-z0-9][-a-z0-9]*")
+_PORT = re.compile(r".*:(\d{1,5})")
+_OTHER_SCHEMES = ("ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
+"""Of targets that are gRPC's own to read."""
 
 
 def is_kubernetes(target: Target) -> bool:
@@ -23,6 +26,12 @@ def is_kubernetes(target: Target) -> bool:
 def listed(targets: Target) -> list[str]:
     """The servers of a list."""
     return [one.strip() for one in targets.split(",")]
+
+
+def _has_port(target: Target) -> bool:
+    """Whether there can be such a port: of a larger number gRPC takes the last 16 bits, and 443 where there is none."""
+    found = _PORT.fullmatch(target)
+    return found is not None and 1 <= int(found[1]) <= 65_535
 
 
 class ServicesConfig(ConfigModel):
@@ -61,12 +70,20 @@ class ServicesConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _services_are_named(self) -> Self:
+        faults: list[str] = []
         for key in ("reward", "reference", "reference_admin", "generation", "generation_admin"):
             target: Target = getattr(self, key)
-            if is_kubernetes(target) and not _KUBERNETES.fullmatch(target):
-                raise ValueError(
-                    f"{key} is {target!r}: expected k8s:///SERVICE[.NAMESPACE]:PORT, PORT a number or a name"
+            if is_kubernetes(target):
+                if not _KUBERNETES.fullmatch(target):
+                    faults.append(
+                        f"{key} is {target!r}: expected k8s:///SERVICE[.NAMESPACE]:PORT, PORT a number or a name"
+                    )
+            elif not (target.startswith(_OTHER_SCHEMES) or all(_has_port(one) for one in listed(target))):
+                faults.append(
+                    f"{key} is {target!r}: expected host:port, or several with commas between, ports to 65535"
                 )
+        if faults:
+            raise SectionFaults(*faults)
         return self
 
     @model_validator(mode="after")
