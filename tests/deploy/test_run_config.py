@@ -76,6 +76,9 @@ def test_packaged_run_files_are_valid(path: Path) -> None:
     config = parse_run(with_run_dir(read_run_values(path), path.stem), str(path))
     assert config.trainer.run_dir.parts[:1] == ("runs",)
     assert config.trainer.run_dir.name.startswith(f"{path.stem}-2")
+    # Of the reviews six tokens are kept, and prompts of one's own, laid over, whole.
+    own = apply_overrides(read_run_values(path), [Override(("trainer", "prompts", "path"), "mine.txt")])
+    assert (config.trainer.prompts.first_tokens, parse_run(own, str(path)).trainer.prompts.first_tokens) == (6, None)
 
 
 def test_a_resumed_run_finds_services_that_listen_elsewhere_now(run_values: dict[str, Section], tmp_path: Path) -> None:
