@@ -9,6 +9,7 @@ from ppod_deploy.commands import Run, Up
 from ppod_deploy.defaults import default_config, with_run_dir
 from ppod_deploy.launcher import RUN_FILE, Launcher
 from ppod_deploy.overrides import COMMAND_LINE, Override, apply_overrides, describe_keys
+from ppod_deploy.run_checks import run_faults
 from ppod_deploy.run_config import RunConfig, parse_run, read_run_values, without_implied_targets
 from ppod_models.configuration import ConfigError, named
 from ppod_trainer.config import TrainerConfig, changes_of_course
@@ -54,6 +55,8 @@ def resolve_run(command: Run | Up, overrides: Sequence[Override]) -> RunConfig:
             _check_course(config.trainer, run_dir, origin)
         elif (found := _earlier_run(run_dir)) is not None:
             raise ConfigError(origin, [f"trainer.run_dir: {run_dir} holds {found}"])
+        if faults := run_faults(config):
+            raise ConfigError(origin, faults)
     return config
 
 

@@ -1,0 +1,61 @@
+"""What a run would only find out with its services up, or minutes later: asked before anything starts.
+
+Not of `ppod up`, which has no trainer, nor of a run file on its own, which may have been written for another machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+from ppod_deploy.run_config import RunConfig
+from ppod_services.core.config import CausalServiceConfig
+
+
+def run_faults(config: RunConfig) -> list[str]:
+    """One line for each, beginning with the dotted path of its key."""
+    return [*_missing_prompts(config), *_unreachable(config), *_refused_weights(config)]
+
+
+def _missing_prompts(config: RunConfig) -> Iterator[str]:
+    path = config.trainer.prompts.path
+    if config.trainer.environment is None and path is not None and not path.is_file():
+        yield f"trainer.prompts.path: {path} is no file, seen from the working directory"
+
+
+def _unreachable(config: RunConfig) -> Iterator[str]:
+    """Ports on which the trainer would speak TLS to plain text, or plain text to TLS."""
+    client = config.trainer.services.tls
+    for name, service in config.services.items():
+        if name == "reward" and not config.trainer.rewards.model:
+            continue
+        ports = {"tls": service.tls}
+        if name in _given_weights(config) and service.admin_tls is not None:
+            ports["admin_tls"] = service.admin_tls
+        for key, server in ports.items():
+            if server is None and client is not None:
+                yield f"services.{name}.{key}: none, but trainer.services.tls is set, and is for all services"
+            elif server is not None and client is None:
+                yield f"trainer.services.tls: none, but services.{name}.{key} is set"
+            elif server is not None and client is not None and server.client_ca_file and not client.certificate_file:
+                yield f"trainer.services.tls.certificate_file: none, but services.{name}.{key} asks for one"
+
+
+def _given_weights(config: RunConfig) -> dict[str, CausalServiceConfig]:
+    """The services that the trainer pushes weights to."""
+    services = config.services
+    found: dict[str, CausalServiceConfig] = {"generation": services.generation}
+    return {**found, "reference": services.reference} if config.trainer.pushes_reference else found
+
+
+def _refused_weights(config: RunConfig) -> Iterator[str]:
+    for name, service in _given_weights(config).items():
+        if service.listen.admin_port is None:
+            yield f"services.{name}.listen.admin_port: none, but the trainer gives {name} its weights there"
+    transfer, weights = config.trainer.weight_transfer, config.services.generation.weights
+    allowed, directory = "services.generation.weights", transfer.directory
+    if directory is not None and not any(directory.is_relative_to(one) for one in weights.readable_directories):
+        yield f"trainer.weight_transfer.directory: {directory} is in none of {allowed}.shared_directories"
+    address = f"{transfer.collective.host}:{transfer.collective.port}"
+    if transfer.plane == "collective" and not any(fnmatchcase(address, one) for one in weights.collective_addresses):
+        yield f"trainer.weight_transfer.collective: {address} is none of {allowed}.collective_addresses"

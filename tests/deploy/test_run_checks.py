@@ -1,0 +1,102 @@
+"""What a run is refused for before anything starts, though each section by itself is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deploy.conftest import Section
+from ppod_deploy.commands import Run, Up
+from ppod_deploy.overrides import apply_overrides, split_arguments
+from ppod_deploy.run_checks import run_faults
+from ppod_deploy.run_command import resolve_run
+from ppod_deploy.run_config import parse_run
+from ppod_models.configuration import ConfigError
+
+SERVER = "{certificate_file: a, private_key_file: b}"
+MUTUAL = "{certificate_file: a, private_key_file: b, client_ca_file: c}"
+HEALTH = [f"--services.{name}.listen.health_port={port}" for port, name in enumerate(("reward", "reference"), 7001)]
+
+
+def faults(values: dict[str, Section], *arguments: str) -> list[str]:
+    _, overrides = split_arguments(arguments)
+    return run_faults(parse_run(apply_overrides(values, overrides), "test"))
+
+
+def test_a_run_is_refused_and_services_alone_are_not(run_file: Path) -> None:
+    _, overrides = split_arguments(["--trainer.prompts.path=gone.txt", "--services.generation.listen.admin_port=none"])
+    with pytest.raises(ConfigError) as raised:
+        resolve_run(Run(config=(run_file,)), overrides)
+    assert [problem.split(":")[0] for problem in raised.value.problems] == [
+        "trainer.prompts.path",
+        "services.generation.listen.admin_port",
+    ]
+    assert resolve_run(Up(config=(run_file,)), overrides).services.generation.listen.admin_port is None
+
+
+def test_prompts_are_looked_for_where_they_are_read(run_values: dict[str, Section]) -> None:
+    gone = "--trainer.prompts.path=gone.txt"
+    assert faults(run_values) == []
+    assert faults(run_values, gone) == ["trainer.prompts.path: gone.txt is no file, seen from the working directory"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["--trainer.services.tls={ca_file: x}", f"--services.reward.tls={SERVER}", HEALTH[0]],
+            [
+                f"services.{name}.tls: none, but trainer.services.tls is set, and is for all services"
+                for name in ("reference", "generation")
+            ],
+        ),
+        (
+            [f"--services.reward.tls={SERVER}", f"--services.generation.admin_tls={SERVER}", HEALTH[0]],
+            [
+                "trainer.services.tls: none, but services.reward.tls is set",
+                "trainer.services.tls: none, but services.generation.admin_tls is set",
+            ],
+        ),
+        # Nobody gives the reference any weights.
+        ([f"--services.reference.admin_tls={SERVER}"], []),
+    ],
+)
+def test_trainer_and_services_agree_about_tls(
+    run_values: dict[str, Section], arguments: list[str], expected: list[str]
+) -> None:
+    assert faults(run_values, *arguments) == expected
+
+
+def test_a_service_that_asks_for_a_certificate_is_given_one(run_values: dict[str, Section]) -> None:
+    names = ("reward", "reference", "generation")
+    tls = [f"--services.{name}.tls={SERVER if name == 'reward' else MUTUAL}" for name in names]
+    health = [*HEALTH, "--services.generation.listen.health_port=7003"]
+    assert faults(run_values, *tls, *health, "--trainer.services.tls={ca_file: x}") == [
+        f"trainer.services.tls.certificate_file: none, but services.{name}.tls asks for one" for name in names[1:]
+    ]
+    whole = "--trainer.services.tls={ca_file: x, certificate_file: y, key_file: z}"
+    assert faults(run_values, *tls, *health, whole) == []
+
+
+def test_weights_can_be_given_to_those_that_need_them(run_values: dict[str, Section]) -> None:
+    closed = [f"--services.{name}.listen.admin_port=none" for name in ("reference", "generation")]
+    problems = [
+        f"services.{name}.listen.admin_port: none, but the trainer gives {name} its weights there"
+        for name in ("generation", "reference")
+    ]
+    assert faults(run_values, *closed) == problems[:1]
+    assert faults(run_values, *closed, "--trainer.reference-refresh-steps=1") == problems
+
+
+def test_generation_allows_the_way_that_weights_take(run_values: dict[str, Section]) -> None:
+    shared = "--trainer.weight-transfer={plane: shared, directory: /dev/shm/ppod/a}"
+    allowed = "--services.generation.weights.shared-directories"
+    words = "trainer.weight_transfer.directory: /dev/shm/ppod/a is in none of"
+    for directories, refused in (("[]", True), ("/dev/shm/ppo", True), ("/dev/shm/ppod", False)):
+        found = faults(run_values, shared, allowed, directories)
+        assert [problem.startswith(words) for problem in found] == [True] * refused
+    collective = "--trainer.weight-transfer={plane: collective, collective: {port: 29777}}"
+    [problem] = faults(run_values, collective)
+    assert problem.startswith("trainer.weight_transfer.collective: 127.0.0.1:29777 is none of")
+    assert faults(run_values, collective, "--services.generation.weights.collective-addresses=127.0.0.1:*") == []
