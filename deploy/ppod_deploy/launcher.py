@@ -184,8 +184,8 @@ class Launcher:
         ]
         self._trainer, self._followers = ranks[0], ranks[1:]
 
-    def _start_services(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        problems = busy_ports(self._config)
+    def _start_services(self, meanwhile: Callable[[], None] | None = None) -> None:
+        problems = busy_ports(self._config, trains=meanwhile is not None)
         if problems:
             lines = "\n".join(f"  {problem}" for problem in problems)
             raise LaunchError(f"nothing was started: ports are taken\n{lines}")
@@ -205,7 +205,8 @@ class Launcher:
                 port = service.listen.health_port or service.listen.port
                 probes[name] = HealthProbe(target_of(service.listen, port), HEALTH_NAMES[name])
                 stack.callback(probes[name].close)
-            meanwhile()
+            if meanwhile is not None:
+                meanwhile()
             self._wait_ready(probes, start)
 
     def _wait_ready(self, waiting: dict[str, HealthProbe], start: float) -> None:

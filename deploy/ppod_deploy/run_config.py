@@ -76,21 +76,28 @@ def parse_run(values: object, origin: str) -> RunConfig:
     return config
 
 
-def busy_ports(config: RunConfig) -> list[str]:
-    """One line for each port of the services that another process of this machine holds already.
+def busy_ports(config: RunConfig, *, trains: bool) -> list[str]:
+    """One line for each port of the services, and of a trainer, that another process of this machine holds already.
 
     Asked before anything starts: a health check would otherwise be answered by the process that holds the port.
     """
+    asked = [
+        (f"services.{name}.listen.{key}", service.listen.host, port)
+        for name, service in config.services.items()
+        for key, port in _ports(service.listen)
+    ]
+    metrics = config.trainer.metrics
+    if trains and metrics.port is not None:
+        asked.append(("trainer.metrics.port", metrics.host, metrics.port))
     problems: list[str] = []
-    for name, service in config.services.items():
-        for key, port in _ports(service.listen):
-            with socket.socket(socket.AF_INET6 if ":" in service.listen.host else socket.AF_INET) as probe:
-                # As gRPC binds: a port whose last connection is winding down is free, one that is listened on is not.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((service.listen.host, port))
-                except OSError as error:
-                    problems.append(f"services.{name}.listen.{key}: {service.listen.host}:{port}: {error.strerror}")
+    for path, host, port in asked:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            # As gRPC binds: a port whose last connection is winding down is free, one that is listened on is not.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                problems.append(f"{path}: {host}:{port}: {error.strerror}")
     return problems
 
 

@@ -75,12 +75,16 @@ def test_every_fault_is_named_at_once_and_nothing_starts(start_ppod: StartPpod, 
 
 def test_a_taken_port_is_named_before_anything_starts(start_ppod: StartPpod, run_file: Path, run_dir: Path) -> None:
     port = yaml.safe_load(run_file.read_text())["services"]["reference"]["listen"]["admin_port"]
-    with socket.socket() as holder:
+    with socket.socket() as holder, socket.socket() as other:
         holder.bind(("127.0.0.1", port))
         holder.listen()
-        ppod = start_ppod("run", "--config", str(run_file))
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        metrics_port = other.getsockname()[1]
+        ppod = start_ppod("run", "--config", str(run_file), "--trainer.metrics.port", str(metrics_port))
         assert ppod.wait() == 1
     assert f"services.reference.listen.admin_port: 127.0.0.1:{port}: Address already in use" in ppod.stderr
+    assert f"trainer.metrics.port: 127.0.0.1:{metrics_port}: Address already in use" in ppod.stderr
     assert not (run_dir / "logs").exists()
 
 
