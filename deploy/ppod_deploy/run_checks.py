@@ -8,13 +8,45 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
+from pydantic import JsonValue
+
 from ppod_deploy.run_config import RunConfig
 from ppod_services.core.config import CausalServiceConfig
+from ppod_services.reward.config import RewardConfig
+from ppod_trainer.config import differences
+
+_BESIDE_SCORES = {
+    "model": {"device", "dtype", "attention", "threads"},
+    **dict.fromkeys(("timeout_s", "workers", "max_waiting", "concurrency", "attempts", "server"), True),
+}
 
 
 def run_faults(config: RunConfig) -> list[str]:
     """One line for each, beginning with the dotted path of its key."""
     return [*_missing_prompts(config), *_unreachable(config), *_refused_weights(config)]
+
+
+def changed_services(config: RunConfig, earlier: RunConfig) -> list[str]:
+    """What decides the course of training and stands in the sections of services: `PATH is VALUE, was VALUE`.
+
+    That is which model the reference is and what scores come from; not where they run, nor a reward that was not there.
+    """
+    source, former = config.services.reference.model.source, earlier.services.reference.model.source
+    found = list(differences("services.reference.model.source", source, former))
+    reward, before = config.services.reward, earlier.services.reward
+    if reward is None or before is None:
+        return found
+    if not config.trainer.services.reward_model:
+        found += differences("services.reward.rewards.0.name", reward.rewards[0].name, before.rewards[0].name)
+    known = {one.name: _of_score(one) for one in before.rewards}
+    for index, one in enumerate(reward.rewards):
+        found += differences(f"services.reward.rewards.{index}", _of_score(one), known.get(one.name, _of_score(one)))
+    return found
+
+
+def _of_score(reward: RewardConfig) -> JsonValue:
+    """All of a reward that its scores depend on."""
+    return reward.model_dump(mode="json", exclude=_BESIDE_SCORES)
 
 
 def _missing_prompts(config: RunConfig) -> Iterator[str]:

@@ -9,10 +9,10 @@ from ppod_deploy.commands import Run, Up
 from ppod_deploy.defaults import default_config, with_run_dir
 from ppod_deploy.launcher import RUN_FILE, Launcher
 from ppod_deploy.overrides import COMMAND_LINE, Override, apply_overrides, describe_keys
-from ppod_deploy.run_checks import run_faults
+from ppod_deploy.run_checks import changed_services, run_faults
 from ppod_deploy.run_config import RunConfig, parse_run, read_run_values, without_implied_targets
 from ppod_models.configuration import ConfigError, named
-from ppod_trainer.config import TrainerConfig, changes_of_course
+from ppod_trainer.config import changes_of_course
 
 
 def launch(command: Run | Up, overrides: Sequence[Override]) -> int:
@@ -52,7 +52,7 @@ def resolve_run(command: Run | Up, overrides: Sequence[Override]) -> RunConfig:
     run_dir = config.trainer.run_dir
     if isinstance(command, Run):
         if config.trainer.resume:
-            _check_course(config.trainer, run_dir, origin)
+            _check_course(config, run_dir, origin)
         elif (found := _earlier_run(run_dir)) is not None:
             raise ConfigError(origin, [f"trainer.run_dir: {run_dir} holds {found}"])
         if faults := run_faults(config):
@@ -78,12 +78,13 @@ def _earlier_run(run_dir: Path) -> str | None:
     return None
 
 
-def _check_course(trainer: TrainerConfig, run_dir: Path, origin: str) -> None:
+def _check_course(config: RunConfig, run_dir: Path, origin: str) -> None:
     """Before anything starts, and puts its own run file in the place of the one that the run can go on with."""
     run_file = run_dir / RUN_FILE
     if not run_file.is_file() or not (run_dir / "checkpoints").is_dir():
         return
-    earlier = parse_run(read_run_values(run_file), str(run_file)).trainer
-    if changes := changes_of_course(trainer, earlier):
+    earlier = parse_run(read_run_values(run_file), str(run_file))
+    changes = [f"trainer.{change}" for change in changes_of_course(config.trainer, earlier.trainer)]
+    if changes := [*changes, *changed_services(config, earlier)]:
         advice = f"in {run_dir}, and decides the course of training; leave it as it was, or name another run_dir"
-        raise ConfigError(origin, [f"trainer.{change} {advice}" for change in changes])
+        raise ConfigError(origin, [f"{change} {advice}" for change in changes])

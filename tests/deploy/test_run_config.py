@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 import tyro
@@ -165,6 +166,27 @@ def test_a_run_is_resumed_with_its_own_course_alone(run_values: dict[str, Sectio
     assert len(caught.value.problems) == 2
     for change, problem in zip(changes, caught.value.problems, strict=True):
         assert problem.startswith(f"{change} in {tmp_path}, and decides the course of training")
+
+
+def test_a_run_is_resumed_with_what_it_was_paid_by_and_held_to(run_values: dict[str, Section], tmp_path: Path) -> None:
+    rewards = cast("list[Section]", run_values["services"]["reward"]["rewards"])  # pyright: ignore
+    rewards.append({"name": "short", "kind": "function", "function": "length", "parameters": {"minimum": 3}})
+    values = apply_overrides(run_values, [Override(("trainer", "run_dir"), str(tmp_path))])
+    (tmp_path / RUN_FILE).write_text(dump_config(parse_run(values, "test")))
+    (tmp_path / "checkpoints").mkdir()
+    reward, source = ("services", "reward", "rewards"), str(rewards[0]["model"]["source"])  # pyright: ignore
+    where = [Override((*reward, "0", "model", "threads"), 2), Override((*reward, "1", "workers"), 3)]
+    assert resolve_run(Run(resume=tmp_path), where).services.reward is not None
+    for path, value, earlier in (
+        (("trainer", "services", "reward_model"), "short", ""),
+        (("services", "reference", "model", "source"), "another", source),
+        ((*reward, "0", "model", "source"), "another", source),
+        ((*reward, "1", "parameters", "minimum"), 4, 3),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            resolve_run(Run(resume=tmp_path), [Override(path, value), *where])
+        [problem] = caught.value.problems
+        assert problem.startswith(f"{'.'.join(path)} is {value!r}, was {earlier!r} in {tmp_path}, and decides")
 
 
 def test_help_lists_every_key_that_an_override_reaches() -> None:

@@ -1,7 +1,7 @@
 """Configuration of the trainer. Importing it needs neither torch nor a GPU."""
 
 from ppod_trainer.config.advantages import AdvantagesConfig, GigpoConfig, SpaConfig
-from ppod_trainer.config.course import changes_of_course, configuration_fingerprint
+from ppod_trainer.config.course import changes_of_course, configuration_fingerprint, differences
 from ppod_trainer.config.memory import MemoryConfig
 from ppod_trainer.config.outputs import CheckpointConfig, EvaluationConfig, MetricsConfig
 from ppod_trainer.config.policy import CriticConfig, LoraConfig, PolicyConfig
@@ -71,6 +71,7 @@ __all__ = [
     "WeightTransferConfig",
     "changes_of_course",
     "configuration_fingerprint",
+    "differences",
     "is_kubernetes",
     "listed",
 ]

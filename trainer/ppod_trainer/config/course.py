@@ -8,12 +8,15 @@ from collections.abc import Iterator
 
 from pydantic import JsonValue
 
+from ppod_trainer.config.services import ServicesConfig
 from ppod_trainer.config.trainer import TrainerConfig
 
 _FREE_SECTIONS = (
-    *("run_dir", "resume", "services", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation"),
-    *("ranks", "memory", "watch"),
+    *("run_dir", "resume", "weight_transfer", "metrics", "tracing", "checkpoint", "evaluation", "ranks"),
+    *("memory", "watch"),
 )
+_DECISIVE_SERVICES = {"reward_model"}
+"""What pays is a part of the course; where it listens is not."""
 
 
 def configuration_fingerprint(config: TrainerConfig) -> str:
@@ -23,17 +26,19 @@ def configuration_fingerprint(config: TrainerConfig) -> str:
 
 def changes_of_course(config: TrainerConfig, earlier: TrainerConfig) -> list[str]:
     """What makes the fingerprints of two configurations differ: `PATH is VALUE, was VALUE`, with dotted paths."""
-    return list(_differences("", _course(config), _course(earlier)))
+    return list(differences("", _course(config), _course(earlier)))
 
 
 def _course(config: TrainerConfig) -> dict[str, JsonValue]:
-    free = {**dict.fromkeys(_FREE_SECTIONS, True), "environment": {"threads"}}
+    services = ServicesConfig.model_fields.keys() - _DECISIVE_SERVICES
+    free = {**dict.fromkeys(_FREE_SECTIONS, True), "environment": {"threads"}, "services": services}
     return config.model_dump(mode="json", exclude=free)
 
 
-def _differences(path: str, value: JsonValue, earlier: JsonValue) -> Iterator[str]:
+def differences(path: str, value: JsonValue, earlier: JsonValue) -> Iterator[str]:
+    """Where two values below a dotted path differ: `PATH is VALUE, was VALUE`."""
     if isinstance(value, dict) and isinstance(earlier, dict):
         for key in sorted(value.keys() | earlier.keys()):
-            yield from _differences(f"{path}.{key}" if path else key, value.get(key), earlier.get(key))
+            yield from differences(f"{path}.{key}" if path else key, value.get(key), earlier.get(key))
     elif value != earlier:
         yield f"{path} is {value!r}, was {earlier!r}"
