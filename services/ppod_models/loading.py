@@ -20,10 +20,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(device: str) -> torch.device:
-    """The device that a configuration names; "auto" is the first CUDA device, or else the CPU."""
+    """The device that a configuration names; "auto" is the first CUDA device, or else the CPU.
+
+    Raises:
+        ModelSourceError: there is no such device here.
+    """
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+        # That torch knows the name does not mean that its build and this machine have one.
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        expected = "auto, cpu, or one that torch has here, such as cuda:0"
+        raise ModelSourceError(f"device: found {device!r}, expected {expected}: {reason}") from error
+    return found
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -101,20 +101,20 @@ def open_ranks(device: str, timeout_s: float, *, mesh_of_one: bool = False) -> G
     """Join the ranks that torchrun's environment variables speak of; without them this process is alone.
 
     Args:
-        device: "auto" is the CUDA device of the rank's number on its machine, or else the CPU.
+        device: "auto" and "cuda" are the CUDA device of the rank's number on its machine; "auto" is else the CPU.
         timeout_s: longest wait for the other ranks, in seconds.
         mesh_of_one: a process that is alone has a mesh, too, for what FSDP does on one device.
 
     Raises:
-        RanksError: they did not come in time, or the variables are incomplete.
+        RanksError: they did not come in time, the variables are incomplete, or the device is of one rank alone.
+        ModelSourceError: there is no such device here.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 and not mesh_of_one:
         yield Ranks(pick_device(device))
         return
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    cuda = torch.cuda.is_available() and device != "cpu"
-    mine = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
+    mine = _pick_rank_device(device, size)
+    cuda = mine.type == "cuda"
     if cuda:
         torch.cuda.set_device(mine)
     try:
@@ -135,3 +135,12 @@ def open_ranks(device: str, timeout_s: float, *, mesh_of_one: bool = False) -> G
     yield Ranks(mine, dist.get_rank(), size, mesh, orders)
     # Not after an error: the others may be in the middle of something, which the end of this process breaks off.
     dist.destroy_process_group()
+
+
+def _pick_rank_device(device: str, size: int) -> torch.device:
+    """What this rank computes on."""
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    if size > 1 and ":" in device:
+        raise RanksError(f"policy.device is {device!r}, one for {size} ranks; expected auto, cpu or cuda")
+    return pick_device(device)

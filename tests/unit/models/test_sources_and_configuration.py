@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ppod_models.configuration import ConfigError, ConfigModel, ModelConfig, dump_config, load_config, parse_config
-from ppod_models.loading import load_tokenizer, pick_dtype, tokenizer_fingerprint
+from ppod_models.loading import load_tokenizer, pick_device, pick_dtype, tokenizer_fingerprint
 from ppod_models.sources import ModelSourceError, resolve, write_once
 from support.tiny_model import build_tokenizer
 from support.tiny_trunk import save_tiny_trunk
@@ -135,6 +135,14 @@ def test_files_are_laid_over_each_other_key_by_key(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"1\.yaml, .*2\.yaml, .*3\.yaml: 2 problems") as caught:
         load_config(Outer, first, second, third)
     assert "model.colour: unknown key" in caught.value.problems
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda:x", ""])
+def test_a_device_that_is_not_there_is_told_in_one_line(device: str) -> None:
+    with pytest.raises(ModelSourceError) as raised:
+        pick_device(device)
+    assert str(raised.value).startswith(f"device: found {device!r}, expected auto, cpu, or one that torch has here")
+    assert "\n" not in str(raised.value)
 
 
 def test_auto_is_bfloat16_only_where_the_device_is_faster_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
