@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from ppod_deploy.key_types import Kinds, choices, kinds_at, takes_list, takes_texts
 from ppod_deploy.run_config import RunConfig
-from ppod_models.configuration import ConfigError, ConfigModel
+from ppod_models.configuration import ConfigError, ConfigModel, parse_yaml
 
 PREFIXES = ("--services.", "--trainer.")
 COMMAND_LINE = "command line"
@@ -83,7 +83,7 @@ def _parse(text: str, key: str, kinds: Kinds) -> object:
     if text in {"None", "none"}:
         return None
     try:
-        value: object = yaml.safe_load(text)
+        value = parse_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(COMMAND_LINE, [f"{key}: {text!r} is not a value: {error}"]) from error
     return text if takes_texts(kinds) and not isinstance(value, str | list | dict | None) else value

@@ -9,6 +9,7 @@ from typing import Literal, Self, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml.constructor import ConstructorError
 
 
 class ConfigModel(BaseModel):
@@ -98,10 +99,28 @@ class TracingConfig(ConfigModel):
     )
 
 
+class _YamlReader(yaml.SafeLoader):
+    """Refuses a key that is there twice: PyYAML would keep the last, and what stands below the first has no effect."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:  # pyright: ignore - its stub is wrong
+        node = super().compose_mapping_node(anchor)  # pyright: ignore
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return node
+
+
+def parse_yaml(text: str) -> object:
+    """Plain values of a YAML text; raise YAMLError, ValueError or RecursionError where it is none."""
+    return _YamlReader(text).get_single_data()
+
+
 def read_yaml(path: Path) -> object:
     """Read a YAML file; raise ConfigError when it cannot be read or parsed."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppod_models.configuration import ConfigError, ConfigModel, ModelConfig, dump_config, load_config, parse_config
+from ppod_models.configuration import (
+    ConfigError,
+    ConfigModel,
+    ModelConfig,
+    dump_config,
+    load_config,
+    parse_config,
+    read_yaml,
+)
 from ppod_models.loading import load_tokenizer, pick_device, pick_dtype, tokenizer_fingerprint
 from ppod_models.sources import ModelSourceError, resolve, write_once
 from support.tiny_model import build_tokenizer
@@ -122,6 +130,18 @@ def test_yaml_round_trip_and_unreadable_files(tmp_path) -> None:
         load_config(Outer, file)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_config(Outer, tmp_path / "absent.yaml")
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path) -> None:
+    """What stood below the first would have no effect, and nobody would be told."""
+    file = tmp_path / "c.yaml"
+    file.write_text("name: a\nmodel: {source: x}\nmodel: {device: cpu}\n")
+    with pytest.raises(ConfigError, match="the key 'model' is there twice") as caught:
+        read_yaml(file)
+    assert "line 3, column 1" in str(caught.value)
+    # What a merge brings along may be said otherwise; a number and its digits are two keys.
+    file.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}\nd: {1: 5, '1': 6}\n")
+    assert read_yaml(file) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 3, "y": 4}, "d": {1: 5, "1": 6}}
 
 
 def test_files_are_laid_over_each_other_key_by_key(tmp_path) -> None:
