@@ -26,6 +26,11 @@ def choices(kinds: Kinds) -> set[object]:
     return {choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)}
 
 
+def takes_truth(kinds: Kinds) -> bool:
+    """Whether true is a value."""
+    return bool in kinds or True in choices(kinds)
+
+
 def takes_list(kinds: Kinds) -> bool:
     """Whether a list is a value."""
     return any(get_origin(kind) is tuple for kind in kinds)

@@ -15,7 +15,7 @@ from typing import Literal, Union, cast, get_args, get_origin
 import yaml
 from pydantic_core import PydanticUndefined
 
-from ppod_deploy.key_types import Kinds, choices, kinds_at, takes_list, takes_texts
+from ppod_deploy.key_types import Kinds, choices, kinds_at, takes_list, takes_texts, takes_truth
 from ppod_deploy.run_config import RunConfig
 from ppod_models.configuration import ConfigError, ConfigModel, parse_yaml
 
@@ -55,7 +55,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]
             texts.append(queue.pop(0))
         path = tuple(key.replace("-", "_").split("."))
         kinds = kinds_at(RunConfig, path)
-        if not texts and kinds and bool not in kinds:
+        if not texts and kinds and not takes_truth(kinds):
             raise ConfigError(COMMAND_LINE, [f"--{key}: a value is missing behind it"])
         one = kinds_at(RunConfig, (*path, "0")) if takes_list(kinds) else kinds
         parsed = [_parse(text, key, one) for text in texts]

@@ -158,6 +158,12 @@ def test_targets_of_every_kind_are_taken(target: str) -> None:
     assert parse_config(TrainerConfig, {"services": {"reward": target}}, "test").services.reward == target
 
 
+def test_a_choice_that_is_none_is_one_fault_of_its_key() -> None:
+    assert problems({"resume": "maybe"}) == ["resume: Input should be False, True or 'if_possible', found 'maybe'"]
+    for choice in (False, True, "if_possible"):
+        assert parse_config(TrainerConfig, {"resume": choice}, "test").resume is choice
+
+
 def test_a_shared_directory_goes_with_its_plane() -> None:
     assert "give one for shared" in problems({"weight_transfer": {"plane": "shared"}})[0]
     assert "give one for shared" in problems({"weight_transfer": {"directory": "/dev/shm/x"}})[0]

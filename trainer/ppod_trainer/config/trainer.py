@@ -33,7 +33,7 @@ class TrainerConfig(ConfigModel):
     """One PPO run."""
 
     run_dir: Path = Path("runs/ppo")
-    resume: bool | Literal["if_possible"] = Field(
+    resume: Literal[False, True, "if_possible"] = Field(
         default=False,
         description="go on from the newest checkpoint of run_dir; if_possible: or begin where there is none, as a Job "
         "that is started again; false: begin, and refuse a run_dir that holds checkpoints",
