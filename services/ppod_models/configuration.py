@@ -5,10 +5,18 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self, TypeVar, cast
+from typing import Literal, Self, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from yaml.constructor import ConstructorError
 
 
@@ -16,6 +24,15 @@ class ConfigModel(BaseModel):
     """Base of every configuration section: frozen; unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """YAML reads yes, on and off as truth, which pydantic would take for 1 and 0."""
+        kind = None if info.field_name is None else cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and any(one in (int, float) for one in (kind, *get_args(kind))):
+            raise ValueError("expected a number")
+        return value
 
 
 _SECTIONS = (Mapping, BaseModel, list, tuple)

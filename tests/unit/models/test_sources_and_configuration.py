@@ -132,6 +132,15 @@ def test_yaml_round_trip_and_unreadable_files(tmp_path) -> None:
         load_config(Outer, tmp_path / "absent.yaml")
 
 
+def test_truth_is_no_number() -> None:
+    """`threads: yes` would be one thread, and `off` for what is switched off by none another number."""
+    for value in (True, False):
+        with pytest.raises(ConfigError) as caught:
+            parse_config(ModelConfig, {"source": "x", "threads": value}, "test")
+        assert caught.value.problems == [f"threads: expected a number, found {value}"]
+    assert parse_config(ModelConfig, {"source": "x", "threads": 1}, "test").threads == 1
+
+
 def test_a_key_that_is_there_twice_is_refused(tmp_path) -> None:
     """What stood below the first would have no effect, and nobody would be told."""
     file = tmp_path / "c.yaml"
