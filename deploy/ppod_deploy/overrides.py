@@ -107,29 +107,35 @@ def _set(values: object, override: Override, depth: int) -> object:
     return {**mapping, key: _set(mapping.get(key), override, depth + 1)}
 
 
-def describe_keys(model: type[ConfigModel], prefix: str = "", *, flags: bool = True) -> Iterator[str]:
+def describe_keys(
+    model: type[ConfigModel], prefix: str = "", *, flags: bool = True, without: str = ""
+) -> Iterator[str]:
     """Lines that list every key of a configuration with its type, default and meaning, section by section.
 
-    `flags` writes keys as options of the command line, with dashes; otherwise as they stand in a file.
+    Args:
+        model: the configuration.
+        prefix: dotted path before its keys.
+        flags: keys are written as options of the command line, with dashes; otherwise as they stand in a file.
+        without: of a section that may be left out, what is then.
     """
     dashes, word = ("--", "-") if flags else ("", "_")
-    sections: list[tuple[str, type[ConfigModel]]] = []
+    sections: list[tuple[str, type[ConfigModel], str]] = []
     leaves: list[str] = []
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}".replace("_", word)
         inner = _section_type(field.annotation)
-        if inner is not None:
-            sections.append((path, inner))
-            continue
         default: object = field.get_default(call_default_factory=True, validated_data={})
-        shown = "required" if default is PydanticUndefined else f"default {_short(default)}"
         meaning = f"{field.description}; " if field.description else ""
+        if inner is not None:
+            sections.append((path, inner, f" ({meaning}default none)" if default is None else ""))
+            continue
+        shown = "required" if default is PydanticUndefined else f"default {_short(default)}"
         leaves.append(f"  {dashes}{path} {_type_name(field.annotation)}\n        {meaning}{shown}")
     if prefix and leaves:
-        yield f"\n{prefix.rstrip('.')}: {(model.__doc__ or '').strip().splitlines()[0]}"
+        yield f"\n{prefix.rstrip('.')}: {(model.__doc__ or '').strip().splitlines()[0]}{without}"
     yield from leaves
-    for path, inner in sections:
-        yield from describe_keys(inner, f"{path}.", flags=flags)
+    for path, inner, left_out in sections:
+        yield from describe_keys(inner, f"{path}.", flags=flags, without=left_out)
 
 
 def _section_type(annotation: object) -> type[ConfigModel] | None:

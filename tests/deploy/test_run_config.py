@@ -194,6 +194,9 @@ def test_help_lists_every_key_that_an_override_reaches() -> None:
     for key in ("--services.reward.rewards", "--trainer.ppo.clip FLOAT", "--trainer.kl.adaptive.target FLOAT"):
         assert key in text
     assert "PydanticUndefined" not in text
+    # The defaults of a section's keys are none of a run that leaves it out.
+    assert "section 2.2. (default none)\n  --trainer.kl.adaptive.target FLOAT" in text
+    assert "(none: prompts are answered in one turn; default none)\n  --trainer.environment.name STR" in text
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:
