@@ -46,6 +46,12 @@ def resolve_run(command: Run | Up, overrides: Sequence[Override]) -> RunConfig:
     values = apply_overrides(values, overrides)
     if resume is not None:
         resuming = [Override(("trainer", "run_dir"), str(resume)), Override(("trainer", "resume"), True)]
+        implied = {one.path: one.value for one in resuming}
+        if others := [one for one in overrides if implied.get(one.path, one.value) != one.value]:
+            faults = [
+                f"{'.'.join(one.path)}: {one.value}, but --resume is {resume}; give one of them" for one in others
+            ]
+            raise ConfigError(COMMAND_LINE, faults)
         values = apply_overrides(values, resuming)
     origin = f"{named(*paths)} with the command line's overrides" if overrides else named(*paths)
     config = parse_run(with_run_dir(values, paths[-1].stem), origin)

@@ -150,6 +150,19 @@ def test_a_file_that_is_no_mapping_and_a_resume_of_nothing_are_faults(tmp_path: 
         resolve_run(Run(resume=tmp_path), [])
 
 
+def test_a_run_is_resumed_in_no_other_directory_than_its_own(run_values: dict[str, Section], tmp_path: Path) -> None:
+    (tmp_path / RUN_FILE).write_text(dump_config(parse_run(run_values, "test")))
+    elsewhere = [Override(("trainer", "run_dir"), "elsewhere"), Override(("trainer", "resume"), False)]
+    with pytest.raises(ConfigError) as caught:
+        resolve_run(Run(resume=tmp_path), elsewhere)
+    assert caught.value.problems == [
+        f"trainer.run_dir: elsewhere, but --resume is {tmp_path}; give one of them",
+        f"trainer.resume: False, but --resume is {tmp_path}; give one of them",
+    ]
+    same = Override(("trainer", "run_dir"), str(tmp_path))
+    assert resolve_run(Run(resume=tmp_path), [same]).trainer.run_dir == tmp_path
+
+
 def test_a_run_is_resumed_with_its_own_course_alone(run_values: dict[str, Section], tmp_path: Path) -> None:
     """Before its run file is overwritten, from which it could be resumed."""
     values = apply_overrides(run_values, [Override(("trainer", "run_dir"), str(tmp_path))])
