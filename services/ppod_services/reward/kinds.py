@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, Self, cast
 
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
+from ppod.client.replicas import parse_target
+from ppod.errors import InvalidArgument
 from ppod_models.configuration import ConfigModel, ModelConfig
 from ppod_services.reward.functions.registry import FUNCTIONS
 
@@ -159,6 +161,15 @@ class PpodServerConfig(ConfigModel):
     kind: Literal["ppod"]
     target: str = Field(min_length=1, description="its address, host:port")
     tokenizer: str = Field(min_length=1, description="source of its model's tokenizer, which needs a chat template")
+
+    @field_validator("target")
+    @classmethod
+    def _leads_somewhere(cls, target: str) -> str:
+        try:
+            parse_target(target)
+        except InvalidArgument as error:
+            raise ValueError(f"expected {error.expected}") from error
+        return target
 
 
 JudgeServerConfig = Annotated[

@@ -91,6 +91,16 @@ def test_every_fault_of_every_kind_is_told_with_a_path_of_the_file() -> None:
     assert "kind=" not in text
 
 
+def test_a_judge_of_ppods_own_is_at_a_target_that_there_can_be() -> None:
+    server = {"kind": "ppod", "tokenizer": "t"}
+    judge = {"name": "j", "kind": "judge", "rubric": {"criteria": "c"}}
+    for target in ("generation", "generation:70000"):
+        assert problems({**judge, "server": {**server, "target": target}}) == [
+            f"rewards.0.server.target: expected host:port, the port from 1 to 65535, found {target!r}"
+        ]
+    assert parse({**judge, "server": {**server, "target": "a:1,b:1"}}).rewards[0].name == "j"
+
+
 def test_compositions_that_make_no_sense_are_told_all_at_once() -> None:
     [problem] = problems(
         HEAD,
