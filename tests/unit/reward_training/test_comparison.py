@@ -52,3 +52,18 @@ def test_a_head_trained_on_held_out_reviews_is_refused(
     assert code == (0 if problem is None else 1)
     assert ("of 190 pairs" in output.out) == (problem is None)
     assert problem is None or problem in output.err
+
+
+@pytest.mark.parametrize("words", [["--threads", "0"], ["--reviews", "1"], ["--reviews", "-3"], ["--reviews", "x"]])
+def test_numbers_that_nothing_can_be_compared_with_are_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        compare.main(words)
+    assert ended.value.code == 2
+    assert f"argument {words[0]}: found '{words[1]}', expected " in capsys.readouterr().err
+
+
+def test_a_trunk_that_is_not_there_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.main(["--source", str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err == f"error: model '{tmp_path / 'nowhere'}': no such directory\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from ppod_models.reward_cards import HeadCard
 from ppod_models.reward_features import encode_text
 from ppod_models.reward_heads import RewardHeadError
 from ppod_models.reward_model import RewardModel
-from ppod_models.sources import resolve
+from ppod_models.sources import ModelSourceError, resolve
 from ppod_trainer.reward_training.config import DataConfig
 from ppod_trainer.reward_training.data import PACKAGED_RATINGS, Review, file_digest, read_reviews, split_reviews
 from ppod_trainer.reward_training.evaluate import Evaluation, evaluate
@@ -45,11 +45,11 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print figures of each head, their agreement, the seconds of a batch and, when asked, the lexicon's figures.
 
-    Returns the exit code: 1 where a head cannot be compared, which one line tells.
+    Returns the exit code: 1 where the trunk is not there or a head cannot be compared, which one line tells.
     """
     try:
         _compare(_parse(arguments))
-    except RewardHeadError as error:
+    except (ModelSourceError, RewardHeadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -141,6 +141,15 @@ def lexicon_scores(reviews: Sequence[Review]) -> npt.NDArray[np.float32]:
     return np.array([analyser.polarity_scores(review.text)["compound"] for review in reviews], dtype=np.float32)
 
 
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected {lowest} or more")
+        return int(text)
+
+    return parse
+
+
 def _show(name: str, evaluation: Evaluation) -> None:
     print(
         f"{name}: {evaluation.every.accuracy:.4f} of {evaluation.every.pairs:,} pairs, {evaluation.clear.accuracy:.4f} "
@@ -156,8 +165,10 @@ def _parse(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--heads", nargs="+", default=["reviews-reward", "reviews-judge"], metavar="HEAD")
     parser.add_argument("--source", default="packaged:smollm2-135m-instruct", help="the trunk (default: %(default)s)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--reviews", type=int, default=None, metavar="N", help="only N of the held-out reviews")
+    parser.add_argument("--threads", type=_at_least(1), default=2)
+    parser.add_argument(
+        "--reviews", type=_at_least(2), default=None, metavar="N", help="only N of the held-out reviews"
+    )
     parser.add_argument("--lexicon", action="store_true", help="measure VADER too (pip install vaderSentiment)")
     found = parser.parse_args(arguments)
     return Options(tuple(found.heads), found.source, found.dtype, found.threads, found.reviews, found.lexicon)
