@@ -158,6 +158,22 @@ def test_targets_of_every_kind_are_taken(target: str) -> None:
     assert parse_config(TrainerConfig, {"services": {"reward": target}}, "test").services.reward == target
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"rewards": {"model": False, "clip": 1.0}}, "which model false leaves out"),
+        (
+            {"rewards": {"model": False}, "services": {"reward_model": "x"}},
+            "services.reward_model needs the reward service",
+        ),
+        ({"advantages": {"kind": "reinforce_pp"}, "critic": {"detach": True}}, "reads no values: remove"),
+    ],
+)
+def test_what_would_be_read_by_nobody_is_refused(values: dict[str, object], words: str) -> None:
+    [problem] = problems({**values, "environment": {"name": "calculator"}})
+    assert words in problem
+
+
 def test_a_choice_that_is_none_is_one_fault_of_its_key() -> None:
     assert problems({"resume": "maybe"}) == ["resume: Input should be False, True or 'if_possible', found 'maybe'"]
     for choice in (False, True, "if_possible"):

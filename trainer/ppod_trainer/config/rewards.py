@@ -86,9 +86,10 @@ class RewardsConfig(ConfigModel):
     @model_validator(mode="after")
     def _scores_are_there(self) -> Self:
         read = self.normalize != "none" or self.filters.safety is not None or self.shaping != "none"
-        if not self.model and read:
+        if not self.model and (read or self.clip is not None):
             raise ValueError(
-                "normalize, shaping and filters.safety read the reward model's scores, which model false leaves out"
+                "normalize, clip, shaping and filters.safety read the reward model's scores, which model false leaves "
+                "out"
             )
         return self
 

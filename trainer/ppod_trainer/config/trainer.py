@@ -98,8 +98,9 @@ class TrainerConfig(ConfigModel):
     def _something_pays(self) -> Iterator[str]:
         if self.environment is None and not self.rewards.model:
             yield "rewards.model is false and there is no environment: nothing would pay a reward"
-        if not self.rewards.model and self.services.judge_model is not None:
-            yield "services.judge_model needs the reward service, which rewards.model false leaves out"
+        for key, name in (("reward_model", self.services.reward_model), ("judge_model", self.services.judge_model)):
+            if not self.rewards.model and name:
+                yield f"services.{key} needs the reward service, which rewards.model false leaves out"
 
     def _one_chooses_the_prompts(self) -> Iterator[str]:
         if self.prompts.curriculum_steps and self.rollout.history_resampling is not None:
@@ -167,8 +168,8 @@ class TrainerConfig(ConfigModel):
 
     def _critic_is_read(self) -> Iterator[str]:
         kind, critic = self.advantages.kind, self.critic
-        if kind not in NEEDS_CRITIC and (critic.kind != "head" or critic.warm_up_steps):
-            yield f"advantages.kind {kind} reads no values: remove critic.kind and critic.warm_up_steps"
+        if kind not in NEEDS_CRITIC and (critic.kind != "head" or critic.warm_up_steps or critic.detach):
+            yield f"advantages.kind {kind} reads no values: remove critic.kind, critic.detach and critic.warm_up_steps"
         if critic.warm_up_steps >= self.steps:
             yield f"critic.warm_up_steps is {critic.warm_up_steps}; steps, {self.steps}, must be more"
 
