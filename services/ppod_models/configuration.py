@@ -106,7 +106,9 @@ class TracingConfig(ConfigModel):
     """Where OpenTelemetry spans go. A call's span joins the trace that its metadata names."""
 
     endpoint: str | None = Field(
-        default=None, min_length=1, description="OTLP over gRPC, such as http://collector:4317; none: no tracing"
+        default=None,
+        pattern=r"^https?://",
+        description="OTLP over gRPC, such as http://collector:4317, or https:// where it speaks TLS; none: no tracing",
     )
     sample_ratio: float = Field(
         default=1.0,

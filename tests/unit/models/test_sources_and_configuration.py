@@ -12,6 +12,7 @@ from ppod_models.configuration import (
     ConfigError,
     ConfigModel,
     ModelConfig,
+    TracingConfig,
     dump_config,
     load_config,
     parse_config,
@@ -130,6 +131,14 @@ def test_yaml_round_trip_and_unreadable_files(tmp_path) -> None:
         load_config(Outer, file)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_config(Outer, tmp_path / "absent.yaml")
+
+
+def test_a_collector_is_named_with_its_scheme() -> None:
+    """Without one it would be spoken to by TLS, and its spans be lost, of which nobody is told."""
+    with pytest.raises(ConfigError, match=r"endpoint: String should match pattern .* found 'collector:4317'"):
+        parse_config(TracingConfig, {"endpoint": "collector:4317"}, "test")
+    for endpoint in ("http://collector:4317", "https://collector:4317", None):
+        assert parse_config(TracingConfig, {"endpoint": endpoint}, "test").endpoint == endpoint
 
 
 def test_truth_is_no_number() -> None:
