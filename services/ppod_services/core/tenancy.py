@@ -15,12 +15,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import yaml
+
 from ppod.errors import PermissionDenied, Unauthenticated
-from ppod_models.configuration import ConfigError
+from ppod_models.configuration import ConfigError, parse_config
 from ppod_services.core.callers import ANONYMOUS, Team
 from ppod_services.core.config import TenancyConfig
 from ppod_services.core.logs import log_event
-from ppod_services.core.teams_file import ADMINISTRATOR, Roster, load_roster
+from ppod_services.core.teams_file import ADMINISTRATOR, Roster, TeamsFile, load_roster
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -138,13 +140,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     new_token.add_argument("name", metavar="NAME", help="name of the team or administrator")
     name: str = parser.parse_args(arguments).name
     token = secrets.token_urlsafe(_TOKEN_BYTES)
-    digest = hashlib.sha256(token.encode()).hexdigest()
+    entry = {"name": name, "token_sha256": [hashlib.sha256(token.encode()).hexdigest()]}
+    try:
+        parse_config(TeamsFile, {"teams": [entry]}, "NAME")
+    except ConfigError as error:
+        parser.error("; ".join(error.problems))
     sys.stdout.write(
         f"# The token, shown this once; {name} sends it as metadata `authorization: Bearer TOKEN`:\n"
         f"# {token}\n"
-        f"- name: {name}\n"
-        f"  token_sha256:\n"
-        f"    - {digest}\n"
+        f"{yaml.safe_dump([entry], sort_keys=False)}"
     )
 
 

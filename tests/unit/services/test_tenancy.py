@@ -223,6 +223,26 @@ def test_a_new_token_opens_the_door_that_its_snippet_describes(
     assert tenancy_of(path).team(bearer(token)).name == "green"
     main(["new-token", "green"])
     assert token not in capsys.readouterr().out
+    # A name that YAML would read as a number.
+    main(["new-token", "007"])
+    printed = capsys.readouterr().out
+    path.write_text("teams:\n" + printed)
+    assert tenancy_of(path).team(bearer(printed.splitlines()[1].removeprefix("# "))).name == "007"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("Bad_NAME", "teams.0.name: String should match pattern"), ("anonymous", "a name that ppod uses itself")],
+)
+def test_no_token_is_made_for_a_name_that_the_file_may_not_hold(
+    name: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["new-token", name])
+    assert ended.value.code == 2
+    output = capsys.readouterr()
+    assert words in output.err
+    assert output.out == ""
 
 
 @pytest.mark.parametrize(
