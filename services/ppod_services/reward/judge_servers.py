@@ -14,6 +14,7 @@ import openai
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
 from ppod import AsyncGenerationClient, Sampling
+from ppod.client import FinishReason
 from ppod.errors import Cancelled, DeadlineExceeded, PpodError, ResourceExhausted, Unavailable
 from ppod.tensors import TokenArray
 from ppod_models.sources import ModelSourceError
@@ -78,9 +79,10 @@ class OpenAiServer:
         # Of an answer that is no JSON, as a web page's, the client makes a text, and of any JSON a completion.
         if not isinstance(cast(object, reply), ChatCompletion) or not isinstance(cast(object, reply.choices), list):
             raise JudgeRefusedError(f"{self._server.base_url} does not answer with chat completions; see its base_url")
-        if not reply.choices or reply.choices[0].message.content is None:
+        choice = reply.choices[0] if reply.choices else None
+        if choice is None or choice.message.content is None:
             return ""
-        return reply.choices[0].message.content
+        return _whole_lines(choice.message.content, cut=choice.finish_reason == "length")
 
     async def close(self) -> None:
         """Close the connections."""
@@ -130,7 +132,8 @@ class PpodServer:
             # Of the question, not of the request that it is asked for: its sample numbers are others, and so are the
             # caller and the token that it may be about.
             raise JudgeRefusedError(f"{error.code.name} from {self._target}: {error}") from error
-        return await self._tokenize(lambda: self._codec.decode(completion.token_ids))
+        text = await self._tokenize(lambda: self._codec.decode(completion.token_ids))
+        return _whole_lines(text, cut=completion.finish_reason in (FinishReason.LENGTH, FinishReason.ABORTED))
 
     async def close(self) -> None:
         """Close the channel."""
@@ -146,6 +149,11 @@ class PpodServer:
         except ChatTemplateError as error:
             raise JudgeRefusedError(f"{self._target}: {error}") from error
         return prompt
+
+
+def _whole_lines(reply: str, *, cut: bool) -> str:
+    """A reply, without its last line where it was cut off: `Score: 1` may have been about to become `Score: 10`."""
+    return reply.rpartition("\n")[0] if cut else reply
 
 
 def _retry_after_s(error: openai.RateLimitError) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import threading
 import time
@@ -141,6 +142,19 @@ def test_an_unreadable_reply_is_asked_for_again(judging: Judging) -> None:
     assert "The score 7 is not on the scale." in str(third)
 
 
+def test_a_verdict_that_may_have_been_cut_off_is_none(judging: Judging) -> None:
+    """The next token may have made a 1 a 1.5: what is not whole is asked for again."""
+    told = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": "Good.\nScore: 1"}}
+    cut = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [told]}
+    replies = iter([json.dumps(cut).encode(), "Score: 1.5"])
+    ask(judging, lambda _: next(replies))
+    assert floats(score(judging.service, of_texts(["a"]), "judge").scores) == [1.5]
+    # A whole line is what it is, whatever was to come behind it.
+    told["message"] = {"role": "assistant", "content": "Score: 2\nAs I sa"}
+    ask(judging, lambda _: json.dumps(cut).encode())
+    assert floats(score(judging.service, of_texts(["a"]), "judge").scores) == [2.0]
+
+
 def test_a_verdict_that_stays_unreadable_names_its_sample(judging: Judging) -> None:
     ask(judging, lambda messages: "Score: 2" if response_in(messages) == "fine" else "Score: 2\nScore: 5")
     error = failure(judging.service, of_texts(["fine", "not"]), "judge")
@@ -213,6 +227,11 @@ def test_a_generation_service_of_ours_is_asked_too(judging: Judging) -> None:
     assert (too_long.sample, "INVALID_ARGUMENT" in too_long.found) == (0, True)
 
 
+def say(reply: generation_pb2.GenerateResponse, tokens: list[int], ending: generation_pb2.FinishReason) -> None:
+    reply.token_ids, reply.logprobs = pack_tokens(tokens), pack_floats([-1.0] * len(tokens))
+    reply.finish_reason = ending
+
+
 def judge_by(target: str) -> Judge:
     """A judge that asks this generation service, one question at a time."""
     config = JudgeConfig.model_validate(
@@ -241,7 +260,7 @@ async def test_a_generation_service_that_cannot_answer_fails_the_sample_that_it_
         if number > 1:
             raise trouble
         assert isinstance(reply, generation_pb2.GenerateResponse)
-        reply.token_ids, reply.logprobs = pack_tokens(verdict), pack_floats([-1.0] * len(verdict))
+        say(reply, verdict, generation_pb2.FINISH_REASON_STOP)
 
     with scripted_server(Script(change)) as generation:
         asked = judge_by(generation.target)
@@ -254,6 +273,25 @@ async def test_a_generation_service_that_cannot_answer_fails_the_sample_that_it_
     assert f"{words} from {generation.target}: {trouble}" in caught.value.found
 
 
+@pytest.mark.parametrize("ending", [generation_pb2.FINISH_REASON_LENGTH, generation_pb2.FINISH_REASON_ABORTED])
+async def test_no_verdict_is_read_off_a_completion_that_a_limit_or_new_weights_cut_off(
+    ending: generation_pb2.FinishReason,
+) -> None:
+    verdict = build_tokenizer()("Score: 1", add_special_tokens=False)["input_ids"]
+
+    def change(reply: Message, _: int) -> None:
+        assert isinstance(reply, generation_pb2.GenerateResponse)
+        say(reply, verdict, ending)
+
+    with scripted_server(Script(change)) as generation:
+        asked = judge_by(generation.target)
+        samples = (Sample(0, TextContent("", "a")),)
+        query = Query(samples, Truncation.NONE, ANONYMOUS_CALLER, time.monotonic() + 20)
+        with pytest.raises(RewardFailed, match="No line with a score"):
+            await asked.score(samples, [PlainText("", "a")], query)
+        await asked.close()
+
+
 async def test_a_caller_that_goes_away_leaves_a_generation_service_to_the_next_one() -> None:
     verdict = build_tokenizer()("Score: 1", add_special_tokens=False)["input_ids"]
     begun, go_on = threading.Event(), threading.Event()
@@ -263,7 +301,7 @@ async def test_a_caller_that_goes_away_leaves_a_generation_service_to_the_next_o
             begun.set()
             go_on.wait(20)
         assert isinstance(reply, generation_pb2.GenerateResponse)
-        reply.token_ids, reply.logprobs = pack_tokens(verdict), pack_floats([-1.0] * len(verdict))
+        say(reply, verdict, generation_pb2.FINISH_REASON_STOP)
 
     with scripted_server(Script(change)) as generation:
         asked = judge_by(generation.target)
