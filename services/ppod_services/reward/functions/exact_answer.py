@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal, InvalidOperation
 
 from pydantic import Field, field_validator
 
@@ -59,12 +60,18 @@ class ExactAnswer:
         matches = list(self._pattern.finditer(response))
         return matches[-1].group(1) if matches else None
 
-    def _plain(self, answer: str) -> str | float:
+    def _plain(self, answer: str) -> str | Decimal:
         text = " ".join(answer.split())
-        if self._parameters.numbers:
-            try:
-                return float(text.replace(",", ""))
-            except ValueError:
-                # Not a number: compared as text.
-                pass
+        number = _number(text) if self._parameters.numbers else None
+        if number is not None:
+            return number
         return text.casefold() if self._parameters.ignore_case else text
+
+
+def _number(text: str) -> Decimal | None:
+    """The number that a text is, to its last digit: as floats, integers from 2**53 on equal their neighbours."""
+    try:
+        number = Decimal(text.replace(",", ""))
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
