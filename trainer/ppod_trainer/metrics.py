@@ -162,7 +162,9 @@ class MetricsLog:
         self.evaluated = {int(record["step"]) for _, record in kept if _is_evaluation(record)}
         write_durably(path, "".join(line for line, _ in kept))
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard")) if config.tensorboard else None
+        # TensorBoard appends: without a step from which on the earlier points go, a curve would double back.
+        first_step = 0 if resume_step is None else resume_step + 1
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step) if config.tensorboard else None
         self._exporter = _export(self.registry, config)
 
     def observe_rpc(self, method: str, seconds: float, code: str) -> None:

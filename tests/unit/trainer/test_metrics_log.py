@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run that goes on: what was after its checkpoint goes, a line that was cut goes, the rest stays."""
+"""The records of a run that goes on: what was after its checkpoint goes, a line that was cut goes, the rest stays."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ppod_trainer.config import MetricsConfig
 from ppod_trainer.errors import TrainerError
@@ -55,6 +56,22 @@ def test_a_new_run_begins_anew(run_dir: Path) -> None:
     log.close()
     assert log.evaluated == set()
     assert (run_dir / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(("resume_step", "left"), [(2, [0.1, 0.2]), (0, []), (None, [])])
+def test_tensorboard_forgets_what_is_done_again(tmp_path: Path, resume_step: int | None, left: list[float]) -> None:
+    config = MetricsConfig(port=None, tensorboard=True)
+    log = MetricsLog(tmp_path, config)
+    for step in (1, 2, 3):
+        log.write(step, {"score/mean": step / 10})
+    log.close()
+    log = MetricsLog(tmp_path, config, resume_step)
+    log.write(len(left) + 1, {"score/mean": 0.9})
+    log.close()
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("score/mean")
+    assert [(one.step, one.value) for one in shown] == [
+        (step, pytest.approx(value)) for step, value in enumerate([*left, 0.9], start=1)
+    ]
 
 
 def test_the_end_of_each_step_is_told(tmp_path: Path) -> None:
