@@ -48,14 +48,14 @@ def score_rollouts(
     Raises:
         PpodError: as the client.
     """
-    sequences = [rollout.visible_tokens for rollout in rollouts]
     if shaping.level == "none":
-        return client.score(sequences, truncation=Truncation.NONE), [None] * len(rollouts)
+        scores = client.score([one.visible_tokens for one in rollouts], truncation=Truncation.NONE)
+        return scores, [None] * len(rollouts)
     # By token the prompt's last one counts as response: the score behind it is the prompt's potential.
     by_token = shaping.level == "token"
     scores = client.score(
-        sequences,
-        prompt_lengths=[len(rollout.prompt.token_ids) - by_token for rollout in rollouts],
+        [one.visible_tokens if by_token else one.judged_tokens for one in rollouts],
+        prompt_lengths=[len(one.prompt.token_ids) - by_token for one in rollouts],
         process=shaping.interval if by_token else Granularity.STEP,
         truncation=Truncation.NONE,
     )

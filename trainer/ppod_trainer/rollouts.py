@@ -103,6 +103,14 @@ class Rollout:
         return self.tokens[:-1] if self.stop_token else self.tokens
 
     @property
+    def judged_tokens(self) -> TokenArray:
+        """What rewards that tell prompt and response apart read: `visible_tokens`, one of the response at least.
+
+        A response that ended at once keeps its stop token: the reward service takes no sequence that is all prompt.
+        """
+        return self.visible_tokens if len(self.response) > 1 else self.tokens
+
+    @property
     def sampled(self) -> int:
         """Tokens that the policy sampled."""
         return int(self.action_mask.sum())

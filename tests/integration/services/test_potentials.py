@@ -99,3 +99,14 @@ def test_by_steps_the_potential_changes_where_a_step_ends(client: RewardClient, 
         # A model that reads both ways has no prefixes of one forward; the service computes each by itself.
         _, ways = score_rollouts(other, [one], Shaping("token"))
         assert ways[0] is not None
+
+
+def test_by_steps_a_response_that_ended_at_once_is_scored_like_its_prompt(client: RewardClient) -> None:
+    """The policy may say nothing at all; the reward service takes no sequence without a response."""
+    made = rollouts()
+    scores, potentials = score_rollouts(client, made, Shaping("step"))
+    plain, _ = score_rollouts(client, made, Shaping())
+    np.testing.assert_allclose(scores.values, plain.values, atol=1e-5)
+    assert made[2].visible_tokens.tolist() == PROMPTS[2]
+    assert potentials[2] is not None
+    assert potentials[2].tolist() == [0.0]
