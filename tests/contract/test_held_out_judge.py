@@ -17,6 +17,7 @@ from ppod.errors import NonFiniteOutput
 from ppod.tensors import unpack_sequences
 from ppod.v1 import reward_pb2
 from ppod_trainer.bad_samples import BadSamples
+from ppod_trainer.errors import TrainerError
 from ppod_trainer.evaluation import Evaluator
 from ppod_trainer.rollouts import ScoredRollout
 from support.random_rollouts import random_rollouts
@@ -72,6 +73,12 @@ def test_samples_that_the_judge_refuses_are_left_out_of_its_mean(bad: tuple[int,
     assert evaluation.judge == (pytest.approx(np.mean(list(good.values()))) if good else None)
     assert [sample.judge for sample in evaluation.samples] == [good.get(one.rollout.seed) for one in scored]
     assert len(evaluation.samples) == 6, "the reward model's scores stay"
+
+
+def test_an_evaluation_of_which_nothing_is_left_says_so() -> None:
+    """A mean over nothing is no score."""
+    with judge_of([], BadSamples("skip")) as evaluator, pytest.raises(TrainerError, match="step 3: all 0 samples"):
+        evaluator.evaluate(3, 1)
 
 
 def test_without_a_judge_nothing_is_judged() -> None:

@@ -13,6 +13,7 @@ from ppod import RewardClient
 from ppod.tensors import TokenArray
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.collector import RolloutCollector
+from ppod_trainer.errors import TrainerError
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt
 from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
@@ -101,9 +102,19 @@ class Evaluator:
         self._decode = decode
 
     def evaluate(self, step: int, policy_version: int) -> Evaluation:
-        """Evaluate the weights of a version. Raises PpodError when a service fails."""
+        """Evaluate the weights of a version.
+
+        Raises:
+            PpodError: a service failed.
+            TrainerError: every sample was refused, so that there is nothing to tell of.
+        """
         seeds = [sample_seed(_EVALUATION_SEED, "heldout", 0, index) for index in range(len(self._prompts))]
         scored = self._collector.collect(self._prompts, seeds, policy_version, StepTimer())
+        if not scored:
+            raise TrainerError(
+                f"evaluation after step {step}: all {len(seeds)} samples of the held-out prompts were refused; look at "
+                "the warnings above"
+            )
         judged = self.judge(scored)
         samples = tuple(self._sample(one, judged.get(one.rollout.seed)) for one in scored)
         judgements = np.array(list(judged.values()), dtype=np.float32)
