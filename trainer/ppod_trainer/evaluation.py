@@ -26,13 +26,18 @@ _EVALUATION_SEED = 7  # Not the run's: every run is judged on the same draws.
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt with its continuation, as text, and its scores."""
+    """One prompt with its continuation, as text, and its scores.
+
+    Attributes:
+        seed: that it was sampled with; 0 in evaluations from before it was kept.
+    """
 
     prompt: str
     continuation: str
     score: float
     judge: float | None
     tokens: int
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +164,7 @@ class Evaluator:
             score=scored.outcome,
             judge=judge,
             tokens=rollout.sampled,
+            seed=rollout.seed,
         )
 
 

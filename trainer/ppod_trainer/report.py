@@ -63,8 +63,10 @@ def print_report(console: Console, before: Evaluation, after: Evaluation, shown:
     samples = Table(title="samples, same prompt and seed", show_lines=True)
     for column in ("prompt", "before", "after"):
         samples.add_column(column, overflow="fold")
-    earlier = {sample.prompt: sample for sample in before.samples}
-    pairs = [(earlier[sample.prompt], sample) for sample in after.samples if sample.prompt in earlier][:shown]
+    # Episodes of an environment may begin alike, with the same prompt.
+    earlier = {(sample.prompt, sample.seed): sample for sample in before.samples}
+    found = ((earlier.get((sample.prompt, sample.seed)), sample) for sample in after.samples)
+    pairs = [(old_sample, sample) for old_sample, sample in found if old_sample is not None][:shown]
     for old_sample, new_sample in pairs:
         # As text, not markup: what a model writes in brackets is no style of ours.
         samples.add_row(Text(old_sample.prompt), _continuation(old_sample), _continuation(new_sample))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -28,3 +30,20 @@ def test_the_report_shows_samples_as_they_are_brackets_included() -> None:
         "+2.00 standard",
     ):
         assert text in shown
+
+
+def test_a_sample_stands_beside_the_one_of_its_own_seed() -> None:
+    """Episodes may begin alike; one that was refused before has no counterpart."""
+
+    def numbered(step: int, *seeds: int) -> Evaluation:
+        samples = tuple(Sample("Guess:", f"of {step}, seed {seed}", 0.0, None, 5, seed) for seed in seeds)
+        return replace(evaluation(step, "", 0.0), samples=samples)
+
+    console = Console(file=io.StringIO(), width=160)
+    print_report(console, numbered(0, 11, 13), numbered(3, 11, 12, 13), shown=3)
+    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    lines = [line for line in shown.splitlines() if "seed 1" in line]
+    assert [re.findall(r"of (\d), seed (\d+)", line) for line in lines] == [
+        [("0", "11"), ("3", "11")],
+        [("0", "13"), ("3", "13")],
+    ]
