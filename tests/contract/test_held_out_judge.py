@@ -53,7 +53,7 @@ def judge_of(scored: list[ScoredRollout], bad_samples: BadSamples) -> Iterator[E
 
 
 def expected(scored: ScoredRollout) -> float:
-    tokens = scored.rollout.visible_tokens.tolist()
+    tokens = scored.rollout.judged_tokens.tolist()
     return token_score(tokens) + 2 * len(tokens)
 
 
@@ -73,6 +73,15 @@ def test_samples_that_the_judge_refuses_are_left_out_of_its_mean(bad: tuple[int,
     assert evaluation.judge == (pytest.approx(np.mean(list(good.values()))) if good else None)
     assert [sample.judge for sample in evaluation.samples] == [good.get(one.rollout.seed) for one in scored]
     assert len(evaluation.samples) == 6, "the reward model's scores stay"
+
+
+def test_the_judge_is_told_where_responses_begin() -> None:
+    """A language model as the judge is asked about the response, and shown the prompt apart from it."""
+    script, scored = Script(), samples(())
+    with scripted_server(script) as server, RewardClient(server.target) as client:
+        Evaluator(cast(Any, None), client, [], str).judge(scored)
+    [request] = (one for one in script.requests if isinstance(one, reward_pb2.ScoreRequest))
+    assert list(request.prompt_lengths) == [len(one.rollout.prompt.token_ids) for one in scored]
 
 
 def test_an_evaluation_of_which_nothing_is_left_says_so() -> None:

@@ -151,7 +151,8 @@ class Evaluator:
             return {}
 
         def score(kept: Sequence[Rollout]) -> list[float]:
-            return judge.score([rollout.visible_tokens for rollout in kept]).values.tolist()
+            sequences = [rollout.judged_tokens for rollout in kept]
+            return judge.score(sequences, prompt_lengths=[len(one.prompt.token_ids) for one in kept]).values.tolist()
 
         kept, scores = self._bad_samples.call([one.rollout for one in scored], score)
         return {rollout.seed: value for rollout, value in zip(kept, scores, strict=True)}

@@ -49,7 +49,11 @@ def score_rollouts(
         PpodError: as the client.
     """
     if shaping.level == "none":
-        scores = client.score([one.visible_tokens for one in rollouts], truncation=Truncation.NONE)
+        scores = client.score(
+            [one.judged_tokens for one in rollouts],
+            prompt_lengths=[len(one.prompt.token_ids) for one in rollouts],
+            truncation=Truncation.NONE,
+        )
         return scores, [None] * len(rollouts)
     # By token the prompt's last one counts as response: the score behind it is the prompt's potential.
     by_token = shaping.level == "token"

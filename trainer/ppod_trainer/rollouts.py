@@ -104,7 +104,7 @@ class Rollout:
 
     @property
     def judged_tokens(self) -> TokenArray:
-        """What rewards that tell prompt and response apart read: `visible_tokens`, one of the response at least.
+        """What rewards read that tell prompt and response apart: `visible_tokens`, one of the response at least.
 
         A response that ended at once keeps its stop token: the reward service takes no sequence that is all prompt.
         """

@@ -110,3 +110,16 @@ def test_by_steps_a_response_that_ended_at_once_is_scored_like_its_prompt(client
     assert made[2].visible_tokens.tolist() == PROMPTS[2]
     assert potentials[2] is not None
     assert potentials[2].tolist() == [0.0]
+
+
+def test_rewards_that_read_responses_are_told_where_these_begin(zoo: Zoo) -> None:
+    """A function, a judge and a process reward model would otherwise score the prompt's words, too."""
+    made = rollouts()
+    with RewardClient(zoo.service.target, pin=Pin(model="length")) as client:
+        # At most three characters are right; the prompts have up to three themselves.
+        assert score_rollouts(client, made, Shaping())[0].values.tolist() == [-1.0, 0.0, 0.0]
+    with RewardClient(zoo.service.target, pin=Pin(model="process")) as client:
+        tokenizer = build_tokenizer()
+        texts = [tokenizer.decode(RESPONSES[0]), tokenizer.decode(RESPONSES[1][:-1])]
+        expected = client.score_texts(texts, prompts=[tokenizer.decode(prompt) for prompt in PROMPTS[:2]]).values
+        np.testing.assert_allclose(score_rollouts(client, made, Shaping())[0].values[:2], expected, atol=1e-6)
