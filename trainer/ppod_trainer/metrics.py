@@ -135,6 +135,9 @@ class MetricsLog:
     def __init__(self, run_dir: Path, config: MetricsConfig, resume_step: int | None = None) -> None:
         self.registry = CollectorRegistry()
         self._gauges = {key: Gauge(name, text, registry=self.registry) for key, (name, text) in GAUGES.items()}
+        for key in GAUGES.keys() - {"step"}:
+            # Not 0, which would be shown as a score, a KL or a judge's mean where there is none, or none yet.
+            self._gauges[key].set(math.nan)
         self._phase_seconds = Gauge(
             "ppod_step_phase_seconds", "Seconds of the last step, by phase", ["phase"], registry=self.registry
         )

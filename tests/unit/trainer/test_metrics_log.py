@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -86,6 +87,18 @@ def test_the_end_of_each_step_is_told(tmp_path: Path) -> None:
     log.write(1, {"kl/bound_per_token": 2.0})
     assert begun < told() <= time.time()
     assert log.registry.get_sample_value("ppod_kl_bound_per_token_nats") == 2.0
+    log.close()
+
+
+def test_what_was_not_measured_is_no_zero(tmp_path: Path) -> None:
+    """A judge that nobody asks, or the score before the first step, would be drawn as a line at 0."""
+    log = MetricsLog(tmp_path, CONFIG)
+    told = log.registry.get_sample_value
+    assert math.isnan(told("ppod_reward_score_mean") or 0.0)
+    log.write(1, {"score/mean": 0.5})
+    assert told("ppod_reward_score_mean") == 0.5
+    assert math.isnan(told("ppod_judge_score_mean") or 0.0)
+    assert told("ppod_step") == 1
     log.close()
 
 
