@@ -79,14 +79,16 @@ def _continuation(sample: Sample) -> Text:
 
 
 def plot_curves(path: Path, records: Sequence[Record], title: str) -> None:
-    """Draw score, judge, KL and response length over the steps as a PNG."""
+    """Draw score, judge, KL and the seconds of each phase over the steps as a PNG."""
     from matplotlib import pyplot  # noqa: PLC0415 - after the backend is chosen
 
     steps = [record for record in records if "score/mean" in record]
     heldout = [record for record in records if "heldout/score" in record]
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     score, kl, seconds = axes
-    score.plot([r["step"] for r in steps], [r["score/mean"] for r in steps], label="reward model")
+    # A line of one point is not drawn.
+    dot = "." if len(steps) == 1 else ""
+    score.plot([r["step"] for r in steps], [r["score/mean"] for r in steps], marker=dot, label="reward model")
     judged = [r for r in steps if "judge/mean" in r]
     score.plot([r["step"] for r in judged], [r["judge/mean"] for r in judged], "o-", ms=3, label="held-out judge")
     score.errorbar(
@@ -99,7 +101,7 @@ def plot_curves(path: Path, records: Sequence[Record], title: str) -> None:
     )
     score.set(xlabel="step", ylabel="score", title="score")
     score.legend()
-    kl.plot([r["step"] for r in steps], [r["kl/reference"] for r in steps], color="tab:red")
+    kl.plot([r["step"] for r in steps], [r["kl/reference"] for r in steps], marker=dot, color="tab:red")
     kl.set(xlabel="step", ylabel="nats a response", title="KL to the reference")
     bottom = [0.0] * len(steps)
     for phase in ("generate", "score_and_reference", "old_logprobs", "update", "push"):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 from rich.console import Console
 
 from ppod_trainer.evaluation import Evaluation, Sample
-from ppod_trainer.report import print_report
+from ppod_trainer.report import plot_curves, print_report
 
 
 def evaluation(step: int, continuation: str, score: float) -> Evaluation:
@@ -47,3 +50,14 @@ def test_a_sample_stands_beside_the_one_of_its_own_seed() -> None:
         [("0", "11"), ("3", "11")],
         [("0", "13"), ("3", "13")],
     ]
+
+
+def test_the_curves_of_one_step_are_points(tmp_path: Path) -> None:
+    record = {"step": 1, "score/mean": 0.3, "kl/reference": 2.0, "seconds/update": 1.0}
+    plot_curves(tmp_path / "curves.png", [record], "one step")
+    image = imread(tmp_path / "curves.png")
+    # Without the legend at the top of the first panel: what is left of blue and red in the first two is the points.
+    third = image.shape[1] // 3
+    for panel, color in (0, "tab:blue"), (1, "tab:red"):
+        shown = image[image.shape[0] // 3 :, panel * third : (panel + 1) * third, :3]
+        assert (abs(shown - to_rgb(color)).max(axis=-1) < 0.02).any(), color
