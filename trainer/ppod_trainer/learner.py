@@ -26,7 +26,7 @@ from ppod_trainer.sharding import whole
 
 @dataclass(slots=True)
 class UpdateStats:
-    """Means over the minibatches of one update; logprob differences in nats.
+    """Means over the minibatches of one update, those without a token in the loss left out; differences in nats.
 
     Attributes:
         first_ratio_error: largest |ratio - 1| of the first minibatch; 0 unless something is wrong.
@@ -103,9 +103,12 @@ class Learner:
         stats = UpdateStats()
         for epoch in range(self.ppo.epochs):
             for number, minibatch in enumerate(self._minibatches(batch.responses, step, epoch)):
+                if not batch.loss_mask[minibatch.rows].any():
+                    # Adam would follow the momentum of earlier steps, and the figures would be means with zeros.
+                    continue
                 where = f"step {step + 1}, epoch {epoch + 1}, minibatch {number + 1}"
                 sums = self._accumulate(batch, minibatch, controls)
-                if epoch == 0 and number == 0:
+                if not stats.optimizer_steps:
                     stats.first_ratio_error = sums.ratio_error
                 stats.approx_kl = sums.approx_kl
                 if self.ppo.stop_kl is not None and sums.approx_kl > self.ppo.stop_kl:

@@ -1,4 +1,6 @@
-"""What an update must not depend on: padding, the order of samples, how a minibatch is cut, a shift of all scores."""
+"""What an update must not depend on: padding, the order of samples, how a minibatch is cut, a shift of all scores, and
+minibatches of which nothing counts.
+"""
 
 from __future__ import annotations
 
@@ -142,3 +144,28 @@ def test_whitened_advantages_do_not_see_a_shift_of_all_scores(
     torch.testing.assert_close(shifted.advantages, plain.advantages, atol=1e-4, rtol=1e-4)
     mask = plain.loss_mask
     torch.testing.assert_close(shifted.returns[mask], plain.returns[mask] + shift, atol=1e-4, rtol=1e-4)
+
+
+def test_a_minibatch_of_which_nothing_is_left_is_no_step_and_no_figure(
+    policy: PolicyWithValue, make_rollouts: Make
+) -> None:
+    """Six minibatches of a sample each: one that counts; then none, with the momentum of the step before."""
+    rollouts = [
+        replace(one, rollout=replace(one.rollout, truncated=number > 0)) for number, one in enumerate(make_rollouts())
+    ]
+    saved = [parameter.detach().clone() for parameter in policy.parameters()]
+    rules = ExperienceRules(RewardsConfig(mask_truncated=True), KlConfig(), build_estimator(AdvantagesConfig()), True)
+    controls, found = StepControls(1.0, 0.05, 0.0), []
+    for minibatches in (1, 6):
+        with torch.no_grad():
+            for parameter, value in zip(policy.parameters(), saved, strict=True):
+                parameter.copy_(value)
+        learner = build_learner(policy, PpoConfig(epochs=1, minibatches=minibatches), rules, OptimizerConfig(), seed=0)
+        _, stats = learner.learn(rollouts, 0, controls, StepTimer())
+        assert stats.optimizer_steps == 1
+        found.append(measured(stats))
+        learned = [parameter.detach().clone() for parameter in policy.parameters()]
+        _, stats = learner.learn(rollouts[1:], 1, controls, StepTimer())
+        assert stats.optimizer_steps == 0
+        assert all(torch.equal(one, other) for one, other in zip(policy.parameters(), learned, strict=True))
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-7)
