@@ -37,11 +37,11 @@ def distinct_bigrams(rollouts: Sequence[ScoredRollout]) -> float:
 
 
 def update_figures(batch: PpoBatch, stats: UpdateStats) -> dict[str, float]:
-    """Returns, KL, losses and what the policy did."""
-    return {
+    """Returns, KL, losses and what the policy did. An update without a step measured no entropy."""
+    entropy = {"policy/entropy": stats.entropy} if stats.optimizer_steps else {}
+    return entropy | {
         "return/mean": batch.mean_return,
         "kl/reference": batch.mean_kl,
-        "policy/entropy": stats.entropy,
         "policy/clip_fraction": stats.clip_fraction,
         "policy/dual_clip_fraction": stats.dual_clip_fraction,
         "policy/ratio_bounded": stats.ratio_bounded,

@@ -23,6 +23,7 @@ from ppod_trainer.masking import loss_weights
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.policy import PolicyWithValue, ResponseBatch
 from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.step_figures import update_figures
 
 Make = Callable[..., list[ScoredRollout]]
 STILL = StepControls(rate_factor=0.0, kl_coefficient=0.05, entropy_coefficient=0.01)
@@ -165,7 +166,9 @@ def test_a_minibatch_of_which_nothing_is_left_is_no_step_and_no_figure(
         assert stats.optimizer_steps == 1
         found.append(measured(stats))
         learned = [parameter.detach().clone() for parameter in policy.parameters()]
-        _, stats = learner.learn(rollouts[1:], 1, controls, StepTimer())
+        batch, stats = learner.learn(rollouts[1:], 1, controls, StepTimer())
         assert stats.optimizer_steps == 0
+        # An entropy of 0 would be a collapse.
+        assert "policy/entropy" not in update_figures(batch, stats)
         assert all(torch.equal(one, other) for one, other in zip(policy.parameters(), learned, strict=True))
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-7)

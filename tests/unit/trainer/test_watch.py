@@ -94,6 +94,13 @@ def die(step: int, record: Record) -> None:
         record["policy/grad_norm"] = 0.0
 
 
+def train_on_nothing(step: int, record: Record) -> None:
+    """Every sample is left out of the loss: no entropy was measured, and none collapsed."""
+    if step > 8:
+        record["policy/grad_norm"] = 0.0
+        del record["policy/entropy"]
+
+
 def pay_all_the_same(step: int, record: Record) -> None:
     if step > 8:
         record["score/std"] = 0.0
@@ -123,6 +130,7 @@ def part(step: int, record: Record) -> None:
         ("value_collapse", forget_the_values),
         ("value_collapse", value_nonsense),
         ("dead_gradients", die),
+        ("dead_gradients", train_on_nothing),
         ("all_equal_rewards", pay_all_the_same),
         ("reward_hacking", hack),
         ("reward_hacking", part),

@@ -10,7 +10,7 @@ from ppod_trainer.watch.base import Baseline, Record, Streak
 
 
 class Drift:
-    """A figure that has left its baseline behind.
+    """A figure that has left its baseline behind. Steps that did not measure it change nothing.
 
     Args:
         kind: of trouble.
@@ -34,7 +34,9 @@ class Drift:
 
     def observe(self, record: Record) -> str | None:
         """See `Detector`."""
-        value = record[self._figure]
+        value = record.get(self._figure)
+        if value is None:
+            return None
         mean = self._baseline.mean(value)
         if mean is None:
             return None
