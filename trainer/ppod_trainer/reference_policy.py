@@ -1,4 +1,4 @@
-"""The reference that follows the policy: kept on disk, where a resumed run finds it, and pushed to its replicas."""
+"""The policy on disk; and the reference that follows it: kept there, where a resumed run finds it, and pushed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ppod_models.loading import DTYPES, load_causal_lm
 from ppod_trainer.connections import Connections
@@ -32,7 +33,7 @@ class ReferencePolicy:
     def keep(self, model: PreTrainedModel, version: int, needed: Collection[int]) -> None:
         """Save a policy as the reference of a version, and delete others than the `needed` ones."""
         with written_aside(self._path(version)) as directory:
-            model.save_pretrained(directory)
+            save_policy(model, directory)
         needed_paths = {self._path(one) for one in (*needed, version)}
         for old in set(self._directory.iterdir()) - needed_paths:
             shutil.rmtree(old)
@@ -60,3 +61,16 @@ class ReferencePolicy:
 
     def _path(self, version: int) -> Path:
         return self._directory / f"version_{version:06d}"
+
+
+def save_policy(model: PreTrainedModel, directory: Path) -> None:
+    """Write a model as a directory that transformers loads, with the generation defaults that its base came with.
+
+    transformers loads defaults that contradict each other, as a temperature without sampling, but does not save them.
+    """
+    defaults, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(directory)
+    finally:
+        model.generation_config = defaults
+    defaults.to_json_file(directory / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])

@@ -38,7 +38,7 @@ from ppod_trainer.policy_versions import PolicyVersions
 from ppod_trainer.presampling import PreEstimates
 from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.recovery import Recovery
-from ppod_trainer.reference_policy import ReferencePolicy
+from ppod_trainer.reference_policy import ReferencePolicy, save_policy
 from ppod_trainer.report import format_evaluation, format_step
 from ppod_trainer.rollouts import ScoredRollout, keep_fresh
 from ppod_trainer.sample_filters import keep_trainable
@@ -183,7 +183,7 @@ class TrainingRun:
         """Write the policy as a directory that `AutoModelForCausalLM.from_pretrained` loads, and its adapter if any."""
         target, leader = self.config.run_dir / "final_model", self.parts.learner
         with written_aside(target) as directory:
-            leader.whole_model().save_pretrained(directory)
+            save_policy(leader.whole_model(), directory)
             self.parts.tokenizer.save_pretrained(directory)
         if leader.adapter is not None:
             base = self.config.policy.source

@@ -1,0 +1,56 @@
+"""What is written of a policy, and references that are kept and served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ppod_models.loading import load_causal_lm, load_tokenizer
+from ppod_trainer.checkpoint import TrainerState
+from ppod_trainer.reference_policy import save_policy
+from support.pushed_runs import Generation, run_of
+from support.tiny_model import save_tiny_model
+
+CPU = torch.device("cpu")
+
+
+def saved_with_defaults(directory: Path, defaults: dict[str, object]) -> PreTrainedModel:
+    """A model whose base tells these defaults of generation."""
+    path = save_tiny_model(directory) / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **defaults}))
+    return load_causal_lm(directory, device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:.*generation flags are not valid")
+def test_a_final_model_keeps_defaults_of_generation_that_contradict_each_other(tmp_path: Path) -> None:
+    """As those of many models on the hub: transformers loads them, and raises where they are to be saved."""
+    base = tmp_path / "base"
+    model = saved_with_defaults(base, {"temperature": 0.9, "top_p": 0.6, "eos_token_id": [256, 258]})
+    run = run_of(
+        tmp_path / "run",
+        Generation(),
+        TrainerState(1, 1, 0, ""),
+        {},
+        learner=SimpleNamespace(adapter=None, whole_model=lambda: model),
+        tokenizer=load_tokenizer(base),
+    )
+    found = AutoModelForCausalLM.from_pretrained(run.save_final_model())
+    defaults = found.generation_config
+    assert (defaults.temperature, defaults.top_p, defaults.eos_token_id) == (0.9, 0.6, [256, 258])
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.generation_config.temperature == 0.9
+
+
+def test_other_defaults_are_written_as_transformers_writes_them(tmp_path: Path) -> None:
+    model = saved_with_defaults(tmp_path / "base", {"temperature": 0.7, "do_sample": True, "eos_token_id": [256, 258]})
+    model.save_pretrained(tmp_path / "expected")
+    save_policy(model, tmp_path / "found")
+    expected, found = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("expected", "found")
+    )
+    assert found == expected
