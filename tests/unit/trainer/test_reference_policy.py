@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ppod.client import Pin
 from ppod_models.loading import load_causal_lm, load_tokenizer
 from ppod_trainer.checkpoint import TrainerState
-from ppod_trainer.reference_policy import save_policy
+from ppod_trainer.reference_policy import ReferencePolicy, save_policy
+from support.capped_models import gemma2
 from support.pushed_runs import Generation, run_of
 from support.tiny_model import save_tiny_model
 
@@ -54,3 +57,32 @@ def test_other_defaults_are_written_as_transformers_writes_them(tmp_path: Path) 
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("expected", "found")
     )
     assert found == expected
+
+
+class Reference:
+    """The reference service and its weights, as what serves a reference asks them; remembers what was pushed."""
+
+    def __init__(self) -> None:
+        self.pin = Pin()
+        self.pushed: dict[str, torch.Tensor] = {}
+
+    def describe(self) -> object:
+        return SimpleNamespace(limits=SimpleNamespace(dtype="float32"))
+
+    def serving_versions(self) -> set[int]:
+        return {0}
+
+    def push(self, model: PreTrainedModel, dtype: torch.dtype, weight_version: int) -> None:
+        self.pushed = {name: tensor.to(dtype).clone() for name, tensor in model.state_dict().items()}
+        assert weight_version == 4
+
+
+def test_a_reference_whose_attention_is_capped_is_served(tmp_path: Path) -> None:
+    """Such a policy is trained with eager attention; of its reference the weights alone are read here."""
+    model, service = gemma2(), Reference()
+    connections = SimpleNamespace(reference=service, reference_weights=service)
+    reference = ReferencePolicy(tmp_path / "reference", cast(Any, connections))
+    reference.keep(model, 4, ())
+    reference.serve(4)
+    assert service.pin.weight_version == 4
+    assert all(torch.equal(service.pushed[name], tensor) for name, tensor in model.state_dict().items())
