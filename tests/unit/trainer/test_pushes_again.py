@@ -238,7 +238,7 @@ class AwayOnce:
     def __init__(self) -> None:
         self.calls = 0
 
-    def score(self, sequences: list[object]) -> object:
+    def score(self, sequences: list[object], **_: object) -> object:
         self.calls += 1
         if self.calls == 1:
             raise Unavailable("the judge's pod is moved")
