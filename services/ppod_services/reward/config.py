@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from ppod_services.core.config import ServiceConfig
 from ppod_services.reward.composition_rules import composition_faults
-from ppod_services.reward.kinds import RewardConfig
+from ppod_services.reward.kinds import PretrainedReward, RewardConfig
 
 
 class RewardServiceConfig(ServiceConfig):
@@ -32,6 +32,11 @@ class RewardServiceConfig(ServiceConfig):
     @classmethod
     def _fit_together(cls, rewards: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
         faults = composition_faults(rewards)
+        models = [one.model for one in rewards if isinstance(one, PretrainedReward)]
+        threads = sorted({model.threads for model in models if model.threads is not None})
+        if len(threads) > 1:
+            counts = " and ".join(map(str, threads))
+            faults.append(f"model.threads are {counts}: they are of the process, and the same for all its models")
         if faults:
             raise ValueError("; ".join(faults))
         return rewards

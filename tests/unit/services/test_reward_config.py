@@ -124,6 +124,17 @@ def test_compositions_that_make_no_sense_are_told_all_at_once() -> None:
     assert problem.count("cycle") == 2
 
 
+def test_a_process_has_one_number_of_threads() -> None:
+    """A second number would be that of all models, or of none where it shares its trunk."""
+
+    def head(name: str, threads: int | None) -> dict[str, object]:
+        return {**HEAD, "name": name, "model": {**MODEL, "threads": threads}}
+
+    [problem] = problems(head("a", 2), head("b", 1), head("c", None))
+    assert problem == "rewards: model.threads are 1 and 2: they are of the process, and the same for all its models"
+    assert len(parse(head("a", 2), head("b", 2), head("c", None)).rewards) == 3
+
+
 def test_a_diamond_is_no_cycle() -> None:
     config = parse(HEAD, {**HEAD, "name": "b"}, ensemble("e", "a", "b"), weighted("s", "e", "a"))
     assert [reward.name for reward in config.rewards] == ["a", "b", "e", "s"]
