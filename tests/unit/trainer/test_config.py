@@ -174,6 +174,16 @@ def test_what_would_be_read_by_nobody_is_refused(values: dict[str, object], word
     assert words in problem
 
 
+def test_a_time_is_no_longer_than_what_waits_can_count() -> None:
+    """A deadline of 10^10 s has passed, as gRPC counts."""
+    times = ("services.timeout_s", "services.ready_timeout_s", "services.recovery_timeout_s", "ranks.timeout_s")
+    for path in (*times, "weight_transfer.collective.timeout_s"):
+        value: object = 1e10
+        for key in reversed(path.split(".")):
+            value = {key: value}
+        assert problems(value) == [f"{path}: Input should be less than or equal to 1000000000, found 10000000000.0"]
+
+
 def test_a_choice_that_is_none_is_one_fault_of_its_key() -> None:
     assert problems({"resume": "maybe"}) == ["resume: Input should be False, True or 'if_possible', found 'maybe'"]
     for choice in (False, True, "if_possible"):

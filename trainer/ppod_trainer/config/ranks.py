@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from ppod_models.configuration import ConfigModel
+from ppod_trainer.config.services import LONGEST_S
 
 
 class RanksConfig(ConfigModel):
@@ -15,5 +16,5 @@ class RanksConfig(ConfigModel):
 
     local: int = Field(default=1, ge=1, description="ranks that `ppod run` starts on this machine, each on its device")
     timeout_s: float = Field(
-        default=600.0, gt=0, description="how long a rank waits for the others before all of them end"
+        default=600.0, gt=0, le=LONGEST_S, description="how long a rank waits for the others before all of them end"
     )

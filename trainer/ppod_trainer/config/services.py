@@ -12,6 +12,9 @@ from ppod_models.configuration import ClientTlsConfig, ConfigModel, SectionFault
 
 Target = str
 
+LONGEST_S = 1e9
+"""Bound of times: gRPC takes a deadline of 10^10 s for one that has passed, and gloo one of 10^13 s for none."""
+
 _KUBERNETES = re.compile(r"k8s:///[a-z0-9][-a-z0-9]*(\.[a-z0-9][-a-z0-9]*)?:[a-z0-9][-a-z0-9]*")
 _PORT = re.compile(r".*:(\d{1,5})")
 _OTHER_SCHEMES = ("ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
@@ -58,10 +61,15 @@ class ServicesConfig(ConfigModel):
     )
     reward_model: str = Field(default="", description="name of the reward model; empty: the service's first")
     judge_model: str | None = Field(default=None, description="name of the held-out judge; none: no judge")
-    timeout_s: float = Field(default=120.0, gt=0, description="deadline of each call")
-    ready_timeout_s: float = Field(default=120.0, gt=0, description="how long to wait for the services at the start")
+    timeout_s: float = Field(default=120.0, gt=0, le=LONGEST_S, description="deadline of each call")
+    ready_timeout_s: float = Field(
+        default=120.0, gt=0, le=LONGEST_S, description="how long to wait for the services at the start"
+    )
     recovery_timeout_s: float = Field(
-        default=300.0, ge=0, description="how long to wait for a service that went away in the run; 0: stop at once"
+        default=300.0,
+        ge=0,
+        le=LONGEST_S,
+        description="how long to wait for a service that went away in the run; 0: stop at once",
     )
     tls: ClientTlsConfig | None = Field(default=None, description="none: plain text")
     plain_text_token: bool = Field(
@@ -124,7 +132,9 @@ class CollectiveConfig(ConfigModel):
     )
     port: int = Field(default=29600, ge=1, le=65535, description="on which the parties meet")
     bucket_mib: int = Field(default=16, ge=1, le=1024, description="what is broadcast at once")
-    timeout_s: float = Field(default=30.0, gt=0, description="longest wait for a replica to join, or to take a bucket")
+    timeout_s: float = Field(
+        default=30.0, gt=0, le=LONGEST_S, description="longest wait for a replica to join, or to take a bucket"
+    )
 
 
 class WeightTransferConfig(ConfigModel):
