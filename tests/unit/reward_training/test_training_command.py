@@ -80,11 +80,12 @@ def test_every_fault_of_a_configuration_is_listed(tmp_path, values, capsys) -> N
     values["surprise"] = 1
     values["name"] = "Not A Name"
     values["features"] = {"reads": [{"layer": 0, "pooling": "first"}, {"layer": 1, "pooling": "end"}]}
+    values["fit"] = {"l2": [0.1, -1.0]}
     assert run(tmp_path, values) == 2
     problems = capsys.readouterr().err
-    for path in ("surprise: unknown key", "name:", "features.reads.0.layer:", "features.reads.0.pooling:"):
+    for path in ("surprise: unknown key", "name:", "features.reads.0.layer:", "features.reads.0.pooling:", "fit.l2.1:"):
         assert f"  {path}" in problems
-    assert "4 problems" in problems
+    assert "5 problems" in problems
 
 
 @pytest.mark.parametrize(

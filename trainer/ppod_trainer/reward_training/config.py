@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -24,7 +24,7 @@ class DataConfig(ConfigModel):
 class FitConfig(ConfigModel):
     """The Bradley-Terry fit."""
 
-    l2: tuple[float, ...] = Field(
+    l2: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         default=(0.03, 0.1, 0.3), min_length=1, description="penalties to choose from, per standardised feature"
     )
     max_iterations: int = Field(default=30, ge=1, description="of L-BFGS; few iterations regularise too")
