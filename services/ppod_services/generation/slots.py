@@ -156,9 +156,12 @@ class SlotCache(Cache):
         # Not the larger of old and new on both sides: many short sequences, then few long ones, would leave a
         # rectangle that neither of them needs.
         shape = _rounded(rows, _ROWS), _rounded(max(width, *used, 1), _BLOCK)
-        for number, layer in enumerate(self._layers):
+        # None at all where memory runs out amid it: layers of two shapes would fail all batches that follow.
+        layers, self.layers = self._layers, []
+        for number, layer in enumerate(layers):
             # One after the other, so that old and new buffers of all layers never exist at once.
-            self.layers[number] = layer.resized(*shape, used)
+            layers[number] = layer.resized(*shape, used)
+        self.layers = layers
 
     def open(self, states: DynamicCache, rows: int, width: int) -> None:
         """Make the buffers for a model whose states these are; nothing where they exist."""

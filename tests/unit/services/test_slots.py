@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -26,6 +28,8 @@ from ppod_models.sources import ModelSourceError
 from ppod_services.core.described import ModelInfo
 from ppod_services.core.model import CausalModel
 from ppod_services.generation.decoder import SlotDecoder
+from ppod_services.generation.slots import SlotLayer
+from support.generation_engine import item, load_bench
 from support.tiny_model import build_model, build_tokenizer
 
 SMALL = {
@@ -124,6 +128,27 @@ def test_buffers_grow_and_rows_move_without_a_trace() -> None:
             ids = torch.tensor([sequences[row][: decoder.lengths[slot]]])
             whole = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
             np.testing.assert_allclose(hidden[slot].numpy(), whole.numpy(), atol=5e-5)
+
+
+def test_memory_that_runs_out_as_buffers_grow_fails_no_later_batch(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer has its new buffers by then, and the second one has not."""
+    bench = load_bench(tiny_model_dir)
+    small, large = item([7, 8], 1, 4), item(range(100), 2, 4)
+    expected = bench.alone(small).tokens.tolist(), load_bench(tiny_model_dir).alone(large).tokens.tolist()
+    resized, grown = SlotLayer.resized, list[SlotLayer]()
+
+    def grow(layer: SlotLayer, slots: int, width: int, used: Sequence[int]) -> SlotLayer:
+        grown.append(layer)
+        if len(grown) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return resized(layer, slots, width, used)
+
+    monkeypatch.setattr(SlotLayer, "resized", grow)
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.alone(large)
+    assert (bench.alone(small).tokens.tolist(), bench.alone(large).tokens.tolist()) == expected
 
 
 def test_a_model_that_keeps_other_state_is_refused_by_name() -> None:
