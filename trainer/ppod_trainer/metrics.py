@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from wsgiref.simple_server import WSGIServer
@@ -135,9 +135,8 @@ class MetricsLog:
     def __init__(self, run_dir: Path, config: MetricsConfig, resume_step: int | None = None) -> None:
         self.registry = CollectorRegistry()
         self._gauges = {key: Gauge(name, text, registry=self.registry) for key, (name, text) in GAUGES.items()}
-        for key in GAUGES.keys() - {"step"}:
-            # Not 0, which would be shown as a score, a KL or a judge's mean where there is none, or none yet.
-            self._gauges[key].set(math.nan)
+        # Not 0, which would be shown as a score, a KL or a judge's mean where there is none, or none yet.
+        self._unset(GAUGES.keys())
         self._phase_seconds = Gauge(
             "ppod_step_phase_seconds", "Seconds of the last step, by phase", ["phase"], registry=self.registry
         )
@@ -183,6 +182,9 @@ class MetricsLog:
         self._file.flush()
         if _is_evaluation(record):
             self.evaluated.add(step)
+        else:
+            # The judge's figures stay until it judges again.
+            self._unset(key for key in GAUGES.keys() - record.keys() if not key.startswith("judge/"))
         self._samples.inc(samples)
         self._tokens.inc(tokens)
         self._gauges["step"].set(step)
@@ -196,6 +198,12 @@ class MetricsLog:
                 self._trouble.labels(key.removeprefix("trouble/")).set(value)
             if self._board is not None:
                 self._board.add_scalar(key, value, step)
+
+    def _unset(self, keys: Iterable[str]) -> None:
+        """Export no value of these figures; NaN is drawn as a gap and fires no alert."""
+        for key in keys:
+            if key != "step":
+                self._gauges[key].set(math.nan)
 
     def sync(self) -> None:
         """Return when the records are on the disk."""

@@ -102,6 +102,20 @@ def test_what_was_not_measured_is_no_zero(tmp_path: Path) -> None:
     log.close()
 
 
+def test_a_figure_that_a_step_did_not_measure_is_not_an_earlier_one_s(tmp_path: Path) -> None:
+    """As the gap to a sampler of the same weights, of which a run that overlaps has tokens in its first step alone."""
+    log = MetricsLog(tmp_path, CONFIG)
+    told = log.registry.get_sample_value
+    log.write(1, {"sampler/gap_mean": 0.2, "judge/mean": 0.5})
+    log.write(1, {"heldout/score": 0.1})
+    assert told("ppod_sampler_logprob_gap_nats") == 0.2
+    log.write(2, {"sampler/divergence_mean": 0.3})
+    assert math.isnan(told("ppod_sampler_logprob_gap_nats") or 0.0)
+    assert told("ppod_judge_score_mean") == 0.5, "when last judged"
+    assert told("ppod_step") == 2
+    log.close()
+
+
 def test_a_damaged_record_is_named(run_dir: Path) -> None:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines()
