@@ -53,7 +53,10 @@ class WeightReplicas(Protocol):
         ...
 
     def serve(self, served: ServedWeights, lost: Collection[str]) -> None:
-        """All that were taken serve this now, but for those that were lost. Called within `taking`."""
+        """All that were taken serve this now, but for those that were lost. Called within `taking`.
+
+        Where their commits failed it is what they may serve, and what those that do not are to be given.
+        """
         ...
 
     def close(self) -> None:

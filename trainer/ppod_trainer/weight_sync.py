@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -84,7 +84,7 @@ class PushReport:
 
 @dataclass(frozen=True, slots=True)
 class _Committed:
-    """What the replicas serve, as it travelled."""
+    """What the replicas serve, as it travelled; some may not where their commits failed."""
 
     weight_version: int
     image: WireImage
@@ -144,12 +144,14 @@ class WeightSync:
             self._sent_bytes = 0
             outcomes = self._prepare(Outgoing(weight_version, policy, image))
             lost = self._lost("prepare", weight_version, outcomes)
-            report = self._commit(weight_version, lost, started, self.fallbacks - fallbacks)
-            if image is not None:
-                self._retired = None if self._committed is None else self._committed.image
-                self._committed = _Committed(weight_version, image)
-                self._replicas.serve(ServedWeights(self._committed.whole), report.lost)
-        return report
+
+            def serve(lost: Collection[str]) -> None:
+                if image is not None:
+                    self._retired = None if self._committed is None else self._committed.image
+                    self._committed = _Committed(weight_version, image)
+                    self._replicas.serve(ServedWeights(self._committed.whole), lost)
+
+            return self._commit(weight_version, lost, started, self.fallbacks - fallbacks, serve)
 
     def base_versions(self) -> set[int]:
         """The versions of whole weights that the replicas have, below their adapters."""
@@ -179,12 +181,14 @@ class WeightSync:
             self._sent_bytes = 0
             push = WeightPush(weight_version, tensors, base_version=base, adapter=adapter)
             lost = self._lost("prepare", weight_version, self._send(push, list(self._clients)))
-            report = self._commit(weight_version, lost, started, 0)
-            if self._replicas.change and self._committed is not None:
-                # The policy's own tensors change with its next update.
-                kept = [replace(one, data=memoryview(bytes(one.data))) for one in tensors]
-                self._replicas.serve(ServedWeights(self._committed.whole, replace(push, tensors=kept)), report.lost)
-        return report
+
+            def serve(lost: Collection[str]) -> None:
+                if self._replicas.change and self._committed is not None:
+                    # The policy's own tensors change with its next update.
+                    kept = [replace(one, data=memoryview(bytes(one.data))) for one in tensors]
+                    self._replicas.serve(ServedWeights(self._committed.whole, replace(push, tensors=kept)), lost)
+
+            return self._commit(weight_version, lost, started, 0, serve)
 
     def _common_base(self, weight_version: int) -> int:
         bases = {status.base_version for status in self._statuses().values()}
@@ -275,13 +279,25 @@ class WeightSync:
             self._held.pushed(push.uri, outcomes)
         return outcomes
 
-    def _commit(self, weight_version: int, lost: Sequence[str], started: float, fallbacks: int) -> PushReport:
+    def _commit(
+        self,
+        weight_version: int,
+        lost: Sequence[str],
+        started: float,
+        fallbacks: int,
+        serve: Callable[[Collection[str]], None],
+    ) -> PushReport:
+        """Commit on all but those that are lost; `serve` is told who is then."""
         prepared = time.monotonic()
         targets = [target for target in self._clients if target not in lost]
         pause = _PAUSES[self._config.pause]
         answers = self._ask(targets, lambda client: client.commit(weight_version, pause=pause))
         outcomes = {target: self._commit_error(target, answers[target], weight_version) for target in targets}
-        lost = [*lost, *self._lost("commit", weight_version, outcomes)]
+        try:
+            lost = [*lost, *self._lost("commit", weight_version, outcomes)]
+        finally:
+            # Also where all failed: some may serve it that nobody hears of, and those take none before it any more.
+            serve(lost)
         paused_s = max((answer for answer in answers.values() if isinstance(answer, float)), default=0.0)
         return PushReport(
             self._sent_bytes, prepared - started, time.monotonic() - prepared, paused_s, fallbacks, tuple(lost)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from ppod_trainer.adapter_weights import adapter_tensors
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import WeightPushError
 from ppod_trainer.followed_replicas import FollowedReplicas
+from ppod_trainer.recovery import Recovery
+from ppod_trainer.stopping import StopSignal
 from ppod_trainer.weight_sync import WeightSync
 from support.pods import Cluster, Deployment, RunningPod, running_cluster
 from support.services import tiny_model_config
@@ -229,3 +233,46 @@ def test_without_any_pod_pushes_and_calls_say_so(cluster: Cluster, tiny_model_di
             run.sync.push(build_model(seed=1), torch.float32, 2)
         with pytest.raises(Unavailable, match="Service ppod-generation in namespace ppod has no ready pod"):
             run.client.generate([[1]], Sampling(2), timeout_s=0.5)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "adapter"])
+def test_replicas_whose_commits_are_not_heard_of_get_work_again(
+    cluster: Cluster, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, adapted: bool
+) -> None:
+    """The trainer's network fails as they commit. They did, and none goes back to the version before."""
+    with following(cluster, tiny_model_dir, 2) as run:
+        first, second = run.deployment.pods.values()
+        model = build_model(seed=0)
+        run.sync.push(model, torch.float32, 1)
+        cut = False
+        commit, status = WeightClient.commit, WeightClient.status
+
+        def commits(client: WeightClient, weight_version: int, **options: Any) -> float:
+            nonlocal cut
+            cut = True
+            commit(client, weight_version, **options)
+            raise Unavailable("the network is down")
+
+        def tells(client: WeightClient, **options: Any) -> object:
+            if cut:
+                raise Unavailable("the network is down")
+            return status(client, **options)
+
+        def push(version: int) -> None:
+            if adapted:
+                run.sync.push_adapter(*adapter_tensors(build_adapted_model(seed=4), "default"), version, 1)
+            else:
+                run.sync.push(model, torch.float32, version)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(WeightClient, "commit", commits)
+            patched.setattr(WeightClient, "status", tells)
+            with pytest.raises(WeightPushError, match="failed on 2 of 2") as failed:
+                push(2)
+            wait_until(lambda: not run.working())
+        assert [run.version(pod) for pod in (first, second)] == [2, 2]
+        connections = SimpleNamespace(wait_ready=run.client.wait_ready)
+        recovery = Recovery(cast(Any, connections), 3 * WITHIN_S, StopSignal())
+        recovery.come_back(failed.value, lambda: push(max(run.sync.serving_versions()) + 1))
+        wait_until(lambda: run.working() == {first.host, second.host})
+        run.assert_all_sample(run.version(first))
