@@ -155,6 +155,7 @@ def test_the_calculator_answers_calls_and_pays_right_answers() -> None:
     assert calculator.step(" [calc: 1/0]") == Reply(" error: only integers, + - * and parentheses.", 0.0, done=False)
     assert calculator.step(f" The answer is {right}.\n") == Reply("", 1.0, done=True)
     assert calculator.step(f" The answer is {right + 1}.\n") == Reply("", 0.0, done=True)
+    assert calculator.step(f" The answer is {'7' * 5_000}") == Reply("", 0.0, done=True), "int() refuses as many digits"
     assert calculator.step(" I do not know") == Reply("", 0.0, done=True)
     assert calculator.reset(5) == prompt
     assert calculator.reset(6) != prompt

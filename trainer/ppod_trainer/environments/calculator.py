@@ -60,8 +60,10 @@ class Calculator:
         """Compute what a call asks for, or judge the answer."""
         call = _CALL.search(action)
         if call is None:
-            answers = _ANSWER.findall(action)
-            return Reply("", float(bool(answers) and int(answers[-1]) == self._right), done=True)
+            answer = (_ANSWER.findall(action) or [""])[-1]
+            # Of thousands of digits, as a policy that repeats itself writes them, Python makes no number.
+            right = 0 < len(answer) <= _LONGEST_EXPRESSION and int(answer) == self._right
+            return Reply("", float(right), done=True)
         try:
             return Reply(f" {evaluate(call[1])}.", self._parameters.call_reward, done=False)
         except ExpressionError as error:
