@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ppod_models.loading import check_attention
 from ppod_trainer.errors import TrainerError
@@ -74,4 +75,8 @@ def dense_copy(path: Path, *, attention: str) -> PreTrainedModel:
     """The model of a directory as it is without quantisation, on the meta device: all of it but its weights."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    if (path / GENERATION_CONFIG_NAME).is_file():
+        # Some models name a part of their end-of-sequence ids there alone.
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ppod.client import Pin
 from ppod_models.loading import load_causal_lm, load_tokenizer
 from ppod_trainer.checkpoint import TrainerState
+from ppod_trainer.quantisation import dense_copy
 from ppod_trainer.reference_policy import ReferencePolicy, save_policy
 from support.capped_models import gemma2
 from support.pushed_runs import Generation, run_of
@@ -57,6 +58,16 @@ def test_other_defaults_are_written_as_transformers_writes_them(tmp_path: Path) 
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("expected", "found")
     )
     assert found == expected
+
+
+def test_what_is_trained_on_a_quantised_base_ends_where_the_base_ends(tmp_path: Path) -> None:
+    """Its final model is saved by what the base is without quantisation."""
+    model = saved_with_defaults(tmp_path, {"eos_token_id": [256, 258]})
+    found = dense_copy(tmp_path, attention="sdpa")
+    assert found.generation_config.to_dict() == model.generation_config.to_dict()
+    assert found.generation_config.eos_token_id == [256, 258]
+    (tmp_path / "generation_config.json").unlink()
+    assert dense_copy(tmp_path, attention="sdpa").generation_config.eos_token_id == 256, "as its configuration has it"
 
 
 class Reference:
