@@ -138,7 +138,7 @@ class ServedWeights:
         """Whether a commit would put this version into service, or has begun to; False where it serves already.
 
         Raises:
-            FailedPrecondition: the version is neither prepared nor serving.
+            FailedPrecondition: as `commit`.
         """
         with self._lock:
             return weight_version == self._installing or self._to_commit(weight_version) is not None
@@ -150,7 +150,7 @@ class ServedWeights:
             Seconds that it took.
 
         Raises:
-            FailedPrecondition: the version is neither prepared nor serving.
+            FailedPrecondition: the version is neither prepared nor serving, or its base serves no more.
         """
         start = time.monotonic()
         with self._lock:
@@ -181,6 +181,8 @@ class ServedWeights:
         if prepared is None or prepared.manifest.weight_version != weight_version:
             found = "none prepared" if prepared is None else f"{prepared.manifest.weight_version} prepared"
             raise FailedPrecondition("weight_version", f"{self._version} serving, {found}", str(weight_version))
+        # It may have been prepared while another version was on its way into service.
+        self._check_versions(prepared.manifest)
         return prepared
 
     def _check_versions(self, manifest: IncomingManifest) -> None:

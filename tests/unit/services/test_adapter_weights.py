@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import cast
 
@@ -18,6 +18,7 @@ from ppod.client import LoraAdapter as SentAdapter
 from ppod_services.core.model_weights import ModelWeights
 from ppod_services.core.weight_manifest import IncomingManifest, IncomingTensor, LoraAdapter
 from ppod_services.core.weight_store import Install, ReceivedWeights
+from ppod_services.core.weights import ServedWeights
 from ppod_trainer.adapter_weights import adapter_tensors
 from ppod_trainer.errors import TrainerError
 from support.served_weights import assert_same, changed, put, served, slightly_other, state, whole
@@ -109,6 +110,42 @@ def test_an_adapter_that_is_staged_while_weights_are_installed_goes_on_no_other_
     assert layer.weight[0, 0].item() == 5.0
     third()
     assert layer.weight[0, 0].item() == 9.0, "3 * 3 on the first base's zeros, not on the first adapter"
+
+
+class AmidInstall(ModelWeights):
+    """Calls something while whole weights are installed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.amid: Callable[[], None] = lambda: None
+
+    def stage(self, received: ReceivedWeights) -> Install:
+        install = super().stage(received)
+
+        def install_and_call() -> None:
+            install()
+            amid, self.amid = self.amid, lambda: None
+            amid()
+
+        return install_and_call
+
+
+def test_an_adapter_that_is_prepared_while_its_base_is_replaced_never_serves() -> None:
+    """Its layers would be of the base before, among those of the base after."""
+    model = build_model(seed=0)
+    store = AmidInstall(model)
+    weights = ServedWeights(store, lambda _: None)
+    adapter = weights.begin(adapter_push(build_adapted_model(seed=1), 2, 0)[0])
+    adapter.write(adapter_push(build_adapted_model(seed=1), 2, 0)[1])
+    merged_with_the_old = weights.stage(adapter)
+    weights.end(adapter, None)
+    store.amid = lambda: weights.end(adapter, merged_with_the_old)
+    put(weights, *whole(build_model(seed=1), 1))
+    assert weights.prepared_version == 2
+    for ask in (weights.would_change, weights.commit):
+        with pytest.raises(FailedPrecondition, match="base_version: the server has 1, the request needs 0"):
+            ask(2)
+    assert_same(state(model), state(build_model(seed=1)))
 
 
 def test_whole_weights_and_changes_after_an_adapter_find_the_base() -> None:
