@@ -43,7 +43,9 @@ class StopTexts:
         self._tokens.append(token)
         before = self._decode(self._tokens[self._before : self._settled])
         now = self._decode(self._tokens[self._before :])
-        added = now[len(before) :]
+        # One character of which the context has a part, however many of its bytes are shown.
+        begun = before.rstrip(INCOMPLETE)
+        added = now[len(begun) + (begun != before) :]
         whole = added.rstrip(INCOMPLETE)
         found = any(text in self._tail[max(0, len(self._tail) - len(text) + 1) :] + whole for text in self._texts)
         if added and added == whole:

@@ -70,6 +70,19 @@ def test_words_are_joined_by_what_stands_before() -> None:
     assert completing(StopTexts(tokenizer, ("€!",), [1]), [7, 8, 9, 3]) == 3
 
 
+def test_a_prompt_that_ends_inside_of_a_character_hides_nothing_after_it() -> None:
+    """SentencePiece's decoders show each byte of what is no character yet."""
+    tokenizer = words()
+    assert completing(StopTexts(tokenizer, ("!",), [1, 7, 8]), [9, 3]) == 1
+    assert completing(StopTexts(tokenizer, ("! stop",), [1, 7, 8]), [9, 3, 4]) == 2
+    assert completing(StopTexts(tokenizer, ("!",), [1, 7]), [8, 9, 3]) == 2
+    assert completing(StopTexts(tokenizer, ("!",), [1, 7, 8]), [3]) == 0, "it never becomes a character"
+    first, second, last = BYTES.encode("€").ids
+    letter = BYTES.encode("x").ids[0]
+    for tokens, at in (([last, letter], 1), ([letter], 0)):
+        assert completing(StopTexts(BYTES, ("x",), [40, first, second]), tokens) == at
+
+
 def test_special_tokens_and_ids_without_text_add_nothing() -> None:
     letters = BYTES.encode("ab").ids
     assert completing(StopTexts(BYTES, ("ab",), []), [letters[0], 256, 319, letters[1]]) == 3
