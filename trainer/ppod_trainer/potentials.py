@@ -14,6 +14,7 @@ Shape legend: B sequences, T response tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from ppod import RewardClient
-from ppod.client import Granularity, ProcessScores, Scores, Truncation
+from ppod.client import Granularity, ProcessScores, RewardComponent, RewardKind, Scores, Truncation
 from ppod.tensors import FloatArray
 from ppod_trainer.rollouts import Rollout
 
@@ -41,6 +42,8 @@ def score_rollouts(
 ) -> tuple[Scores, list[FloatArray | None]]:
     """The scores of responses, and the potentials that shaping needs; one call, and one forward, for both.
 
+    By token, where some part of the reward scores the response apart from its prompt, the scores take another call.
+
     Returns:
         scores: of what the user sees.
         potentials: of each rollout float32 [T], that of the state before each token; None where none are asked for.
@@ -49,12 +52,7 @@ def score_rollouts(
         PpodError: as the client.
     """
     if shaping.level == "none":
-        scores = client.score(
-            [one.judged_tokens for one in rollouts],
-            prompt_lengths=[len(one.prompt.token_ids) for one in rollouts],
-            truncation=Truncation.NONE,
-        )
-        return scores, [None] * len(rollouts)
+        return _scores(client, rollouts), [None] * len(rollouts)
     # By token the prompt's last one counts as response: the score behind it is the prompt's potential.
     by_token = shaping.level == "token"
     scores = client.score(
@@ -64,7 +62,24 @@ def score_rollouts(
         truncation=Truncation.NONE,
     )
     assert scores.process is not None
-    return scores, list(_potentials(scores.process, rollouts))
+    potentials = _potentials(scores.process, rollouts)
+    if by_token and scores.breakdown is not None and _reads_responses(scores.breakdown):
+        scores = _scores(client, rollouts)
+    return scores, list(potentials)
+
+
+def _scores(client: RewardClient, rollouts: Sequence[Rollout]) -> Scores:
+    return client.score(
+        [one.judged_tokens for one in rollouts],
+        prompt_lengths=[len(one.prompt.token_ids) for one in rollouts],
+        truncation=Truncation.NONE,
+    )
+
+
+def _reads_responses(component: RewardComponent) -> bool:
+    """Whether it matters to a reward, or to a part of it, where the response begins."""
+    own = component.kind in (RewardKind.PROCESS_MODEL, RewardKind.FUNCTION, RewardKind.JUDGE)
+    return own or any(_reads_responses(member) for member in component.members)
 
 
 def _potentials(process: ProcessScores, rollouts: list[Rollout]) -> list[FloatArray]:

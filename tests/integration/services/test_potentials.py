@@ -123,3 +123,20 @@ def test_rewards_that_read_responses_are_told_where_these_begin(zoo: Zoo) -> Non
         texts = [tokenizer.decode(RESPONSES[0]), tokenizer.decode(RESPONSES[1][:-1])]
         expected = client.score_texts(texts, prompts=[tokenizer.decode(prompt) for prompt in PROMPTS[:2]]).values
         np.testing.assert_allclose(score_rollouts(client, made, Shaping())[0].values[:2], expected, atol=1e-6)
+
+
+def test_by_token_too_a_response_is_scored_without_the_prompt(zoo: Zoo) -> None:
+    """The call that tells the prompt's potential takes its last token for the response's first."""
+    calls: list[str] = []
+
+    def observe(method: str, _seconds: float, _code: str) -> None:
+        calls.append(method)
+
+    for model, asked in (("length", 2), ("process", 2), ("first", 1)):
+        with RewardClient(zoo.service.target, pin=Pin(model=model), observer=observe) as client:
+            plain, _ = score_rollouts(client, rollouts(), Shaping())
+            calls.clear()
+            scores, potentials = score_rollouts(client, rollouts(), Shaping("token"))
+        np.testing.assert_allclose(scores.values, plain.values, atol=1e-5)
+        assert len(calls) == asked
+        assert all(found is not None and len(found) == len(RESPONSES[row]) for row, found in enumerate(potentials))
