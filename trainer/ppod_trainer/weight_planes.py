@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ppod import ResourceExhausted
 from ppod.client import SharedDirectory, WeightPush, WeightTensor, WireImage
 from ppod_models.page_locks import PageLock, page_locked
+from ppod_trainer.errors import WeightPushError
 from ppod_trainer.policy_weights import PolicyTensors
 
 
@@ -121,7 +123,8 @@ class SharedPlane:
     @contextmanager
     def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
         """See `WeightPlane`."""
-        segment = self._directory.segment(outgoing.policy.layout, self._held_uris())
+        with _room_for(outgoing):
+            segment = self._directory.segment(outgoing.policy.layout, self._held_uris())
         if outgoing.image is None:
             if outgoing.policy.on_device and segment.path not in self._locks:
                 self._locks[segment.path] = PageLock(memoryview(segment.memory))
@@ -134,7 +137,8 @@ class SharedPlane:
     @contextmanager
     def changes(self, outgoing: Outgoing, base_version: int, tensors: Sequence[WeightTensor]) -> Generator[WeightPush]:
         """See `WeightPlane`."""
-        path = self._directory.write(tensors)
+        with _room_for(outgoing):
+            path = self._directory.write(tensors)
         try:
             yield WeightPush(outgoing.weight_version, tensors, base_version=base_version, uri=path.as_uri())
         finally:
@@ -147,3 +151,12 @@ class SharedPlane:
         """Remove all files."""
         self._locks.clear()
         self._directory.close()
+
+
+@contextmanager
+def _room_for(outgoing: Outgoing) -> Generator[None]:
+    """Within the block a file is made; raises WeightPushError where there is no room for it."""
+    try:
+        yield
+    except ResourceExhausted as error:
+        raise WeightPushError(f"weight version {outgoing.weight_version}: {error}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import threading
 import time
@@ -10,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -347,6 +349,28 @@ def test_a_step_whose_push_fails_for_good_is_kept(tmp_path: Path) -> None:
         run._after_step()
     assert reference.kept == [4]
     assert [(state.policy_version, state.reference_version) for state in saved] == [(4, 4)]
+
+
+@pytest.mark.parametrize("encoding", ["full", "delta"])
+def test_a_step_is_kept_whose_push_finds_no_room_for_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: Literal["full", "delta"]
+) -> None:
+    """The first version's file, which its replica serves from, fills the directory."""
+    config = WeightTransferConfig(plane="shared", directory=tmp_path / "shared", encoding=encoding)
+    sync = WeightSync(FixedReplicas(cast(Any, [Replica("a")]), "stop"), config)
+    learner = SimpleNamespace(adapter=None, whole_model=lambda _: nn.Linear(2, 2))
+    run = run_of(tmp_path, sync, TrainerState(0, 0, 0, ""), {}, learner=learner)
+    run.push_policy(1)
+
+    def fallocate(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    run._push_update(2)
+    assert run.state.policy_version == 2
+    with pytest.raises(WeightPushError, match="weight version 2: no room for"):
+        run._after_step()
+    sync.close()
 
 
 def test_the_new_version_is_told_before_anybody_may_generate_again() -> None:
