@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ppod import GenerationClient, PpodError, Sampling
+from ppod import FilterFailed, GenerationClient, NonFiniteOutput, PpodError, Sampling
 from ppod.client import Completion, FinishReason
 from ppod.tensors import FloatArray, TokenArray
 from ppod_trainer.bad_samples import BadSamples
@@ -95,7 +95,8 @@ class TurnSampler:
         # Equal neighbours, such as a group's, go as one prompt, which is run once for all of them. The contract takes
         # no resumed tokens with several completions of a prompt.
         copies = 1 if any(resumed) else equal_runs(prompts)
-        try:
+
+        def ask() -> list[Completion]:
             return self._client.generate(
                 prompts[::copies],
                 replace(sampling, n=copies),
@@ -103,10 +104,20 @@ class TurnSampler:
                 weight_version=policy_version,
                 resumed_tokens=resumed[::copies],
             )
+
+        try:
+            try:
+                return ask()
+            except (NonFiniteOutput, FilterFailed):
+                if copies == 1:
+                    raise
+                # It is about one completion, and names the prompt of several: asked one by one, it shows which.
+                copies = 1
+                return ask()
         except PpodError as error:
             sample: int | None = getattr(error, "sample", None)
             if sample is not None:
-                # Of the contexts that share the prompt take the first; those that stay will be asked one by one.
+                # Of the contexts that share the prompt take the first; those that stay will be refused, too.
                 error.sample = left[sample * copies]  # pyright: ignore[reportAttributeAccessIssue]
             raise
 

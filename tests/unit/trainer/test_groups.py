@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from ppod import InvalidArgument, Sampling
+from ppod import InvalidArgument, NonFiniteOutput, Sampling
 from ppod.client import Completion, FinishReason
 from ppod.client.completions import WeightSpan
 from ppod.client.identity import ModelState, Timing
@@ -24,11 +24,20 @@ from ppod_trainer.step_rollouts import StepRollouts, build_step_rollouts
 
 
 class Generation:
-    """Answers each completion with its prompt's first token and its seed; refuses prompts and aborts seeds as told."""
+    """Answers each completion with its prompt's first token and its seed.
 
-    def __init__(self, refused: frozenset[int] = frozenset(), aborted: frozenset[int] = frozenset()) -> None:
+    Refuses prompts, aborts seeds and fails at seeds as told.
+    """
+
+    def __init__(
+        self,
+        refused: frozenset[int] = frozenset(),
+        aborted: frozenset[int] = frozenset(),
+        broken: frozenset[int] = frozenset(),
+    ) -> None:
         self.refused = refused
         self.aborted = set(aborted)
+        self.broken = broken
         self.asked: list[tuple[int, int]] = []
         self.replica_count = 1
 
@@ -47,6 +56,9 @@ class Generation:
         for index, prompt in enumerate(prompts):
             if int(prompt[0]) in self.refused:
                 raise InvalidArgument("prompts", "x", "y", index)
+        for number, seed in enumerate(seeds):
+            if seed in self.broken:
+                raise NonFiniteOutput("logits", number // sampling.n, "nan")
         return [
             self._complete(prompts[number // sampling.n], number // sampling.n, seed, weight_version)
             for number, seed in enumerate(seeds)
@@ -138,6 +150,18 @@ def test_a_prompt_that_is_refused_takes_its_whole_group_and_no_other() -> None:
     prompts = [Prompt(first, np.array([first, 1], dtype=np.int32)) for first in (7, 9, 8) for _ in range(2)]
     rollouts = sampler.sample(prompts, range(60, 66), 3)
     assert [one.response.tolist() for one in rollouts] == [[7, 60], [7, 61], [8, 64], [8, 65]]
+
+
+@pytest.mark.parametrize("firsts", [(7, 7, 7, 7), (7, 7, 9, 9)], ids=["one group", "groups"])
+def test_a_completion_that_fails_takes_none_of_its_group(firsts: tuple[int, ...]) -> None:
+    """The service names its prompt alone, which others share."""
+    generation = Generation(broken=frozenset({61}))
+    prompts = [Prompt(first, np.array([first, 1], dtype=np.int32)) for first in firsts]
+    rollouts = ResponseSampler(turns_of(generation), BadSamples("skip")).sample(prompts, range(60, 64), 3)
+    assert [one.seed for one in rollouts] == [60, 62, 63]
+    with pytest.raises(NonFiniteOutput) as caught:
+        ResponseSampler(turns_of(generation), BadSamples("stop")).sample(prompts, range(60, 64), 3)
+    assert caught.value.sample == 1
 
 
 class Collector:
