@@ -9,7 +9,13 @@ from typing import cast
 import torch
 import transformers
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from ppod_models.sources import ModelSourceError
 
@@ -118,8 +124,24 @@ def hidden_size(model: PreTrainedModel) -> int:
 
 
 def max_sequence_tokens(model: PreTrainedModel) -> int:
-    """Longest sequence that the model's positions cover."""
-    return int(model.config.get_text_config(decoder=True).max_position_embeddings)
+    """Longest sequence that the model's positions cover; see `longest_sequence`."""
+    return longest_sequence(model.config)
+
+
+def longest_sequence(config: PreTrainedConfig) -> int:
+    """Longest sequence that a model's positions cover, each by itself, in tokens.
+
+    LongRoPE (Ding et al. 2024) turns all sequences of a batch by other frequencies once one of them is longer than the
+    model was pretrained on, and not the keys that are cached by then. So such a model is one of that length.
+    """
+    text = config.get_text_config(decoder=True)
+    longest = int(text.max_position_embeddings)
+    parameters = cast("dict[str, object]", getattr(text, "rope_parameters", None) or {})
+    # Of all layers, or by kinds of layers.
+    for rope in (parameters, *(each for each in parameters.values() if isinstance(each, dict))):
+        if rope.get("rope_type") == "longrope":
+            longest = min(longest, int(cast("int", rope["original_max_position_embeddings"])))
+    return longest
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

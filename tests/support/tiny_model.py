@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 EOS = "<|end|>"
 PAD = "<|pad|>"
@@ -49,6 +49,35 @@ def build_model(
         pad_token_id=257,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def build_longrope_model(pretrained_tokens: int) -> Phi3ForCausalLM:
+    """A two-layer Phi-3 whose positions turn by other frequencies in batches with longer sequences than these."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+    config = Phi3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=MAX_TOKENS,
+        original_max_position_embeddings=pretrained_tokens,
+        rope_parameters={**rope, "original_max_position_embeddings": pretrained_tokens},
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
+    return Phi3ForCausalLM(config).eval()
+
+
+def save_longrope_model(directory: Path, pretrained_tokens: int) -> Path:
+    """Save such a model and a tokenizer; returns the directory."""
+    build_longrope_model(pretrained_tokens).save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
+    return directory
 
 
 def save_tiny_model(directory: Path, *, seed: int = 0, tied: bool = True, max_tokens: int = MAX_TOKENS) -> Path:

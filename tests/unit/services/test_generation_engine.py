@@ -14,7 +14,7 @@ from ppod.errors import NonFiniteOutput
 from ppod_services.generation.requests import Ending, GeneratedSample, GenerationItem, TokenFilter, VersionSpan
 from support.generation_engine import Bench, StepSink, item, load_bench
 from support.recomputed import next_logits
-from support.tiny_model import NAN_TOKEN, build_model, save_tiny_model
+from support.tiny_model import NAN_TOKEN, build_longrope_model, build_model, save_longrope_model, save_tiny_model
 
 MODEL = build_model()
 
@@ -55,6 +55,16 @@ def test_a_crowd_gets_what_each_gets_alone(tiny_model_dir: Path, attention: str)
         assert (sample.ending, len(sample.tokens)) == (Ending.LENGTH, wanted.max_tokens)
         assert tokens_of(sample) == tokens_of(bench.alone(wanted))
         check_logprobs(wanted.prompt.tolist(), sample)
+
+
+def test_a_model_whose_frequencies_change_with_the_length_takes_none_at_which_they_do(tmp_path: Path) -> None:
+    """With LongRoPE one that is longer than 24 tokens would change all others in its batch, by nats."""
+    bench = load_bench(save_longrope_model(tmp_path, 24))
+    assert bench.model.info.max_sequence_tokens == 24
+    items = [item(range(5), 1, 19), item([7], 2, 23), item(range(23), 3, 1)]
+    sink = bench.run(items)
+    for position, wanted in enumerate(items):
+        check_logprobs(wanted.prompt.tolist(), sink.samples[position], build_longrope_model(24))
 
 
 def test_short_ones_are_answered_first_and_make_room(bench: Bench) -> None:

@@ -33,7 +33,7 @@ from ppod_services.generation.vllm_backend.segments import Segment
 from ppod_services.generation.vllm_backend.watch import SERVICE_VARIABLE
 from support.generation_engine import StepSink, Versions
 from support.generation_engine import item as plain_item
-from support.tiny_model import build_tokenizer
+from support.tiny_model import build_tokenizer, save_longrope_model
 from support.vllm_stand_in import without_vllm
 
 KNOWN = frozenset({"block_size", "swap_space"})
@@ -100,6 +100,12 @@ def read(output: Output, of: GenerationItem | None = None, *, tokens: int | None
 def test_configuration_that_cannot_be_is_named(vllm: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace(".", r"\.")):
         config(**vllm)
+
+
+def test_sequences_are_no_longer_than_frequencies_last(tmp_path: Path) -> None:
+    """vLLM takes LongRoPE's frequencies by the longest sequence that may come, whatever comes."""
+    found = engine_arguments(config(), save_longrope_model(tmp_path, 24), "cpu", KNOWN)
+    assert found["max_model_len"] == 24
 
 
 def test_engine_arguments_come_from_the_configuration(tiny_model_dir: Path) -> None:

@@ -22,6 +22,7 @@ from ppod_models.configuration import ConfigError, ModelConfig
 from ppod_models.loading import (
     eos_token_ids,
     load_tokenizer,
+    longest_sequence,
     max_sequence_tokens,
     pick_dtype,
     tokenizer_fingerprint,
@@ -164,7 +165,7 @@ def engine_arguments(
 
 
 def _longest(vllm: VllmConfig, path: Path) -> int:
-    own = int(AutoConfig.from_pretrained(path).get_text_config(decoder=True).max_position_embeddings)
+    own = longest_sequence(AutoConfig.from_pretrained(path))
     return own if vllm.max_model_len is None else min(own, vllm.max_model_len)
 
 
