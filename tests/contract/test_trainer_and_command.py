@@ -67,10 +67,16 @@ def test_the_trainer_uses_replicas_tls_and_the_token(
             rollout = RolloutConfig(batch_size=LIMITS.max_request_sequences, max_tokens=8)
             assert connections.reward is not None
             assert connections.reward.pin == Pin(tokenizer_fingerprint=FINGERPRINT)
-            assert check_services(connections, rollout, LIMITS.vocab_size).generation.eos_token_ids == (2,)
+            most = LIMITS.max_request_sequences
+            assert check_services(connections, rollout, most, LIMITS.vocab_size).generation.eos_token_ids == (2,)
             too_many = RolloutConfig(batch_size=LIMITS.max_request_sequences + 1, max_tokens=8)
             with pytest.raises(ServiceMismatchError, match="generation takes 8 sequences"):
-                check_services(connections, too_many, LIMITS.vocab_size)
+                check_services(connections, too_many, 1, LIMITS.vocab_size)
+            with pytest.raises(ServiceMismatchError, match="asks it for 9 of the 9 held-out prompts; lower"):
+                check_services(connections, rollout, most + 1, LIMITS.vocab_size)
+            # As long as there are replicas to share them.
+            connections.generation._core.shared.replicas.replace([one.target, two.target])  # pyright: ignore
+            check_services(connections, rollout, 2 * most, LIMITS.vocab_size)
             scores = connections.reward.score([[1, index] for index in range(3 * LIMITS.max_request_sequences)])
         finally:
             connections.close()

@@ -81,7 +81,8 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
         with stop.interruptible():
             connections = connect(config, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc)
             opened.callback(connections.close)
-            served = check_services(connections, config.rollout, loading.vocab_size(leader.learner.policy.model))
+            vocab_size = loading.vocab_size(leader.learner.policy.model)
+            served = check_services(connections, config.rollout, len(prompts.heldout), vocab_size)
         if config.rollout.on_bad_sample == "stop":
             _check_room(prompts, served, config.rollout.max_tokens)
         bad_samples = BadSamples(config.rollout.on_bad_sample)

@@ -148,8 +148,8 @@ def client_security(config: ServicesConfig, *, administrator: bool = False) -> C
     )
 
 
-def check_services(connections: Connections, rollout: RolloutConfig, vocab_size: int) -> ServedModels:
-    """Ask every service what it serves, and whether it fits.
+def check_services(connections: Connections, rollout: RolloutConfig, heldout: int, vocab_size: int) -> ServedModels:
+    """Ask every service what it serves, and whether it fits; `heldout` is the number of held-out prompts.
 
     The reference's weights are pinned as they are: a run that somebody gives another one would not notice.
 
@@ -177,6 +177,14 @@ def check_services(connections: Connections, rollout: RolloutConfig, vocab_size:
             raise ServiceMismatchError(
                 f"{name} takes {limits.max_request_sequences} sequences a request; rollout.batch_size is "
                 f"{rollout.batch_size}; lower it or raise the service's limits.max_request_sequences"
+            )
+        # Replicas share them.
+        asked = -(-heldout // max(connections.generation.replica_count, 1))
+        if name == "generation" and limits.max_request_sequences < asked:
+            raise ServiceMismatchError(
+                f"{name} takes {limits.max_request_sequences} sequences a request; an evaluation asks it for {asked} "
+                f"of the {heldout} held-out prompts; lower prompts.heldout or raise the service's "
+                "limits.max_request_sequences"
             )
         if limits.max_sequence_tokens <= rollout.max_tokens:
             raise ServiceMismatchError(
