@@ -207,6 +207,12 @@ def test_the_documented_environment_runs_though_all_its_episodes_begin_alike() -
         (None, "step returned None, expected a Reply"),
         (Reply("", float("nan"), done=True), "step returned the reward nan, expected a finite number"),
         (Reply("", None, done=True), "step returned the reward None, expected a finite number"),  # type: ignore[arg-type]
+        (Reply("", 1e39, done=True), "step returned the reward 1e+39, expected a finite number"),
+        (Reply("", 10**400, done=True), f"step returned the reward {10**400}, expected a finite number"),
+        (
+            Reply("", np.array([1.0, 2.0]), done=True),  # type: ignore[arg-type]
+            "step returned the reward array([1., 2.]), expected a finite number",
+        ),
         (Reply(None, 0.0, done=False), "step returned the observation None, expected a text"),  # type: ignore[arg-type]
     ],
 )

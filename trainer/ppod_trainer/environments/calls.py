@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from functools import partial
 from typing import SupportsFloat, cast
+
+import numpy as np
 
 from ppod_trainer.environments.base import Environment, Reply
 from ppod_trainer.environments.loading import LoadedEnvironment
 from ppod_trainer.errors import EnvironmentReplyError
 from ppod_trainer.threads import at_once
+
+_LARGEST_REWARD = float(np.finfo(np.float32).max)
 
 
 class EnvironmentCalls:
@@ -71,7 +74,14 @@ class EnvironmentCalls:
 
 
 def _is_finite(reward: object) -> bool:
-    return isinstance(reward, SupportsFloat) and math.isfinite(reward)
+    """Whether it is a number, as float32, which rollouts keep it in."""
+    if not isinstance(reward, SupportsFloat):
+        return False
+    try:
+        return abs(float(reward)) <= _LARGEST_REWARD
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        # What arrays and tensors of several numbers raise, and integers beyond all floats.
+        return False
 
 
 def _failure(environment: Environment, found: str, expected: str) -> EnvironmentReplyError:
