@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeAlias, TypeVar
@@ -80,7 +81,8 @@ class SyncDriver:
             call: Iterator[bytes] | None = None
             try:
                 stub = self._channel(opening.address).unary_stream(method, None, None)
-                call = stub(opening.payload, timeout=opening.timeout_s, metadata=self._core.metadata())
+                with _open_channel():
+                    call = stub(opening.payload, timeout=opening.timeout_s, metadata=self._core.metadata())
                 for data in call:
                     yield delivery.job.accept(data)
                 delivery.job.finish()
@@ -105,7 +107,8 @@ class SyncDriver:
         try:
             stub = self._channel(address).stream_unary(method, None, None)
             timeout_s = self._core.settings.timeout_s if timeout_s is None else timeout_s
-            return stub(_made_ahead(messages), timeout=timeout_s, metadata=self._core.metadata())
+            with _open_channel():
+                return stub(_made_ahead(messages), timeout=timeout_s, metadata=self._core.metadata())
         except grpc.RpcError as error:
             typed = typed_error(error, self._core.service_name, address)
             code = typed.code.name
@@ -151,10 +154,8 @@ class SyncDriver:
     def _probe(self) -> None:
         for address in self._core.shared.replicas.due_probes(time.monotonic()):
             payload, timeout_s = self._core.probe_payload()
-            try:
+            with _open_channel():
                 future = self.unary(address, HEALTH_CHECK).future(payload, timeout=timeout_s)
-            except ValueError as error:  # what gRPC raises for a channel that another thread has closed
-                raise Cancelled("the client is closed") from error
 
             def tell(done: _Future, address: str = address) -> None:
                 try:
@@ -232,20 +233,17 @@ class _Delivery:
         stub = self._driver.unary(send.address, send.method)
         start = time.monotonic()
         try:
-            data = stub(send.payload, timeout=send.timeout_s, metadata=self._metadata)
+            with _open_channel():
+                data = stub(send.payload, timeout=send.timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             return self._failed(send, start, error)
-        except ValueError as error:  # what gRPC raises for a channel that another thread has closed
-            raise Cancelled("the client is closed") from error
         return self._arrived(send, start, data)
 
     def _begin(self, send: Send) -> None:
         stub = self._driver.unary(send.address, send.method)
         start = time.monotonic()
-        try:
+        with _open_channel():
             future = stub.future(send.payload, timeout=send.timeout_s, metadata=self._metadata)
-        except ValueError as error:
-            raise Cancelled("the client is closed") from error
         self._futures[send.attempt] = (send, future, start)
         future.add_done_callback(lambda _: self._ended.put(send.attempt))
 
@@ -259,6 +257,15 @@ class _Delivery:
         typed = typed_error(error, self._core.service_name, send.address)
         self._core.observe(send.method, now - start, typed.code.name)
         return self._exchange.failed(send.attempt, typed, now)
+
+
+@contextmanager
+def _open_channel() -> Generator[None]:
+    """Within the block a call is begun; raises Cancelled where another thread has closed its channel."""
+    try:
+        yield
+    except ValueError as error:  # what gRPC raises then
+        raise Cancelled("the client is closed") from error
 
 
 def _made_ahead(messages: Iterator[bytes]) -> Iterator[bytes]:
