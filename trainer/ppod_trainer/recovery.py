@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from ppod import DeadlineExceeded, FailedPrecondition, PpodError, Unavailable
+from ppod import DeadlineExceeded, FailedPrecondition, PpodError, ResourceExhausted, Unavailable
 from ppod_trainer.connections import Connections
 from ppod_trainer.errors import WeightPushError, with_notes
 from ppod_trainer.stopping import StopSignal
@@ -55,9 +55,12 @@ class Recovery:
 
 
 def _heals(error: BaseException) -> bool:
-    """Whether it may be gone when a service is back: it was away, or is there without the run's weights."""
+    """Whether it may be gone when a service is back: it was away or busy, or is there without the run's weights."""
     if isinstance(error, WeightPushError):
         return error.__cause__ is not None and _heals(error.__cause__)
     if isinstance(error, FailedPrecondition):
         return error.what in ("weight_version", "base_version")
+    if isinstance(error, ResourceExhausted):
+        # Where a wait does not mend it, as a full disk, none is told.
+        return error.retry_after_s > 0
     return isinstance(error, Unavailable | DeadlineExceeded)

@@ -1,0 +1,42 @@
+"""Which troubles of a push a run waits out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ppod import PpodError, ResourceExhausted
+from ppod_trainer.checkpoint import TrainerState
+from ppod_trainer.errors import WeightPushError
+from support.pushed_runs import Generation, run_of
+
+
+class Refusing(Generation):
+    """Refuses the first push."""
+
+    def __init__(self, error: PpodError) -> None:
+        super().__init__()
+        self._error: PpodError | None = error
+
+    def push(self, model: object, dtype: torch.dtype, weight_version: int) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise WeightPushError(f"prepare failed on 1 of 2: {error}") from error
+        super().push(model, dtype, weight_version)
+
+
+def test_a_push_that_is_told_to_come_again_comes_again(tmp_path: Path) -> None:
+    """As by a replica that still takes what a trainer sent which was killed."""
+    generation = Refusing(ResourceExhausted("another transfer of weights is under way", 1.0))
+    run = run_of(tmp_path, generation, TrainerState(0, 0, 0, ""), {})
+    run.push_policy(2)
+    assert generation.serves == {"a": 2, "b": 2}
+
+
+def test_a_push_that_no_time_makes_room_for_ends_the_run(tmp_path: Path) -> None:
+    generation = Refusing(ResourceExhausted("no room for 8 bytes of weights", 0.0))
+    run = run_of(tmp_path, generation, TrainerState(0, 0, 0, ""), {})
+    with pytest.raises(WeightPushError, match="no room"):
+        run.push_policy(2)
