@@ -24,6 +24,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
 
 
+_TINY = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    # Heads of 32: smaller ones are too small for vLLM's attention on CPUs.
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "pad_token_id": 257,
+}
+
+
 def build_model(
     *,
     seed: int = 0,
@@ -34,19 +48,7 @@ def build_model(
     """A two-layer Llama with random weights large enough that its distributions are far from uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        # Heads of 32: smaller ones are too small for vLLM's attention on CPUs.
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=max_tokens,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=eos_token_id,
-        pad_token_id=257,
+        **_TINY, max_position_embeddings=max_tokens, tie_word_embeddings=tied, eos_token_id=eos_token_id
     )
     return LlamaForCausalLM(config).eval()
 
@@ -56,19 +58,11 @@ def build_longrope_model(pretrained_tokens: int) -> Phi3ForCausalLM:
     torch.manual_seed(0)
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
     config = Phi3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **_TINY,
         max_position_embeddings=MAX_TOKENS,
         original_max_position_embeddings=pretrained_tokens,
         rope_parameters={**rope, "original_max_position_embeddings": pretrained_tokens},
-        initializer_range=0.2,
-        bos_token_id=None,
         eos_token_id=256,
-        pad_token_id=257,
     )
     return Phi3ForCausalLM(config).eval()
 
