@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -37,12 +38,18 @@ class PolicyTensors:
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._dtype = dtype
         named = list(model.named_parameters())
+        self._places = _places(model)
         self._parameters = [parameter.detach() for _, parameter in named]
         # Not where they are written, by several threads: each operation of torch lets go of the interpreter, and waits
         # for the other threads to get it back, which for hundreds of tensors takes a third of the writing.
         self._bytes = [self._bytes_of(parameter) for parameter in self._parameters]
         self.on_device = not self.in_place and any(parameter.device.type == "cuda" for parameter in self._parameters)
         self.layout = tuple(TensorLayout(name, _WIRE[dtype], tuple(parameter.shape)) for name, parameter in named)
+
+    def are_of(self, model: nn.Module, dtype: torch.dtype) -> bool:
+        """Whether they would be made alike again: `model` has these parameters, in the memory where they were."""
+        # They keep that memory, so that no other tensor can have come to lie where one of them was.
+        return dtype == self._dtype and _places(model) == self._places
 
     @property
     def in_place(self) -> bool:
@@ -83,6 +90,29 @@ class PolicyTensors:
         """Where they can be copied from as they are; None where they must be converted first."""
         in_place = parameter.dtype == self._dtype and parameter.is_cpu and parameter.is_contiguous()
         return parameter.view(-1).view(torch.uint8).numpy() if in_place else None
+
+
+class KnownPolicies:
+    """Makes `PolicyTensors`, and keeps them while their model is there.
+
+    Whoever pushes a policy again needs them again, and to make them takes as long as a tenth of its bytes take.
+    """
+
+    def __init__(self) -> None:
+        # Weakly: a model that was gathered for one push is to go with it.
+        self._known: WeakKeyDictionary[nn.Module, PolicyTensors] = WeakKeyDictionary()
+
+    def tensors_of(self, model: nn.Module, dtype: torch.dtype) -> PolicyTensors:
+        """What `PolicyTensors` would make now."""
+        known = self._known.get(model)
+        if known is None or not known.are_of(model, dtype):
+            known = self._known[model] = PolicyTensors(model, dtype)
+        return known
+
+
+def _places(model: nn.Module) -> list[tuple[str, int, torch.dtype, torch.Size, tuple[int, ...]]]:
+    """What parameters there are, and where."""
+    return [(name, one.data_ptr(), one.dtype, one.shape, one.stride()) for name, one in model.named_parameters()]
 
 
 def wire_tensors(state: Mapping[str, torch.Tensor]) -> list[WeightTensor]:

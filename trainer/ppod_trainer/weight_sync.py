@@ -38,7 +38,7 @@ from ppod_trainer.collective_plane import CollectivePlane
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import WeightPushError
 from ppod_trainer.held_files import HeldFiles
-from ppod_trainer.policy_weights import PolicyTensors
+from ppod_trainer.policy_weights import KnownPolicies, PolicyTensors
 from ppod_trainer.weight_planes import GrpcPlane, Outgoing, SharedPlane, WeightPlane
 from ppod_trainer.weight_replicas import ServedWeights, WeightReplicas
 
@@ -109,6 +109,7 @@ class WeightSync:
         self._config = config
         self._pool = ThreadPoolExecutor(_MOST_AT_ONCE, thread_name_prefix="replicas")
         self._held = HeldFiles()
+        self._policies = KnownPolicies()
         self._directories: dict[str, str] = {}  # `WeightStatus.relay_directory_id` of each replica
         self._plane = self._make_plane()
         self._committed: _Committed | None = None
@@ -134,8 +135,8 @@ class WeightSync:
             WeightPushError: a replica did not get them. Where preparing failed all replicas go on with their old
             version; the message names who failed, at what, and why.
         """
-        policy = PolicyTensors(model, dtype)
         started, fallbacks = time.monotonic(), self.fallbacks
+        policy = self._policies.tensors_of(model, dtype)
         image: WireImage | None = None
         with self._taking():
             if self._config.encoding == "delta" or self._replicas.change:

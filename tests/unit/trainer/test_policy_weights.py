@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from weakref import ref
+
 import pytest
 import torch
 import xxhash
 from torch import nn
 
 from ppod.client import WEIGHT_BLOCK_BYTES, WeightTensor, WireImage
-from ppod_trainer.policy_weights import PolicyTensors
+from ppod_trainer.policy_weights import KnownPolicies, PolicyTensors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LARGE = 5 * WEIGHT_BLOCK_BYTES + 3
@@ -72,3 +75,51 @@ def test_parameters_that_travel_as_they_are_are_not_copied() -> None:
     assert sent(tensors) == expected(model, torch.float32)
     assert not PolicyTensors(model, torch.bfloat16).in_place
     assert not PolicyTensors(Shapes(torch.float32), torch.float32).in_place, "one is a view that must be copied first"
+
+
+def replace_parameter(model: nn.Linear) -> None:
+    model.weight = nn.Parameter(torch.zeros(2, 3))
+
+
+def move_parameter(model: nn.Linear) -> None:
+    model.weight.data = torch.zeros(2, 3)
+
+
+def turn_parameter(model: nn.Linear) -> None:
+    model.weight.data = model.weight.data.view(3, 2)
+
+
+def add_parameter(model: nn.Linear) -> None:
+    model.register_parameter("scale", nn.Parameter(torch.ones(4)))
+
+
+def drop_parameter(model: nn.Linear) -> None:
+    model.bias = None
+
+
+def test_a_policy_that_changed_only_its_values_is_known_again() -> None:
+    model, policies = nn.Linear(3, 2), KnownPolicies()
+    policy = policies.tensors_of(model, torch.float32)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    assert policies.tensors_of(model, torch.float32) is policy
+    assert sent(policy.tensors()) == expected(model, torch.float32)
+
+
+@pytest.mark.parametrize("change", [replace_parameter, move_parameter, turn_parameter, add_parameter, drop_parameter])
+def test_a_policy_whose_parameters_are_others_is_read_anew(change: Callable[[nn.Linear], None]) -> None:
+    model, policies = nn.Linear(3, 2), KnownPolicies()
+    policies.tensors_of(model, torch.float32)
+    change(model)
+    policy = policies.tensors_of(model, torch.float32)
+    assert sent(policy.tensors()) == expected(model, torch.float32)
+    assert [one.shape for one in policy.layout] == [tuple(one.shape) for one in model.parameters()]
+
+
+def test_a_policy_is_known_for_one_type_and_for_as_long_as_its_model_is_there() -> None:
+    model, policies = nn.Linear(3, 2), KnownPolicies()
+    policies.tensors_of(model, torch.float32)
+    assert sent(policies.tensors_of(model, torch.bfloat16).tensors()) == expected(model, torch.bfloat16)
+    memory = ref(policies.tensors_of(model, torch.float32))
+    del model
+    assert memory() is None, "a gathered copy would stay beside the policy"
