@@ -110,9 +110,15 @@ class KnownPolicies:
         return known
 
 
-def _places(model: nn.Module) -> list[tuple[str, int, torch.dtype, torch.Size, tuple[int, ...]]]:
+def _places(model: nn.Module) -> list[tuple[str, str, int, torch.dtype, torch.Size, tuple[int, ...]]]:
     """What parameters there are, and where."""
-    return [(name, one.data_ptr(), one.dtype, one.shape, one.stride()) for name, one in model.named_parameters()]
+    return [
+        (path, name, one.data_ptr(), one.dtype, one.shape, one.stride())
+        for path, module in model.named_modules()
+        # `named_parameters` tells the same in twice the time, and who pushes waits for it.
+        for name, one in module._parameters.items()  # pyright: ignore[reportPrivateUsage]
+        if one is not None
+    ]
 
 
 def wire_tensors(state: Mapping[str, torch.Tensor]) -> list[WeightTensor]:

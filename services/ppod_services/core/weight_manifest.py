@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ppod.errors import InvalidArgument
 from ppod.v1 import weights_pb2
@@ -28,9 +28,8 @@ _ENCODINGS = {one.value: one for one in TensorEncoding} | {
 _BUCKET_BYTES = (64 * 1024, 1024**3)
 
 
-@dataclass(frozen=True, slots=True)
-class IncomingTensor:
-    """What one tensor of a transfer must turn out to be.
+class IncomingTensor(NamedTuple):
+    """What one tensor of a transfer must turn out to be. A tuple, as there are hundreds to make before a push goes on.
 
     Attributes:
         name: as the model, or the adapter, names it.
