@@ -208,7 +208,7 @@ def test_checksums_that_the_sender_has_not_confirmed_are_told_to_nobody() -> Non
     weights, _ = served(build_model(seed=0))
     manifest, data = whole(build_model(seed=1), 1)
     sums = [tensor.xxh3 for tensor in manifest.tensors]
-    owing = replace(manifest, tensors=tuple(replace(tensor, xxh3=None) for tensor in manifest.tensors))
+    owing = replace(manifest, tensors=tuple(tensor._replace(xxh3=None) for tensor in manifest.tensors))
     transfer = weights.begin(owing)
     transfer.write(data)
     with pytest.raises(InvalidArgument, match="checksums: found end of stream"):
