@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from ppod_deploy.run_config import RunConfig
 from ppod_services.core.config import CausalServiceConfig
 from ppod_services.reward.config import RewardConfig
+from ppod_services.reward.kinds import PretrainedReward
 from ppod_trainer.config import differences
 
 _BESIDE_SCORES = {
@@ -23,7 +24,7 @@ _BESIDE_SCORES = {
 
 def run_faults(config: RunConfig) -> list[str]:
     """One line for each, beginning with the dotted path of its key."""
-    return [*_missing_prompts(config), *_unreachable(config), *_refused_weights(config)]
+    return [*_missing_prompts(config), *_unread_tokens(config), *_unreachable(config), *_refused_weights(config)]
 
 
 def changed_services(config: RunConfig, earlier: RunConfig) -> list[str]:
@@ -53,6 +54,15 @@ def _missing_prompts(config: RunConfig) -> Iterator[str]:
     path = config.trainer.prompts.path
     if config.trainer.environment is None and path is not None and not path.is_file():
         yield f"trainer.prompts.path: {path} is no file, seen from the working directory"
+
+
+def _unread_tokens(config: RunConfig) -> Iterator[str]:
+    """A reward service without any tokenizer, where token ids are sent to it."""
+    reward = config.services.reward
+    if reward is None or not config.trainer.rewards.model or reward.tokenizers:
+        return
+    if not any(isinstance(one, PretrainedReward) for one in reward.rewards):
+        yield f"services.reward.tokenizers: none, and no reward has a model; name {config.trainer.policy.source} there"
 
 
 def _unreachable(config: RunConfig) -> Iterator[str]:

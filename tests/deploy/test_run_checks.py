@@ -41,6 +41,15 @@ def test_prompts_are_looked_for_where_they_are_read(run_values: dict[str, Sectio
     assert faults(run_values, gone) == ["trainer.prompts.path: gone.txt is no file, seen from the working directory"]
 
 
+def test_functions_alone_need_a_tokenizer_to_read_token_ids(run_values: dict[str, Section]) -> None:
+    function = "--services.reward.rewards=[{name: length, kind: function, function: length}]"
+    source = run_values["trainer"]["policy"]["source"]
+    expected = f"services.reward.tokenizers: none, and no reward has a model; name {source} there"
+    assert faults(run_values, function) == [expected]
+    assert faults(run_values, function, f"--services.reward.tokenizers=[{source}]") == []
+    assert faults(run_values, function, "--trainer.rewards.model=false", "--trainer.environment.name=calculator") == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -88,7 +88,11 @@ class RewardSet:
             return own
         known = None if config.name in self.parts.models else self._sources.get(fingerprint)
         if known is None:
-            raise FailedPrecondition("tokenizer", own.codec.fingerprint if own else "none", fingerprint)
+            ways = ["name its source under the service's tokenizers"]
+            if config.name in self.parts.models:
+                ways.append("ask for a sum of one term, this reward")
+            expected = f"{fingerprint}; to have {config.name} score its ids, {' and '.join(ways)}"
+            raise FailedPrecondition("tokenizer", own.codec.fingerprint if own else "none", expected)
         return known
 
     def own_source(self, config: RewardConfig) -> TokenSource | None:

@@ -187,10 +187,13 @@ def pinned(request: reward_pb2.ScoreRequest, fingerprint: str) -> reward_pb2.Sco
 
 
 def test_a_tokenizer_that_nothing_here_knows_is_refused(zoo: Zoo) -> None:
-    for name in ("first", "sum", "length"):
+    name_it = "name its source under the service's tokenizers"
+    ways = {"first": f"{name_it} and ask for a sum of one term, this reward", "sum": name_it, "length": name_it}
+    for name, way in ways.items():
         error = failure(zoo.service, pinned(of_tokens([[1]]), "0" * 16), name)
         assert isinstance(error, FailedPrecondition)
         assert error.what == "tokenizer"
+        assert error.expected == f"{'0' * 16}; to have {name} score its ids, {way}"
     encoder = score(zoo.service, of_texts(["x"]), "encoder").model.tokenizer_fingerprint
     # The encoder's ids of "abcd", with its special tokens.
     ids = [0, 68, 69, 70, 71, 1]
