@@ -113,6 +113,16 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]
 
 
+def token_id_bound(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the highest token id that a tokenizer makes.
+
+    Often less than its models' `vocab_size`, whose embeddings are padded: Qwen2.5 makes ids below 151,665, and has
+    151,936 rows in its small models, 152,064 in its large ones. More than the number of its tokens where some ids are
+    left out.
+    """
+    return 1 + max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())
+
+
 def vocab_size(model: PreTrainedModel) -> int:
     """Number of token ids that the model's embedding takes."""
     return int(cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import grpc
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 
 from ppod import InvalidArgument, Pin
 from ppod.tensors import pack_floats, pack_tokens
-from ppod.v1 import generation_pb2
+from ppod.v1 import generation_pb2, reward_pb2
 from ppod_deploy.cli import execute
 from ppod_models.configuration import parse_config
 from ppod_trainer.config import RolloutConfig, TrainerConfig
@@ -68,15 +69,15 @@ def test_the_trainer_uses_replicas_tls_and_the_token(
             assert connections.reward is not None
             assert connections.reward.pin == Pin(tokenizer_fingerprint=FINGERPRINT)
             most = LIMITS.max_request_sequences
-            assert check_services(connections, rollout, most, LIMITS.vocab_size).generation.eos_token_ids == (2,)
+            assert check_services(connections, rollout, most, LIMITS.vocab_size, 2).generation.eos_token_ids == (2,)
             too_many = RolloutConfig(batch_size=LIMITS.max_request_sequences + 1, max_tokens=8)
             with pytest.raises(ServiceMismatchError, match="generation takes 8 sequences"):
-                check_services(connections, too_many, 1, LIMITS.vocab_size)
+                check_services(connections, too_many, 1, LIMITS.vocab_size, 2)
             with pytest.raises(ServiceMismatchError, match="asks it for 9 of the 9 held-out prompts; lower"):
-                check_services(connections, rollout, most + 1, LIMITS.vocab_size)
+                check_services(connections, rollout, most + 1, LIMITS.vocab_size, 2)
             # As long as there are replicas to share them.
             connections.generation._core.shared.replicas.replace([one.target, two.target])  # pyright: ignore
-            check_services(connections, rollout, 2 * most, LIMITS.vocab_size)
+            check_services(connections, rollout, 2 * most, LIMITS.vocab_size, 2)
             scores = connections.reward.score([[1, index] for index in range(3 * LIMITS.max_request_sequences)])
         finally:
             connections.close()
@@ -85,6 +86,38 @@ def test_the_trainer_uses_replicas_tls_and_the_token(
         assert server.script.requests
         assert {each["authorization"] for each in server.script.metadata} == {"Bearer team-one"}
     assert "/ppod.v1.RewardService/Score OK" in seen
+
+
+@pytest.mark.parametrize(
+    ("reads", "vocab_size", "token_id_bound", "found"),
+    [
+        (1000, 1000, 990, None),
+        (990, 1000, 990, None),
+        (1024, 1000, 990, None),
+        (989, 1000, 990, "reward takes token ids below 989, the policy has 1000 and its tokenizer makes ids below 990"),
+        (1000, 1000, 1001, None),
+        (1000, 1024, 990, "generation takes token ids below 1000, the policy has 1024"),
+    ],
+)
+def test_a_reward_reads_all_ids_of_the_policys_tokenizer(
+    reads: int, vocab_size: int, token_id_bound: int, found: str | None
+) -> None:
+    """Models with one tokenizer have embeddings of different sizes; those of generation are the policy's own."""
+
+    def describe(reply: Message, _: int) -> None:
+        if isinstance(reply, reward_pb2.GetRewardModelResponse):
+            reply.limits.vocab_size = reads
+
+    with scripted_server(Script(change=describe)) as server:
+        alone = trainer_of(server.target, "", reward=server.target, reference=server.target)
+        connections = connect(alone, FINGERPRINT, lambda *_: None)
+        try:
+            rollout = RolloutConfig(batch_size=2, max_tokens=8)
+            outcome = pytest.raises(ServiceMismatchError, match=found) if found else nullcontext()
+            with outcome:
+                check_services(connections, rollout, 1, vocab_size, token_id_bound)
+        finally:
+            connections.close()
 
 
 def test_a_token_is_not_sent_in_plain_text_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,8 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             connections = connect(config, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc)
             opened.callback(connections.close)
             vocab_size = loading.vocab_size(leader.learner.policy.model)
-            served = check_services(connections, config.rollout, len(prompts.heldout), vocab_size)
+            bound = loading.token_id_bound(tokenizer)
+            served = check_services(connections, config.rollout, len(prompts.heldout), vocab_size, bound)
         if config.rollout.on_bad_sample == "stop":
             _check_room(prompts, served, config.rollout.max_tokens)
         bad_samples = BadSamples(config.rollout.on_bad_sample)

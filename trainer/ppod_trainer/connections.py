@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, replace
 
 from ppod import ClientSecurity, GenerationClient, Pin, PpodError, ReferenceClient, RewardClient, WeightClient
-from ppod.client import ModelDescription, ReplicaSource, RpcObserver, parse_kubernetes_target
+from ppod.client import ModelDescription, ModelLimits, ReplicaSource, RpcObserver, parse_kubernetes_target
 from ppod_trainer.config import (
     RolloutConfig,
     ServicesConfig,
@@ -148,10 +148,19 @@ def client_security(config: ServicesConfig, *, administrator: bool = False) -> C
     )
 
 
-def check_services(connections: Connections, rollout: RolloutConfig, heldout: int, vocab_size: int) -> ServedModels:
-    """Ask every service what it serves, and whether it fits; `heldout` is the number of held-out prompts.
+def check_services(
+    connections: Connections, rollout: RolloutConfig, heldout: int, vocab_size: int, token_id_bound: int
+) -> ServedModels:
+    """Ask every service what it serves, and whether it fits.
 
     The reference's weights are pinned as they are: a run that somebody gives another one would not notice.
+
+    Args:
+        connections: to all of them.
+        rollout: what generation will be asked for.
+        heldout: number of held-out prompts.
+        vocab_size: ids that the policy has embeddings for.
+        token_id_bound: ids that its tokenizer makes are below this.
 
     Raises:
         ServiceMismatchError: one takes other token ids, or shorter requests, than the run will send.
@@ -167,11 +176,7 @@ def check_services(connections: Connections, rollout: RolloutConfig, heldout: in
         described["judge"] = connections.judge.describe()
     for name, description in described.items():
         limits = description.limits
-        if limits.vocab_size != vocab_size:
-            raise ServiceMismatchError(
-                f"{name} takes token ids below {limits.vocab_size}, the policy makes ids below {vocab_size}; "
-                "serve a model with the policy's tokenizer"
-            )
+        _check_ids(name, limits, vocab_size, token_id_bound)
         # The other clients split what is too much for one request; a stream of completions is one request.
         if name == "generation" and limits.max_request_sequences < rollout.batch_size:
             raise ServiceMismatchError(
@@ -194,3 +199,14 @@ def check_services(connections: Connections, rollout: RolloutConfig, heldout: in
     read = {name: each.limits.max_sequence_tokens for name, each in described.items() if name != "generation"}
     reader = min(read, key=lambda name: read[name])
     return ServedModels(generation, reader, read[reader])
+
+
+def _check_ids(name: str, limits: ModelLimits, vocab_size: int, token_id_bound: int) -> None:
+    # Models with the same tokenizer pad their embeddings to different sizes. Generation gets the policy's.
+    needed = min(vocab_size, token_id_bound)
+    fits = limits.vocab_size == vocab_size if name == "generation" else limits.vocab_size >= needed
+    if not fits:
+        raise ServiceMismatchError(
+            f"{name} takes token ids below {limits.vocab_size}, the policy has {vocab_size} and its tokenizer makes "
+            f"ids below {token_id_bound}; serve a model with the policy's tokenizer"
+        )

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ppod.tensors import TokenArray
-from ppod_models.loading import tokenizer_fingerprint
+from ppod_models.loading import token_id_bound, tokenizer_fingerprint
 from ppod_services.reward.samples import ChatTemplateError, Turn
 
 
@@ -24,12 +24,14 @@ class TokenizerCodec:
     Attributes:
         fingerprint: see `ppod_models.loading.tokenizer_fingerprint`.
         bos_token_id: begin of sequence; None where the tokenizer has none.
+        token_id_bound: see `ppod_models.loading.token_id_bound`.
         longest_tokens: what the tokenizer's files say its model takes; huge where they say nothing.
         special_tokens_around: how many special tokens it puts before a text, and how many behind it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.fingerprint = tokenizer_fingerprint(tokenizer)
+        self.token_id_bound = token_id_bound(tokenizer)
         self.bos_token_id = cast("int | None", tokenizer.bos_token_id)
         self.longest_tokens = int(tokenizer.model_max_length)
         self._tokenizer = tokenizer
@@ -39,11 +41,6 @@ class TokenizerCodec:
         mask = self._backend.encode("a").special_tokens_mask
         before, all_of_them = (mask.index(0), sum(mask)) if 0 in mask else (0, 0)
         self.special_tokens_around = before, all_of_them - before
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids that it makes."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[TokenArray]:
         """One int32 array a text."""

@@ -20,6 +20,8 @@ from ppod_services.reward.samples import (
     Turn,
 )
 
+_ANY_ID = 2**31
+
 
 def read_samples(
     request: reward_pb2.ScoreRequest, source: TokenSource | None, most: int, *, needs_references: bool
@@ -81,7 +83,7 @@ def _read_tokens(request: reward_pb2.ScoreRequest, source: TokenSource | None, m
         raise InvalidArgument("input", "tokens", "texts or conversations: this service has no tokenizer")
     check_count(len(request.tokens.lengths), "tokens", most)
     sequences = unpack_sequences(request.tokens, "tokens")
-    check_token_ids(sequences, source.vocab_size, "tokens")
+    check_token_ids(sequences, _ANY_ID if source.only_decoded else source.vocab_size, "tokens")
     prompts = list(request.prompt_lengths) or [0] * len(sequences)
     if len(prompts) != len(sequences):
         raise InvalidArgument("prompt_lengths", f"{len(prompts)} values", f"{len(sequences)}, one a sequence, or none")

@@ -170,7 +170,7 @@ def load_tokenizer_source(source: str) -> TokenSource:
         codec = TokenizerCodec(load_tokenizer(path))
     except (OSError, ValueError) as error:
         raise ModelSourceError(f"tokenizer {source!r}: {error}") from error
-    return TokenSource(codec, codec.vocab_size)
+    return TokenSource(codec, codec.token_id_bound, only_decoded=True)
 
 
 def warm_up_model(model: ServedModel, tokens: int) -> None:

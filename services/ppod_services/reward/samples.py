@@ -149,10 +149,18 @@ class ChatTemplateError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TokenSource:
-    """The tokenizer that made the token ids of a request; valid ids are 0 to vocab_size - 1."""
+    """The tokenizer that made the token ids of a request.
+
+    Attributes:
+        codec: it.
+        vocab_size: ids are below this; with `only_decoded` those that stand for text are.
+        only_decoded: no model here takes its ids. A policy may have embeddings for more ids than its tokenizer makes,
+            and may sample them; they stand for no text.
+    """
 
     codec: Codec
     vocab_size: int
+    only_decoded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from ppod_models.configuration import (
     ConfigError,
@@ -18,7 +20,7 @@ from ppod_models.configuration import (
     parse_config,
     read_yaml,
 )
-from ppod_models.loading import load_tokenizer, pick_device, pick_dtype, tokenizer_fingerprint
+from ppod_models.loading import load_tokenizer, pick_device, pick_dtype, token_id_bound, tokenizer_fingerprint
 from ppod_models.sources import ModelSourceError, resolve, write_once
 from support.tiny_model import build_tokenizer
 from support.tiny_trunk import save_tiny_trunk
@@ -212,3 +214,13 @@ def test_a_tokenizers_fingerprint_is_the_same_however_it_was_used_before_it_was_
     assert tokenizer_fingerprint(load_tokenizer(tmp_path)) == before
     tokenizer.add_tokens(["<another>"])
     assert tokenizer_fingerprint(tokenizer) != before
+
+
+def test_ids_are_bounded_by_the_highest_and_not_by_their_number() -> None:
+    tokenizer = build_tokenizer()
+    assert token_id_bound(tokenizer) == 258
+    vocab = {"a": 0, "b": 7}
+    holes = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")))
+    assert token_id_bound(holes) == 8
+    holes.add_tokens(["<end>"])
+    assert token_id_bound(holes) == 1 + max(holes.get_vocab().values())
