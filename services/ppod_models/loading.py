@@ -143,9 +143,17 @@ def longest_sequence(config: PreTrainedConfig) -> int:
 
     LongRoPE (Ding et al. 2024) turns all sequences of a batch by other frequencies once one of them is longer than the
     model was pretrained on, and not the keys that are cached by then. So such a model is one of that length.
+
+    Raises:
+        ModelSourceError: it has no such bound, as models of another kind than ppod serves.
     """
     text = config.get_text_config(decoder=True)
-    longest = int(text.max_position_embeddings)
+    bound = getattr(text, "max_position_embeddings", None)
+    if not isinstance(bound, int):
+        raise ModelSourceError(
+            f"model of type {config.model_type}: its configuration has no max_position_embeddings, found {bound!r}"
+        )
+    longest = bound
     parameters = cast("dict[str, object]", getattr(text, "rope_parameters", None) or {})
     # Of all layers, or by kinds of layers.
     for rope in (parameters, *(each for each in parameters.values() if isinstance(each, dict))):

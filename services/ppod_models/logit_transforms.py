@@ -69,12 +69,19 @@ def find_logit_transform(source: str, model: PreTrainedModel) -> LogitTransform:
     """What the model does to its logits, found out by a forward pass of a few tokens; the weights must all be there.
 
     Raises:
-        ModelSourceError: it does something that ppod does not know: all logprobs would be silently wrong.
+        ModelSourceError: it does something that ppod does not know: all logprobs would be silently wrong. Or it cannot
+        be run as a language model with an output layer on a base model.
     """
     head = cast(nn.Module, model.get_output_embeddings())
     probe = torch.arange(_PROBE_TOKENS, device=model.device).unsqueeze(0)
-    given = cast(torch.Tensor, head(model.base_model(input_ids=probe, use_cache=False).last_hidden_state)).float()
-    made = [_magnified(model, head, probe, factor) for factor in _MAGNIFICATIONS]
+    try:
+        given = cast(torch.Tensor, head(model.base_model(input_ids=probe, use_cache=False).last_hidden_state)).float()
+        made = [_magnified(model, head, probe, factor) for factor in _MAGNIFICATIONS]
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        # Whatever an architecture that is built otherwise, or a configuration that contradicts itself, ends with.
+        raise ModelSourceError(
+            f"model {source!r} of type {model.config.model_type} cannot be run: {type(error).__name__}: {error}"
+        ) from error
     for transform in (*declared_transforms(model), UNCHANGED):
         off = _EXACT if transform == UNCHANGED or model.dtype == torch.float32 else _ROUNDED
         if all(torch.allclose(logits, transform.apply(given * factor), rtol=off, atol=off) for factor, logits in made):

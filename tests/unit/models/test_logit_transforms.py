@@ -7,11 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForSequenceClassification, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ppod_models import logprobs
-from ppod_models.loading import load_causal_lm
+from ppod_models.loading import load_causal_lm, max_sequence_tokens
 from ppod_models.logit_transforms import UNCHANGED, LogitTransform, declared_transforms, find_logit_transform
 from ppod_models.logprobs import token_distributions, token_logprobs
 from ppod_models.reward_classifiers import load_sequence_classifier
@@ -180,3 +187,18 @@ def test_attention_that_would_leave_a_cap_out_is_refused(
     assert load(tmp_path, "eager").config._attn_implementation == "eager"  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(ModelSourceError, match=r"attn_logit_softcapping 50\.0.*set attention: eager"):
         load(tmp_path, "sdpa")
+
+
+def test_models_that_are_built_otherwise_are_refused_by_their_type() -> None:
+    model = build_model()
+    cut = model.model.layers[1].self_attn.o_proj
+    cut.weight.data = cut.weight.data[:, :-1]
+    with pytest.raises(ModelSourceError, match="'m' of type llama cannot be run: RuntimeError: mat1 and mat2 shapes"):
+        find_logit_transform("m", model)
+    model.base_model_prefix = "without"
+    # So its base model is itself, whose output has no hidden states, as Llama 4's text model has it.
+    with pytest.raises(ModelSourceError, match="'m' of type llama cannot be run: "):
+        find_logit_transform("m", model)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(ModelSourceError, match="model of type bloom: its configuration has no max_position_embeddings"):
+        max_sequence_tokens(bloom)
