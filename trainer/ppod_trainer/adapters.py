@@ -34,7 +34,7 @@ class PolicyAdapter:
         seed: of what the adapter begins with.
 
     Raises:
-        TrainerError: no layer is called like that, or one that is not linear, or is the output layer.
+        TrainerError: no layer is called like that, or one is not linear, or is the output layer.
     """
 
     def __init__(self, model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> None:
@@ -42,7 +42,7 @@ class PolicyAdapter:
             r=config.rank,
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - PEFT's own kernels take any number
             use_rslora=config.rank_stabilized,
-            target_modules=list(config.target_modules) or "all-linear",
+            target_modules=list(config.target_modules) or _linear_layers(model),
             # With dropout the ratio of new to old probabilities would be noise.
             lora_dropout=0.0,
             bias="none",
@@ -57,8 +57,12 @@ class PolicyAdapter:
         self._config = config
         layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         for name, layer in layers.items():
-            if _NAME not in layer.lora_A:
-                raise TrainerError(f"policy.lora.target_modules: {name} is no linear layer; name linear layers alone")
+            # PEFT also adapts embeddings, GPT-2's transposed layers, and experts that are stacked in one parameter: of
+            # some models wherever a layer is called as they were in older checkpoints.
+            if _NAME not in layer.lora_A or not isinstance(layer.get_base_layer(), nn.Linear):
+                raise TrainerError(
+                    f"policy.lora.target_modules: {name} is no linear layer; name linear layers alone, such as q_proj"
+                )
             if layer is model.get_output_embeddings():
                 # Logprobs are taken with its weights, without what an adapter adds to them.
                 raise TrainerError(
@@ -102,6 +106,15 @@ class PolicyAdapter:
         config.base_model_name_or_path = base
         config.save_pretrained(str(directory))
         save_file(dict(tensors), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """All but the output layer. PEFT's "all-linear" takes experts in as well, which are stacked in one parameter."""
+    output = model.get_output_embeddings()
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not output]
+    if not found:
+        raise TrainerError("policy.lora: the model has no linear layers that an adapter could change")
+    return found
 
 
 @torch.no_grad()

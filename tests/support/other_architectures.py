@@ -1,0 +1,33 @@
+"""Tiny models that are built in another way than Llama."""
+
+from __future__ import annotations
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+from support.tiny_model import VOCAB_SIZE
+
+
+def build_mixture() -> MixtralForCausalLM:
+    """A mixture of experts, whose weights are stacked in one parameter for each kind of layer."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        max_position_embeddings=128,
+        pad_token_id=257,
+        initializer_range=0.2,
+    )
+    return MixtralForCausalLM(config).eval()
+
+
+def build_gpt2() -> GPT2LMHeadModel:
+    """A model whose layers' weights are transposed, as convolutions of width 1."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=1, n_head=2, n_positions=128, pad_token_id=257)
+    return GPT2LMHeadModel(config).eval()
