@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import nn
 
-from ppod.client import WEIGHT_BLOCK_BYTES, TensorDtype, TensorLayout, WeightTensor
+from ppod import PpodError
+from ppod.client import WEIGHT_BLOCK_BYTES, ModelDescription, TensorDtype, TensorLayout, WeightTensor
 from ppod.weight_changes import Bytes
+from ppod_models.loading import DTYPES
+from ppod_trainer.errors import WeightPushError
 
 _CONVERTED_BLOCK_BYTES = 8 * WEIGHT_BLOCK_BYTES
 """What is converted at once: most tensors whole, because each call of torch lets go of the interpreter."""
@@ -21,6 +25,26 @@ _WIRE = {
     torch.bfloat16: TensorDtype.BFLOAT16,
     torch.float16: TensorDtype.FLOAT16,
 }
+
+
+class Describes(Protocol):
+    """The client of a service that is given weights."""
+
+    def describe(self) -> ModelDescription:
+        """Ask what it serves."""
+        ...
+
+
+def wire_dtype(service: Describes, name: str) -> torch.dtype:
+    """The data type that a service's weights travel in: its own.
+
+    Raises:
+        WeightPushError: the service, which messages call `name`, does not tell.
+    """
+    try:
+        return DTYPES[service.describe().limits.dtype]
+    except PpodError as error:
+        raise WeightPushError(f"{name} does not tell which data type its weights have: {error}") from error
 
 
 class PolicyTensors:

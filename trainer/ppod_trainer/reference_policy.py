@@ -11,9 +11,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ppod_models.loading import DTYPES, load_causal_lm
+from ppod_models.loading import load_causal_lm
 from ppod_trainer.connections import Connections
 from ppod_trainer.durable import written_aside
+from ppod_trainer.policy_weights import wire_dtype
 
 
 class ReferencePolicy:
@@ -48,7 +49,7 @@ class ReferencePolicy:
         # It computes nothing here: with this attention no model is refused.
         cpu = torch.device("cpu")
         model = load_causal_lm(self._path(version), device=cpu, dtype=torch.float32, attention="eager")
-        dtype = DTYPES[self._client.describe().limits.dtype]
+        dtype = wire_dtype(self._client, "the reference")
         # A reference that outlived an earlier run may be further on; versions only ever grow.
         pushed = max(version, *(serving + 1 for serving in self._weights.serving_versions()))
         self._weights.push(model, dtype, pushed)

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from opentelemetry import trace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ppod import FailedPrecondition, Unavailable
-from ppod_models.loading import DTYPES
 from ppod_trainer.checkpoint import TrainerState, kept_references
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
@@ -35,6 +33,7 @@ from ppod_trainer.off_policy import measure_off_policy
 from ppod_trainer.pipeline import Collected, RolloutPipeline
 from ppod_trainer.policy_push import PolicyPush
 from ppod_trainer.policy_versions import PolicyVersions
+from ppod_trainer.policy_weights import wire_dtype
 from ppod_trainer.presampling import PreEstimates
 from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.recovery import Recovery
@@ -226,7 +225,8 @@ class TrainingRun:
             self.restore_reference()
 
     def _push(self, weight_version: int) -> None:
-        version = self._to_generation.push(self._wire_dtype(), weight_version, self._pipeline.new_weights)
+        dtype = wire_dtype(self.parts.connections.generation, "generation")
+        version = self._to_generation.push(dtype, weight_version, self._pipeline.new_weights)
         self.state = replace(self.state, policy_version=version)
 
     def _restore(self) -> None:
@@ -394,6 +394,3 @@ class TrainingRun:
     @property
     def _checkpoints(self) -> Path:
         return self.config.run_dir / "checkpoints"
-
-    def _wire_dtype(self) -> torch.dtype:
-        return DTYPES[self.parts.connections.generation.describe().limits.dtype]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from ppod import PpodError, ResourceExhausted
+from ppod import DeadlineExceeded, PermissionDenied, PpodError, ResourceExhausted
 from ppod_trainer.checkpoint import TrainerState
 from ppod_trainer.errors import WeightPushError
+from ppod_trainer.training import TrainingRun
 from support.pushed_runs import Generation, run_of
 
 
@@ -40,3 +43,33 @@ def test_a_push_that_no_time_makes_room_for_ends_the_run(tmp_path: Path) -> None
     run = run_of(tmp_path, generation, TrainerState(0, 0, 0, ""), {})
     with pytest.raises(WeightPushError, match="no room"):
         run.push_policy(2)
+
+
+def describing(run: TrainingRun, *errors: PpodError) -> None:
+    """Have generation answer with these errors, one after the other, before it describes what it serves."""
+    left = list(errors)
+
+    def describe() -> object:
+        if left:
+            raise left.pop(0)
+        return SimpleNamespace(limits=SimpleNamespace(dtype="float32"))
+
+    cast(Any, run.parts.connections.generation).describe = describe
+
+
+def test_a_push_before_which_generation_does_not_answer_is_waited_for(tmp_path: Path) -> None:
+    """It is asked which data type its weights have, as by a service that hangs for a while."""
+    generation = Generation()
+    run = run_of(tmp_path, generation, TrainerState(0, 0, 0, ""), {})
+    describing(run, DeadlineExceeded("no answer within 120 s"))
+    run.push_policy(2)
+    assert generation.serves == {"a": 2, "b": 2}
+
+
+def test_a_step_is_kept_before_whose_push_generation_does_not_tell_its_data_type(tmp_path: Path) -> None:
+    run = run_of(tmp_path, Generation(), TrainerState(0, 0, 0, ""), {})
+    describing(run, PermissionDenied("the token was replaced"))
+    run._push_update(2)
+    assert run.state.policy_version == 2
+    with pytest.raises(WeightPushError, match=r"which data type its weights have: the token was replaced"):
+        run._after_step()
