@@ -115,7 +115,7 @@ class SharedDirectory:
     """Writes the files of one sender into a folder of its own below `directory`; the context removes them.
 
     The folder is locked for as long as the sender lives. What senders that were killed left behind, which nobody
-    locks, is removed when the next one begins.
+    locks, is removed when the next one begins; on file systems without locks, where nobody can tell, it stays.
 
     Files of whole weights are written in place: memory that was never touched costs a page fault every 4 KiB. A file
     that a service holds, or says that it holds, is never written to.
@@ -128,7 +128,11 @@ class SharedDirectory:
         unlocked, self._folder = directory / f".{name}", directory / name
         unlocked.mkdir()
         self._lock = os.open(unlocked / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         # Under its final name it is locked from the first moment: another sender would take it for a dead one's.
         unlocked.rename(self._folder)
         self._segments: list[Segment] = []
@@ -240,8 +244,9 @@ def _remove_stale(directory: Path) -> int:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) and error.errno not in _NO_LOCKS:
+                raise
         else:
             shutil.rmtree(folder, ignore_errors=True)
             removed += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -182,6 +184,23 @@ def test_files_of_a_killed_sender_are_removed_those_of_a_living_one_are_not(tmp_
     with SharedDirectory(tmp_path) as after:
         assert after.stale == 1
         assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_on_file_systems_without_locks_files_are_shared_and_none_is_taken_for_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with SharedDirectory(tmp_path) as first:
+        segment = first.segment(LAYOUT, ())
+        with SharedDirectory(tmp_path) as second:
+            assert second.stale == 0
+            assert segment.path.is_file()
+        assert first.segment(LAYOUT, ()) is segment
+        assert first.segment(LAYOUT, {segment.uri}) is not segment
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_relay_trees_by_hand() -> None:
