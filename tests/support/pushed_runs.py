@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 
-from ppod import Unavailable
+from ppod import FailedPrecondition, Unavailable
+from ppod.client import ReplicaOutcome, WeightPush, WeightStatus
 from ppod_trainer.checkpoint import TrainerState
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.errors import WeightPushError
@@ -46,6 +48,40 @@ class Generation:
     def _check(self) -> None:
         if self.gone:
             raise WeightPushError("a does not tell which weights it has") from Unavailable("gone")
+
+
+class Replica:
+    """A `WeightClient` of a server that may be started again, and then has what it was first started with."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.before_push: Callable[[], None] | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        self.version = self.base = 0
+        self._prepared: WeightPush | None = None
+
+    def status(self, **_: object) -> WeightStatus:
+        return WeightStatus(cast(Any, SimpleNamespace(weight_version=self.version)), None, self.base)
+
+    def push(self, push: WeightPush) -> object:
+        if self.before_push is not None:
+            self.before_push()
+            self.before_push = None
+        if push.base_version is not None and push.base_version != self.base:
+            raise FailedPrecondition("base_version", str(self.base), str(push.base_version))
+        self._prepared = push
+        return SimpleNamespace(replicas=(ReplicaOutcome(self.target, None),))
+
+    def commit(self, weight_version: int, **_: object) -> float:
+        assert self._prepared is not None
+        self.version = weight_version
+        if self._prepared.adapter is None:
+            self.base = weight_version
+        return 0.0
+
+    def close(self) -> None: ...
 
 
 def run_of(

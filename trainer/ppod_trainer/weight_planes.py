@@ -11,7 +11,7 @@ from typing import Protocol
 from ppod import ResourceExhausted
 from ppod.client import SharedDirectory, WeightPush, WeightTensor, WireImage
 from ppod_models.page_locks import PageLock, page_locked
-from ppod_trainer.errors import WeightPushError
+from ppod_trainer.errors import TrainerError, WeightPushError
 from ppod_trainer.policy_weights import PolicyTensors
 
 
@@ -113,17 +113,23 @@ class SharedPlane:
     Args:
         directory: where.
         held_uris: asks all replicas which files they hold.
+
+    Raises:
+        TrainerError: it cannot be written to.
     """
 
     def __init__(self, directory: Path, held_uris: Callable[[], Collection[str]]) -> None:
-        self._directory = SharedDirectory(directory)
+        try:
+            self._directory = SharedDirectory(directory)
+        except OSError as error:
+            raise TrainerError(f"weight_transfer.directory: {directory} cannot be written to: {error}") from error
         self._held_uris = held_uris
         self._locks: dict[Path, PageLock] = {}
 
     @contextmanager
     def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
         """See `WeightPlane`."""
-        with _room_for(outgoing):
+        with self._writing(outgoing):
             segment = self._directory.segment(outgoing.policy.layout, self._held_uris())
         if outgoing.image is None:
             if outgoing.policy.on_device and segment.path not in self._locks:
@@ -131,13 +137,14 @@ class SharedPlane:
             segment.image.fill(outgoing.policy.write)
         else:
             segment.image.copy_from(outgoing.image)
-        self._directory.publish(segment)
+        with self._writing(outgoing):
+            self._directory.publish(segment)
         yield WeightPush(outgoing.weight_version, segment.image.tensors(), uri=segment.uri)
 
     @contextmanager
     def changes(self, outgoing: Outgoing, base_version: int, tensors: Sequence[WeightTensor]) -> Generator[WeightPush]:
         """See `WeightPlane`."""
-        with _room_for(outgoing):
+        with self._writing(outgoing):
             path = self._directory.write(tensors)
         try:
             yield WeightPush(outgoing.weight_version, tensors, base_version=base_version, uri=path.as_uri())
@@ -152,11 +159,13 @@ class SharedPlane:
         self._locks.clear()
         self._directory.close()
 
-
-@contextmanager
-def _room_for(outgoing: Outgoing) -> Generator[None]:
-    """Within the block a file is made; raises WeightPushError where there is no room for it."""
-    try:
-        yield
-    except ResourceExhausted as error:
-        raise WeightPushError(f"weight version {outgoing.weight_version}: {error}") from error
+    @contextmanager
+    def _writing(self, outgoing: Outgoing) -> Generator[None]:
+        """Within the block a file is made; raises WeightPushError where it cannot be, as where there is no room."""
+        version = f"weight version {outgoing.weight_version}"
+        try:
+            yield
+        except ResourceExhausted as error:
+            raise WeightPushError(f"{version}: {error}") from error
+        except OSError as error:
+            raise WeightPushError(f"{version}: weight_transfer.directory cannot be written to: {error}") from error

@@ -27,6 +27,8 @@ _LOCK = "lock"
 _ALIGNMENT = 4096
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 """What file systems without locks answer."""
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What a full disk, a quota and a limit on files answer."""
 _NAMES = {TensorDtype.FLOAT32: "F32", TensorDtype.BFLOAT16: "BF16", TensorDtype.FLOAT16: "F16"}
 
 
@@ -158,6 +160,8 @@ class SharedDirectory:
         Raises:
             ResourceExhausted: the directory has no room for it.
         """
+        # Of one that was removed, as by who tidies a directory of temporary files, no service could open what comes.
+        self._segments = [segment for segment in self._segments if segment.path.is_file()]
         for segment in self._segments:
             if segment.uri not in held_uris and segment.image.layout == tuple(layout) and not segment.held:
                 return segment
@@ -225,8 +229,8 @@ def _create(path: Path, size: int) -> mmap.mmap:
         os.posix_fallocate(opened, 0, size)
         return mmap.mmap(opened, size)
     except OSError as error:
-        path.unlink()
-        if error.errno != errno.ENOSPC:
+        path.unlink(missing_ok=True)
+        if error.errno not in _NO_ROOM:
             raise
         raise ResourceExhausted(f"no room for {size} bytes of weights in {path.parent.parent}", 0.0) from error
     finally:

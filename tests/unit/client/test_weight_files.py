@@ -135,6 +135,16 @@ def test_a_segment_is_a_safetensors_file_and_is_not_reused_while_it_is_held(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_segment_whose_file_was_removed_is_not_written_to_again(tmp_path: Path) -> None:
+    with SharedDirectory(tmp_path) as directory:
+        first = directory.segment(LAYOUT, ())
+        first.path.unlink()
+        second = directory.segment(LAYOUT, ())
+        second.image.fill(write_values)
+        directory.publish(second)
+        np.testing.assert_array_equal(load_file(second.path)["b"], VALUES[2])
+
+
 def test_encoded_tensors_are_bytes_in_their_file(tmp_path: Path) -> None:
     base, new = WireImage(LAYOUT), WireImage(LAYOUT)
     base.fill(write_values)
@@ -153,9 +163,10 @@ def test_encoded_tensors_are_bytes_in_their_file(tmp_path: Path) -> None:
         assert not path.exists()
 
 
-def test_a_full_directory_is_an_error_and_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_directory_is_an_error_and_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def full(*_: int) -> None:
-        raise OSError(28, os.strerror(28))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with SharedDirectory(tmp_path) as directory, pytest.raises(ResourceExhausted, match="no room for 1204"):

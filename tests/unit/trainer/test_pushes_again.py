@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ import torch
 from torch import nn
 
 from ppod import FailedPrecondition, ResourceExhausted, Unavailable
-from ppod.client import LoraAdapter, ReplicaOutcome, WeightPush, WeightStatus
+from ppod.client import LoraAdapter
 from ppod_trainer.assembly import presample_for
 from ppod_trainer.checkpoint import TrainerState
 from ppod_trainer.config import WeightTransferConfig
@@ -36,7 +34,7 @@ from ppod_trainer.rollouts import Rollout, ScoredRollout, keep_fresh
 from ppod_trainer.training import TrainingRun
 from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
-from support.pushed_runs import Generation, TrainedError, run_of
+from support.pushed_runs import Generation, Replica, TrainedError, run_of
 from support.random_rollouts import random_rollouts
 from support.versioned_rollouts import Services
 
@@ -146,40 +144,6 @@ def test_a_version_that_was_to_be_a_base_and_became_a_policy_is_one() -> None:
     generation.bases, generation.gone = {1}, False
     assert push.push(torch.float32, 3, in_service) == 3
     assert versions.ages(np.array([3])).tolist() == [0]
-
-
-class Replica:
-    """A `WeightClient` of a server that may be started again, and then has what it was first started with."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self.before_push: Callable[[], None] | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        self.version = self.base = 0
-        self._prepared: WeightPush | None = None
-
-    def status(self, **_: object) -> WeightStatus:
-        return WeightStatus(cast(Any, SimpleNamespace(weight_version=self.version)), None, self.base)
-
-    def push(self, push: WeightPush) -> object:
-        if self.before_push is not None:
-            self.before_push()
-            self.before_push = None
-        if push.base_version is not None and push.base_version != self.base:
-            raise FailedPrecondition("base_version", str(self.base), str(push.base_version))
-        self._prepared = push
-        return SimpleNamespace(replicas=(ReplicaOutcome(self.target, None),))
-
-    def commit(self, weight_version: int, **_: object) -> float:
-        assert self._prepared is not None
-        self.version = weight_version
-        if self._prepared.adapter is None:
-            self.base = weight_version
-        return 0.0
-
-    def close(self) -> None: ...
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -349,28 +313,6 @@ def test_a_step_whose_push_fails_for_good_is_kept(tmp_path: Path) -> None:
         run._after_step()
     assert reference.kept == [4]
     assert [(state.policy_version, state.reference_version) for state in saved] == [(4, 4)]
-
-
-@pytest.mark.parametrize("encoding", ["full", "delta"])
-def test_a_step_is_kept_whose_push_finds_no_room_for_its_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: Literal["full", "delta"]
-) -> None:
-    """The first version's file, which its replica serves from, fills the directory."""
-    config = WeightTransferConfig(plane="shared", directory=tmp_path / "shared", encoding=encoding)
-    sync = WeightSync(FixedReplicas(cast(Any, [Replica("a")]), "stop"), config)
-    learner = SimpleNamespace(adapter=None, whole_model=lambda _: nn.Linear(2, 2))
-    run = run_of(tmp_path, sync, TrainerState(0, 0, 0, ""), {}, learner=learner)
-    run.push_policy(1)
-
-    def fallocate(*_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", fallocate)
-    run._push_update(2)
-    assert run.state.policy_version == 2
-    with pytest.raises(WeightPushError, match="weight version 2: no room for"):
-        run._after_step()
-    sync.close()
 
 
 def test_the_new_version_is_told_before_anybody_may_generate_again() -> None:
