@@ -37,12 +37,14 @@ class PolicyPush:
         self._stop = stop
         self._versions = versions
         self._base_version: int | None = None
+        self._after_bases = 0
         self.last: PushReport | None = None
 
     def push(self, dtype: torch.dtype, weight_version: int, in_service: InService) -> int:
         """Put the policy into service under `weight_version`; returns the version that serves.
 
-        It is a later one where a replica lacks an adapter's base, which then goes first, with a version of its own.
+        It is a later one where a replica lacks an adapter's base, which then goes first, with a version of its own; or
+        where a base was to have it that did not come.
 
         Raises:
             WeightPushError: a replica did not get it.
@@ -61,11 +63,14 @@ class PolicyPush:
                 # Whatever the replicas were started with, the adapter goes on what it is trained on.
                 base = self._leader.base_model(dtype)
             tensors = wire_tensors(self._leader.adapter_weights())
+        # A replica that nobody heard of when a base was to come may serve it: that version is no policy's any more.
+        weight_version = max(weight_version, self._after_bases)
         base_version, weight_version = weight_version, weight_version + (base is not None)
         # One block for both: nothing is to be sampled from the base alone.
         with in_service(weight_version):
             if base is not None:
                 self._versions.base(base_version)
+                self._after_bases = base_version + 1
                 self._generation.push(base, dtype, base_version)
                 self._base_version = base_version
             self._versions.pushed(weight_version)

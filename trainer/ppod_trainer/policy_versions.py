@@ -29,8 +29,6 @@ class PolicyVersions:
         """The policy is put into service under this version."""
         first, last = self._pushed or (weight_version, weight_version)
         self._pushed = min(first, weight_version), max(last, weight_version)
-        # A base may have failed to come before, and not be needed any more.
-        self._bases.discard(weight_version)
 
     def updated(self, weight_version: int) -> None:
         """From this version on the policy has had one more update."""

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ppod import FailedPrecondition, ResourceExhausted, Unavailable
-from ppod.client import LoraAdapter
+from ppod.client import LoraAdapter, WeightPush, WeightStatus
 from ppod_trainer.assembly import presample_for
 from ppod_trainer.checkpoint import TrainerState
 from ppod_trainer.config import WeightTransferConfig
@@ -122,8 +122,8 @@ def test_nothing_is_sampled_from_an_adapters_base_while_both_are_pushed() -> Non
     assert (versions.ages(np.array([1, 2, 5, 6])) > 1000).tolist() == [True, False, True, False]
 
 
-def test_a_version_that_was_to_be_a_base_and_became_a_policy_is_one() -> None:
-    """The base failed to come, and the replica that lacked it left."""
+def test_a_version_that_was_to_be_a_base_is_none_of_the_policys() -> None:
+    """The base failed to come, and the replica that lacked it left; another one may have it all the same."""
     generation, versions = Adapted(), PolicyVersions()
     leader = SimpleNamespace(
         adapter=SimpleNamespace(description=None),
@@ -142,8 +142,9 @@ def test_a_version_that_was_to_be_a_base_and_became_a_policy_is_one() -> None:
     with pytest.raises(WeightPushError):
         push.push(torch.float32, 3, in_service)
     generation.bases, generation.gone = {1}, False
-    assert push.push(torch.float32, 3, in_service) == 3
-    assert versions.ages(np.array([3])).tolist() == [0]
+    assert push.push(torch.float32, 3, in_service) == 4
+    assert (versions.ages(np.array([3, 4])) > 1000).tolist() == [True, False]
+    assert push.push(torch.float32, 5, in_service) == 5
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -196,6 +197,60 @@ def test_a_replica_that_takes_no_base_is_passed_over_where_that_is_allowed(tmp_p
     for version in (1, 3):
         run.push_policy(version)
         assert (a.version, a.base, b.version, b.base) == (version + 1, version, 0, 0)
+
+
+class Blinking(Replica):
+    """Its next commit is not heard of, whether it `takes` it or not; whether anything is heard afterwards: `away`."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self.next_commit: Literal["takes", "loses"] | None = None
+        self.away = self.goes = False
+
+    def status(self, **_: object) -> WeightStatus:
+        self._answer()
+        return super().status()
+
+    def push(self, push: WeightPush) -> object:
+        self._answer()
+        return super().push(push)
+
+    def commit(self, weight_version: int, **_: object) -> float:
+        self._answer()
+        unheard, self.next_commit = self.next_commit, None
+        if unheard != "loses":
+            super().commit(weight_version)
+        if unheard is not None:
+            self.away = self.goes
+        self._answer()
+        if unheard is not None:
+            raise Unavailable("the connection broke")
+        return 0.0
+
+    def _answer(self) -> None:
+        if self.away:
+            raise Unavailable("no answer")
+
+
+def test_a_policy_never_has_the_version_of_a_base_that_some_replica_may_serve(tmp_path: Path) -> None:
+    """The network breaks as a base is committed: one that has it, and one that needs it, are gone for a while."""
+    replicas = a, b, c = [Blinking(name) for name in "abc"]
+    sync = WeightSync(FixedReplicas(cast(Any, replicas), "skip"), WeightTransferConfig())
+    leader = SimpleNamespace(
+        adapter=SimpleNamespace(description=LoraAdapter(1, 1.0, ("x",))),
+        base_model=lambda _: nn.Linear(2, 2),
+        adapter_weights=lambda: {"x": torch.zeros(2)},
+    )
+    run = run_of(tmp_path, sync, TrainerState(0, 0, 0, ""), {}, learner=leader)
+    run.push_policy(1)
+    b.restart()
+    a.next_commit, b.next_commit, c.next_commit = "takes", "loses", "loses"
+    a.goes = b.goes = True
+    run.push_policy(3)
+    assert (a.version, a.base) == (3, 3), "the base, without an adapter"
+    assert (c.version, c.base) == (4, 1)
+    assert run.state.policy_version == 4
+    assert (run._versions.ages(np.array([3, 4])) > 1000).tolist() == [True, False]
 
 
 class AwayOnce:
