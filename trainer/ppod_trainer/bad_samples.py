@@ -38,9 +38,13 @@ class BadSamples:
     mode: Literal["stop", "skip"]
 
     def call(
-        self, samples: Sequence[SampleT], call: Callable[[Sequence[SampleT]], list[ResultT]]
+        self, samples: Sequence[SampleT], call: Callable[[Sequence[SampleT]], Sequence[ResultT | PpodError]]
     ) -> tuple[list[SampleT], list[ResultT]]:
         """Call a service with all samples, and again without each that it refuses.
+
+        Args:
+            samples: what it is asked about.
+            call: asks it; a result may be an error of its sample alone, which leaves the others theirs.
 
         Returns:
             The samples that are left, and a result for each.
@@ -51,15 +55,33 @@ class BadSamples:
         kept = list(samples)
         while kept:
             try:
-                return kept, call(kept)
+                results = call(kept)
             except PpodError as error:
                 sample: int | None = getattr(error, "sample", None)
                 if sample is None or not 0 <= sample < len(kept):
                     raise
-                # The sample's number is its place in one request.
-                error.add_note(f"sample {sample} has prompt {kept[sample].prompt.index}")
-                if self.mode == "stop":
-                    raise
-                log.warning("dropped a sample: %s", with_notes(error))
+                self._leave_out(error, sample, kept[sample])
                 del kept[sample]
+            else:
+                return self._without_errors(kept, results)
         return [], []
+
+    def _without_errors(
+        self, samples: Sequence[SampleT], results: Sequence[ResultT | PpodError]
+    ) -> tuple[list[SampleT], list[ResultT]]:
+        kept: list[SampleT] = []
+        found: list[ResultT] = []
+        for number, (sample, result) in enumerate(zip(samples, results, strict=True)):
+            if isinstance(result, PpodError):
+                self._leave_out(result, number, sample)
+            else:
+                kept.append(sample)
+                found.append(result)
+        return kept, found
+
+    def _leave_out(self, error: PpodError, number: int, sample: Prompted) -> None:
+        # The sample's number is its place in one request.
+        error.add_note(f"sample {number} has prompt {sample.prompt.index}")
+        if self.mode == "stop":
+            raise error
+        log.warning("dropped a sample: %s", with_notes(error))

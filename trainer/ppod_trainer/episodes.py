@@ -17,7 +17,7 @@ from ppod.tensors import TokenArray
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.environments import Environment
 from ppod_trainer.environments.calls import EnvironmentCalls
-from ppod_trainer.errors import EnvironmentReplyError
+from ppod_trainer.errors import EnvironmentReplyError, WithheldError
 from ppod_trainer.prompts import Encode, Prompt
 from ppod_trainer.rollouts import Rollout, Turn, sample_seed
 from ppod_trainer.sampling import Context, TurnSampler
@@ -106,7 +106,7 @@ class _Episode:
 
 
 _Begin = Callable[[], _Episode]
-_Ask = Callable[[Sequence[_Episode]], list[Turn]]
+_Ask = Callable[[Sequence[_Episode]], list[Turn | WithheldError]]
 
 
 class EpisodeSampler:
@@ -143,7 +143,7 @@ class EpisodeSampler:
     ) -> list[Rollout]:
         """Play an episode from each prompt; in the order of the prompts."""
 
-        def ask(asked: Sequence[_Episode]) -> list[Turn]:
+        def ask(asked: Sequence[_Episode]) -> list[Turn | WithheldError]:
             return self._turns.sample([episode.context() for episode in asked], policy_version, temperature)
 
         begin = [partial(self._begin, prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]

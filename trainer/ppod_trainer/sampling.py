@@ -65,10 +65,15 @@ class TurnSampler:
 
     def sample(
         self, contexts: Sequence[Context], policy_version: int | None, temperature: float | None = None
-    ) -> list[Turn]:
-        """Raises PpodError: generation failed, serves another version, or withholds a completion."""
+    ) -> list[Turn | WithheldError]:
+        """A turn for each context, or the error that generation's output filter withholds it.
+
+        Raises:
+            PpodError: generation failed, or serves another version.
+        """
         sampling = self._sampling if temperature is None else replace(self._sampling, temperature=temperature)
         begun = [_Begun() for _ in contexts]
+        withheld: dict[int, WithheldError] = {}
         left = list(range(len(contexts)))
         while left:
             parts = equal_parts(contexts, left, self._client.replica_count)
@@ -76,10 +81,12 @@ class TurnSampler:
             completions = [each for part in _together(asked) for each in part]
             for index, completion in zip(left, completions, strict=True):
                 if completion.finish_reason is FinishReason.FILTERED:
-                    raise WithheldError(completion.filter_reason, index)
-                begun[index].add(completion)
-            left = [index for index in left if begun[index].ending is FinishReason.ABORTED]
-        return [one.turn(sampling.temperature) for one in begun]
+                    # Nothing is raised: the others would be lost with it, and sampled again.
+                    withheld[index] = WithheldError(completion.filter_reason, index)
+                else:
+                    begun[index].add(completion)
+            left = [index for index in left if index not in withheld and begun[index].ending is FinishReason.ABORTED]
+        return [withheld.get(index) or one.turn(sampling.temperature) for index, one in enumerate(begun)]
 
     def _ask(
         self,
@@ -216,7 +223,7 @@ class ResponseSampler:
     ) -> list[Rollout]:
         """See `Sampler`."""
 
-        def turns(kept: Sequence[_Response]) -> list[Turn]:
+        def turns(kept: Sequence[_Response]) -> list[Turn | WithheldError]:
             contexts = [Context(one.prompt.token_ids, one.seed) for one in kept]
             return self._turns.sample(contexts, policy_version, temperature)
 

@@ -15,6 +15,7 @@ from ppod.tensors import TokenArray
 from ppod_models.configuration import ConfigError, parse_config
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.config import RolloutConfig, TrainerConfig
+from ppod_trainer.errors import WithheldError, with_notes
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.rollouts import Rollout, ScoredRollout
@@ -26,7 +27,7 @@ from ppod_trainer.step_rollouts import StepRollouts, build_step_rollouts
 class Generation:
     """Answers each completion with its prompt's first token and its seed.
 
-    Refuses prompts, aborts seeds and fails at seeds as told.
+    Refuses prompts, and aborts seeds, fails at them and withholds what they make as told.
     """
 
     def __init__(
@@ -34,10 +35,12 @@ class Generation:
         refused: frozenset[int] = frozenset(),
         aborted: frozenset[int] = frozenset(),
         broken: frozenset[int] = frozenset(),
+        withheld: frozenset[int] = frozenset(),
     ) -> None:
         self.refused = refused
         self.aborted = set(aborted)
         self.broken = broken
+        self.withheld = withheld
         self.asked: list[tuple[int, int]] = []
         self.replica_count = 1
 
@@ -67,6 +70,8 @@ class Generation:
     def _complete(self, prompt: TokenArray, index: int, seed: int, version: int | None) -> Completion:
         ending = FinishReason.ABORTED if seed in self.aborted else FinishReason.STOP
         self.aborted.discard(seed)
+        if seed in self.withheld:
+            ending = FinishReason.FILTERED
         return Completion(
             index=index,
             token_ids=np.array([prompt[0], seed % 1000], dtype=np.int32),
@@ -76,6 +81,7 @@ class Generation:
             state=ModelState("policy", version or 0, ""),
             timing=Timing(0.0, 0.0, 2),
             weight_spans=(WeightSpan(version or 0, 2),),
+            filter_reason="rude" if seed in self.withheld else "",
         )
 
 
@@ -162,6 +168,26 @@ def test_a_completion_that_fails_takes_none_of_its_group(firsts: tuple[int, ...]
     with pytest.raises(NonFiniteOutput) as caught:
         ResponseSampler(turns_of(generation), BadSamples("stop")).sample(prompts, range(60, 64), 3)
     assert caught.value.sample == 1
+
+
+def test_completions_that_are_withheld_cost_the_others_no_second_sampling(caplog: pytest.LogCaptureFixture) -> None:
+    generation = Generation(aborted=frozenset({62}), withheld=frozenset({61, 63}))
+    prompts = [Prompt(first, np.array([first, 1], dtype=np.int32)) for first in (7, 7, 9, 9)]
+    rollouts = ResponseSampler(turns_of(generation), BadSamples("skip")).sample(prompts, range(60, 64), 3)
+    assert [(one.seed, one.response.tolist()) for one in rollouts] == [(60, [7, 60]), (62, [9, 62, 9, 62])]
+    assert generation.asked == [(2, 2), (1, 1)], "all of them, and then what new weights handed back"
+    told = "dropped a sample: sample {0}: generation's output filter withholds the completion: rude; "
+    told += "sample {0} has prompt {1}"
+    assert [record.getMessage() for record in caplog.records] == [told.format(1, 7), told.format(3, 9)]
+
+
+def test_a_completion_that_is_withheld_stops_a_run_that_skips_none() -> None:
+    generation = Generation(withheld=frozenset({61}))
+    prompts = [Prompt(first, np.array([first, 1], dtype=np.int32)) for first in (7, 9)]
+    with pytest.raises(WithheldError) as caught:
+        ResponseSampler(turns_of(generation), BadSamples("stop")).sample(prompts, range(60, 62), 3)
+    expected = "sample 1: generation's output filter withholds the completion: rude; sample 1 has prompt 9"
+    assert with_notes(caught.value) == expected
 
 
 class Collector:
