@@ -272,7 +272,8 @@ class TrainingRun:
             if not controls.critic_only:
                 # A policy that stands still says nothing about a coefficient, which would wind down meanwhile.
                 parts.kl.update(batch.mean_kl, len(rollouts))
-            off_policy = measure_off_policy(batch, rollouts, self._versions)
+            keeps = config.weight_transfer.pause == "keep"
+            off_policy = measure_off_policy(batch, rollouts, self._versions, keeps=keeps)
             with timer.phase("push"):
                 self._push_update(self.state.policy_version + 1)
         self.state = replace(self.state, step=step + 1)

@@ -225,6 +225,12 @@ def test_the_gap_to_the_sampler_is_measured_on_tokens_of_the_same_weights(
     assert figures["sampler/divergence_mean"] == pytest.approx(float(of_all.mean()), rel=1e-5)
     assert figures["sampler/staleness_max"] == 2
     assert figures["sampler/staleness_mean"] == pytest.approx(2 * len(rollouts) / len(of_all))
+    # Where sequences go on with the keys of older weights, no later token is of these alone; the second sample's are.
+    rollouts[1].rollout.versions[0] = 1
+    kept = measure_off_policy(batch, rollouts, versions, keeps=True)
+    second = difference[1][batch.responses.response_mask[1]]
+    assert kept["sampler/gap_mean"] == pytest.approx(float(second.mean()), rel=1e-5)
+    assert kept["sampler/gap_max"] == pytest.approx(float(second.max()), rel=1e-5)
     # Without a token of the same weights there is no gap to tell, only a divergence.
     versions.updated(2)
     assert not {"sampler/gap_mean", "sampler/gap_max"} & measure_off_policy(batch, rollouts, versions).keys()
