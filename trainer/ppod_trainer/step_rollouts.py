@@ -80,13 +80,15 @@ def build_step_rollouts(config: TrainerConfig, prompts: PromptSet, collector: Ro
     rollout = config.rollout
     groups = rollout.batch_size // rollout.samples_per_prompt
     history, dynamic = rollout.history_resampling, rollout.dynamic_sampling
+    # Of normalised scores nobody knows before the update which are clipped.
+    clip = config.rewards.clip if config.rewards.normalize == "none" else None
     return StepRollouts(
         samples_per_prompt=rollout.samples_per_prompt,
         seed=config.seed,
         schedule=EpochSchedule(prompts, groups, config.seed)
         if history is None
         else HistorySchedule(prompts, groups, config.seed, history.solved_outcome),
-        selection=AllRollouts() if dynamic is None else DynamicSampling(groups, dynamic.max_rounds),
+        selection=AllRollouts() if dynamic is None else DynamicSampling(groups, dynamic.max_rounds, clip),
         temperature=lambda step: temperature_at(step, config),
         collector=collector,
         shaping=Shaping(config.rewards.shaping, config.rewards.shaping_interval),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ppod_models.configuration import parse_config
+from ppod_trainer.config import TrainerConfig
 from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.rollouts import Rollout, ScoredRollout, Turn
 from ppod_trainer.selection import DynamicSampling, EpochSchedule, HistorySchedule, PromptSchedule
 from ppod_trainer.selection.schedule import further_prompts
+from ppod_trainer.step_rollouts import build_step_rollouts
 
 
 def scored(prompt: int, group: int, outcome: float) -> ScoredRollout:
@@ -68,6 +72,30 @@ def test_a_step_whose_rounds_gave_too_little_is_filled_up() -> None:
 
 def test_a_group_of_which_one_sample_is_left_says_nothing() -> None:
     assert kept_groups(DynamicSampling(1, 2).select([round_of("1", "10")]).rollouts) == [1]
+
+
+@pytest.mark.parametrize(("normalize", "kept"), [("none", [1, 2]), ("scale", [0, 1])])
+def test_groups_whose_scores_are_all_clipped_alike_say_nothing(normalize: str, kept: list[int]) -> None:
+    """Of scores that are normalised first it is only known later."""
+    config = parse_config(
+        TrainerConfig,
+        {
+            "rewards": {"clip": 2, "normalize": normalize},
+            "rollout": {"batch_size": 4, "samples_per_prompt": 2, "dynamic_sampling": {}},
+        },
+        "test",
+    )
+    selection = build_step_rollouts(config, prompts_of(3), cast(Any, None)).selection
+    assert kept_groups(selection.select([round_of("35", "15", "01")]).rollouts) == kept
+
+
+def test_clipping_leaves_what_an_environment_paid() -> None:
+    paid = [scored(0, 0, 3.0), scored(0, 0, 5.0)]
+    paid[1].rollout.rewards[-1] = 0.5
+    selection = DynamicSampling(1, 2, clip=2.0)
+    assert selection.select([paid]).full
+    paid[1].rollout.rewards[-1] = 0.0
+    assert not selection.select([paid]).full
 
 
 @given(

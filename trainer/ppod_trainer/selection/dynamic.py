@@ -10,6 +10,9 @@ cost; where its rounds did not give enough, the batch is filled up with groups t
 their advantages are 0, so the step is as it would be without dynamic sampling, and a run whose prompts are all solved
 goes on.
 
+What is compared is the outcome with its score clipped as training clips it: where all of a group are beyond the clip
+they are paid the same, whatever the reward model told. Penalties for length are left out, as in the paper.
+
 All of DAPO, by its sections, is:
 
     3.1 clip-higher              ppo.clip 0.2 and ppo.clip_high 0.28
@@ -36,11 +39,13 @@ class DynamicSampling:
     Args:
         groups: wanted in a step.
         max_rounds: most rounds that look for them.
+        clip: bounds scores to [-clip, clip]; None: nothing does, or nobody knows before the update.
     """
 
-    def __init__(self, groups: int, max_rounds: int) -> None:
+    def __init__(self, groups: int, max_rounds: int, clip: float | None = None) -> None:
         self._groups = groups
         self._max_rounds = max_rounds
+        self._clip = clip
 
     @property
     def max_rounds(self) -> int:
@@ -50,8 +55,8 @@ class DynamicSampling:
     def select(self, rounds: Sequence[Sequence[ScoredRollout]]) -> Selected:
         """See `Selection`."""
         groups = [group for samples in rounds for group in split_groups(samples)]
-        varied = [group for group in groups if not is_uniform(group)]
-        uniform = [group for group in groups if is_uniform(group)]
+        varied = [group for group in groups if not is_uniform(group, self._clip)]
+        uniform = [group for group in groups if is_uniform(group, self._clip)]
         filled = uniform[: max(self._groups - len(varied), 0)]
         chosen = [*varied[: self._groups], *filled]
         figures = {
@@ -70,7 +75,12 @@ def split_groups(samples: Sequence[ScoredRollout]) -> list[Group]:
     return list(groups.values())
 
 
-def is_uniform(group: Group) -> bool:
+def is_uniform(group: Group, clip: float | None = None) -> bool:
     """Whether all were paid the same, as what is left of a group may be: one sample."""
-    outcomes = [one.outcome for one in group]
+    outcomes = [_paid(one, clip) for one in group]
     return max(outcomes) == min(outcomes)
+
+
+def _paid(one: ScoredRollout, clip: float | None) -> float:
+    score = one.score if clip is None else min(max(one.score, -clip), clip)
+    return score + float(one.rollout.rewards.sum())
