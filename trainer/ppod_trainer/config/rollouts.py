@@ -18,8 +18,9 @@ class PromptsConfig(ConfigModel):
 
     path: Path | None = Field(
         default=None,
-        description=".tsv with a `text` column, .jsonl with a `prompt` field, or .txt; none: movie reviews. They are "
-        "encoded as they are: a chat template's markers and a token at the beginning are theirs to have",
+        description=".tsv with a `text` column, .jsonl with a `prompt` field, or .txt; none: movie reviews. Texts are "
+        "read as they stand: special tokens that a model expects before or around a prompt, such as one for its "
+        "beginning or those of a chat template, have to be in them",
     )
     first_tokens: int | None = Field(
         default=None, ge=1, description="tokens kept of each text; none: all; not given: all, of the reviews 6"
