@@ -28,3 +28,10 @@ def kl_coefficient_at(step: int, config: TrainerConfig, controlled: float) -> fl
     """Coefficient of the KL penalty: the schedule's, or without one the controller's."""
     schedule = config.schedules.kl_coefficient
     return controlled if schedule is None else linear_at(step, config.steps, config.kl.coefficient, schedule)
+
+
+def refreshes_after(steps_done: int, config: TrainerConfig) -> bool:
+    """Whether the reference becomes the policy when so many steps are done."""
+    interval = config.reference_refresh_steps
+    # Not after the last step: the final evaluation's KL would be to the policy itself.
+    return interval is not None and steps_done % interval == 0 and 0 < steps_done < config.steps

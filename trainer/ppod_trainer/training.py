@@ -41,7 +41,7 @@ from ppod_trainer.reference_policy import ReferencePolicy, save_policy
 from ppod_trainer.report import format_evaluation, format_step
 from ppod_trainer.rollouts import ScoredRollout, keep_fresh
 from ppod_trainer.sample_filters import keep_trainable
-from ppod_trainer.schedules import entropy_coefficient_at, kl_coefficient_at
+from ppod_trainer.schedules import entropy_coefficient_at, kl_coefficient_at, refreshes_after
 from ppod_trainer.score_shaping import score_scale
 from ppod_trainer.score_statistics import ScoreStatistics
 from ppod_trainer.stateful import Stateful
@@ -123,6 +123,8 @@ class TrainingRun:
             parts.learner, parts.connections.generation_weights, parts.stop, self._versions
         )
         self._recovery = Recovery(parts.connections, config.services.recovery_timeout_s, parts.stop)
+        # A run that failed behind its last step is saved all the same, maybe without what is to follow on that step.
+        self._unrefreshed = refreshes_after(state.step, config) and state.reference_version != state.policy_version
 
     def close(self) -> None:
         """Begin no more rollouts."""
@@ -137,7 +139,9 @@ class TrainingRun:
             WeightPushError, Unavailable: generation did not get the weights of the last step, which is whole.
         """
         start, begun = time.perf_counter(), self.state.step
-        if begun and self._evaluates() and begun not in self.parts.metrics.evaluated:
+        if self._unrefreshed:
+            self._after_step()
+        elif begun and self._evaluates() and begun not in self.parts.metrics.evaluated:
             # The process ended between this checkpoint and its evaluation.
             self.evaluate()
         while self.state.step < self.config.steps:
@@ -347,9 +351,7 @@ class TrainingRun:
 
     def _after_step(self) -> None:
         config, step = self.config, self.state.step
-        refresh = config.reference_refresh_steps
-        # Not after the last step: the final evaluation's KL would be to the policy itself.
-        refreshed = refresh is not None and step % refresh == 0 and step < config.steps
+        refreshed = refreshes_after(step, config)
         if refreshed:
             self._keep_reference(self.parts.learner.whole_model())
         interval = config.checkpoint.interval
