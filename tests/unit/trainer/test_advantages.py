@@ -253,3 +253,16 @@ def test_lambdas_that_would_not_be_read_are_refused() -> None:
     for key in ("value_lam", "lam_length_alpha"):
         with pytest.raises(ValueError, match=f"{key} belongs to GAE; kind 'sequence'"):
             AdvantagesConfig.model_validate({"kind": "sequence", key: 0.5})
+
+
+@pytest.mark.parametrize("kind", ["sequence", "grpo", "dr_grpo", "rloo", "pvpo", "gigpo"])
+def test_a_discount_that_nothing_reads_is_refused(kind: str) -> None:
+    told = "set gigpo.gamma, and leave this out" if kind == "gigpo" else "leave it out"
+    with pytest.raises(ValueError, match=f"gamma is 0.99, and kind {kind} does not discount tokens: {told}"):
+        AdvantagesConfig.model_validate({"kind": kind, "gamma": 0.99})
+    assert AdvantagesConfig.model_validate({"kind": kind, "gamma": 1}).gamma == 1
+
+
+@pytest.mark.parametrize("kind", ["gae", "monte_carlo", "one_step", "spa", "reinforce_pp", "reinforce_pp_baseline"])
+def test_a_discount_is_taken_where_it_is_read(kind: str) -> None:
+    assert AdvantagesConfig.model_validate({"kind": kind, "gamma": 0.99}).gamma == 0.99

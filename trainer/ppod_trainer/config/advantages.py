@@ -36,6 +36,9 @@ LEAVES_OUT_KL: frozenset[AdvantageKind] = frozenset({"grpo", "dr_grpo", "pvpo", 
 READS_TOKEN_REWARDS: frozenset[AdvantageKind] = frozenset({"gae", "monte_carlo", "one_step", "reinforce_pp"})
 """These tell tokens apart by what was paid for each and behind it."""
 
+_DISCOUNTED = READS_TOKEN_REWARDS | {"reinforce_pp_baseline", "spa"}
+"""These discount what is paid later."""
+
 _WHITENED = NEEDS_CRITIC | {"reinforce_pp", "reinforce_pp_baseline"}
 
 
@@ -72,7 +75,10 @@ class AdvantagesConfig(ConfigModel):
         "the same for all tokens; for the others see ppod_trainer/algorithms",
     )
     gamma: float = Field(
-        default=1.0, ge=0, le=1, description="discount; of the kinds with a critic, spa and the reinforce_pp kinds"
+        default=1.0,
+        ge=0,
+        le=1,
+        description="discount a token; of gae, monte_carlo, one_step, spa and the reinforce_pp kinds",
     )
     lam: float = Field(default=0.95, ge=0, le=1, description="lambda of GAE, and of spa's")
     value_lam: float | None = Field(
@@ -103,6 +109,13 @@ class AdvantagesConfig(ConfigModel):
         for key in ("value_lam", "lam_length_alpha"):
             if self.kind != "gae" and getattr(self, key) is not None:
                 raise ValueError(f"{key} belongs to GAE; kind {self.kind!r} does not read it: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _gamma_is_read(self) -> Self:
+        if self.gamma != 1 and self.kind not in _DISCOUNTED:
+            own = "set gigpo.gamma, and leave this out" if self.kind == "gigpo" else "leave it out"
+            raise ValueError(f"gamma is {self.gamma:g}, and kind {self.kind} does not discount tokens: {own}")
         return self
 
     @model_validator(mode="after")
