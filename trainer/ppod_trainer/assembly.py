@@ -100,7 +100,9 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             tokenizer=tokenizer,
             metrics=metrics,
             stop=stop,
-            rollouts=build_step_rollouts(config, prompts, collector),
+            rollouts=build_step_rollouts(
+                config, prompts, collector, estimates if config.advantages.kind == "pvpo" else None
+            ),
             estimates=estimates,
             watcher=build_watcher(config.watch, critic=leader.learner.rules.estimator.critic),
         )
@@ -206,6 +208,10 @@ def presample_for(run: TrainingRun) -> None:
     print(f"estimating {len(asked)} prompts by {config.advantages.presamples} samples each", flush=True)
     found = presample(asked, config, run.collect)
     parts.estimates.values.update(found.values)
+    if missing := [prompt.index for prompt in asked if prompt.index not in found.values]:
+        log.warning(
+            "%d prompts are left out, as all samples of each were refused; the first is %d", len(missing), missing[0]
+        )
     keep_estimates(config.run_dir / "pre_estimates.json", parts.estimates)
 
 

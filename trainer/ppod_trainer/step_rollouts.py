@@ -9,7 +9,8 @@ from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.potentials import Shaping
-from ppod_trainer.prompts import PromptSet
+from ppod_trainer.presampling import PreEstimates
+from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
 from ppod_trainer.schedules import temperature_at
 from ppod_trainer.selection import (
@@ -35,6 +36,7 @@ class StepRollouts:
         temperature: that a step samples at.
         collector: asks the services.
         shaping: what the reward is asked for besides scores.
+        sampled: whether a prompt is sampled; one that is not leaves its place in the step empty.
     """
 
     samples_per_prompt: int
@@ -44,6 +46,7 @@ class StepRollouts:
     temperature: Callable[[int], float]
     collector: RolloutCollector
     shaping: Shaping
+    sampled: Callable[[Prompt], bool] = lambda _: True
 
     @property
     def max_rounds(self) -> int:
@@ -57,7 +60,14 @@ class StepRollouts:
         repeated = [prompt for prompt in prompts for _ in range(size)]
         stream = f"rollout/{number}" if number else "rollout"
         seeds = [sample_seed(self.seed, stream, step, index) for index in range(len(repeated))]
-        rollouts = self.collector.generate(repeated, seeds, policy_version, timer, self.temperature(step))
+        asked = [(prompt, seed) for prompt, seed in zip(repeated, seeds, strict=True) if self.sampled(prompt)]
+        rollouts = self.collector.generate(
+            [prompt for prompt, _ in asked],
+            [seed for _, seed in asked],
+            policy_version,
+            timer,
+            self.temperature(step),
+        )
         # By its seed: some may be missing. The groups of all rounds have different numbers.
         groups = {seed: number * len(prompts) + index // size for index, seed in enumerate(seeds)}
         return [replace(rollout, group=groups[rollout.seed]) for rollout in rollouts]
@@ -75,8 +85,10 @@ class StepRollouts:
         return selected
 
 
-def build_step_rollouts(config: TrainerConfig, prompts: PromptSet, collector: RolloutCollector) -> StepRollouts:
-    """What the configuration asks for."""
+def build_step_rollouts(
+    config: TrainerConfig, prompts: PromptSet, collector: RolloutCollector, estimates: PreEstimates | None = None
+) -> StepRollouts:
+    """What the configuration asks for. Where advantages are judged by estimates, prompts without one are left out."""
     rollout = config.rollout
     groups = rollout.batch_size // rollout.samples_per_prompt
     history, dynamic = rollout.history_resampling, rollout.dynamic_sampling
@@ -92,4 +104,5 @@ def build_step_rollouts(config: TrainerConfig, prompts: PromptSet, collector: Ro
         temperature=lambda step: temperature_at(step, config),
         collector=collector,
         shaping=Shaping(config.rewards.shaping, config.rewards.shaping_interval),
+        sampled=lambda prompt: estimates is None or prompt.index in estimates.values,
     )
