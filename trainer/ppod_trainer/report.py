@@ -104,8 +104,9 @@ def plot_curves(path: Path, records: Sequence[Record], title: str) -> None:
     kl.plot([r["step"] for r in steps], [r["kl/reference"] for r in steps], marker=dot, color="tab:red")
     kl.set(xlabel="step", ylabel="nats a response", title="KL to the reference")
     bottom = [0.0] * len(steps)
-    for phase in ("generate", "score_and_reference", "old_logprobs", "update", "push"):
-        values = [r.get(f"seconds/{phase}", 0.0) for r in steps]
+    phases = [phase_seconds(r) for r in steps]
+    for phase in dict.fromkeys(phase for each in phases for phase in each):
+        values = [each.get(phase, 0.0) for each in phases]
         seconds.bar([r["step"] for r in steps], values, bottom=bottom, width=1.0, label=phase.replace("_", " "))
         bottom = [below + value for below, value in zip(bottom, values, strict=True)]
     # Room above the bars for the legend.
@@ -114,6 +115,20 @@ def plot_curves(path: Path, records: Sequence[Record], title: str) -> None:
     figure.suptitle("\n".join(textwrap.wrap(title, 120)))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def phase_seconds(record: Record) -> dict[str, float]:
+    """The seconds of a step by phase, which add up to no more than the step's.
+
+    Rollouts that were made while the step before trained took none of it: only what they were waited for counts.
+    """
+    making, learning = (
+        {phase: record.get(f"seconds/{phase}", 0.0) for phase in phases}
+        for phases in (("generate", "score_and_reference"), ("old_logprobs", "update", "push"))
+    )
+    made = sum(making.values())
+    waited = record.get("seconds/rollout_wait", made)
+    return (making if waited >= made else {"rollout_wait": waited}) | learning
 
 
 def _figures(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:

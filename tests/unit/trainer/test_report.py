@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from ppod_trainer.evaluation import Evaluation, Sample
-from ppod_trainer.report import plot_curves, print_report
+from ppod_trainer.report import phase_seconds, plot_curves, print_report
 
 
 def evaluation(step: int, continuation: str, score: float) -> Evaluation:
@@ -61,3 +61,14 @@ def test_the_curves_of_one_step_are_points(tmp_path: Path) -> None:
     for panel, color in (0, "tab:blue"), (1, "tab:red"):
         shown = image[image.shape[0] // 3 :, panel * third : (panel + 1) * third, :3]
         assert (abs(shown - to_rgb(color)).max(axis=-1) < 0.02).any(), color
+
+
+def test_phases_add_up_to_the_step_also_where_rollouts_were_made_before_it() -> None:
+    phases = {"generate": 3.0, "score_and_reference": 1.0, "old_logprobs": 0.5, "update": 2.0, "push": 0.25}
+    record = {f"seconds/{phase}": value for phase, value in phases.items()}
+    learning = {phase: phases[phase] for phase in ("old_logprobs", "update", "push")}
+    assert phase_seconds(record) == phases, "as of an earlier version, which did not tell what was waited for"
+    assert phase_seconds({**record, "seconds/rollout_wait": 4.01, "seconds/step": 6.8}) == phases
+    overlapped = phase_seconds({**record, "seconds/rollout_wait": 1.25, "seconds/step": 4.0})
+    assert overlapped == {"rollout_wait": 1.25, **learning}
+    assert sum(overlapped.values()) == 4.0
