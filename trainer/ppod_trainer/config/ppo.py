@@ -98,7 +98,12 @@ class OptimizerConfig(ConfigModel):
 
     learning_rate: float = Field(default=2e-5, gt=0)
     value_learning_rate: float | None = Field(default=None, gt=0, description="of the value head; none: the same")
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(
+        default=0,
+        ge=0,
+        description="steps at the start over which the learning rate rises; those of critic.warm_up_steps count, so "
+        "for a policy that begins behind them name more",
+    )
     final_fraction: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end, of the peak's")
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
