@@ -6,6 +6,7 @@ Shape legend: N reviews, F features.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ppod_models.reward_features import TrunkFeatures, encode_text
 from ppod_trainer.reward_training.data import Review, ReviewDataError
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with reviews done and reviews in all."""
@@ -71,11 +74,15 @@ def features_key(model: str, extractor: TrunkFeatures, reviews: Sequence[Review]
 
 
 def load_features(directory: Path, key: str) -> torch.Tensor | None:
-    """Features that an earlier run kept, or None."""
+    """Features that an earlier run kept, or None: also where their file was cut, as when the machine lost its power."""
     file = directory / f"{key}.npy"
     if not file.is_file():
         return None
-    kept: npt.NDArray[np.float32] = np.load(file, allow_pickle=False)
+    try:
+        kept: npt.NDArray[np.float32] = np.load(file, allow_pickle=False)
+    except (EOFError, ValueError) as error:
+        log.warning("%s cannot be read, and is made anew: %s", file, error)
+        return None
     return torch.from_numpy(kept)
 
 
