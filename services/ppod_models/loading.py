@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -68,21 +69,42 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(path)
 
 
-def load_causal_lm(path: Path, *, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+def load_causal_lm(
+    path: Path, *, device: torch.device, dtype: torch.dtype, attention: str = "sdpa", trunk_only: bool = False
+) -> PreTrainedModel:
     """Load a causal language model from safetensors, in evaluation mode: dropout off, as PPO's ratios require.
 
-    `attention` is "sdpa" or "eager".
+    `attention` is "sdpa" or "eager". With `trunk_only` the output layer may lack weights, and must not be used.
 
     Raises:
-        ModelSourceError: see `check_attention`.
+        ModelSourceError: see `check_attention` and `check_whole`.
         OSError, ValueError: it cannot be read.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+    loaded = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
+    model, info = cast("tuple[PreTrainedModel, dict[str, object]]", loaded)
+    check_whole(path, info, of=f"{model.base_model_prefix}." if trunk_only else "")
     check_attention(model)
     model.to(device)  # pyright: ignore[reportArgumentType]
     return model.eval()
+
+
+def check_whole(path: Path, info: Mapping[str, object], of: str = "") -> None:
+    """Refuse what transformers would fill with random numbers: logprobs or scores would be noise that looks like them.
+
+    Raises:
+        ModelSourceError: weights whose names begin with `of` are missing by the loading info of `from_pretrained`.
+    """
+    missing = sorted(name for name in cast("set[str]", info["missing_keys"]) if name.startswith(of))
+    if missing:
+        lacks = ", ".join(missing[:3])
+        raise ModelSourceError(f"{path}: its weights lack {lacks}: it was saved as another kind of model")
 
 
 def check_attention(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
-from ppod_models.loading import check_attention
+from ppod_models.loading import check_attention, check_whole
 from ppod_models.packing import enable_packing, hidden_states, lay_out, probe_tolerance
 from ppod_models.padding import PaddedBatch, pad_sequences
 
@@ -127,7 +127,7 @@ def load_sequence_classifier(
     """Load a sequence classifier from safetensors, in evaluation mode.
 
     Raises:
-        RewardClassifierError: it is none. ModelSourceError: see `check_attention`.
+        ModelSourceError: see `check_attention` and `check_whole`.
     """
     return _load(AutoModelForSequenceClassification, path, device, dtype, attention, remote_code)
 
@@ -161,10 +161,7 @@ def _load(
         output_loading_info=True,
     )
     model, info = cast("tuple[PreTrainedModel, dict[str, object]]", loaded)
-    missing = sorted(cast("set[str]", info["missing_keys"]))
-    if missing:
-        # transformers fills them with random numbers: scores would be noise that looks like scores.
-        raise RewardClassifierError(f"its weights lack {', '.join(missing[:3])}: it was saved as another kind of model")
+    check_whole(path, info)
     check_attention(model)
     model.to(device)  # pyright: ignore[reportArgumentType]
     return model.eval()

@@ -75,7 +75,7 @@ def load_value_model(
             if (bias := cast("nn.Parameter | None", score.bias)) is not None:
                 head.bias.copy_(bias)
     else:
-        model = load_causal_lm(path, device=device, dtype=dtype, attention=attention)
+        model = load_causal_lm(path, device=device, dtype=dtype, attention=attention, trunk_only=True)
         head = zero_head(hidden_size(model), device)
     trunk = cast(PreTrainedModel, model.base_model)
     found = cast(nn.Embedding, trunk.get_input_embeddings()).num_embeddings

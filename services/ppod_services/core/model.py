@@ -68,8 +68,10 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Load model and tokenizer in evaluation mode.
+def load_pretrained(
+    config: ModelConfig, *, trunk_only: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load model and tokenizer in evaluation mode; `trunk_only` as of `load_causal_lm`.
 
     Raises:
         ModelSourceError: there is no such model, it cannot be read, or its device cannot be had.
@@ -81,7 +83,7 @@ def load_pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTok
         tokenizer = load_tokenizer(path)
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
-        model = load_causal_lm(path, device=device, dtype=dtype, attention=config.attention)
+        model = load_causal_lm(path, device=device, dtype=dtype, attention=config.attention, trunk_only=trunk_only)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelSourceError(f"model {config.source!r} on device {config.device!r}: {error}") from error
     return model, tokenizer

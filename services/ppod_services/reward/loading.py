@@ -209,7 +209,7 @@ def _shared_trunk(config: ModelConfig, beside: Iterable[ServedModel]) -> Trunk:
     for model in beside:
         if isinstance(model.trunk, Trunk) and model.trunk.key == key:
             return model.trunk
-    return Trunk(key, *load_pretrained(config))
+    return Trunk(key, *load_pretrained(config, trunk_only=True))
 
 
 def _load_classifier(

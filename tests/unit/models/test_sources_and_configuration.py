@@ -20,9 +20,16 @@ from ppod_models.configuration import (
     parse_config,
     read_yaml,
 )
-from ppod_models.loading import load_tokenizer, pick_device, pick_dtype, token_id_bound, tokenizer_fingerprint
+from ppod_models.loading import (
+    load_causal_lm,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    token_id_bound,
+    tokenizer_fingerprint,
+)
 from ppod_models.sources import ModelSourceError, resolve, write_once
-from support.tiny_model import build_tokenizer
+from support.tiny_model import build_model, build_tokenizer
 from support.tiny_trunk import save_tiny_trunk
 
 
@@ -224,3 +231,20 @@ def test_ids_are_bounded_by_the_highest_and_not_by_their_number() -> None:
     assert token_id_bound(holes) == 8
     holes.add_tokens(["<end>"])
     assert token_id_bound(holes) == 1 + max(holes.get_vocab().values())
+
+
+def test_logprobs_of_an_output_layer_that_no_file_holds_are_not_made(tmp_path: Path) -> None:
+    """As of a reward model, or of a trunk saved by itself: transformers draws the layer at random, each time anew."""
+    model = build_model(tied=False)
+    model.base_model.save_pretrained(tmp_path)
+    cpu = torch.device("cpu")
+    with pytest.raises(ModelSourceError) as caught:
+        load_causal_lm(tmp_path, device=cpu, dtype=torch.float32)
+    expected = f"{tmp_path}: its weights lack lm_head.weight: it was saved as another kind of model"
+    assert str(caught.value) == expected
+    # What reads states alone takes it all the same.
+    trunk = load_causal_lm(tmp_path, device=cpu, dtype=torch.float32, trunk_only=True).base_model
+    tokens = torch.arange(5)[None]
+    with torch.inference_mode():
+        found, states = trunk(tokens).last_hidden_state, model.base_model(tokens).last_hidden_state
+    torch.testing.assert_close(found, states, rtol=0, atol=0)

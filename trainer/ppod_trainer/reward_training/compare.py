@@ -62,7 +62,7 @@ def _compare(options: Options) -> None:
     reviews = spread(splits.held_out, options.reviews)
     ratings = np.array([review.mean_rating for review in reviews])
     resolved = resolve(options.source)
-    trunk = load_causal_lm(resolved.path, device=CPU, dtype=pick_dtype(options.dtype, CPU))
+    trunk = load_causal_lm(resolved.path, device=CPU, dtype=pick_dtype(options.dtype, CPU), trunk_only=True)
     tokenizer = load_tokenizer(resolved.path)
     columns: list[npt.NDArray[np.float32]] = []
     print(f"{options.source} in {options.dtype}, {options.threads} threads, {len(reviews):,} held-out reviews")

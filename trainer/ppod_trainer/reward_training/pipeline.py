@@ -121,7 +121,7 @@ def load_trunk(config: RewardTrainingConfig) -> Trunk:
         torch.set_num_threads(config.model.threads)
     resolved = resolve(config.model.source)
     device = pick_device(config.model.device)
-    model = load_causal_lm(resolved.path, device=device, dtype=pick_dtype(config.model.dtype, device))
+    model = load_causal_lm(resolved.path, device=device, dtype=pick_dtype(config.model.dtype, device), trunk_only=True)
     return Trunk(resolved, model, load_tokenizer(resolved.path))
 
 
