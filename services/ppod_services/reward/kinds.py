@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, Self, cast
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
@@ -153,6 +154,19 @@ class OpenAiServerConfig(ConfigModel):
     api_key_env: str | None = Field(
         default=None, min_length=1, description="environment variable that holds the key; none: the server needs no key"
     )
+
+    @field_validator("base_url")
+    @classmethod
+    def _leads_somewhere(cls, base_url: str) -> str:
+        expected = "http://HOST:PORT/PATH or https://, the port from 1 to 65535"
+        try:
+            parts = urlsplit(base_url)
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(f"expected {expected}: {error}") from error
+        if not parts.hostname or port == 0 or not base_url.isprintable() or " " in base_url:
+            raise ValueError(f"expected {expected}")
+        return base_url
 
 
 class PpodServerConfig(ConfigModel):

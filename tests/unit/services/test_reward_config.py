@@ -101,6 +101,17 @@ def test_a_judge_of_ppods_own_is_at_a_target_that_there_can_be() -> None:
     assert parse({**judge, "server": {**server, "target": "a:1,b:1"}}).rewards[0].name == "j"
 
 
+@pytest.mark.parametrize(
+    "url", ["http://judge:70000/v1", "http://judge:x/v1", "http://:80/v1", "http://a b", "http://[::1"]
+)
+def test_a_judge_is_at_an_address_that_there_can_be(url: str) -> None:
+    rubric = {"criteria": "c"}
+    [found] = problems({"name": "j", "kind": "judge", "rubric": rubric, "server": {"base_url": url, "model": "m"}})
+    expected = "http://HOST:PORT/PATH or https://, the port from 1 to 65535"
+    assert found.startswith(f"rewards.0.server.base_url: expected {expected}")
+    assert found.endswith(f", found {url!r}")
+
+
 def test_compositions_that_make_no_sense_are_told_all_at_once() -> None:
     [problem] = problems(
         HEAD,
