@@ -17,7 +17,7 @@ from ppod_services.reward.backlog import Backlog, Turns
 from ppod_services.reward.kinds import JudgeConfig, RubricConfig
 from ppod_services.reward.samples import PlainText, Query, Sample, Turn
 
-_VERDICT = re.compile(r"^[ \t]*Score:[ \t]*(-?\d+(?:\.\d+)?)[ \t]*$", re.MULTILINE)
+_VERDICT = re.compile(r"^[ \t]*Score:[ \t]*(-?\d+(?:\.\d+)?)[ \t\r]*$", re.MULTILINE)
 _LONGEST_QUOTE = 200
 
 

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
 
 import openai
-from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
+from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionMessageParam
+from openai.types.chat.chat_completion import Choice
 
 from ppod import AsyncGenerationClient, Sampling
 from ppod.client import FinishReason
@@ -33,7 +34,8 @@ def make_server(config: JudgeConfig, codec: Codec | None) -> JudgeServer:
     """The server of a judge; `codec` is the tokenizer of a ppod service.
 
     Raises:
-        ModelSourceError: the environment lacks the key, or the tokenizer has no chat template.
+        ModelSourceError: the environment lacks the key, or holds none that a header takes; or the tokenizer has no chat
+            template.
     """
     match config.server:
         case OpenAiServerConfig():
@@ -52,6 +54,10 @@ class OpenAiServer:
         key = "none" if server.api_key_env is None else os.environ.get(server.api_key_env)
         if not key:
             raise ModelSourceError(f"judge {config.name!r}: set the environment variable {server.api_key_env}")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            # Such as the line break at the end of a file. No call would get further than its headers.
+            found = f"the key in {server.api_key_env} is other than printable ASCII without spaces and line breaks"
+            raise ModelSourceError(f"judge {config.name!r}: {found}")
         self._key = key
         self._client: openai.AsyncOpenAI | None = None
 
@@ -76,13 +82,13 @@ class OpenAiServer:
             raise Unavailable(f"{self._what()} gave no answer within {timeout_s:.1f} s") from None
         except openai.APIError as error:
             raise self._typed(error) from error
-        # Of an answer that is no JSON, as a web page's, the client makes a text, and of any JSON a completion.
-        if not isinstance(cast(object, reply), ChatCompletion) or not isinstance(cast(object, reply.choices), list):
+        except ValueError as error:
+            # JSON that ends too early, or bytes that are no text.
+            raise JudgeRefusedError(f"{self._server.base_url} does not answer with JSON: {error}") from error
+        text = _text_of(cast(object, reply))
+        if text is None:
             raise JudgeRefusedError(f"{self._server.base_url} does not answer with chat completions; see its base_url")
-        choice = reply.choices[0] if reply.choices else None
-        if choice is None or choice.message.content is None:
-            return ""
-        return _whole_lines(choice.message.content, cut=choice.finish_reason == "length")
+        return text
 
     async def close(self) -> None:
         """Close the connections."""
@@ -149,6 +155,27 @@ class PpodServer:
         except ChatTemplateError as error:
             raise JudgeRefusedError(f"{self._target}: {error}") from error
         return prompt
+
+
+def _text_of(reply: object) -> str | None:
+    """The assistant's text; None where the reply is no chat completion.
+
+    Of an answer that is no JSON, as a web page's, the client makes a text, and of any JSON a completion: what is in it
+    may be of any type.
+    """
+    if not isinstance(reply, ChatCompletion) or not isinstance(cast(object, reply.choices), list):
+        return None
+    choice = cast(object, reply.choices[0]) if reply.choices else None
+    if choice is None:
+        return ""
+    if not isinstance(choice, Choice) or not isinstance(cast(object, choice.message), ChatCompletionMessage):
+        return None
+    content = cast(object, choice.message.content)
+    if content is not None and not isinstance(content, str):
+        return None
+    # Half of a surrogate pair, which JSON can hold, could not be sent back in a further question.
+    text = (content or "").encode(errors="replace").decode()
+    return _whole_lines(text, cut=choice.finish_reason == "length")
 
 
 def _whole_lines(reply: str, *, cut: bool) -> str:

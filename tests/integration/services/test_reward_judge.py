@@ -27,10 +27,11 @@ from ppod import (
 )
 from ppod.tensors import pack_floats, pack_tokens
 from ppod.v1 import generation_pb2
+from ppod_models.sources import ModelSourceError
 from ppod_services.core.callers import ANONYMOUS_CALLER
 from ppod_services.reward.codec import TokenizerCodec
 from ppod_services.reward.judge import Judge
-from ppod_services.reward.judge_servers import PpodServer
+from ppod_services.reward.judge_servers import PpodServer, make_server
 from ppod_services.reward.kinds import JudgeConfig, PpodServerConfig
 from ppod_services.reward.samples import PlainText, Query, Sample, TextContent, Truncation
 from support.chat_server import ChatServer, Messages, chat_server
@@ -191,6 +192,39 @@ def test_the_servers_trouble_is_told_apart(judging: Judging) -> None:
     assert "cannot be reached" in str(absent)
 
 
+def said(message: object) -> bytes:
+    """A whole reply around this message."""
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    return json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (said(None), "does not answer with chat completions"),
+        (said("Score: 3"), "does not answer with chat completions"),
+        (said({"content": [{"type": "text", "text": "Score: 3"}]}), "does not answer with chat completions"),
+        (said({"content": 3}), "does not answer with chat completions"),
+        (b'{"choices": ["Score: 3"]}', "does not answer with chat completions"),
+        (b'{"choices": [{"text": "Score: 3"}]}', "does not answer with chat completions"),
+        (b'{"choices": [', "does not answer with JSON"),
+        (b'{"choices": "\xff"}', "does not answer with JSON"),
+        # The half of a character is a part of the next question.
+        (said({"content": "\ud83d"}), "No line with a score ('?'). in each of 3 replies"),
+    ],
+)
+def test_what_is_no_chat_completion_fails_the_sample(judging: Judging, body: bytes, words: str) -> None:
+    ask(judging, lambda _: body)
+    error = failure(judging.service, of_texts(["a"]), "judge")
+    assert isinstance(error, RewardFailed)
+    assert (error.sample, words in error.found) == (0, True), error.found
+
+
+def test_lines_may_end_as_they_do_elsewhere(judging: Judging) -> None:
+    ask(judging, lambda _: "Good.\r\nScore: 4\r\n")
+    assert floats(score(judging.service, of_texts(["a"]), "judge").scores) == [4.0]
+
+
 @pytest.mark.parametrize("told", ["0", "nan"])
 def test_a_busy_server_that_tells_no_wait_is_come_back_to_all_the_same(judging: Judging, told: str) -> None:
     ask(judging, lambda _: 429)
@@ -327,3 +361,14 @@ def test_a_missing_key_is_told_at_the_start(tmp_path: Path) -> None:
         running_service("ppod_services.reward", tmp_path, {"rewards": [judge("j", server)]}),
     ):
         pass
+
+
+@pytest.mark.parametrize("key", ["secret-of-the-test\n", "s\u00e9cret"])
+def test_a_key_that_no_header_takes_is_told_at_the_start(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PPOD_TEST_JUDGE_KEY", key)
+    server = {"base_url": "http://127.0.0.1:1/v1", "model": "x", "api_key_env": "PPOD_TEST_JUDGE_KEY"}
+    config = JudgeConfig.model_validate(judge("j", server))
+    with pytest.raises(ModelSourceError) as caught:
+        make_server(config, None)
+    expected = "printable ASCII without spaces and line breaks"
+    assert str(caught.value) == f"judge 'j': the key in PPOD_TEST_JUDGE_KEY is other than {expected}"
