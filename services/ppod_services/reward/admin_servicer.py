@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from typing import TypeVar
 
 import grpc.aio
 
@@ -21,6 +22,8 @@ from ppod_services.reward.kinds import HeadConfig, ModelRewardConfig
 from ppod_services.reward.replies import write_state
 from ppod_services.reward.rewards import RewardSet
 from ppod_services.reward.served import ServedModel
+
+JobT = TypeVar("JobT")
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -61,25 +64,20 @@ class RewardAdminServicer(reward_admin_pb2_grpc.RewardAdminServiceServicer):
             try:
                 new = (await self._load(config, rewards)).as_version(version)
                 load_s = time.monotonic() - start
-                await self._scheduler.exclusive(lambda: self._swap(rewards, new))
+                await _to_its_end(self._scheduler.exclusive(lambda: self._swap(rewards, new, load_s)))
             except ModelSourceError as error:
                 expected = "a model that loads and gives finite scores"
                 raise InvalidArgument("source", " ".join(str(error).split()), expected) from error
-        self._on_version(version)
-        log_event(
-            _LOGGER,
-            "reward_replaced",
-            {"reward": request.name, "version": version, "source": config.model.source, "seconds": round(load_s, 3)},
-        )
         return reward_admin_pb2.ReplaceModelResponse(model=write_state(new.identity), load_s=load_s)
 
     async def _load(self, config: ModelRewardConfig, rewards: RewardSet) -> ServedModel:
         from ppod_services.reward.loading import load_model  # noqa: PLC0415 - imports torch, which is there by now
 
         beside = list(rewards.parts.models.values())
-        return await asyncio.to_thread(load_model, config, self._config.batching.max_batch_tokens, beside)
+        most = self._config.batching.max_batch_tokens
+        return await _to_its_end(asyncio.to_thread(load_model, config, most, beside))
 
-    def _swap(self, rewards: RewardSet, new: ServedModel) -> None:
+    def _swap(self, rewards: RewardSet, new: ServedModel, load_s: float) -> None:
         """In the models' thread, between two batches; requests that began before keep the model they began with."""
         from ppod_services.reward.loading import warm_up_model  # noqa: PLC0415 - as above
 
@@ -87,6 +85,20 @@ class RewardAdminServicer(reward_admin_pb2_grpc.RewardAdminServiceServicer):
         models = {**rewards.parts.models, new.info.name: new}
         configs = tuple(new.config if one.name == new.info.name else one for one in rewards.parts.configs)
         self._rewards.set(RewardSet(replace(rewards.parts, configs=configs, models=models)))
+        # Here, because the caller may have gone by now.
+        self._on_version(new.weight_version)
+        fields = {"reward": new.info.name, "version": new.weight_version, "source": new.config.model.source}
+        log_event(_LOGGER, "reward_replaced", {**fields, "seconds": round(load_s, 3)})
+
+
+async def _to_its_end(job: Coroutine[None, None, JobT]) -> JobT:
+    """Await a job that a thread does. It goes on where the caller goes away: who comes next waits for its end."""
+    task = asyncio.ensure_future(job)
+    try:
+        return await asyncio.shield(task)
+    finally:
+        if not task.done():
+            await asyncio.wait({task})
 
 
 def _model(rewards: RewardSet, name: str) -> ServedModel:
