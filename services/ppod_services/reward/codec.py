@@ -14,6 +14,9 @@ from ppod.tensors import TokenArray
 from ppod_models.loading import token_id_bound, tokenizer_fingerprint
 from ppod_services.reward.samples import ChatTemplateError, Turn
 
+_TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a template's expressions raise of a conversation that they do not fit, and transformers of an empty one."""
+
 
 class TokenizerCodec:
     """Encodes with a Rust tokenizer of its own.
@@ -58,6 +61,6 @@ class TokenizerCodec:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
-        except jinja2.TemplateError as error:
+        except _TEMPLATE_ERRORS as error:
             raise ChatTemplateError(f"its chat template refuses the conversation: {error}") from error
         return cast(str, text)

@@ -118,6 +118,11 @@ def test_conversations_get_the_template_of_each_model(zoo: Zoo) -> None:
     without = failure(zoo.service, of_chats(chat), "first")
     assert isinstance(without, InvalidArgument)
     assert "no chat template" in without.found
+    # A process reward model reads what stands before the last turn by itself: here nothing.
+    lone = failure(zoo.service, of_chats(chat, chat[1:]), "process")
+    assert isinstance(lone, InvalidArgument)
+    assert (lone.field, lone.sample) == ("conversations", 1)
+    assert "empty conversation" in lone.found
 
 
 @torch.no_grad()

@@ -8,8 +8,11 @@ import pytest
 
 from ppod_models.configuration import ModelConfig
 from ppod_models.sources import ModelSourceError
+from ppod_services.reward.codec import TokenizerCodec
 from ppod_services.reward.kinds import HeadConfig
 from ppod_services.reward.loading import load_all
+from ppod_services.reward.samples import ChatTemplateError, Turn
+from support.tiny_classifiers import chat_tokenizer
 
 
 def head_config(directory: Path, head: Path, name: str = "model", dtype: str = "float32") -> HeadConfig:
@@ -39,3 +42,20 @@ def test_a_missing_head_names_its_reward(tiny_model_dir: Path, tiny_heads: dict[
     ]
     with pytest.raises(ModelSourceError, match=r"head of reward 'b'.*neither a directory nor a committed head"):
         load_all(configs, 100)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ messages[0].content + 1 }}", 'can only concatenate str (not "int") to str'),
+        ("{{ 1 // (messages | length - 1) }}", "division"),
+        ("{{ messages[0].content.split('')[0] }}", "empty separator"),
+    ],
+)
+def test_a_template_that_breaks_on_a_conversation_refuses_it(template: str, words: str) -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ChatTemplateError) as caught:
+        TokenizerCodec(tokenizer).render([Turn("user", "hello")], open_turn=True)
+    assert str(caught.value).startswith("its chat template refuses the conversation: ")
+    assert words in str(caught.value)
