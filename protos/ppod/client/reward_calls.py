@@ -248,11 +248,13 @@ def token_job(
     tokens = pack_sequences(sequences)
     if prompt_lengths:
         _check_count("prompt_lengths", len(prompt_lengths), len(sequences))
-    request = _request(options, pin, len(sequences))
+    references = _reference_bytes(options, len(sequences))
+    request = _request(options, pin)
     request.tokens.CopyFrom(tokens)
     request.prompt_lengths.extend(prompt_lengths)
     lengths = list(tokens.lengths)
-    return ScoreJob(request, RowSizes(lengths, [4 * length for length in lengths]), lengths, pin)
+    wire_bytes = [4 * length + beside for length, beside in zip(lengths, references, strict=True)]
+    return ScoreJob(request, RowSizes(lengths, wire_bytes), lengths, pin)
 
 
 def text_job(texts: Sequence[str], prompts: Sequence[str], options: ScoreOptions, pin: Pin) -> ScoreJob:
@@ -260,22 +262,24 @@ def text_job(texts: Sequence[str], prompts: Sequence[str], options: ScoreOptions
     after, before = check_texts("texts", texts), check_texts("texts.prompts", prompts)
     if prompts:
         _check_count("texts.prompts", len(prompts), len(texts))
-    request = _request(options, pin, len(texts))
+    references = _reference_bytes(options, len(texts))
+    request = _request(options, pin)
     request.texts.CopyFrom(common_pb2.TextSequences(texts=texts, prompts=prompts))
     sizes = [size + ahead for size, ahead in zip(after, before or [0] * len(texts), strict=True)]
-    return ScoreJob(request, _text_sizes(sizes), None, pin)
+    return ScoreJob(request, _text_sizes(sizes, references), None, pin)
 
 
 def conversation_job(conversations: Sequence[Sequence[ChatTurn]], options: ScoreOptions, pin: Pin) -> ScoreJob:
     """Score conversations."""
     check_texts("conversations", ["".join(turn.role + turn.content for turn in turns) for turns in conversations])
-    request = _request(options, pin, len(conversations))
+    references = _reference_bytes(options, len(conversations))
+    request = _request(options, pin)
     request.conversations.SetInParent()
     for turns in conversations:
         messages = [reward_pb2.ChatMessage(role=turn.role, content=turn.content) for turn in turns]
         request.conversations.conversations.add(messages=messages)
     sizes = [conversation.ByteSize() for conversation in request.conversations.conversations]
-    return ScoreJob(request, _text_sizes(sizes), None, pin)
+    return ScoreJob(request, _text_sizes(sizes, references), None, pin)
 
 
 def score(core: ClientCore, job: ScoreJob, timeout_s: float | None) -> Program[Scores]:
@@ -303,10 +307,15 @@ def list_rewards(core: ClientCore, timeout_s: float | None) -> Program[tuple[Rew
     return tuple(read_description(each, f"rewards[{index}]") for index, each in enumerate(reply.rewards))
 
 
-def _request(options: ScoreOptions, pin: Pin, count: int) -> reward_pb2.ScoreRequest:
-    check_texts("references", options.references)
-    if options.references:
-        _check_count("references", len(options.references), count)
+def _reference_bytes(options: ScoreOptions, count: int) -> list[int]:
+    """What each sequence's reference adds to a request: a part with long ones must not outgrow a message."""
+    sizes = check_texts("references", options.references)
+    if sizes:
+        _check_count("references", len(sizes), count)
+    return sizes or [0] * count
+
+
+def _request(options: ScoreOptions, pin: Pin) -> reward_pb2.ScoreRequest:
     return reward_pb2.ScoreRequest(
         request_id=options.request_id or new_request_id(),
         selector=pin.to_proto(),
@@ -331,5 +340,6 @@ def _check_count(field: str, found: int, expected: int) -> None:
         raise InvalidArgument(field, f"{found} values", f"{expected}, one for each sequence, or none")
 
 
-def _text_sizes(wire_bytes: list[int]) -> RowSizes:
-    return RowSizes([1 + int(_TOKENS_PER_BYTE * size) for size in wire_bytes], wire_bytes)
+def _text_sizes(texts: list[int], references: list[int]) -> RowSizes:
+    wire_bytes = [text + beside for text, beside in zip(texts, references, strict=True)]
+    return RowSizes([1 + int(_TOKENS_PER_BYTE * size) for size in texts], wire_bytes)
