@@ -21,6 +21,8 @@ from ppod_models.logit_transforms import UNCHANGED, LogitTransform
 CHUNK_POSITIONS = 256
 """Positions whose logits exist at a time: bounds the float32 [positions, V] tensor to 50 MB at V = 49,152."""
 
+_ENTROPY_ROWS = 64
+
 
 class TokenLogprobs(NamedTuple):
     """Of each position: logprob of its token in natural log, and entropy in nats. Both float32 [N]."""
@@ -237,8 +239,20 @@ def _statistics(scaled: torch.Tensor, tokens: torch.Tensor, with_entropy: bool) 
     logprobs = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - normalisers
     if not with_entropy:
         return _Statistics(logprobs, normalisers, torch.zeros_like(logprobs))
-    probabilities = (scaled - normalisers.unsqueeze(-1)).exp_()
-    return _Statistics(logprobs, normalisers, normalisers - torch.linalg.vecdot(probabilities, scaled))
+    return _Statistics(logprobs, normalisers, _entropies(scaled, normalisers))
+
+
+def _entropies(scaled: torch.Tensor, normalisers: torch.Tensor) -> torch.Tensor:
+    """-sum(p log p), in which no term is negative.
+
+    The normaliser less the mean of `scaled` would be the same, but for the digits that both lose where logits are
+    large: by half a nat at temperature 0.01, and below zero. In parts, because log p takes a buffer of its own.
+    """
+    found: list[torch.Tensor] = []
+    for rows, normaliser in zip(scaled.split(_ENTROPY_ROWS), normalisers.split(_ENTROPY_ROWS), strict=True):
+        log_p = rows - normaliser.unsqueeze(-1)
+        found.append(0.0 - torch.linalg.vecdot(log_p.exp(), log_p))
+    return torch.cat(found)
 
 
 def _scaled_logits(

@@ -143,6 +143,19 @@ def test_distributions_equal_log_softmax_over_all_logits(monkeypatch: pytest.Mon
     torch.testing.assert_close(found.top_logprobs, top.values.detach())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 0.01, 0.001])
+def test_entropies_of_sharp_distributions_keep_their_digits(temperature: float) -> None:
+    """Where one token is nearly sure, and logits are large, as at low temperatures."""
+    generator = torch.Generator().manual_seed(0)
+    head = head_of(torch.randn(5_000, 64, generator=generator))
+    hidden, tokens = torch.randn(300, 64, generator=generator), torch.zeros(300, dtype=torch.long)
+    with torch.no_grad():
+        found = token_logprobs(hidden, head, tokens, temperature).entropy.double()
+        whole = torch.log_softmax((hidden.double() @ head.weight.double().T) / temperature, dim=-1)
+    assert found.min() >= 0
+    torch.testing.assert_close(found, -(whole.exp() * whole).sum(dim=-1), rtol=0, atol=1e-3)
+
+
 def test_distributions_give_the_trainer_s_logprobs_to_the_bit() -> None:
     """Two definitions that differ in the last bit would show as a KL that nobody caused."""
     head, hidden = head_of(torch.randn(50, 6)), torch.randn(300, 6)
