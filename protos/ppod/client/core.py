@@ -6,6 +6,7 @@ blocking or awaiting, and throws the step's PpodError back in. So no call is wri
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Generator
@@ -32,6 +33,8 @@ RpcObserver = Callable[[str, float, str], None]
 
 DEFAULT_TIMEOUT_S = 120.0
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+_LONGEST_TIMEOUT_S = 1e9
+"""gRPC counts nanoseconds since 1970 in 64 bits: a deadline after 2262 would have passed long ago."""
 _PROBE_TIMEOUT_S = 1.0
 _NO_REPLICA_S = 5.0
 """A call waits this long for a replica of a Service that has none: between two pods there may be a gap."""
@@ -158,8 +161,19 @@ class ClientCore:
         return self.settings.security.server_name or followed or self.endpoints.host or ""
 
     def deadline(self, timeout_s: float | None) -> float:
-        """When a call that starts now must have ended, on time.monotonic()."""
-        return time.monotonic() + (self.settings.timeout_s if timeout_s is None else timeout_s)
+        """When a call that starts now must have ended, on time.monotonic(); see `timeout_s`."""
+        return time.monotonic() + self.timeout_s(timeout_s)
+
+    def timeout_s(self, timeout_s: float | None) -> float:
+        """Seconds that a call may take: as it asks for itself, or the client's; infinite ones as many as gRPC takes.
+
+        Raises:
+            InvalidArgument: they are no number.
+        """
+        chosen = self.settings.timeout_s if timeout_s is None else timeout_s
+        if math.isnan(chosen):
+            raise InvalidArgument("timeout_s", str(chosen), "seconds")
+        return min(chosen, _LONGEST_TIMEOUT_S)
 
     def metadata(self) -> Metadata:
         """What a call carries: the team's token and the active trace."""
@@ -197,9 +211,9 @@ class ClientCore:
         yield Exchange(job, [range(len(job.sizes.tokens))], self.shared, deadline)
 
     def deliver(
-        self, job: SplittableJob, describe: Callable[[], Program[ModelDescription]], timeout_s: float | None
+        self, job: SplittableJob, describe: Callable[[float], Program[ModelDescription]], timeout_s: float | None
     ) -> Program[None]:
-        """Deliver a job in as many parts as it takes.
+        """Deliver a job in as many parts as it takes; `describe` is given the seconds that are left.
 
         The server's limit is asked for only once a request was refused for its number of sequences: a caller that
         stays within it pays for no further RPC.
@@ -214,7 +228,7 @@ class ClientCore:
             if error.sample is not None or error.field != job.input_field or max(map(len, parts)) < 2:
                 raise
             refusal = error
-        yield from describe()
+        yield from describe(max(0.0, deadline - time.monotonic()))
         smaller = self._split(job)
         if len(smaller) == len(parts):
             raise refusal

@@ -192,7 +192,7 @@ class LogprobJob:
 
 def compute(core: ClientCore, job: LogprobJob, timeout_s: float | None) -> Program[ReferenceLogprobs]:
     """Deliver a job and put its parts together."""
-    yield from core.deliver(job, lambda: describe(core, timeout_s), timeout_s)
+    yield from core.deliver(job, lambda left_s: describe(core, left_s), timeout_s)
     return job.result()
 
 

@@ -284,7 +284,7 @@ def conversation_job(conversations: Sequence[Sequence[ChatTurn]], options: Score
 
 def score(core: ClientCore, job: ScoreJob, timeout_s: float | None) -> Program[Scores]:
     """Deliver a job and put its parts together."""
-    yield from core.deliver(job, lambda: describe(core, timeout_s), timeout_s)
+    yield from core.deliver(job, lambda left_s: describe(core, left_s), timeout_s)
     return job.result()
 
 

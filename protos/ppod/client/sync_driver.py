@@ -103,10 +103,10 @@ class SyncDriver:
     def upload(self, method: str, messages: Iterator[bytes], timeout_s: float | None) -> bytes:
         """Send a stream of requests to the only replica, and return the reply."""
         [address] = self._core.shared.replicas.addresses
+        timeout_s = self._core.timeout_s(timeout_s)
         start, code = time.monotonic(), "OK"
         try:
             stub = self._channel(address).stream_unary(method, None, None)
-            timeout_s = self._core.settings.timeout_s if timeout_s is None else timeout_s
             with _open_channel():
                 return stub(_made_ahead(messages), timeout=timeout_s, metadata=self._core.metadata())
         except grpc.RpcError as error:
