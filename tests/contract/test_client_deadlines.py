@@ -1,4 +1,4 @@
-"""How long a call may take."""
+"""How long a call may take, and a name that no lookup takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 from google.protobuf.message import Message
 
-from ppod import AsyncRewardClient, DeadlineExceeded, Delivery, HedgePolicy, InvalidArgument, RewardClient
+from ppod import AsyncRewardClient, DeadlineExceeded, Delivery, HedgePolicy, InvalidArgument, RewardClient, Unavailable
 from ppod.v1 import reward_pb2
 from support.scripted_services import Script, scripted_server
 
@@ -65,3 +65,10 @@ def test_asking_for_the_servers_limit_is_a_part_of_the_call() -> None:
             client.score([[1], [2], [3]])
         assert 0.9 < time.monotonic() - start < 1.4
         release.set()
+
+
+@both_faces
+@pytest.mark.parametrize("host", ["reward..ppod", "x" * 64])
+def test_a_name_that_cannot_be_one_has_no_replicas(ask: Ask, host: str) -> None:
+    with pytest.raises(Unavailable):
+        ask(f"dns:///{host}:50051", 0.5)
