@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
+from ppod_services.core.callers import ANONYMOUS_CALLER
 from ppod_services.reward.functions import FunctionSample
+from ppod_services.reward.functions.pool import FunctionPool, NumberedSample
 from ppod_services.reward.functions.registry import make_function
+from ppod_services.reward.kinds import FunctionConfig
 from support.processes import ROOT
 
 
@@ -69,3 +77,29 @@ def test_every_function_of_ours_is_declared_to_other_packages() -> None:
         module, _, name = value.partition(":")
         assert (ROOT / "services" / f"{module.replace('.', '/')}.py").is_file()
         assert name
+
+
+def children() -> set[int]:
+    """Processes that this one has started."""
+    tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
+    return {int(child) for task in tasks for child in (task / "children").read_text().split()}
+
+
+async def test_a_process_that_ended_while_it_was_idle_is_no_fault_of_the_next_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    pool = FunctionPool(FunctionConfig(name="short", kind="function", function="length"))
+    sample = [NumberedSample(0, FunctionSample("", "abc"))]
+    before = children()
+    try:
+        assert await pool.score(sample, ANONYMOUS_CALLER) == [0.0]
+        [worker] = children() - before
+        os.kill(worker, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            while worker in children():
+                await asyncio.sleep(0.01)
+        assert await pool.score(sample, ANONYMOUS_CALLER) == [0.0]
+    finally:
+        await pool.close()
+    assert children() == before

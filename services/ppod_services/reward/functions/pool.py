@@ -114,8 +114,10 @@ class _Worker:
     async def start(self) -> None:
         """Start the process unless it runs; raise RewardFailed when the function cannot be made."""
         async with self._starting:
-            if self._process is not None:
+            if self._process is not None and self._process.returncode is None:
                 return
+            # One that ended between two batches, as by the kernel for want of memory, is no fault of the next batch.
+            await self.stop()
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
