@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -247,7 +248,8 @@ def _fingerprint(path: Path) -> str:
     fingerprint = digest.hexdigest()[:16]
     with _writable_cache():
         memo.parent.mkdir(parents=True, exist_ok=True)
-        aside = memo.with_suffix(f".{os.getpid()}")
+        # Not by the process's id: pods that share a volume all have the same one.
+        aside = memo.with_suffix(f".{uuid.uuid4().hex}")
         aside.write_text(json.dumps({"stamp": stamp, "fingerprint": fingerprint}))
         aside.rename(memo)
     return fingerprint

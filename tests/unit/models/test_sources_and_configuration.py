@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,25 @@ def test_fingerprint_follows_the_weights(tmp_path) -> None:
     content[-1] ^= 1
     weights.write_bytes(content)
     assert resolve(str(path)).fingerprint != first.fingerprint
+
+
+def test_pods_that_share_a_cache_keep_a_fingerprint_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is process 1 of its own container, so a process's id tells no two of them apart."""
+    model = str(save_tiny_trunk(tmp_path / "tiny"))
+    both_have_written, rename = threading.Barrier(2, timeout=20), Path.rename
+
+    def rename_together(path: Path, target: Path) -> Path:
+        both_have_written.wait()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_together)
+    with ThreadPoolExecutor(2) as pods:
+        found = [each.fingerprint for each in pods.map(resolve, [model, model])]
+    assert found[0] == found[1]
+    [memo] = (tmp_path / "cache" / "fingerprints").iterdir()
+    assert json.loads(memo.read_text())["fingerprint"] == found[0]
 
 
 def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
