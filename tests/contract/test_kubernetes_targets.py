@@ -182,6 +182,26 @@ def test_a_service_without_pods_is_named(api: FakeKubernetes) -> None:
     assert str(caught.value) == "Service ppod-reward in namespace ppod has no ready pod; 1 are not ready"
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"clusters: [\n", "while parsing a flow node"),
+        (b"no mapping\n", "does not support item assignment"),
+        (b"\xff\xfe", "can't decode byte 0xff"),
+    ],
+)
+def test_a_kubeconfig_that_is_none_is_the_callers_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, words: str
+) -> None:
+    (tmp_path / "kubeconfig").write_bytes(content)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    with pytest.raises(InvalidArgument) as caught:
+        RewardClient(TARGET)
+    assert caught.value.field == "target"
+    assert caught.value.found.startswith("a k8s: target without a cluster: ")
+    assert words in caught.value.found
+
+
 def test_without_the_package_or_a_cluster_the_target_is_refused(
     api: FakeKubernetes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def load_cluster() -> Cluster:
         from kubernetes import config  # noqa: PLC0415
         from kubernetes.client import Configuration  # noqa: PLC0415
         from kubernetes.utils import tcp_keepalive_socket_options  # noqa: PLC0415
+        from yaml import YAMLError  # noqa: PLC0415
     except ImportError as error:
         raise InvalidArgument(
             "target", "a k8s: target without the package kubernetes", "pip install 'ppod[kubernetes]', or a dns: target"
@@ -103,9 +104,11 @@ def load_cluster() -> Cluster:
             _, current = config.list_kube_config_contexts(path)
             config.load_kube_config(path, client_configuration=configuration, persist_config=False)
             namespace = cast("str", current["context"].get("namespace") or "default")
-    except (config.ConfigException, OSError) as error:
+    # The package looks into what it has read as if it were a kubeconfig, whatever it is.
+    except (config.ConfigException, OSError, YAMLError, TypeError, ValueError) as error:
+        found = " ".join(str(error).split())
         raise InvalidArgument(
-            "target", f"a k8s: target without a cluster: {error}", "a pod's service account, or a kubeconfig"
+            "target", f"a k8s: target without a cluster: {found}", "a pod's service account, or a kubeconfig"
         ) from error
     # A connection whose other end vanished without a word is noticed after 11 s, not never.
     configuration.socket_options = [
