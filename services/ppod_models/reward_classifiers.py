@@ -74,8 +74,19 @@ class SequenceClassifier:
         self._model = model
         self._pad = pad_token_id(model)
         self._decoder = _Decoder(model) if isinstance(model, GenericForSequenceClassification) else None
+        if self._decoder is not None and not self._reads_the_end(self._decoder):
+            self._decoder = None
         self.packs = self._decoder is not None and self._decoder.packs
         self.scores_prefixes = self._decoder is not None and _is_causal(self._decoder, probe_tolerance(model.dtype))
+
+    @torch.inference_mode()
+    def _reads_the_end(self, decoder: _Decoder) -> bool:
+        """Whether the model's score is that of the last token: some decoders pool all tokens, or take the first."""
+        probe = np.asarray(_PROBE)
+        [read] = decoder.read([ClassifierInput(probe, np.asarray([self.end_of(probe)]))])
+        own = self._model(input_ids=torch.from_numpy(probe)[None].to(self._model.device)).logits.float()
+        off = probe_tolerance(self._model.dtype) * float(own.abs().max().clamp(min=1.0))
+        return bool(((read - own).abs() <= off).all())
 
     def end_of(self, tokens: Tokens) -> int:
         """Where the whole sequence is read: at its last token that is no padding token, as transformers does it."""
