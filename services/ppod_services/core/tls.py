@@ -44,12 +44,15 @@ class _Files:
         )
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(config.certificate_file, config.private_key_file)
+            # With a passphrase, an empty one, or OpenSSL would ask the terminal for the key's, and wait.
+            context.load_cert_chain(config.certificate_file, config.private_key_file, password="")
             if authority is not None:
                 context.load_verify_locations(cadata=authority.decode("ascii"))
         except (ssl.SSLError, OSError, UnicodeDecodeError) as error:
             names = ", ".join(str(path) for path in _paths(config))
-            raise CertificateError(f"{names}: not a certificate, its key and authority in PEM: {error}") from error
+            raise CertificateError(
+                f"{names}: not a certificate, its key without a passphrase, and authority, in PEM: {error}"
+            ) from error
         return files
 
     def configuration(self) -> grpc.ServerCertificateConfiguration:

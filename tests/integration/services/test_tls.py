@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +14,7 @@ import grpc
 import pytest
 import trustme
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ppod.v1 import reference_pb2, reference_pb2_grpc
@@ -130,6 +134,40 @@ def test_a_missing_certificate_is_named_at_the_start(tiny_model_dir: Path, tmp_p
         running_service("ppod_services.reference", tmp_path, values, until="listening"),
     ):
         pass
+
+
+def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(authority: Authority) -> None:
+    """OpenSSL asks on the terminal of the process, where there is one, and waits."""
+    tls = authority.issue("server")
+    key_file = Path(tls["private_key_file"])
+    key = serialization.load_pem_private_key(key_file.read_bytes(), None)
+    locked = serialization.BestAvailableEncryption(b"secret")
+    key_file.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked))
+    code = (
+        "import fcntl, termios\n"
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "from ppod_services.core.config import TlsConfig\n"
+        "from ppod_services.core.tls import CertificateError, RotatingCertificates\n"
+        f"config = TlsConfig(**{tls!r})\n"
+        "try: RotatingCertificates(config)\n"
+        "except CertificateError as error: print(error)\n"
+    )
+    terminal, its_end = os.openpty()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=its_end,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    ) as process:
+        try:
+            told, _ = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            os.close(terminal)
+            os.close(its_end)
+    assert "its key without a passphrase" in told.decode()
 
 
 def _wait_for_other_serial(port: int, serial: int) -> int:
