@@ -36,7 +36,10 @@ class RetryPolicy:
 
     def backoff_s(self, failures: int, rng: random.Random) -> float:
         """Seconds to wait after so many failed rounds (from 1)."""
-        cap = min(self.max_backoff_s, self.initial_backoff_s * self.multiplier ** (failures - 1))
+        try:
+            cap = min(self.max_backoff_s, self.initial_backoff_s * self.multiplier ** (failures - 1))
+        except OverflowError:  # after a thousand rounds, for those who repeat until their deadline
+            cap = self.max_backoff_s if self.initial_backoff_s else 0.0
         return rng.uniform(0.0, cap)
 
 

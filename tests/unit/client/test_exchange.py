@@ -55,6 +55,17 @@ def test_backoff_is_full_jitter_and_doubles() -> None:
     assert found == pytest.approx(waits)
 
 
+def test_a_caller_that_repeats_until_its_deadline_may_do_so_for_long() -> None:
+    class Highest(random.Random):
+        def uniform(self, a: float, b: float) -> float:
+            return max(a, b)
+
+    retry = RetryPolicy(max_attempts=1_000_000, max_backoff_s=3.0)
+    assert [retry.backoff_s(failures, Highest()) for failures in (1, 1_025, 999_999)] == [0.1, 3.0, 3.0]
+    at_once = RetryPolicy(max_attempts=1_000_000, initial_backoff_s=0.0)
+    assert [at_once.backoff_s(failures, Highest()) for failures in (1, 1_025)] == [0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     "error",
     [
