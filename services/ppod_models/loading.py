@@ -65,8 +65,17 @@ def _cpu_is_faster_in_bfloat16() -> bool:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a model directory."""
-    return AutoTokenizer.from_pretrained(path)
+    """Load a tokenizer from a model directory.
+
+    Raises:
+        ModelSourceError: it is one of those that transformers runs in Python.
+        OSError, ValueError: it cannot be read.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        found = type(cast(object, tokenizer)).__name__
+        raise ModelSourceError(f"{path}: its tokenizer is a {found}; expected one with a tokenizer.json")
+    return tokenizer
 
 
 def load_causal_lm(

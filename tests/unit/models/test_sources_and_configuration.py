@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ppod_models.configuration import (
     ConfigError,
@@ -270,3 +270,11 @@ def test_logprobs_of_an_output_layer_that_no_file_holds_are_not_made(tmp_path: P
     with torch.inference_mode():
         found, states = trunk(tokens).last_hidden_state, model.base_model(tokens).last_hidden_state
     torch.testing.assert_close(found, states, rtol=0, atol=0)
+
+
+def test_a_tokenizer_without_a_fingerprint_is_told(tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelSourceError) as caught:
+        load_tokenizer(tmp_path)
+    expected = f"{tmp_path}: its tokenizer is a ByT5Tokenizer; expected one with a tokenizer.json"
+    assert str(caught.value) == expected
