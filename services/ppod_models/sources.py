@@ -207,7 +207,7 @@ def _convert_gguf(directory: Path, gguf_file: str, target: Path) -> None:
 
 def _resolve_hub(source: str, patterns: Sequence[str] = _MODEL_FILES) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import HFValidationError, HTTPError  # noqa: PLC0415 # pyright: ignore - of its library
 
     repository, _, revision = source.partition("@")
     try:
@@ -216,8 +216,9 @@ def _resolve_hub(source: str, patterns: Sequence[str] = _MODEL_FILES) -> Path:
         raise ModelSourceError(
             f"model {source!r}: neither packaged:NAME, nor a directory, nor a hub id: {error}"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HTTPError, OSError) as error:
+        # A download that breaks off is the former, and may have nothing to say.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelSourceError(
             f"model {source!r}: not a directory, not in the hub's cache, and the hub gave none: {reason}"
         ) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from tokenizers import Tokenizer, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -50,6 +51,20 @@ def test_unknown_packaged_model_names_the_known_ones(tmp_path) -> None:
 def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(source) -> None:
     with pytest.raises(ModelSourceError, match="no such directory"):
         resolve(source)
+
+
+@pytest.mark.parametrize(("error", "reason"), [(HTTPError(""), "HTTPError"), (HTTPError("peer\nclosed"), "peer")])
+def test_a_download_that_breaks_off_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def break_off(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", break_off)
+    with pytest.raises(ModelSourceError) as caught:
+        resolve("org/name")
+    told = "not a directory, not in the hub's cache, and the hub gave none"
+    assert str(caught.value) == f"model 'org/name': {told}: {reason}"
 
 
 def test_directories_that_hold_no_model(tmp_path) -> None:
