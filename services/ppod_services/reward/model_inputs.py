@@ -121,7 +121,7 @@ def encode_steps(sample: Sample, positions: Sequence[int], separator: str, reade
         parts += [tokens, end]
         length += len(tokens) + len(end)
         reads.append(length - 1)
-    whole = np.concatenate(parts)
+    whole = _not_empty(sample, np.concatenate(parts))
     check_ids([sample], [whole], reader)
     return ModelInput(whole, np.asarray(reads, dtype=np.int32))
 

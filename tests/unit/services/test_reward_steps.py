@@ -183,3 +183,18 @@ def test_a_sum_that_overflows_names_its_sample() -> None:
     with pytest.raises(NonFiniteOutput) as caught:
         score_sum(config, [scored("a", [0, 1e30]), scored("b", [2, 3])], query(2))
     assert (caught.value.output, caught.value.sample) == ("score of 's'", 11)
+
+
+def test_a_blank_response_that_a_process_model_has_no_token_of_is_the_callers_fault() -> None:
+    """As of a tokenizer that takes white space, and so the separator, for nothing."""
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    codec = TokenizerCodec(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]"))
+    reader = Reader("steps", codec, 3, False, True, codec)
+    one = encode_steps(Sample(0, TextContent("", "a\n\nb a")), (3, 6), "\n\n", reader)
+    assert (one.tokens.tolist(), one.reads.tolist()) == ([1, 2, 1], [0, 2])
+    with pytest.raises(InvalidArgument) as caught:
+        encode_steps(Sample(4, TextContent("", "\n\n")), (2,), "\n\n", reader)
+    assert vars(caught.value) == vars(
+        InvalidArgument("texts.texts", "a text without a single token", "at least one token", 4)
+    )
