@@ -79,11 +79,11 @@ def seconds_left(query: Query) -> float:
     return left
 
 
-async def within(query: Query, work: Awaitable[JobT]) -> JobT:
-    """Await work until the query's deadline; raise DeadlineExceeded, with the work cancelled, when that passes."""
+async def within(query: Query, work: Callable[[], Awaitable[JobT]]) -> JobT:
+    """Do work until the query's deadline; raise DeadlineExceeded, with the work cancelled, when that passes."""
     try:
         async with asyncio.timeout(seconds_left(query)):
-            return await work
+            return await work()
     except TimeoutError:
         raise DeadlineExceeded("no result within the deadline") from None
 

@@ -59,7 +59,7 @@ class TextReward:
         start = time.monotonic()
         samples = with_prefixes(query.samples, query.steps)
         texts = await self._runtime.texts(samples, query)
-        values = await within(query, self._scorer.score(samples, texts, query))
+        values = await within(query, lambda: self._scorer.score(samples, texts, query))
         scores, way = split_by_steps(as_scores(values), query.steps)
         raw = RawScores(scores, way)
         done = adjusted(raw, self._adjustment, [sample.index for sample in query.samples], self._name)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from typing import cast
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ppod import InvalidArgument, NonFiniteOutput
+from ppod import DeadlineExceeded, InvalidArgument, NonFiniteOutput
+from ppod.tensors import FloatArray
 from ppod_services.core.callers import ANONYMOUS_CALLER
+from ppod_services.core.scheduler import Scheduler
 from ppod_services.reward.codec import TokenizerCodec
 from ppod_services.reward.composites import score_ensemble, score_sum
 from ppod_services.reward.judge import question, read_verdict
-from ppod_services.reward.kinds import EnsembleConfig, RubricConfig, SumConfig, TermConfig
+from ppod_services.reward.kinds import EnsembleConfig, FunctionConfig, RubricConfig, SumConfig, TermConfig
 from ppod_services.reward.model_inputs import Reader, encode_steps, encode_whole
+from ppod_services.reward.requests import RewardItem
+from ppod_services.reward.runtime import Runtime
 from ppod_services.reward.samples import (
     Granularity,
     PlainText,
@@ -29,6 +38,7 @@ from ppod_services.reward.samples import (
 )
 from ppod_services.reward.scored import Adjustment, Kind, Scored
 from ppod_services.reward.steps import StepRule, find_steps, step_ends
+from ppod_services.reward.text_rewards import TextReward
 from support.tiny_model import VOCAB_SIZE, build_tokenizer
 
 
@@ -198,3 +208,26 @@ def test_a_blank_response_that_a_process_model_has_no_token_of_is_the_callers_fa
     assert vars(caught.value) == vars(
         InvalidArgument("texts.texts", "a text without a single token", "at least one token", 4)
     )
+
+
+async def test_what_comes_too_late_is_not_begun() -> None:
+    """Not even as a coroutine that nobody awaits, of which Python would warn."""
+    begun: list[int] = []
+
+    class Scorer:
+        async def score(self, samples: Sequence[Sample], texts: Sequence[PlainText], query: Query, /) -> list[float]:
+            del samples, query
+            begun.append(len(texts))
+            return [0.0] * len(texts)
+
+    config = FunctionConfig(name="length", kind="function", function="length")
+    reward = TextReward(
+        config, Kind.FUNCTION, Scorer(), Runtime(cast(Scheduler[RewardItem, FloatArray], None), cast(Executor, None))
+    )
+    query = Query((Sample(0, TextContent("", "a")),), Truncation.NONE, ANONYMOUS_CALLER, time.monotonic() - 1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(DeadlineExceeded):
+            await reward.score(query)
+        gc.collect()
+    assert (begun, told) == ([], [])
