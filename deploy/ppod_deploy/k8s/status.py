@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -154,7 +155,8 @@ def _parse(text: str) -> list[_Sample]:
 
 
 def _pod_status(pod: Manifest, samples: Sequence[_Sample]) -> PodStatus:
-    found = {sample.name: int(sample.value) for sample in samples if not sample.labels}
+    # A trainer exports NaN for what it did not measure.
+    found = {one.name: int(one.value) for one in samples if not one.labels and math.isfinite(one.value)}
     statuses = items_at(pod, "status", "containerStatuses")
     terminating = text_at(pod, "metadata", "deletionTimestamp")
     version = found.get("ppod_weight_version", found.get("ppod_policy_version"))

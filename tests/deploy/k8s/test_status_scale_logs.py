@@ -8,7 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 
+from ppod_trainer.config import MetricsConfig
+from ppod_trainer.metrics import MetricsLog
 from support.fake_kubernetes import FakeKubernetes
 
 from .conftest import Command, deployment_controller, pod
@@ -105,6 +108,25 @@ def test_the_table_shows_the_same(running: FakeKubernetes, k8s: Command, monkeyp
     assert "step 12" in result.stdout
     assert "1,500" in result.stdout
     assert "metrics of ppod-generation-c could not be read: cannot proxy to Pod/ppod-generation-c:9101" in result.stdout
+
+
+def test_a_trainer_that_has_not_measured_everything_is_shown(
+    api: FakeKubernetes, k8s: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it exports, not what a test makes up: figures that a step did not measure are NaN."""
+    monkeypatch.setenv("COLUMNS", "160")
+    api.put("v1", "pods", "ppod", pod("ppod-trainer-x", "trainer", port=9104))
+    log = MetricsLog(tmp_path, MetricsConfig(port=None, tensorboard=False))
+    api.metrics["ppod-trainer-x:9104"] = generate_latest(log.registry).decode()
+    [trainer] = json.loads(k8s("status", "--json").stdout)["pods"]
+    assert (trainer["step"], trainer["version"]) == (0, None)
+
+    log.write(3, {"policy/version": 4.0})
+    log.close()
+    api.metrics["ppod-trainer-x:9104"] = generate_latest(log.registry).decode()
+    [trainer] = json.loads(k8s("status", "--json").stdout)["pods"]
+    assert (trainer["step"], trainer["version"]) == (3, 4)
+    assert "step 3" in k8s("status", "--once").stdout
 
 
 def test_only_the_first_rank_of_a_trainer_is_asked_for_figures(running: FakeKubernetes, k8s: Command) -> None:
