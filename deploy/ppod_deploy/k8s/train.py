@@ -17,7 +17,7 @@ from ppod_deploy.k8s.commands import K8sTrain
 from ppod_deploy.k8s.kubectl import APPLY
 from ppod_deploy.k8s.objects import Identity, K8sError, Manifest, at, items_at, text_at
 from ppod_deploy.k8s.readiness import pod_trouble
-from ppod_deploy.k8s.trainer_job import cluster_config, config_map, job
+from ppod_deploy.k8s.trainer_job import check_name, cluster_config, config_map, job
 
 _RESULT_MARK = "ppod-result "
 """See ppod_trainer.job."""
@@ -34,8 +34,9 @@ def submit(command: K8sTrain) -> int:
     """Submit, follow and fetch; returns the trainer's exit code.
 
     Raises:
-        ConfigError: the configuration is wrong. K8sError: the Job did not get to run.
+        ConfigError: the configuration or the name is wrong. K8sError: the Job did not get to run.
     """
+    check_name(command.name)
     where, output = command.where, command.output or Path("runs") / command.name
     config = config_map(command, cluster_config(command.config, command.name))
     manifest = job(command)

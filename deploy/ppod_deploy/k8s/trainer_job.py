@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -23,9 +24,19 @@ _IN_CLUSTER = {
     "generation_admin": "k8s:///ppod-generation:admin",
     "reference_admin": "k8s:///ppod-reference:admin",
 }
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_LONGEST_NAME = 63
+"""Of a label's value: Kubernetes labels a Job's pods with its name, and refuses the Job otherwise."""
 _METRICS = {"host": "0.0.0.0", "port": 9104}
 
 Values = dict[str, object]
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError: no Job can have this name, which is that of directories, too."""
+    if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
+        expected = f"at most {_LONGEST_NAME} lower-case letters, digits, '-' and '.', first and last a letter or digit"
+        raise ConfigError("command line", [f"--name: expected {expected}, found {name!r}"])
 
 
 def cluster_config(paths: Sequence[Path], name: str) -> TrainerConfig:

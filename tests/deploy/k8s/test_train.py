@@ -323,6 +323,26 @@ def test_what_is_wrong_is_named_before_anything_is_sent(api: FakeKubernetes, k8s
     assert api.requests == []
 
 
+@pytest.mark.parametrize("name", ["Bad_Name", "", "a/../../b", "-a", "a-", "a..b", "a" * 64, "a\n"])
+def test_a_name_that_no_job_can_have_is_refused(api: FakeKubernetes, k8s: Command, tmp_path: Path, name: str) -> None:
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    result = k8s("train", "--config", str(config), f"--name={name}", "--dry-run")
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "ppod: command line: 1 problem\n  --name: expected at most 63 lower-case letters, digits, '-' and '.', "
+        f"first and last a letter or digit, found {name!r}\n"
+    )
+    assert api.requests == []
+
+
+@pytest.mark.parametrize("name", ["a", "run-1", "search.run-1", "1", "a" * 63])
+def test_a_name_that_a_job_can_have_is_taken(k8s: Command, tmp_path: Path, name: str) -> None:
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    result = k8s("train", "--config", str(config), f"--name={name}", "--dry-run")
+    assert result.code == 0
+    assert [one["metadata"]["name"] for one in yaml.safe_load_all(result.stdout)] == [name, name]
+
+
 def test_a_pod_that_cannot_start_says_why(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
     condition = {
         "type": "PodScheduled",
