@@ -47,6 +47,8 @@ class Cluster:
                 f"no cluster is configured: {error}; set KUBECONFIG, name a --context, or run inside a pod"
             ) from error
         configuration.retries = 1
+        # A log may be silent for longer than a load balancer on the way keeps a connection, and drops it unsaid.
+        configuration.keep_alive = True
         self._host = configuration.host
         self._api = client.ApiClient(configuration)
         self._core = client.CoreV1Api(self._api)

@@ -6,8 +6,10 @@ import base64
 import gzip
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
@@ -24,6 +26,10 @@ _RESULT_MARK = "ppod-result "
 
 _POLL_S = 1.0
 _LAST_LINES_S = 30.0
+_AWAY_S = 300.0
+"""How long a run is followed though the API does not answer, as while its server is replaced, or refuses to."""
+
+_T = TypeVar("_T")
 
 
 class _PodGone(K8sError):
@@ -93,10 +99,10 @@ def _next_pod(cluster: Cluster, command: K8sTrain, identity: Identity, seen: set
     """The Job's next pod, once its container runs or has run; None where the Job has ended."""
     until, trouble = time.monotonic() + command.timeout_s, "it has no pod yet"
     while time.monotonic() < until:
-        job_now = cluster.get(identity)
+        job_now = _answer(lambda: cluster.get(identity))
         if job_now is None:
             raise K8sError(f"{identity} is gone: somebody deleted it")
-        for pod in cluster.list("v1", "Pod", f"job-name={command.name}"):
+        for pod in _answer(lambda: cluster.list("v1", "Pod", f"job-name={command.name}")):
             name = text_at(pod, "metadata", "name")
             if name in seen:
                 continue
@@ -121,11 +127,12 @@ def _follow(cluster: Cluster, pod: str, output: Path) -> None:
     """Print the log to its end, through connections that break; results in it become files."""
     parts: dict[str, list[str]] = {}
     with (output / "trainer.log").open("a", encoding="utf-8") as log:
-        seen = 0
+        seen = failures = 0
         while True:
             ended = _terminated(cluster, pod) is not None
             try:
                 for number, line in enumerate(cluster.log(pod, follow=True, tail=None), start=1):
+                    failures = 0
                     # Asked for anew, a log begins at its beginning.
                     if number <= seen:
                         continue
@@ -137,6 +144,9 @@ def _follow(cluster: Cluster, pod: str, output: Path) -> None:
                         log.write(line + "\n")
                         print(line, flush=True)
             except K8sError as error:
+                failures += 1
+                if failures * _POLL_S > _AWAY_S:
+                    raise
                 print(f"the log broke off, asking again: {error}", file=sys.stderr, flush=True)
             else:
                 # It had ended before it was read, so what was read is all.
@@ -160,7 +170,7 @@ def _exit_code(cluster: Cluster, pod: str) -> int:
 
 def _terminated(cluster: Cluster, pod: str) -> int | None:
     """The exit code of the pod's container; None while it runs. Raises _PodGone."""
-    found: Manifest | None = cluster.get(Identity("v1", "Pod", cluster.namespace, pod))
+    found: Manifest | None = _answer(lambda: cluster.get(Identity("v1", "Pod", cluster.namespace, pod)))
     if found is None:
         raise _PodGone(f"pod {pod} is gone, and its log with it")
     for status in items_at(found, "status", "containerStatuses"):
@@ -168,3 +178,18 @@ def _terminated(cluster: Cluster, pod: str) -> int | None:
         if isinstance(code, int):
             return code
     return None
+
+
+def _answer(question: Callable[[], _T]) -> _T:
+    """What the API answers. Raises K8sError: it did not for _AWAY_S; the message is that of the last try."""
+    until, said = time.monotonic() + _AWAY_S, ""
+    while True:
+        try:
+            return question()
+        except K8sError as error:
+            if time.monotonic() >= until:
+                raise
+            if str(error) != said:
+                said = str(error)
+                print(f"asking again: {error}", file=sys.stderr, flush=True)
+            time.sleep(_POLL_S)
