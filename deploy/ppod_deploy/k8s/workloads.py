@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from contextlib import closing
+from queue import SimpleQueue
 
 from ppod_deploy.k8s import kubectl
 from ppod_deploy.k8s.cluster import Cluster
@@ -14,6 +15,8 @@ from ppod_deploy.k8s.overlays import Overlay, read_overlay
 from ppod_deploy.k8s.readiness import wait_ready
 
 PART_OF = "app.kubernetes.io/part-of=ppod"
+_End = K8sError | BrokenPipeError | None
+"""How the printing of a log ended."""
 _RUNS = ("Job", "JobSet")
 _KEPT = ("Namespace", "PersistentVolumeClaim")
 
@@ -106,26 +109,33 @@ def logs(command: K8sLogs) -> int:
         names = [text_at(pod, "metadata", "name") for pod in cluster.list("v1", "Pod", labels)]
         if not names:
             raise K8sError(f"{command.service} has no pod in namespace {where.namespace}")
-        failures: list[K8sError] = []
+        ends: SimpleQueue[_End] = SimpleQueue()
         threads = [
-            threading.Thread(target=_print_log, args=(cluster, name, command.follow, tail, failures), daemon=True)
+            threading.Thread(target=_print_log, args=(cluster, name, command.follow, tail, ends), daemon=True)
             for name in names
         ]
         for thread in threads:
             thread.start()
             if not command.follow:
                 thread.join()
-        for thread in threads:
-            thread.join()
+        failures: list[K8sError] = []
+        for _ in threads:
+            end = ends.get()
+            if isinstance(end, BrokenPipeError):
+                # Nobody reads on, also not what the other pods may yet write.
+                raise end
+            failures += [] if end is None else [end]
     if failures:
         raise failures[0]
     return 0
 
 
-def _print_log(cluster: Cluster, pod: str, follow: bool, tail: int | None, failures: list[K8sError]) -> None:
+def _print_log(cluster: Cluster, pod: str, follow: bool, tail: int | None, ends: SimpleQueue[_End]) -> None:
+    end: _End = None
     try:
         for line in cluster.log(pod, follow=follow, tail=tail):
             sys.stdout.write(f"[{pod}] {line}\n")
             sys.stdout.flush()
-    except K8sError as error:
-        failures.append(error)
+    except (K8sError, BrokenPipeError) as error:
+        end = error
+    ends.put(end)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ from prometheus_client import generate_latest
 from ppod_trainer.config import MetricsConfig
 from ppod_trainer.metrics import MetricsLog
 from support.fake_kubernetes import FakeKubernetes
+from support.processes import environment
 
 from .conftest import Command, deployment_controller, pod
 
@@ -187,6 +190,28 @@ def test_logs_are_followed_to_their_end(api: FakeKubernetes, k8s: Command) -> No
     [request] = api.seen("GET", "/log")
     assert request.query.get("follow") == "true"
     assert "tailLines" not in request.query
+
+
+def test_logs_that_nobody_reads_on_end(api: FakeKubernetes) -> None:
+    """As of `ppod k8s logs -f reward | grep -m 1 ...`, also where another pod is silent."""
+    for name in ("ppod-reward-a", "ppod-reward-b"):
+        api.put("v1", "pods", "ppod", pod(name, "reward"))
+    api.log("ppod-reward-a", "one")
+    command = [sys.executable, "-m", "ppod_deploy", "k8s", "logs", "-f", "reward"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "[ppod-reward-a] one\n"
+        process.stdout.close()
+        api.log("ppod-reward-a", "two")
+        try:
+            assert process.wait(30) == 1
+        finally:
+            process.kill()
+        [line] = process.stderr.read().splitlines()
+        assert line.startswith("$ kubectl -n ppod logs ")
 
 
 def test_troubles_are_one_line_and_an_exit_code(
