@@ -65,10 +65,13 @@ def read_overlay(name: str) -> Overlay:
         K8sError: it is not there, does not render, or needs kubectl, which is not there.
     """
     flag, where = option = find_overlay(name)
-    text = _render(where) if flag == "-k" else Path(where).read_text(encoding="utf-8")
     try:
+        text = _render(where) if flag == "-k" else Path(where).read_text(encoding="utf-8")
         documents = [document for document in yaml.safe_load_all(text) if document]
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise K8sError(f"{where} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Not all are YAMLErrors: bytes that are no UTF-8, a date that is none, brackets nested by the thousand.
         raise K8sError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
     manifests = [cast("Manifest", each) for document in documents for each in _flat(document)]
     if not manifests:

@@ -18,6 +18,7 @@ from ppod_deploy.k8s.cluster import Cluster
 from ppod_deploy.k8s.commands import K8sStatus
 from ppod_deploy.k8s.objects import K8sError, Manifest, at, items_at, number_at, text_at
 from ppod_deploy.k8s.readiness import pod_trouble
+from ppod_models.configuration import ConfigError
 
 _PART_OF = "app.kubernetes.io/part-of=ppod"
 _COMPONENT = "app.kubernetes.io/component"
@@ -86,10 +87,12 @@ class _Sample:
 
 
 def show(command: K8sStatus) -> int:
-    """Print it once, or until Ctrl-C."""
+    """Print it once, or until Ctrl-C. Raises ConfigError: the interval is none; K8sError: as `look` does."""
     from ppod_deploy.k8s.status_view import print_status, watch_status  # noqa: PLC0415
 
     where = command.where
+    if not 0 < command.interval_s < math.inf:
+        raise ConfigError("command line", [f"--interval-s: expected seconds above 0, found {command.interval_s:g}"])
     kubectl.show(where, "get", "deployments,pods", "-l", _PART_OF, "-o", "wide")
     kubectl.show(
         where, "get", "--raw", f"/api/v1/namespaces/{where.namespace}/pods/POD:PORT/proxy/metrics", namespaced=False

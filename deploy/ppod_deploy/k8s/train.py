@@ -62,8 +62,11 @@ def submit(command: K8sTrain) -> int:
                 f"{identity} is there already: give another --name, or remove it by "
                 f"`{kubectl.line(where, 'delete', f'job/{command.name}')}`"
             )
-        output.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise K8sError(f"--output: {output} cannot be written: {error.strerror}") from error
         cluster.apply(config)
         cluster.apply(manifest)
         print(f"submitted {identity}", flush=True)

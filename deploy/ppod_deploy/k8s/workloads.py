@@ -13,6 +13,7 @@ from ppod_deploy.k8s.commands import K8sDown, K8sLogs, K8sScale, K8sUp, Where
 from ppod_deploy.k8s.objects import Identity, K8sError, identity_of, text_at
 from ppod_deploy.k8s.overlays import Overlay, read_overlay
 from ppod_deploy.k8s.readiness import wait_ready
+from ppod_models.configuration import ConfigError
 
 PART_OF = "app.kubernetes.io/part-of=ppod"
 _End = K8sError | BrokenPipeError | None
@@ -81,7 +82,7 @@ def _overlay(name: str, where: Where) -> Overlay:
 def scale(command: K8sScale) -> int:
     """Set a service's replicas, and wait."""
     if command.replicas < 0:
-        raise K8sError(f"replicas is {command.replicas}; expected 0 or more")
+        raise ConfigError("command line", [f"replicas: expected 0 or more, found {command.replicas}"])
     where, name = command.where, f"ppod-{command.service}"
     kubectl.show(where, "scale", f"deployment/{name}", f"--replicas={command.replicas}")
     if command.wait:

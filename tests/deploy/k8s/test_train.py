@@ -321,6 +321,10 @@ def test_what_is_wrong_is_named_before_anything_is_sent(api: FakeKubernetes, k8s
     assert no_job.code == 1
     assert "service.yaml holds 0 Jobs; expected one" in no_job.stderr
     assert api.requests == []
+    nowhere = k8s("train", "--config", str(right), "--output", str(right))
+    assert nowhere.code == 1
+    assert nowhere.stderr.splitlines()[-1] == f"ppod: --output: {right} cannot be written: File exists"
+    assert api.seen("PATCH", "") == []
 
 
 @pytest.mark.parametrize("name", ["Bad_Name", "", "a/../../b", "-a", "a-", "a..b", "a" * 64, "a\n"])

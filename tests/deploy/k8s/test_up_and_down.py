@@ -122,6 +122,9 @@ def test_what_never_gets_ready_is_named_with_its_reason(api: FakeKubernetes, k8s
         ("{empty}", "holds no kustomization.yaml"),
         ("{broken}", "does not render: "),
         ("{text}", "a manifest lacks apiVersion, kind or metadata.name"),
+        ("{bytes}", "bytes is no YAML: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        ("{date}", "date is no YAML: month must be in 1..12"),
+        ("{brackets}", "brackets is no YAML: maximum recursion depth exceeded"),
         ("{unknown}", "the cluster knows no ServiceMonitor of monitoring.coreos.com/v1: install what defines it"),
     ],
 )
@@ -133,9 +136,12 @@ def test_overlays_that_cannot_be_applied(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "kustomization.yaml").write_text("resources: [not-there.yaml]\n")
     (tmp_path / "text").write_text("a: 1\n")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    (tmp_path / "date").write_text("a: 2024-13-01\n")
+    (tmp_path / "brackets").write_text("[" * 10_000)
     monitor = "apiVersion: monitoring.coreos.com/v1\nkind: ServiceMonitor\nmetadata: {name: ppod}\n"
     (tmp_path / "unknown").write_text(monitor)
-    places = {name: tmp_path / name for name in ("empty", "broken", "text", "unknown")}
+    places = {name: tmp_path / name for name in ("empty", "broken", "text", "bytes", "date", "brackets", "unknown")}
     result = k8s("up", "--overlay", overlay.format(**places))
     assert result.code == 1
     [line] = [one for one in result.stderr.splitlines() if one.startswith("ppod: ")]
