@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import signal
 import sys
 import time
@@ -86,8 +87,8 @@ class Interrupts:
             raise Interrupted(self.received[0])
 
     def repeated(self) -> bool:
-        """Whether a second signal came in: the user will not wait any longer."""
-        return len(self.received) > 1
+        """Whether a second signal came in: the user will not wait any longer. To close the terminal does not say so."""
+        return any(number != signal.SIGHUP for number in self.received[1:])
 
 
 class HealthProbe:
@@ -292,7 +293,11 @@ class Launcher:
 
 def _say(message: str) -> None:
     """To stderr: stdout is the trainer's."""
-    print(f"ppod: {message}", file=sys.stderr, flush=True)
+    try:
+        print(f"ppod: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        # The terminal was closed. Nothing more has a reader, and the end is an orderly one all the same.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _last_words(child: Child) -> str:

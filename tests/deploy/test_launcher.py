@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
@@ -244,6 +246,34 @@ def test_a_hangup_stops_a_run_but_not_under_nohup(
     other.signal(signal.SIGHUP)
     assert other.wait() == 129
     assert newest_checkpoint(tmp_path / "other") is not None
+
+
+def test_a_terminal_that_is_closed_after_ctrl_c_leaves_the_time_for_a_checkpoint(run_file: Path, run_dir: Path) -> None:
+    """Nor does it change the exit code that nothing can be written to it any more."""
+    terminal, side = pty.openpty()
+    command = [sys.executable, "-m", "ppod_deploy", "run", "--config", str(run_file)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), start_new_session=True, stdin=side, stdout=side, stderr=side
+    ) as process:
+        os.close(side)
+        until = time.monotonic() + 90
+        while metrics_lines(run_dir) < 2 and time.monotonic() < until:
+            if select.select([terminal], [], [], 0.05)[0]:
+                os.read(terminal, 4096)
+        trainer = children_of_run(run_dir)["trainer"]
+        # It cannot end before both signals came.
+        os.kill(trainer, signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        shown = b""
+        while b"SIGINT: stopping" not in shown:
+            shown += os.read(terminal, 4096)
+        os.close(terminal)
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        os.kill(trainer, signal.SIGCONT)
+        assert process.wait(60) == 130
+    assert newest_checkpoint(run_dir) in set((run_dir / "checkpoints").glob("step_*"))
+    assert not children_of_run(run_dir)
 
 
 def test_a_run_directory_in_use_is_refused(start_ppod: StartPpod, run_file: Path, run_dir: Path) -> None:
