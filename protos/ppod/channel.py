@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 import grpc
@@ -63,9 +64,24 @@ class ChannelSpec:
 
     def options(self) -> ChannelOptions:
         """Options of the channel."""
-        if not self.server_name:
-            return client_options()
-        return [*client_options(), ("grpc.ssl_target_name_override", self.server_name)]
+        options = client_options()
+        if is_local(self.address):
+            # gRPC goes by the proxy of https_proxy, which is there for hubs, also to this machine.
+            options.append(("grpc.enable_http_proxy", 0))
+        if self.server_name:
+            options.append(("grpc.ssl_target_name_override", self.server_name))
+        return options
+
+
+def is_local(target: str) -> bool:
+    """Whether a gRPC target is of this machine alone."""
+    if target.startswith("unix:"):
+        return True
+    host = target.rpartition("/")[2].rpartition(":")[0].strip("[]") or target
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def open_channel(spec: ChannelSpec, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:

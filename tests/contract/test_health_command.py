@@ -40,11 +40,11 @@ def health_server(credentials: grpc.ServerCredentials | None = None) -> Iterator
         server.stop(0).wait()
 
 
-def run(*arguments: str) -> tuple[int, str]:
+def run(*arguments: str, **variables: str) -> tuple[int, str]:
     """As a probe runs it: a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "ppod.health", *arguments],
-        env=environment(),
+        env={**environment(), **variables},
         capture_output=True,
         text=True,
         timeout=30,
@@ -57,6 +57,17 @@ def test_exit_codes_of_a_process() -> None:
     with health_server() as target:
         assert run(target) == (0, f"{target}: the process: SERVING\n")
         assert run(target, REFERENCE) == (1, f"{target}: {REFERENCE}: NOT_SERVING\n")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_machine_behind_a_proxy_reaches_itself(host: str) -> None:
+    """Container engines set these variables, too, in all containers; no proxy knows the way to this machine."""
+    [port] = free_ports(1)
+    proxy = f"http://127.0.0.1:{port}"
+    with health_server() as target:
+        here = target.replace("127.0.0.1", host)
+        answer = run(here, REWARD, https_proxy=proxy, http_proxy=proxy, no_proxy="")
+    assert answer == (0, f"{here}: {REWARD}: SERVING\n")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import grpc
 
+from ppod.channel import is_local
 from ppod.errors import InvalidArgument
 
 TOKEN_VARIABLE = "PPOD_TOKEN"
@@ -70,7 +70,7 @@ class ClientSecurity:
 
     def check_target(self, target: str) -> None:
         """Raise InvalidArgument when the token would travel in plain text to another machine."""
-        if self.token and self.ca_file is None and not self.plain_text_token and not _is_local(target):
+        if self.token and self.ca_file is None and not self.plain_text_token and not is_local(target):
             raise InvalidArgument(
                 "security.token",
                 f"a token for {target} without TLS",
@@ -110,13 +110,3 @@ def _read(name: str, path: Path | None) -> bytes | None:
         return path.read_bytes()
     except OSError as error:
         raise InvalidArgument(name, f"{path}: {error.strerror}", "a file that can be read") from error
-
-
-def _is_local(target: str) -> bool:
-    if target.startswith("unix:"):
-        return True
-    host = target.rpartition("/")[2].rpartition(":")[0].strip("[]") or target
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
