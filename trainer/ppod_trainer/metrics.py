@@ -25,6 +25,9 @@ Record = Mapping[str, float]
 _CALL_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Percentiles are told no further than the last bound, and a call that samples a batch may take minutes."""
 
+_PHASE = "seconds/"
+"""Begins the keys of the seconds of phases, which not every step has."""
+
 GAUGES = {
     "score/mean": ("ppod_reward_score_mean", "Mean reward-model score of the step's samples"),
     "score/std": ("ppod_reward_score_std", "Standard deviation of the step's scores"),
@@ -140,6 +143,7 @@ class MetricsLog:
         self._phase_seconds = Gauge(
             "ppod_step_phase_seconds", "Seconds of the last step, by phase", ["phase"], registry=self.registry
         )
+        self._phases: set[str] = set()
         self._last_step = Gauge(
             "ppod_last_step_timestamp_seconds",
             "When the last step was done, or the process began, in Unix time",
@@ -185,6 +189,10 @@ class MetricsLog:
         else:
             # The judge's figures stay until it judges again.
             self._unset(key for key in GAUGES.keys() - record.keys() if not key.startswith("judge/"))
+            phases = {key.removeprefix(_PHASE) for key in record if key.startswith(_PHASE)}
+            for phase in self._phases - phases:
+                self._phase_seconds.remove(phase)
+            self._phases = phases
         self._samples.inc(samples)
         self._tokens.inc(tokens)
         self._gauges["step"].set(step)
@@ -192,8 +200,8 @@ class MetricsLog:
         for key, value in record.items():
             if key in self._gauges:
                 self._gauges[key].set(value)
-            elif key.startswith("seconds/"):
-                self._phase_seconds.labels(key.removeprefix("seconds/")).set(value)
+            elif key.startswith(_PHASE):
+                self._phase_seconds.labels(key.removeprefix(_PHASE)).set(value)
             elif key.startswith("trouble/"):
                 self._trouble.labels(key.removeprefix("trouble/")).set(value)
             if self._board is not None:

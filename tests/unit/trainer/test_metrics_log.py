@@ -116,6 +116,23 @@ def test_a_figure_that_a_step_did_not_measure_is_not_an_earlier_one_s(tmp_path: 
     log.close()
 
 
+def test_a_phase_that_a_step_does_without_is_not_an_earlier_one_s(tmp_path: Path) -> None:
+    """As the judge's, which is asked every so many steps."""
+    log = MetricsLog(tmp_path, CONFIG)
+
+    def told(phase: str) -> float | None:
+        return log.registry.get_sample_value("ppod_step_phase_seconds", {"phase": phase})
+
+    log.write(1, {"seconds/step": 9.0, "seconds/judge": 3.0})
+    log.write(1, {"heldout/score": 0.1})
+    assert (told("step"), told("judge")) == (9.0, 3.0)
+    log.write(2, {"seconds/step": 6.0})
+    assert (told("step"), told("judge")) == (6.0, None)
+    log.write(3, {"seconds/step": 8.0, "seconds/judge": 2.0})
+    assert (told("step"), told("judge")) == (8.0, 2.0)
+    log.close()
+
+
 def test_a_damaged_record_is_named(run_dir: Path) -> None:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines()
