@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ppod import PpodError
 from ppod_models.configuration import ConfigError, add_config_option, load_config
@@ -171,7 +171,11 @@ def _train(training_run: TrainingRun) -> None:
     print(f"run directory {config.run_dir}; final model {final}", flush=True)
 
 
-if __name__ == "__main__":
-    exit_code = main()
+def end(code: int) -> NoReturn:
+    """End the process with an exit code; the last spans are sent, and no thread is waited for."""
     flush_tracing(_FLUSH_TIMEOUT_S)
-    exit_now(exit_code)
+    exit_now(code)
+
+
+if __name__ == "__main__":
+    end(main())

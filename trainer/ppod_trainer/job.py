@@ -11,7 +11,7 @@ import gzip
 import sys
 
 from ppod_models.configuration import ConfigError, add_config_option, load_config
-from ppod_trainer.__main__ import main
+from ppod_trainer.__main__ import end, main
 from ppod_trainer.config import TrainerConfig
 
 RESULT_MARK = "ppod-result"
@@ -45,4 +45,4 @@ def _write(name: str, content: bytes) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(sys.argv[1:]))
+    end(run_job(sys.argv[1:]))
