@@ -9,8 +9,9 @@ import argparse
 import base64
 import gzip
 import sys
+from pathlib import Path
 
-from ppod_models.configuration import ConfigError, add_config_option, load_config
+from ppod_models.configuration import ConfigError, load_config
 from ppod_trainer.__main__ import end, main
 from ppod_trainer.config import TrainerConfig
 
@@ -24,18 +25,24 @@ _LINE_BYTES = 8_192
 
 def run_job(arguments: list[str]) -> int:
     """Run the trainer, then write what there is of its results; returns the trainer's exit code."""
-    code = main(arguments)
+    try:
+        return main(arguments)
+    finally:
+        # Also where a fault, such as an environment's own, ends it.
+        _write_results(arguments)
+
+
+def _write_results(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False)
-    add_config_option(parser)
+    parser.add_argument("--config", type=Path, action="append")
     known, _ = parser.parse_known_args(arguments)
     try:
-        run_dir = load_config(TrainerConfig, *known.config).run_dir
+        run_dir = load_config(TrainerConfig, *known.config).run_dir if known.config else None
     except ConfigError:
-        return code
+        return
     for name in _FILES:
-        if (run_dir / name).is_file():
+        if run_dir is not None and (run_dir / name).is_file():
             _write(name, (run_dir / name).read_bytes())
-    return code
 
 
 def _write(name: str, content: bytes) -> None:
