@@ -80,6 +80,14 @@ def test_commands_name_objects_that_are_there() -> None:
             assert name in names, f"{page.name}: {kind}/{name}"
 
 
+def test_what_is_created_by_server_side_apply_may_be_created() -> None:
+    """The API server asks for `create` beside `patch`, where the object is not there yet."""
+    permissions = (ROOT / "deploy" / "docs" / "k8s-command.md").read_text().split("## Permissions")[1]
+    rights = {row.split()[0].rstrip(","): row for row in permissions.splitlines() if row.startswith("    ")}
+    assert set(rights) == {"up", "status", "scale", "logs", "train"}
+    assert {name for name in rights if re.search(r"\bcreate\b", rights[name])} == {"up", "train"}
+
+
 def test_every_make_target_that_is_named_is_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in ALL_PAGES:
