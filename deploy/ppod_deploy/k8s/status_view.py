@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ppod_deploy.k8s.objects import K8sError
 from ppod_deploy.k8s.status import ClusterStatus, PodStatus, TeamStatus
 
 
@@ -19,14 +20,23 @@ def print_status(status: ClusterStatus) -> None:
 
 
 def watch_status(look: Callable[[], ClusterStatus], interval_s: float) -> None:
-    """Show it, and look again every `interval_s` seconds, until Ctrl-C."""
-    before, looked_at = None, time.monotonic()
-    with Live(console=Console(), auto_refresh=False) as live:
+    """Show it, and look again every `interval_s` seconds, until Ctrl-C. Raises K8sError: the first look failed."""
+    before, looked_at = look(), time.monotonic()
+    with Live(render(before, None, 0.0), console=Console(), auto_refresh=False) as live:
+        live.refresh()
         while True:
-            status, now = look(), time.monotonic()
+            time.sleep(interval_s)
+            try:
+                status, now = look(), time.monotonic()
+            except K8sError as error:
+                # As while the API server is replaced: what was seen last stays, and says how old it is.
+                age = _age(int(time.monotonic() - looked_at))
+                live.update(
+                    Group(render(before, None, 0.0), Text(f"as of {age} ago: {error}", style="red")), refresh=True
+                )
+                continue
             live.update(render(status, before, now - looked_at), refresh=True)
             before, looked_at = status, now
-            time.sleep(interval_s)
 
 
 def render(status: ClusterStatus, before: ClusterStatus | None, seconds: float) -> Group:

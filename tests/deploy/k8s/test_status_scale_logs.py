@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
+from ppod_deploy.k8s import status_view
 from ppod_trainer.config import MetricsConfig
 from ppod_trainer.metrics import MetricsLog
 from support.fake_kubernetes import FakeKubernetes
@@ -130,6 +131,29 @@ def test_a_trainer_that_has_not_measured_everything_is_shown(
     [trainer] = json.loads(k8s("status", "--json").stdout)["pods"]
     assert (trainer["step"], trainer["version"]) == (3, 4)
     assert "step 3" in k8s("status", "--once").stdout
+
+
+def test_the_table_stays_while_the_api_server_is_away(
+    running: FakeKubernetes, k8s: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    looks: list[bool] = []
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 5.0
+        looks.append(running.unavailable)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+        # Away at the second look, and at the third.
+        running.unavailable = True
+
+    monkeypatch.setattr(status_view.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        k8s("status", "--interval-s", "5")
+    shown = capsys.readouterr().out
+    assert looks == [False, True, True]
+    assert "namespace ppod: generation 2/3" in shown
+    assert "as of 0 s ago: cannot list Deployment/ in namespace ppod: 503 down" in shown
 
 
 def test_only_the_first_rank_of_a_trainer_is_asked_for_figures(running: FakeKubernetes, k8s: Command) -> None:
