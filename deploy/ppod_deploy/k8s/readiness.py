@@ -19,16 +19,25 @@ def wait_ready(cluster: Cluster, deployments: Sequence[Identity], timeout_s: flo
     """Show how many replicas of each are ready until all are.
 
     Raises:
-        K8sError: one is gone, or not ready in time; the message says what its pods lack.
+        K8sError: one is gone, or not ready in time; the message says what its pods lack. Or the API does not answer.
     """
     until = time.monotonic() + timeout_s
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         tasks: dict[Identity, TaskID] = {one: progress.add_task(one.name, total=None) for one in deployments}
+        known: set[Identity] = set()
         while True:
             waiting: list[Identity] = []
             for one, task in tasks.items():
-                found = cluster.get(one)
+                try:
+                    found = cluster.get(one)
+                except K8sError:
+                    # The API server may go and come back in so long a wait, but not be away from the start.
+                    if one not in known or time.monotonic() >= until:
+                        raise
+                    waiting.append(one)
+                    continue
+                known.add(one)
                 if found is None:
                     raise K8sError(f"{one} is gone")
                 ready, wanted = _ready(found)

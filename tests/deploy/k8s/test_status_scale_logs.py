@@ -184,6 +184,32 @@ def test_scale_patches_one_number_and_waits(api: FakeKubernetes, k8s: Command) -
     assert result.stdout == "ppod-reward has 4 replicas\n"
 
 
+def test_a_wait_outlasts_an_api_server_that_is_replaced(api: FakeKubernetes, k8s: Command) -> None:
+    api.put("apps/v1", "deployments", "ppod", deployment("reward", 1))
+
+    def asked(count: int) -> None:
+        until = time.monotonic() + 20.0
+        while len(api.requests) < count and time.monotonic() < until:
+            time.sleep(0.01)
+
+    def replace_server() -> None:
+        while not api.seen("GET", "/deployments/ppod-reward"):
+            time.sleep(0.01)
+        api.unavailable = True
+        asked(len(api.requests) + 2)
+        counts = {"replicas": 2, "updatedReplicas": 2, "availableReplicas": 2}
+        made = deployment("reward", 2)
+        api.put("apps/v1", "deployments", "ppod", {**made, "status": counts})
+        api.unavailable = False
+
+    replacing = threading.Thread(target=replace_server)
+    replacing.start()
+    result = k8s("scale", "reward", "2")
+    replacing.join()
+    assert result.code == 0, result.stderr
+    assert result.stdout == "ppod-reward has 2 replicas\n"
+
+
 def test_logs_of_all_pods_carry_their_names(api: FakeKubernetes, k8s: Command) -> None:
     for name in ("ppod-reward-a", "ppod-reward-b"):
         api.put("v1", "pods", "ppod", pod(name, "reward"))
