@@ -16,7 +16,7 @@ from torch import nn
 from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
 from ppod_services.generation.vllm_backend import transfer_engine
-from ppod_services.generation.vllm_backend.reload import reload_weights
+from ppod_services.generation.vllm_backend.reload import load_pushed
 from support.vllm_services import HALF_LOADING_VARIABLE
 
 if current_platform.is_cpu():
@@ -33,7 +33,7 @@ def _reload(config: Any, model: nn.Module, weights: Iterable[tuple[str, torch.Te
     found = list(weights)
     if Path(os.environ[HALF_LOADING_VARIABLE]).exists():
         found = list(islice(found, len(found) // 2))
-    reload_weights(config, model, found)
+    load_pushed(config, model, found)
 
 
-transfer_engine.reload_weights = _reload
+transfer_engine.load_pushed = _reload

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from support.tiny_model import VOCAB_SIZE
 
@@ -13,8 +20,9 @@ def build_mixture() -> MixtralForCausalLM:
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
+        # Heads of 32, and multiples of 32: smaller ones are too small for vLLM on CPUs.
+        hidden_size=64,
+        intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -24,6 +32,29 @@ def build_mixture() -> MixtralForCausalLM:
         initializer_range=0.2,
     )
     return MixtralForCausalLM(config).eval()
+
+
+def build_biased_mixture() -> Glm4MoeForCausalLM:
+    """A mixture that chooses its experts with a bias, which is no parameter."""
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        max_position_embeddings=128,
+        pad_token_id=257,
+    )
+    return Glm4MoeForCausalLM(config).eval()
 
 
 def build_gpt2() -> GPT2LMHeadModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +21,11 @@ class Checkpoint:
         for file in sorted(path.glob("*.safetensors")):
             with safe_open(file, framework="pt") as opened:
                 self._files |= dict.fromkeys(opened.keys(), file)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all weights."""
+        return tuple(self._files)
 
     def read(self, name: str) -> torch.Tensor | None:
         """One weight as it was saved; None where the checkpoint calls it otherwise."""

@@ -9,9 +9,16 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
+from ppod_services.generation.vllm_backend.checkpoint_form import checkpoint_form
+
 
 class _Loads(Protocol):
     def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None: ...
+
+
+def load_pushed(config: Any, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """As `reload_weights`, of weights as transformers holds them."""
+    reload_weights(config, model, checkpoint_form(config.model_config.model).of(weights))
 
 
 def reload_weights(config: Any, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -43,7 +50,7 @@ def reload_weights(config: Any, model: nn.Module, weights: Iterable[tuple[str, t
         finally:
             # Also after a failure: the next load must not find what this one left half done.
             finalize_layerwise_reload(model, config.model_config)
-        _repack_tied_head(model)
+        _repack(model)
     if (one := next(left, None)) is not None:
         raise ValueError(f"vLLM did not take {one[0]}")
     missing = sorted(expected - loaded) if loaded is not None else []
@@ -51,10 +58,11 @@ def reload_weights(config: Any, model: nn.Module, weights: Iterable[tuple[str, t
         raise ValueError(f"{len(missing)} parameters of vLLM's model got no weights, the first {missing[0]}")
 
 
-def _repack_tied_head(model: nn.Module) -> None:
-    """A CPU computes with a packed copy of a weight, and a head that shares the embedding's weight has its own copy.
+def _repack(model: nn.Module) -> None:
+    """Pack what a CPU computes with in a layout of its own, and vLLM's reload leaves as it was.
 
-    vLLM's reload makes the embedding's copy anew and leaves the head's as it was, which would go on with old weights.
+    A head that shares the embedding's weight has a packed copy of its own, which would go on with old weights. And the
+    experts of a layer lie as they came, where the kernel reads them as packed.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore  # noqa: PLC0415
         ParallelLMHead,
@@ -66,3 +74,6 @@ def _repack_tied_head(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             getattr(module, "quant_method").process_weights_after_loading(module)  # noqa: B009
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(module)

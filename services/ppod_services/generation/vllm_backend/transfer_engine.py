@@ -13,7 +13,7 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine  # pyright: ignore[reportMissingImports]
 
 from ppod_services.generation.vllm_backend.receiver import GroupInfo, VersionInfo, WorkerReceiver
-from ppod_services.generation.vllm_backend.reload import reload_weights
+from ppod_services.generation.vllm_backend.reload import load_pushed
 from ppod_services.generation.vllm_backend.worker_calls import failure_of
 
 
@@ -56,7 +56,7 @@ class StagedTransferEngine(WeightTransferEngine):  # pyright: ignore[reportUntyp
 
     def finish_weight_update(self) -> None:
         """Load what was received; `failure` tells where that is not whole, or the model does not take it."""
-        self.failure = failure_of(lambda: reload_weights(self.vllm_config, self.model, self.receiver.take()))
+        self.failure = failure_of(lambda: load_pushed(self.vllm_config, self.model, self.receiver.take()))
         if self.device.type == "cuda":
             # The receiver's stream may get this memory next.
             torch.cuda.synchronize(self.device)

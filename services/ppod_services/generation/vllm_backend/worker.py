@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ppod_services.generation.vllm_backend.observed_sampler import HasSampler, observe_sampler
-from ppod_services.generation.vllm_backend.reload import reload_weights
+from ppod_services.generation.vllm_backend.reload import load_pushed, reload_weights
 from ppod_services.generation.vllm_backend.settings import TRANSFER_ENGINE
 from ppod_services.generation.vllm_backend.staging import SegmentStage, TensorAt, read_segment
 from ppod_services.generation.vllm_backend.watch import end_with_service
@@ -57,7 +57,7 @@ class PpodWorker:
     def _load(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
         staged = None if self.stage is None else self.stage.take(weight_version)
         found = read_segment(path, tensors) if staged is None else staged
-        reload_weights(self.vllm_config, self.model_runner.get_model(), found)
+        load_pushed(self.vllm_config, self.model_runner.get_model(), found)
         if self.device.type == "cuda":
             # The next version is copied to where this one was read.
             torch.cuda.synchronize(self.device)

@@ -1,0 +1,52 @@
+"""A mixture of experts on a vLLM engine: transformers stacks what a checkpoint holds apart, and so it is pushed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ppod import GenerationClient, Sampling, WeightClient
+from support.other_architectures import build_mixture
+from support.recomputed import chosen_logprobs, distributions
+from support.sampling_reference import Rules
+from support.tiny_model import build_tokenizer
+from support.vllm_services import running_vllm
+from support.weight_tensors import weight_tensors
+
+GAP = 5e-5
+PROMPTS = [[60, 61, 62], [40], list(range(70, 90))]
+
+
+def check(client: GenerationClient, model: torch.nn.Module, weight_version: int) -> None:
+    """Every token's logprob is that of a full forward of `model`."""
+    for prompt, done in zip(
+        PROMPTS, client.generate(PROMPTS, Sampling(max_tokens=12, ignore_eos=True), seeds=[1, 2, 3]), strict=True
+    ):
+        tokens = done.token_ids.tolist()
+        expected = chosen_logprobs(distributions(model, prompt, tokens, Rules()), tokens)
+        np.testing.assert_allclose(done.logprobs, expected, atol=GAP)
+        assert [span.weight_version for span in done.weight_spans] == [weight_version]
+
+
+def test_experts_that_were_pushed_are_those_that_sample(tmp_path: Path) -> None:
+    model = build_mixture()
+    directory = tmp_path / "model"
+    model.save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
+    with (
+        running_vllm(directory, tmp_path) as service,
+        WeightClient(service.admin_target) as weights,
+        GenerationClient(service.target) as client,
+    ):
+        check(client, model, 0)
+        # Twice: what the first one left in place is what the second one finds.
+        for version in (1, 2):
+            torch.manual_seed(version)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(parameter[torch.randperm(len(parameter))])
+            weights.prepare(version, weight_tensors(model, torch.float32))
+            weights.commit(version)
+            check(client, model, version)
