@@ -8,6 +8,8 @@ from transformers import (
     Glm4MoeForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -55,6 +57,27 @@ def build_biased_mixture() -> Glm4MoeForCausalLM:
         pad_token_id=257,
     )
     return Glm4MoeForCausalLM(config).eval()
+
+
+def build_sinking_mixture() -> GptOssForCausalLM:
+    """A mixture with attention sinks, whose weights vLLM copies into its parameters by hand."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=64,
+        max_position_embeddings=128,
+        pad_token_id=257,
+        initializer_range=0.2,
+    )
+    return GptOssForCausalLM(config).eval()
 
 
 def build_gpt2() -> GPT2LMHeadModel:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from transformers import PreTrainedModel
 
-from ppod import GenerationClient, Sampling, WeightClient
-from support.other_architectures import build_mixture
+from ppod import GenerationClient, Internal, Sampling, WeightClient
+from support.other_architectures import build_mixture, build_sinking_mixture
 from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
 from support.tiny_model import build_tokenizer
@@ -30,23 +32,48 @@ def check(client: GenerationClient, model: torch.nn.Module, weight_version: int)
         assert [span.weight_version for span in done.weight_spans] == [weight_version]
 
 
-def test_experts_that_were_pushed_are_those_that_sample(tmp_path: Path) -> None:
-    model = build_mixture()
-    directory = tmp_path / "model"
+def saved(model: PreTrainedModel, directory: Path) -> Path:
     model.save_pretrained(directory)
     build_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def shuffle(model: PreTrainedModel, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter[torch.randperm(len(parameter))])
+
+
+def test_experts_that_were_pushed_are_those_that_sample(tmp_path: Path) -> None:
+    model = build_mixture()
     with (
-        running_vllm(directory, tmp_path) as service,
+        running_vllm(saved(model, tmp_path / "model"), tmp_path) as service,
         WeightClient(service.admin_target) as weights,
         GenerationClient(service.target) as client,
     ):
         check(client, model, 0)
         # Twice: what the first one left in place is what the second one finds.
         for version in (1, 2):
-            torch.manual_seed(version)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.copy_(parameter[torch.randperm(len(parameter))])
+            shuffle(model, version)
             weights.prepare(version, weight_tensors(model, torch.float32))
             weights.commit(version)
             check(client, model, version)
+
+
+def test_weights_that_vllm_would_lose_leave_the_old_ones_serving(tmp_path: Path) -> None:
+    """It copies some models' into parameters that are on no device during a reload, and counts them as loaded."""
+    model = build_sinking_mixture()
+    model.set_attn_implementation("eager")
+    with (
+        running_vllm(saved(model, tmp_path / "model"), tmp_path) as service,
+        WeightClient(service.admin_target) as weights,
+        GenerationClient(service.target) as client,
+    ):
+        check(client, model, 0)
+        other = build_sinking_mixture()
+        shuffle(other, 1)
+        weights.prepare(1, weight_tensors(other, torch.float32))
+        with pytest.raises(Internal, match=r"the old one serves on: .* of GptOssForCausalLM lost \d+ parameters"):
+            weights.commit(1)
+        check(client, model, 0)

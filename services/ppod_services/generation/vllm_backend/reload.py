@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,16 +18,24 @@ class _Loads(Protocol):
 
 def load_pushed(config: Any, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """As `reload_weights`, of weights as transformers holds them."""
-    reload_weights(config, model, checkpoint_form(config.model_config.model).of(weights))
+    from vllm.config import set_current_vllm_config  # pyright: ignore  # noqa: PLC0415
+
+    # vLLM may have changed the model's class to one that asks for this: it runs what it does not know by transformers.
+    with set_current_vllm_config(config):
+        form = checkpoint_form(config.model_config.model)
+    reload_weights(config, model, form.of(weights))
 
 
-def reload_weights(config: Any, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+def reload_weights(
+    config: Any, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], *, first: bool = False
+) -> None:
     """Put weights in checkpoint form through vLLM's loader, which splits, merges and packs them as at its start.
 
     Args:
         config: vLLM's, of the engine.
         model: the worker's.
         weights: names and tensors, on any device.
+        first: they are those that the engine started with, and a layer that cannot be loaded again still has.
 
     Raises:
         ValueError: vLLM did not take a tensor, or some of its own parameters got none.
@@ -42,24 +50,48 @@ def reload_weights(config: Any, model: nn.Module, weights: Iterable[tuple[str, t
     expected = {name for name, _ in model.named_parameters()}
     # It warns of each tensor that travels in another type than the model computes in.
     logging.getLogger("vllm.model_executor.models.utils").setLevel(logging.ERROR)
-    left = iter(weights)
+    left, lost = iter(weights), dict[str, bool]()
     with torch.no_grad(), set_current_vllm_config(config):
         initialize_layerwise_reload(model)
         try:
             loaded = cast(_Loads, model).load_weights(left)
+            lost = _lost(model, expected)
         finally:
             # Also after a failure: the next load must not find what this one left half done.
             finalize_layerwise_reload(model, config.model_config)
-        _repack(model)
+        _repack(model, {name.rpartition(".")[0] for name in lost})
     if (one := next(left, None)) is not None:
         raise ValueError(f"vLLM did not take {one[0]}")
     missing = sorted(expected - loaded) if loaded is not None else []
     if missing:
         raise ValueError(f"{len(missing)} parameters of vLLM's model got no weights, the first {missing[0]}")
+    if gone := [name for name, kept in lost.items() if not (kept and first)]:
+        kind = type(model).__name__
+        raise ValueError(f"vLLM's loader of {kind} lost {len(gone)} parameters on their way, the first {gone[0]}")
 
 
-def _repack(model: nn.Module) -> None:
-    """Pack what a CPU computes with in a layout of its own, and vLLM's reload leaves as it was.
+def _lost(model: nn.Module, names: Iterable[str]) -> dict[str, bool]:
+    """Parameters that a reload has not seen come, and whether they keep what they had.
+
+    Some of vLLM's models copy weights into their parameters past the loaders that a reload listens to; then they are
+    on no device, and the weights are gone. A layer that has seen none of its own keeps what it had, any other is
+    undefined.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info  # pyright: ignore  # noqa: PLC0415
+
+    found: dict[str, bool] = {}
+    for name in sorted(names):
+        path, _, parameter = name.rpartition(".")
+        layer = model.get_submodule(path)
+        info = get_layerwise_info(layer)
+        # Where all have come they are in their places. What has come to other layers waits for the end.
+        if getattr(layer, parameter).is_meta and parameter not in {came for came, _ in info.loaded_weights}:
+            found[name] = info.load_numel <= 0
+    return found
+
+
+def _repack(model: nn.Module, lost: Set[str]) -> None:
+    """Pack what a CPU computes with in a layout of its own, and vLLM's reload leaves as it was; not layers it lost.
 
     A head that shares the embedding's weight has a packed copy of its own, which would go on with old weights. And the
     experts of a layer lie as they came, where the kernel reads them as packed.
@@ -71,9 +103,9 @@ def _repack(model: nn.Module) -> None:
 
     if not current_platform.is_cpu():
         return
-    for module in model.modules():
+    for path, module in model.named_modules():
         if isinstance(module, ParallelLMHead):
             getattr(module, "quant_method").process_weights_after_loading(module)  # noqa: B009
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
-        if kernel is not None:
+        if kernel is not None and path not in lost:
             kernel.fused_experts.process_weights_after_loading(module)

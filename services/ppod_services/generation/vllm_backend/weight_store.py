@@ -196,7 +196,8 @@ class VllmWeights:
         if error is not None:
             self._restore(error)
             self._resume()
-            raise Internal(f"vLLM could not load version {image.weight_version}; the old one serves on") from error
+            version = image.weight_version
+            raise Internal(f"vLLM could not load version {version}; the old one serves on: {error}") from error
         old = self._base or self._serving
         self._serving, self._base = image, base
         self._spare = old.segment if old is not None and old is not base else None

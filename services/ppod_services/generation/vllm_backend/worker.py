@@ -71,7 +71,7 @@ class PpodWorker:
 
         config, model = self.vllm_config, self.model_runner.get_model()
         loader = get_model_loader(config.load_config)
-        reload_weights(config, model, loader.get_all_weights(config.model_config, model))
+        reload_weights(config, model, loader.get_all_weights(config.model_config, model), first=True)
 
     def ppod_received(self) -> Outcome | None:
         """What became of the version that the transfer engine receives; see `WorkerReceiver.outcome`."""
