@@ -13,7 +13,6 @@ from pydantic import JsonValue
 from ppod_deploy.run_config import RunConfig
 from ppod_services.core.config import CausalServiceConfig
 from ppod_services.reward.config import RewardConfig
-from ppod_services.reward.kinds import PretrainedReward
 from ppod_trainer.config import differences
 
 _BESIDE_SCORES = {
@@ -59,9 +58,7 @@ def _missing_prompts(config: RunConfig) -> Iterator[str]:
 def _unread_tokens(config: RunConfig) -> Iterator[str]:
     """A reward service without any tokenizer, where token ids are sent to it."""
     reward = config.services.reward
-    if reward is None or not config.trainer.rewards.model or reward.tokenizers:
-        return
-    if not any(isinstance(one, PretrainedReward) for one in reward.rewards):
+    if reward is not None and config.trainer.rewards.model and not reward.takes_tokens:
         yield f"services.reward.tokenizers: none, and no reward has a model; name {config.trainer.policy.source} there"
 
 

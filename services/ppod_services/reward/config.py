@@ -28,6 +28,11 @@ class RewardServiceConfig(ServiceConfig):
         "model scores all positions at once",
     )
 
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether there is any tokenizer, of a model or by itself."""
+        return bool(self.tokenizers) or any(isinstance(one, PretrainedReward) for one in self.rewards)
+
     @field_validator("rewards")
     @classmethod
     def _fit_together(cls, rewards: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
