@@ -71,13 +71,19 @@ def test_the_trainer_uses_replicas_tls_and_the_token(
             most = LIMITS.max_request_sequences
             assert check_services(connections, rollout, most, LIMITS.vocab_size, 2).generation.eos_token_ids == (2,)
             too_many = RolloutConfig(batch_size=LIMITS.max_request_sequences + 1, max_tokens=8)
-            with pytest.raises(ServiceMismatchError, match="generation takes 8 sequences"):
+            with pytest.raises(
+                ServiceMismatchError,
+                match="generation takes 8 sequences a request, and is asked for 9 of the 9 samples",
+            ):
                 check_services(connections, too_many, 1, LIMITS.vocab_size, 2)
-            with pytest.raises(ServiceMismatchError, match="asks it for 9 of the 9 held-out prompts; lower"):
+            with pytest.raises(
+                ServiceMismatchError, match=r"asked for 9 of the 9 held-out prompts; lower prompts\.heldout"
+            ):
                 check_services(connections, rollout, most + 1, LIMITS.vocab_size, 2)
             # As long as there are replicas to share them.
             connections.generation._core.shared.replicas.replace([one.target, two.target])  # pyright: ignore
-            check_services(connections, rollout, 2 * most, LIMITS.vocab_size, 2)
+            shared = RolloutConfig(batch_size=2 * most, max_tokens=8)
+            check_services(connections, shared, 2 * most, LIMITS.vocab_size, 2)
             scores = connections.reward.score([[1, index] for index in range(3 * LIMITS.max_request_sequences)])
         finally:
             connections.close()

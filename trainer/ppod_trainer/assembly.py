@@ -6,6 +6,7 @@ import logging
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +20,7 @@ from ppod_trainer.algorithms import LearnedEstimator, build_estimator
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.checkpoint import TrainerState, goes_on, load_checkpoint, restore_components
 from ppod_trainer.collector import RolloutCollector
-from ppod_trainer.config import EnvironmentConfig, KlConfig, TrainerConfig, configuration_fingerprint
+from ppod_trainer.config import EnvironmentConfig, KlConfig, RolloutConfig, TrainerConfig, configuration_fingerprint
 from ppod_trainer.connections import ServedModels, check_services, connect
 from ppod_trainer.durable import write_durably
 from ppod_trainer.environments.calls import EnvironmentCalls
@@ -60,12 +61,8 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
     Raises:
         TrainerError, PpodError, ModelSourceError: something needed is missing or does not fit.
     """
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainerError(f"run_dir: {config.run_dir} cannot be made: {error.strerror}") from error
+    _make_run_dir(config.run_dir)
     tokenizer = loading.load_tokenizer(resolve(config.policy.source).path)
-
     codec = _codec(tokenizer)
     environments = _load_environment(config.environment)
     prompts = _load_prompts(config, environments, codec.encode)
@@ -81,11 +78,9 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
         with stop.interruptible():
             connections = connect(config, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc)
             opened.callback(connections.close)
-            vocab_size = loading.vocab_size(leader.learner.policy.model)
-            bound = loading.token_id_bound(tokenizer)
-            served = check_services(connections, config.rollout, len(prompts.heldout), vocab_size, bound)
-        if config.rollout.on_bad_sample == "stop":
-            _check_room(prompts, served, config.rollout.max_tokens)
+            ids = loading.vocab_size(leader.learner.policy.model), loading.token_id_bound(tokenizer)
+            served = check_services(connections, config.rollout, len(prompts.heldout), *ids)
+        _check_room(prompts, served, config.rollout)
         bad_samples = BadSamples(config.rollout.on_bad_sample)
         sampler = _build_sampler(config, connections.generation, served.sequence_tokens, environments, codec)
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
@@ -100,9 +95,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             tokenizer=tokenizer,
             metrics=metrics,
             stop=stop,
-            rollouts=build_step_rollouts(
-                config, prompts, collector, estimates if config.advantages.kind == "pvpo" else None
-            ),
+            rollouts=build_step_rollouts(config, prompts, collector, estimates),
             estimates=estimates,
             watcher=build_watcher(config.watch, critic=leader.learner.rules.estimator.critic),
         )
@@ -114,6 +107,13 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             presample_for(run)
         leader.share()
         yield run
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainerError(f"run_dir: {run_dir} cannot be made: {error.strerror}") from error
 
 
 def _codec(tokenizer: PreTrainedTokenizerFast) -> TextCodec:
@@ -141,10 +141,12 @@ def _load_prompts(config: TrainerConfig, environments: EnvironmentCalls | None, 
     return replace(prompts, curriculum_steps=config.prompts.curriculum_steps)
 
 
-def _check_room(prompts: PromptSet, served: ServedModels, max_tokens: int) -> None:
+def _check_room(prompts: PromptSet, served: ServedModels, rollout: RolloutConfig) -> None:
+    if rollout.on_bad_sample != "stop":
+        return
     made_tokens = served.generation.limits.max_sequence_tokens
     check_lengths(prompts, made_tokens)
-    check_readers(prompts, made_tokens, max_tokens, served.reader, served.read_tokens)
+    check_readers(prompts, made_tokens, rollout.max_tokens, served.reader, served.read_tokens)
 
 
 def _build_sampler(

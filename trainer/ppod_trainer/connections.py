@@ -174,23 +174,10 @@ def check_services(
         described["reward"] = connections.reward.describe()
     if connections.judge is not None:
         described["judge"] = connections.judge.describe()
+    _check_requests(generation.limits, connections.generation.replica_count, rollout.batch_size, heldout)
     for name, description in described.items():
         limits = description.limits
         _check_ids(name, limits, vocab_size, token_id_bound)
-        # The other clients split what is too much for one request; a stream of completions is one request.
-        if name == "generation" and limits.max_request_sequences < rollout.batch_size:
-            raise ServiceMismatchError(
-                f"{name} takes {limits.max_request_sequences} sequences a request; rollout.batch_size is "
-                f"{rollout.batch_size}; lower it or raise the service's limits.max_request_sequences"
-            )
-        # Replicas share them.
-        asked = -(-heldout // max(connections.generation.replica_count, 1))
-        if name == "generation" and limits.max_request_sequences < asked:
-            raise ServiceMismatchError(
-                f"{name} takes {limits.max_request_sequences} sequences a request; an evaluation asks it for {asked} "
-                f"of the {heldout} held-out prompts; lower prompts.heldout or raise the service's "
-                "limits.max_request_sequences"
-            )
         if limits.max_sequence_tokens <= rollout.max_tokens:
             raise ServiceMismatchError(
                 f"{name} takes {limits.max_sequence_tokens} tokens a sequence; rollout.max_tokens is "
@@ -199,6 +186,21 @@ def check_services(
     read = {name: each.limits.max_sequence_tokens for name, each in described.items() if name != "generation"}
     reader = min(read, key=lambda name: read[name])
     return ServedModels(generation, reader, read[reader])
+
+
+def _check_requests(limits: ModelLimits, replicas: int, batch_size: int, heldout: int) -> None:
+    """The other clients split what is too much for one request; a stream of completions is one, from each replica."""
+    most = limits.max_request_sequences
+    for key, what, count in (
+        ("rollout.batch_size", "samples of a step", batch_size),
+        ("prompts.heldout", "held-out prompts", heldout),
+    ):
+        asked = -(-count // max(replicas, 1))
+        if asked > most:
+            raise ServiceMismatchError(
+                f"generation takes {most} sequences a request, and is asked for {asked} of the {count} {what}; lower "
+                f"{key} or raise the service's limits.max_request_sequences"
+            )
 
 
 def _check_ids(name: str, limits: ModelLimits, vocab_size: int, token_id_bound: int) -> None:

@@ -89,6 +89,7 @@ def build_step_rollouts(
     config: TrainerConfig, prompts: PromptSet, collector: RolloutCollector, estimates: PreEstimates | None = None
 ) -> StepRollouts:
     """What the configuration asks for. Where advantages are judged by estimates, prompts without one are left out."""
+    judged = estimates if config.advantages.kind == "pvpo" else None
     rollout = config.rollout
     groups = rollout.batch_size // rollout.samples_per_prompt
     history, dynamic = rollout.history_resampling, rollout.dynamic_sampling
@@ -104,5 +105,5 @@ def build_step_rollouts(
         temperature=lambda step: temperature_at(step, config),
         collector=collector,
         shaping=Shaping(config.rewards.shaping, config.rewards.shaping_interval),
-        sampled=lambda prompt: estimates is None or prompt.index in estimates.values,
+        sampled=lambda prompt: judged is None or prompt.index in judged.values,
     )
