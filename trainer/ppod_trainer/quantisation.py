@@ -6,12 +6,13 @@ Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs"; b
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ppod_models.loading import check_attention
+from ppod_models.loading import check_attention, check_whole
 from ppod_trainer.errors import TrainerError
 
 
@@ -26,13 +27,13 @@ def load_quantised(path: Path, *, device: torch.device, dtype: torch.dtype, atte
 
     Raises:
         TrainerError: bitsandbytes is not installed.
-        ModelSourceError: see `check_attention`.
+        ModelSourceError: see `check_attention` and `check_whole`.
     """
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             quantization_config=quantisation,
@@ -40,9 +41,12 @@ def load_quantised(path: Path, *, device: torch.device, dtype: torch.dtype, atte
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except ImportError as error:
         raise TrainerError(f"policy.lora.quantization: {error}; install ppod[qlora]") from error
+    model, info = cast("tuple[PreTrainedModel, dict[str, object]]", loaded)
+    check_whole(path, info)
     check_attention(model)
     _compute_in_its_dtype(model)
     return model.eval()

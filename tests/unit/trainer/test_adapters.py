@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
+from ppod_models.sources import ModelSourceError
 from ppod_trainer.adapters import PolicyAdapter
 from ppod_trainer.config import LoraConfig
 from ppod_trainer.errors import TrainerError
@@ -144,6 +145,13 @@ def test_an_adapter_begins_by_its_seed_alone() -> None:
     one, same, other = begun(1), begun(1), begun(2)
     assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
     assert [name for name in one if not torch.equal(one[name], other[name])] == [name for name in one if "_A." in name]
+
+
+@needs_bitsandbytes
+def test_a_quantised_base_whose_output_layer_is_in_no_file_is_refused(tmp_path: Path) -> None:
+    build_model(tied=False).base_model.save_pretrained(tmp_path)
+    with pytest.raises(ModelSourceError, match=r"its weights lack lm_head\.weight"):
+        load_quantised(tmp_path, device=CPU, dtype=torch.float32, attention="sdpa")
 
 
 @needs_bitsandbytes
