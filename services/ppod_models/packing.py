@@ -197,7 +197,12 @@ def _sequences(states: torch.Tensor, span: slice, run: Run) -> torch.Tensor:
 
 
 def _mask(*, attention_mask: torch.Tensor | None, **options: Any) -> torch.Tensor | None:
-    """Masks of transformers' interface: none for packed rows, which have no attention mask; else those of sdpa."""
+    """Masks of transformers' interface: none for packed rows, which have no attention mask; else those of sdpa.
+
+    Some models tell of a window by their masks alone, and not their attention.
+    """
+    if attention_mask is None and options.get("local_size") is not None:
+        raise ValueError("packed attention knows no window")
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **options)
 
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    PreTrainedModel,
+)
 
 from ppod_models.packing import Run, enable_packing, hidden_states, lay_out
 from support.tiny_model import VOCAB_SIZE, build_model
@@ -76,6 +84,8 @@ def _config(kind: type, **fields: object) -> object:
     "model",
     [
         pytest.param(lambda: MistralForCausalLM(_config(MistralConfig, sliding_window=4)), id="sliding window"),
+        # Longer than what is probed, and told of by the mask alone.
+        pytest.param(lambda: PhimoeForCausalLM(_config(PhimoeConfig, sliding_window=64)), id="window in the mask"),
         pytest.param(lambda: Gemma2ForCausalLM(_config(Gemma2Config, head_dim=8)), id="capped attention"),
         pytest.param(lambda: build_model().to(torch.float32).apply(_use_eager), id="eager attention"),
     ],
