@@ -5,7 +5,7 @@ Shape legend: B sequences, T padded length, N tokens of all sequences with their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -66,7 +66,7 @@ class SequenceClassifier:
     whether sequences share a batch without padding. Not thread-safe: one call at a time.
 
     Raises:
-        RewardClassifierError: the model has another number of labels than one.
+        RewardClassifierError: the model has another number of labels than one, or padding changes its scores.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -78,6 +78,8 @@ class SequenceClassifier:
             self._decoder = None
         self.packs = self._decoder is not None and self._decoder.packs
         self.scores_prefixes = self._decoder is not None and _is_causal(self._decoder, probe_tolerance(model.dtype))
+        if self._decoder is None:
+            _check_padding(self.score, probe_tolerance(model.dtype))
 
     @torch.inference_mode()
     def _reads_the_end(self, decoder: _Decoder) -> bool:
@@ -112,7 +114,7 @@ class TokenClassifier:
     As TRL's PRMTrainer trains and saves it. Not thread-safe: one call at a time.
 
     Raises:
-        RewardClassifierError: the model has another number of labels than two.
+        RewardClassifierError: the model has another number of labels than two, or padding changes its scores.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -120,6 +122,8 @@ class TokenClassifier:
         self._model = model
         self._decoder = _Decoder(model) if isinstance(model, GenericForTokenClassification) else None
         self.packs = self._decoder is not None and self._decoder.packs
+        if self._decoder is None:
+            _check_padding(self.score, probe_tolerance(model.dtype))
 
     @torch.inference_mode()
     def score(self, inputs: Sequence[ClassifierInput]) -> list[npt.NDArray[np.float32]]:
@@ -199,6 +203,25 @@ def _every_position(tokens: Sequence[int]) -> ClassifierInput:
 
 def _take(values: torch.Tensor, row: int, reads: Tokens) -> npt.NDArray[np.float32]:
     return values[row, torch.from_numpy(np.asarray(reads, dtype=np.int64)).to(values.device)].cpu().numpy()
+
+
+def _check_padding(
+    score: Callable[[Sequence[ClassifierInput]], list[npt.NDArray[np.float32]]], tolerance: float
+) -> None:
+    """Raise RewardClassifierError where a sequence's score depends on how long the others of its batch are.
+
+    Some encoders mix positions regardless of the mask, as FNet, or in convolutions, as ConvBERT.
+    """
+    short, long = (ClassifierInput(np.asarray(one), np.asarray([len(one) - 1])) for one in (_PROBE[:3], _PROBE))
+    try:
+        [alone], [beside, _] = score([short]), score([short, long])
+    except (ValueError, RuntimeError):
+        # Some want tokens that the probe has not, such as an end of sequence: they are told at their warm-up.
+        return
+    scale = max(1.0, float(np.abs(alone).max()))
+    if not np.allclose(beside, alone, rtol=0, atol=tolerance * scale, equal_nan=True):
+        found = f"{float(alone[0]):.4f} for a sequence alone, {float(beside[0]):.4f} beside a longer one"
+        raise RewardClassifierError(f"its scores depend on padding: {found}")
 
 
 @torch.inference_mode()

@@ -231,10 +231,14 @@ def _load_classifier(
 
 
 def _checked(config: ModelRewardConfig, make: Callable[[], ClassifierT]) -> ClassifierT:
+    who = f"model {config.model.source!r} of reward {config.name!r}"
     try:
         return make()
     except RewardClassifierError as error:
-        raise ModelSourceError(f"model {config.model.source!r} of reward {config.name!r}: {error}") from error
+        raise ModelSourceError(f"{who}: {error}") from error
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        # Whatever an architecture that is built otherwise ends with as it is tried out.
+        raise ModelSourceError(f"{who} cannot be run: {type(error).__name__}: {error}") from error
 
 
 def _describe(name: str, model: PreTrainedModel, codec: TokenizerCodec, longest: int, *, packs: bool) -> ModelInfo:
