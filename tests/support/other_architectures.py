@@ -41,22 +41,25 @@ def build_biased_mixture() -> Glm4MoeForCausalLM:
     torch.manual_seed(0)
     config = Glm4MoeConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
         num_hidden_layers=2,
         first_k_dense_replace=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
+        head_dim=32,
         n_routed_experts=4,
         num_experts_per_tok=2,
         n_group=1,
         topk_group=1,
         max_position_embeddings=128,
         pad_token_id=257,
+        initializer_range=0.2,
     )
-    return Glm4MoeForCausalLM(config).eval()
+    model = Glm4MoeForCausalLM(config).eval()
+    model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias").copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]))
+    return model
 
 
 def build_sinking_mixture() -> GptOssForCausalLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ppod import GenerationClient, Internal, Sampling, WeightClient
-from support.other_architectures import build_mixture, build_sinking_mixture
+from support.other_architectures import build_biased_mixture, build_mixture, build_sinking_mixture
 from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
 from support.tiny_model import build_tokenizer
@@ -45,8 +46,9 @@ def shuffle(model: PreTrainedModel, seed: int) -> None:
             parameter.copy_(parameter[torch.randperm(len(parameter))])
 
 
-def test_experts_that_were_pushed_are_those_that_sample(tmp_path: Path) -> None:
-    model = build_mixture()
+@pytest.mark.parametrize("build", [build_mixture, build_biased_mixture])
+def test_experts_that_were_pushed_are_those_that_sample(tmp_path: Path, build: Callable[[], PreTrainedModel]) -> None:
+    model = build()
     with (
         running_vllm(saved(model, tmp_path / "model"), tmp_path) as service,
         WeightClient(service.admin_target) as weights,
