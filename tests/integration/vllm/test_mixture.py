@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ppod import GenerationClient, Internal, Sampling, WeightClient
-from support.other_architectures import build_biased_mixture, build_mixture, build_sinking_mixture
+from support.architectures import build_architecture
 from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
 from support.tiny_model import build_tokenizer
@@ -46,9 +45,9 @@ def shuffle(model: PreTrainedModel, seed: int) -> None:
             parameter.copy_(parameter[torch.randperm(len(parameter))])
 
 
-@pytest.mark.parametrize("build", [build_mixture, build_biased_mixture])
-def test_experts_that_were_pushed_are_those_that_sample(tmp_path: Path, build: Callable[[], PreTrainedModel]) -> None:
-    model = build()
+@pytest.mark.parametrize(("kind", "further"), [("mixtral", {"sliding_window": None}), ("glm4_moe", {"head_dim": 32})])
+def test_experts_that_were_pushed_are_those_that_sample(tmp_path: Path, kind: str, further: dict[str, object]) -> None:
+    model = build_architecture(kind, **further)
     with (
         running_vllm(saved(model, tmp_path / "model"), tmp_path) as service,
         WeightClient(service.admin_target) as weights,
@@ -65,7 +64,7 @@ def test_experts_that_were_pushed_are_those_that_sample(tmp_path: Path, build: C
 
 def test_weights_that_vllm_would_lose_leave_the_old_ones_serving(tmp_path: Path) -> None:
     """It copies some models' into parameters that are on no device during a reload, and counts them as loaded."""
-    model = build_sinking_mixture()
+    model = build_architecture("gpt_oss", sliding_window=64)
     model.set_attn_implementation("eager")
     with (
         running_vllm(saved(model, tmp_path / "model"), tmp_path) as service,
@@ -73,7 +72,7 @@ def test_weights_that_vllm_would_lose_leave_the_old_ones_serving(tmp_path: Path)
         GenerationClient(service.target) as client,
     ):
         check(client, model, 0)
-        other = build_sinking_mixture()
+        other = build_architecture("gpt_oss", sliding_window=64)
         shuffle(other, 1)
         weights.prepare(1, weight_tensors(other, torch.float32))
         with pytest.raises(Internal, match=r"the old one serves on: .* of GptOssForCausalLM lost \d+ parameters"):

@@ -12,7 +12,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 from ppod_services.generation.vllm_backend import checkpoint_form
 from ppod_services.generation.vllm_backend.checkpoint import Checkpoint
 from ppod_services.generation.vllm_backend.checkpoint_form import CheckpointForm
-from support.other_architectures import build_biased_mixture, build_mixture
+from support.architectures import build_architecture
 from support.tiny_model import build_model, save_tiny_model
 
 
@@ -36,8 +36,8 @@ def saved(model: PreTrainedModel, directory: Path) -> dict[str, torch.Tensor]:
 
 
 def test_stacked_experts_are_told_apart(tmp_path: Path) -> None:
-    build_mixture().save_pretrained(tmp_path / "started")
-    model = changed(build_mixture())
+    build_architecture("mixtral").save_pretrained(tmp_path / "started")
+    model = changed(build_architecture("mixtral"))
     found = dict(CheckpointForm(tmp_path / "started").of(pushed(model)))
     expected = saved(model, tmp_path / "saved")
     assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in expected
@@ -47,11 +47,11 @@ def test_stacked_experts_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_what_is_no_parameter_is_that_of_the_files(tmp_path: Path) -> None:
-    started = build_biased_mixture()
+    started = build_architecture("glm4_moe")
     bias = started.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
     assert bias.any()
     started.save_pretrained(tmp_path / "started")
-    model = changed(build_biased_mixture())
+    model = changed(build_architecture("glm4_moe"))
     found = dict(CheckpointForm(tmp_path / "started").of(pushed(model)))
     assert torch.equal(found.pop("model.layers.1.mlp.gate.e_score_correction_bias"), bias)
     expected = saved(model, tmp_path / "saved")

@@ -19,8 +19,8 @@ from ppod_trainer.policy import PolicyWithValue, build_response_batch
 from ppod_trainer.quantisation import load_quantised
 from ppod_trainer.rollouts import ScoredRollout
 from ppod_trainer.sharding import gather_parameters
+from support.architectures import build_architecture
 from support.optional import needs_bitsandbytes
-from support.other_architectures import build_gpt2, build_mixture
 from support.tiny_model import build_model
 
 CPU = torch.device("cpu")
@@ -101,17 +101,17 @@ def test_layers_that_are_not_linear_are_named() -> None:
 
 
 def test_all_linear_layers_of_a_mixture_are_those_beside_its_experts(make_rollouts: Make, tmp_path: Path) -> None:
-    model = build_mixture()
+    model = build_architecture("mixtral")
     adapter = PolicyAdapter(model, LoraConfig(rank=4, alpha=8))
     parts = ("q_proj", "k_proj", "v_proj", "o_proj")
-    expected = {f"model.layers.{layer}.self_attn.{part}" for layer in (0, 1) for part in parts}
+    expected = {f"model.layers.{layer}.self_attn.{part}" for layer in range(4) for part in parts}
     assert set(adapter.description.target_modules) == expected
     turned(model)
-    whole = build_mixture()
+    whole = build_architecture("mixtral")
     whole.load_state_dict(adapter.merged(parameters_of(model)), strict=False)
     torch.testing.assert_close(logprobs(whole, make_rollouts()), logprobs(model, make_rollouts()), atol=2e-5, rtol=1e-5)
     adapter.save(tmp_path, adapter.saved(parameters_of(model)), "somewhere")
-    loaded = PeftModel.from_pretrained(build_mixture(), tmp_path).get_base_model()
+    loaded = PeftModel.from_pretrained(build_architecture("mixtral"), tmp_path).get_base_model()
     assert torch.equal(logprobs(loaded, make_rollouts()), logprobs(model, make_rollouts()))
 
 
@@ -120,14 +120,14 @@ def test_experts_and_transposed_layers_are_refused() -> None:
         pytest.warns(RuntimeWarning, match="rank_pattern|alpha_pattern"),
         pytest.raises(TrainerError, match=r"model\.layers\.0\.mlp\.experts is no linear layer"),
     ):
-        PolicyAdapter(build_mixture(), LoraConfig(target_modules=("q_proj", "w1", "w2", "w3")))
+        PolicyAdapter(build_architecture("mixtral"), LoraConfig(target_modules=("q_proj", "w1", "w2", "w3")))
     with pytest.raises(TrainerError, match="the model has no linear layers"):
-        PolicyAdapter(build_gpt2(), LoraConfig())
+        PolicyAdapter(build_architecture("gpt2"), LoraConfig())
     with (
         pytest.warns(UserWarning, match="Conv1D"),
         pytest.raises(TrainerError, match=r"transformer\.h\.0\.attn\.c_attn is no linear layer"),
     ):
-        PolicyAdapter(build_gpt2(), LoraConfig(target_modules=("c_attn",)))
+        PolicyAdapter(build_architecture("gpt2"), LoraConfig(target_modules=("c_attn",)))
 
 
 def test_the_output_layer_is_refused() -> None:
