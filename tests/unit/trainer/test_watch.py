@@ -25,6 +25,7 @@ KINDS: tuple[TroubleKind, ...] = (
     "value_collapse",
     "dead_gradients",
     "all_equal_rewards",
+    "sampler_gap",
 )
 
 
@@ -106,6 +107,13 @@ def pay_all_the_same(step: int, record: Record) -> None:
         record["score/std"] = 0.0
 
 
+def part_from_the_sampler(step: int, record: Record) -> None:
+    """As where what was pushed did not come to serve as it is; of some steps no token is the policy's own."""
+    record["sampler/gap_mean"] = 0.004 if step < 8 else 3.3
+    if step in (9, 12):
+        del record["sampler/gap_mean"]
+
+
 def hack(step: int, record: Record) -> None:
     """The score goes on rising; from step 10 on the judge finds the responses worse and worse."""
     if "judge/mean" in record:
@@ -132,6 +140,7 @@ def part(step: int, record: Record) -> None:
         ("dead_gradients", die),
         ("dead_gradients", train_on_nothing),
         ("all_equal_rewards", pay_all_the_same),
+        ("sampler_gap", part_from_the_sampler),
         ("reward_hacking", hack),
         ("reward_hacking", part),
     ],

@@ -17,6 +17,7 @@ TroubleKind = Literal[
     "value_collapse",
     "dead_gradients",
     "all_equal_rewards",
+    "sampler_gap",
 ]
 
 
@@ -37,6 +38,9 @@ class WatchConfig(ConfigModel):
     value_warmup_steps: int = Field(default=10, ge=0, description="value_collapse: steps before it is looked for")
     grad_norm: float = Field(default=1e-8, ge=0, description="dead_gradients: largest norm of a dead gradient")
     score_std: float = Field(default=1e-8, ge=0, description="all_equal_rewards: of the step's outcomes")
+    sampler_gap: float = Field(
+        default=0.1, gt=0, description="sampler_gap: mean |trainer - sampler| logprob of the same weights, nats a token"
+    )
     judged_steps: int = Field(default=6, ge=2, description="reward_hacking: latest judged steps that are compared")
     judge_fall: float = Field(
         default=0.5, gt=0, description="reward_hacking: rise of the score and fall of the judge, standard deviations"

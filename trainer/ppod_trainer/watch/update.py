@@ -42,6 +42,41 @@ class KlBlowUp:
         self._streak.restore(state)
 
 
+class SamplerGap:
+    """Generation samples from another policy than the trainer's, though both have the same weights."""
+
+    def __init__(self, config: WatchConfig) -> None:
+        self._bound = config.sampler_gap
+        self._streak = Streak(config.steps)
+        self._seen: str | None = None
+
+    @property
+    def kind(self) -> TroubleKind:
+        """See `Detector`."""
+        return "sampler_gap"
+
+    def observe(self, record: Record) -> str | None:
+        """See `Detector`."""
+        gap = record.get("sampler/gap_mean")
+        # In a step of which no token is this very policy's nothing is measured: what was seen before stands.
+        if gap is not None:
+            bad = self._streak.reached(gap > self._bound)
+            told = f"{gap:.3g} nats a token (bound {self._bound:g})"
+            self._seen = (
+                f"the sampler's logprobs of the same weights differ from the trainer's by {told}" if bad else None
+            )
+        return self._seen
+
+    def state(self) -> JsonState:
+        """See `Detector`."""
+        return {"streak": self._streak.state(), "seen": self._seen}
+
+    def restore(self, state: JsonState) -> None:
+        """See `Detector`."""
+        self._streak.restore(cast(JsonState, state["streak"]))
+        self._seen = cast("str | None", state["seen"])
+
+
 class DeadGradients:
     """Nothing is learned: the gradient's norm is next to 0."""
 

@@ -12,7 +12,7 @@ from ppod_trainer.stateful import JsonState
 from ppod_trainer.watch.base import Baseline, Detector, Record, Streak
 from ppod_trainer.watch.responses import Drift
 from ppod_trainer.watch.rewards import AllEqualRewards, RewardHacking
-from ppod_trainer.watch.update import DeadGradients, KlBlowUp, ValueCollapse
+from ppod_trainer.watch.update import DeadGradients, KlBlowUp, SamplerGap, ValueCollapse
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ ADVICE: dict[TroubleKind, str] = {
     "value_collapse": "raise optimizer.value_learning_rate or ppo.value_coefficient, or set rewards.normalize",
     "dead_gradients": "look at clip fraction, rewards and masks: nothing is left to learn from",
     "all_equal_rewards": "look at some samples and their scores: the task is too easy, too hard, or not scored at all",
+    "sampler_gap": "compute in one data type on both sides, look whether generation serves the same model, or set "
+    "ppo.importance_cap",
 }
 
 
@@ -93,6 +95,7 @@ def build_watcher(config: WatchConfig, *, critic: bool) -> Watcher:
         KlBlowUp(config),
         DeadGradients(config),
         AllEqualRewards(config),
+        SamplerGap(config),
     ]
     if critic:
         detectors.append(ValueCollapse(config))
