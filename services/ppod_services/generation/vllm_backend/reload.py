@@ -84,8 +84,10 @@ def _lost(model: nn.Module, names: Iterable[str]) -> dict[str, bool]:
         path, _, parameter = name.rpartition(".")
         layer = model.get_submodule(path)
         info = get_layerwise_info(layer)
+        tensor = cast("torch.Tensor | None", getattr(layer, parameter, None))
         # Where all have come they are in their places. What has come to other layers waits for the end.
-        if getattr(layer, parameter).is_meta and parameter not in {came for came, _ in info.loaded_weights}:
+        waits = parameter in {came for came, _ in info.loaded_weights}
+        if tensor is not None and tensor.is_meta and not waits:
             found[name] = info.load_numel <= 0
     return found
 
