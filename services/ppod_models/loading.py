@@ -12,6 +12,8 @@ import transformers
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -89,19 +91,39 @@ def load_causal_lm(
         ModelSourceError: see `check_attention` and `check_whole`.
         OSError, ValueError: it cannot be read.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(
+    model, info = load_with_info(AutoModelForCausalLM, path, device=device, dtype=dtype, attention=attention)
+    check_whole(path, info, of=f"{model.base_model_prefix}." if trunk_only else "")
+    return model
+
+
+AutoModel = type[AutoModelForCausalLM | AutoModelForSequenceClassification | AutoModelForTokenClassification]
+
+
+def load_with_info(
+    auto: AutoModel,
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    remote_code: bool = False,
+) -> tuple[PreTrainedModel, Mapping[str, object]]:
+    """Load a model as `load_causal_lm` does, and tell what `check_whole` asks for.
+
+    With `remote_code` the model's own Python code may run. Raises what `check_attention` raises.
+    """
+    loaded = auto.from_pretrained(
         path,
         dtype=dtype,
         attn_implementation=attention,
         use_safetensors=True,
-        trust_remote_code=False,
+        trust_remote_code=remote_code,
         output_loading_info=True,
     )
     model, info = cast("tuple[PreTrainedModel, dict[str, object]]", loaded)
-    check_whole(path, info, of=f"{model.base_model_prefix}." if trunk_only else "")
     check_attention(model)
     model.to(device)  # pyright: ignore[reportArgumentType]
-    return model.eval()
+    return model.eval(), info
 
 
 def check_whole(path: Path, info: Mapping[str, object], of: str = "") -> None:

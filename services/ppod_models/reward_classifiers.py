@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
-from ppod_models.loading import check_attention, check_whole
+from ppod_models.loading import check_whole, load_with_info
 from ppod_models.packing import enable_packing, hidden_states, lay_out, probe_tolerance
 from ppod_models.padding import PaddedBatch, pad_sequences
 
@@ -144,42 +144,37 @@ def load_sequence_classifier(
     Raises:
         ModelSourceError: see `check_attention` and `check_whole`.
     """
-    return _load(AutoModelForSequenceClassification, path, device, dtype, attention, remote_code)
+    model, info = load_with_info(
+        AutoModelForSequenceClassification,
+        path,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        remote_code=remote_code,
+    )
+    check_whole(path, info)
+    return model
 
 
 def load_token_classifier(
     path: Path, *, device: torch.device, dtype: torch.dtype, attention: str, remote_code: bool
 ) -> PreTrainedModel:
     """Load a token classifier from safetensors, in evaluation mode; raises what `load_sequence_classifier` raises."""
-    return _load(AutoModelForTokenClassification, path, device, dtype, attention, remote_code)
+    model, info = load_with_info(
+        AutoModelForTokenClassification,
+        path,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        remote_code=remote_code,
+    )
+    check_whole(path, info)
+    return model
 
 
 def pad_token_id(model: PreTrainedModel) -> int | None:
     """The padding token of the model's configuration, or None."""
     return cast("int | None", model.config.get_text_config().pad_token_id)
-
-
-def _load(
-    auto: type[AutoModelForSequenceClassification | AutoModelForTokenClassification],
-    path: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    remote_code: bool,
-) -> PreTrainedModel:
-    loaded = auto.from_pretrained(
-        path,
-        dtype=dtype,
-        attn_implementation=attention,
-        use_safetensors=True,
-        trust_remote_code=remote_code,
-        output_loading_info=True,
-    )
-    model, info = cast("tuple[PreTrainedModel, dict[str, object]]", loaded)
-    check_whole(path, info)
-    check_attention(model)
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    return model.eval()
 
 
 def _check_labels(model: PreTrainedModel, labels: int) -> None:

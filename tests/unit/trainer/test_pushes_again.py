@@ -147,16 +147,20 @@ def test_a_version_that_was_to_be_a_base_is_none_of_the_policys() -> None:
     assert push.push(torch.float32, 5, in_service) == 5
 
 
-@pytest.mark.parametrize("later", [False, True])
-def test_a_base_that_is_lost_after_it_was_looked_for_is_pushed_again(tmp_path: Path, later: bool) -> None:
-    a, b = Replica("a"), Replica("b")
-    sync = WeightSync(FixedReplicas(cast(Any, [a, b]), "stop"), WeightTransferConfig())
-    leader = SimpleNamespace(
+def adapted() -> SimpleNamespace:
+    """Whoever has a policy that is an adapter on a base."""
+    return SimpleNamespace(
         adapter=SimpleNamespace(description=LoraAdapter(1, 1.0, ("x",))),
         base_model=lambda _: nn.Linear(2, 2),
         adapter_weights=lambda: {"x": torch.zeros(2)},
     )
-    run = run_of(tmp_path, sync, TrainerState(0, 0, 0, ""), {}, learner=leader)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_base_that_is_lost_after_it_was_looked_for_is_pushed_again(tmp_path: Path, later: bool) -> None:
+    a, b = Replica("a"), Replica("b")
+    sync = WeightSync(FixedReplicas(cast(Any, [a, b]), "stop"), WeightTransferConfig())
+    run = run_of(tmp_path, sync, TrainerState(0, 0, 0, ""), {}, learner=adapted())
     run.push_policy(1)
     assert [(one.version, one.base) for one in (a, b)] == [(2, 1), (2, 1)]
     wait = run._pipeline.new_weights
@@ -236,12 +240,7 @@ def test_a_policy_never_has_the_version_of_a_base_that_some_replica_may_serve(tm
     """The network breaks as a base is committed: one that has it, and one that needs it, are gone for a while."""
     replicas = a, b, c = [Blinking(name) for name in "abc"]
     sync = WeightSync(FixedReplicas(cast(Any, replicas), "skip"), WeightTransferConfig())
-    leader = SimpleNamespace(
-        adapter=SimpleNamespace(description=LoraAdapter(1, 1.0, ("x",))),
-        base_model=lambda _: nn.Linear(2, 2),
-        adapter_weights=lambda: {"x": torch.zeros(2)},
-    )
-    run = run_of(tmp_path, sync, TrainerState(0, 0, 0, ""), {}, learner=leader)
+    run = run_of(tmp_path, sync, TrainerState(0, 0, 0, ""), {}, learner=adapted())
     run.push_policy(1)
     b.restart()
     a.next_commit, b.next_commit, c.next_commit = "takes", "loses", "loses"
