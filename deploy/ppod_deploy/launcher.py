@@ -150,8 +150,9 @@ class Launcher:
                 self._check_followers()
                 time.sleep(POLL_S)
             if code != 0:
-                # A trainer that fails because a service died may be seen first; the cause is what to name.
+                # A trainer that fails because a service or a rank died may be seen first; the cause is what to name.
                 self._check_services()
+                self._check_followers(killed_only=True)
                 _say(f"the trainer ended: {describe_exit(code)}")
             return shell_exit_code(code)
 
@@ -235,12 +236,16 @@ class Launcher:
             if code is not None:
                 raise LaunchError(f"service {child.name} ended: {describe_exit(code)}{_last_words(child)}")
 
-    def _check_followers(self) -> None:
-        """Rank 0 notices the loss of another rank only when it next needs it, which may be minutes later."""
+    def _check_followers(self, killed_only: bool = False) -> None:
+        """Rank 0 notices the loss of another rank only when it next needs it, which may be minutes later.
+
+        Args:
+            killed_only: rank 0 has failed. Others that ended with an error of their own then do so for its sake.
+        """
         for child in self._followers:
             code = child.exit_code()
             # With exit code 0 the run is over, and rank 0 about to end.
-            if code:
+            if code and (code < 0 or not killed_only):
                 raise LaunchError(f"{child.name} ended: {describe_exit(code)}")
 
     @contextmanager

@@ -174,10 +174,19 @@ def test_a_trainer_of_two_ranks_stops_and_resumes_with_one(
     assert steps == [0, 1, 2, 3, 4, 5, 6, 6]
 
 
-def test_a_rank_that_is_killed_is_named_and_all_end(start_ppod: StartPpod, run_file: Path, run_dir: Path) -> None:
+@pytest.mark.parametrize("seen_late", [False, True])
+def test_a_rank_that_is_killed_is_named_and_all_end(
+    start_ppod: StartPpod, run_file: Path, run_dir: Path, seen_late: bool
+) -> None:
     ppod = start_ppod("run", "--config", str(run_file), "--trainer.ranks.local", "2")
     wait_for_steps(ppod, run_dir, 2)
+    if seen_late:
+        # Rank 0 notices at once that the other is gone, and may end before the launcher looks.
+        ppod.signal(signal.SIGSTOP)
     os.kill(ranks_of_run(run_dir)[1], signal.SIGKILL)
+    if seen_late:
+        ppod.wait_until(lambda: not ranks_of_run(run_dir), "end of rank 0")
+        ppod.signal(signal.SIGCONT)
     assert ppod.wait() == 1
     assert "trainer's rank 1 ended: killed by SIGKILL" in ppod.stderr
     assert not children_of_run(run_dir)
