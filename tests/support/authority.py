@@ -33,6 +33,11 @@ class Authority:
         path.write_bytes(self.root)
         return str(path)
 
+    def server(self) -> grpc.ServerCredentials:
+        """Credentials of a server at 127.0.0.1."""
+        issued = self.ca.issue_cert("127.0.0.1")
+        return grpc.ssl_server_credentials([(issued.private_key_pem.bytes(), issued.cert_chain_pems[0].bytes())])
+
     def client(self) -> grpc.ChannelCredentials:
         """Credentials of a caller that this authority vouches for."""
         issued = self.ca.issue_cert("trainer")

@@ -15,8 +15,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatComplet
 from openai.types.chat.chat_completion import Choice
 
 from ppod import AsyncGenerationClient, Sampling
-from ppod.client import FinishReason
-from ppod.errors import Cancelled, DeadlineExceeded, PpodError, ResourceExhausted, Unavailable
+from ppod.client import ClientSecurity, FinishReason
+from ppod.errors import Cancelled, DeadlineExceeded, InvalidArgument, PpodError, ResourceExhausted, Unavailable
 from ppod.tensors import TokenArray
 from ppod_models.sources import ModelSourceError
 from ppod_services.reward.judge import JudgeRefusedError, JudgeServer
@@ -34,8 +34,8 @@ def make_server(config: JudgeConfig, codec: Codec | None) -> JudgeServer:
     """The server of a judge; `codec` is the tokenizer of a ppod service.
 
     Raises:
-        ModelSourceError: the environment lacks the key, or holds none that a header takes; or the tokenizer has no chat
-            template.
+        ModelSourceError: the environment lacks the key or token, or holds none that a header takes; the tokenizer has
+            no chat template; a certificate cannot be read; or a token would travel in plain text.
     """
     match config.server:
         case OpenAiServerConfig():
@@ -51,14 +51,8 @@ class OpenAiServer:
     def __init__(self, config: JudgeConfig, server: OpenAiServerConfig) -> None:
         self._config = config
         self._server = server
-        key = "none" if server.api_key_env is None else os.environ.get(server.api_key_env)
-        if not key:
-            raise ModelSourceError(f"judge {config.name!r}: set the environment variable {server.api_key_env}")
-        if not key.isascii() or not key.isprintable() or " " in key:
-            # Such as the line break at the end of a file. No call would get further than its headers.
-            found = f"the key in {server.api_key_env} is other than printable ASCII without spaces and line breaks"
-            raise ModelSourceError(f"judge {config.name!r}: {found}")
-        self._key = key
+        # The library wants one, and such a server reads none.
+        self._key = _secret(config, server.api_key_env) or "none"
         self._client: openai.AsyncOpenAI | None = None
 
     async def complete(self, turns: Sequence[Turn], timeout_s: float) -> str:
@@ -121,7 +115,7 @@ class PpodServer:
         self._sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
         self._codec = codec
         self._target = server.target
-        self._client = AsyncGenerationClient(server.target)
+        self._client = _client(config, server)
         # One of its own, as the tokenizer wants it.
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
 
@@ -155,6 +149,34 @@ class PpodServer:
         except ChatTemplateError as error:
             raise JudgeRefusedError(f"{self._target}: {error}") from error
         return prompt
+
+
+def _secret(config: JudgeConfig, variable: str | None) -> str:
+    """What an environment variable holds; empty where none is named."""
+    if variable is None:
+        return ""
+    secret = os.environ.get(variable)
+    if not secret:
+        raise ModelSourceError(f"judge {config.name!r}: set the environment variable {variable}")
+    if not secret.isascii() or not secret.isprintable() or " " in secret:
+        # Such as the line break at the end of a file. No call would get further than its headers.
+        found = f"the key in {variable} is other than printable ASCII without spaces and line breaks"
+        raise ModelSourceError(f"judge {config.name!r}: {found}")
+    return secret
+
+
+def _client(config: JudgeConfig, server: PpodServerConfig) -> AsyncGenerationClient:
+    token, tls = _secret(config, server.token_env), server.tls
+    try:
+        if tls is None:
+            security = ClientSecurity(token=token, plain_text_token=server.plain_text_token)
+        else:
+            security = ClientSecurity(tls.ca_file, tls.certificate_file, tls.key_file, tls.server_name, token)
+        # The client would read the files at its first call.
+        security.credentials()
+        return AsyncGenerationClient(server.target, security=security)
+    except InvalidArgument as error:
+        raise ModelSourceError(f"judge {config.name!r}: {error}") from error
 
 
 def _text_of(reply: object) -> str | None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, mode
 
 from ppod.client.replicas import parse_target
 from ppod.errors import InvalidArgument
-from ppod_models.configuration import ConfigModel, ModelConfig
+from ppod_models.configuration import ClientTlsConfig, ConfigModel, ModelConfig
 from ppod_services.reward.functions.registry import FUNCTIONS
 
 KINDS = ("head", "sequence_classification", "token_classification", "function", "judge", "ensemble", "sum")
@@ -175,6 +175,11 @@ class PpodServerConfig(ConfigModel):
     kind: Literal["ppod"]
     target: str = Field(min_length=1, description="its address, host:port")
     tokenizer: str = Field(min_length=1, description="source of its model's tokenizer, which needs a chat template")
+    token_env: str | None = Field(
+        default=None, min_length=1, description="environment variable that holds the team's token; none: anonymous"
+    )
+    tls: ClientTlsConfig | None = Field(default=None, description="none: plain text")
+    plain_text_token: bool = Field(default=False, description="send the token without TLS to other machines, too")
 
     @field_validator("target")
     @classmethod

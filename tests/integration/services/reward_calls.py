@@ -74,3 +74,14 @@ def way_of(reply: reward_pb2.ScoreResponse) -> list[list[tuple[int, float]]]:
     pairs = list(zip(positions, floats(reply.process.scores), strict=True))
     ends = np.cumsum(reply.process.lengths).tolist()
     return [pairs[end - length : end] for end, length in zip(ends, reply.process.lengths, strict=True)]
+
+
+JUDGE_RUBRIC = {
+    "criteria": "Politeness.",
+    "scale": {"low": 0, "high": 5},
+    "principles": ["Do no harm.", "Do not flatter."],
+}
+
+
+def judge(name: str, server: dict[str, object], **changes: object) -> dict[str, object]:
+    return {"name": name, "kind": "judge", "rubric": JUDGE_RUBRIC, "server": server, **changes}

@@ -2,62 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from google.protobuf.message import Message
 
 from ppod import (
     DeadlineExceeded,
-    FilterFailed,
-    NonFiniteOutput,
-    PermissionDenied,
-    PpodError,
     ResourceExhausted,
     RewardFailed,
-    Unauthenticated,
     Unavailable,
 )
-from ppod.tensors import pack_floats, pack_tokens
-from ppod.v1 import generation_pb2
 from ppod_models.sources import ModelSourceError
-from ppod_services.core.callers import ANONYMOUS_CALLER
-from ppod_services.reward.codec import TokenizerCodec
-from ppod_services.reward.judge import Judge
-from ppod_services.reward.judge_servers import PpodServer, make_server
-from ppod_services.reward.kinds import JudgeConfig, PpodServerConfig
-from ppod_services.reward.samples import PlainText, Query, Sample, TextContent, Truncation
+from ppod_services.reward.judge_servers import make_server
+from ppod_services.reward.kinds import JudgeConfig
 from support.chat_server import ChatServer, Messages, chat_server
 from support.processes import ServiceProcess, free_ports, running_service
-from support.scripted_services import Script, scripted_server
 from support.services import tiny_model_config
 from support.tiny_classifiers import chat_tokenizer
-from support.tiny_model import build_tokenizer, save_tiny_model
+from support.tiny_model import save_tiny_model
 
-from .reward_calls import failure, floats, of_chats, of_texts, score
-
-RUBRIC = {
-    "criteria": "Politeness.",
-    "scale": {"low": 0, "high": 5},
-    "principles": ["Do no harm.", "Do not flatter."],
-}
+from .reward_calls import failure, floats, judge, of_chats, of_texts, score
 
 
 @dataclass
 class Judging:
     service: ServiceProcess
     server: ChatServer
-
-
-def judge(name: str, server: dict[str, object], **changes: object) -> dict[str, object]:
-    return {"name": name, "kind": "judge", "rubric": RUBRIC, "server": server, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -259,99 +234,6 @@ def test_a_generation_service_of_ours_is_asked_too(judging: Judging) -> None:
     too_long = failure(judging.service, of_texts(["b" * 9000]), "ours")
     assert isinstance(too_long, RewardFailed)
     assert (too_long.sample, "INVALID_ARGUMENT" in too_long.found) == (0, True)
-
-
-def say(reply: generation_pb2.GenerateResponse, tokens: list[int], ending: generation_pb2.FinishReason) -> None:
-    reply.token_ids, reply.logprobs = pack_tokens(tokens), pack_floats([-1.0] * len(tokens))
-    reply.finish_reason = ending
-
-
-def judge_by(target: str) -> Judge:
-    """A judge that asks this generation service, one question at a time."""
-    config = JudgeConfig.model_validate(
-        judge("judge", {"kind": "ppod", "target": target, "tokenizer": "none"}, concurrency=1)
-    )
-    assert isinstance(config.server, PpodServerConfig)
-    return Judge(config, PpodServer(config, config.server, TokenizerCodec(chat_tokenizer())))
-
-
-@pytest.mark.parametrize(
-    ("trouble", "words"),
-    [
-        (NonFiniteOutput("logits", 0, "nan"), "INTERNAL"),
-        (FilterFailed("filter", "a raise", "a verdict", 0), "INTERNAL"),
-        (Unauthenticated("the call carries no token"), "UNAUTHENTICATED"),
-        (PermissionDenied("not yours"), "PERMISSION_DENIED"),
-    ],
-)
-async def test_a_generation_service_that_cannot_answer_fails_the_sample_that_it_was_asked_about(
-    trouble: PpodError, words: str
-) -> None:
-    """Its errors are about the one prompt of a question, and about the judge's own token: neither is the caller's."""
-    verdict = build_tokenizer()("Score: 1", add_special_tokens=False)["input_ids"]
-
-    def change(reply: Message, number: int) -> None:
-        if number > 1:
-            raise trouble
-        assert isinstance(reply, generation_pb2.GenerateResponse)
-        say(reply, verdict, generation_pb2.FINISH_REASON_STOP)
-
-    with scripted_server(Script(change)) as generation:
-        asked = judge_by(generation.target)
-        samples = tuple(Sample(index, TextContent("", text)) for index, text in enumerate(("fine", "not")))
-        query = Query(samples, Truncation.NONE, ANONYMOUS_CALLER, time.monotonic() + 20)
-        with pytest.raises(RewardFailed) as caught:
-            await asked.score(samples, [PlainText("", "fine"), PlainText("", "not")], query)
-        await asked.close()
-    assert (caught.value.reward, caught.value.sample) == ("judge", 1)
-    assert f"{words} from {generation.target}: {trouble}" in caught.value.found
-
-
-@pytest.mark.parametrize("ending", [generation_pb2.FINISH_REASON_LENGTH, generation_pb2.FINISH_REASON_ABORTED])
-async def test_no_verdict_is_read_off_a_completion_that_a_limit_or_new_weights_cut_off(
-    ending: generation_pb2.FinishReason,
-) -> None:
-    verdict = build_tokenizer()("Score: 1", add_special_tokens=False)["input_ids"]
-
-    def change(reply: Message, _: int) -> None:
-        assert isinstance(reply, generation_pb2.GenerateResponse)
-        say(reply, verdict, ending)
-
-    with scripted_server(Script(change)) as generation:
-        asked = judge_by(generation.target)
-        samples = (Sample(0, TextContent("", "a")),)
-        query = Query(samples, Truncation.NONE, ANONYMOUS_CALLER, time.monotonic() + 20)
-        with pytest.raises(RewardFailed, match="No line with a score"):
-            await asked.score(samples, [PlainText("", "a")], query)
-        await asked.close()
-
-
-async def test_a_caller_that_goes_away_leaves_a_generation_service_to_the_next_one() -> None:
-    verdict = build_tokenizer()("Score: 1", add_special_tokens=False)["input_ids"]
-    begun, go_on = threading.Event(), threading.Event()
-
-    def change(reply: Message, number: int) -> None:
-        if number == 1:
-            begun.set()
-            go_on.wait(20)
-        assert isinstance(reply, generation_pb2.GenerateResponse)
-        say(reply, verdict, generation_pb2.FINISH_REASON_STOP)
-
-    with scripted_server(Script(change)) as generation:
-        asked = judge_by(generation.target)
-        samples = (Sample(0, TextContent("", "a")),)
-        query = Query(samples, Truncation.NONE, ANONYMOUS_CALLER, time.monotonic() + 30)
-        gone = asyncio.ensure_future(asked.score(samples, [PlainText("", "a")], query))
-        await asyncio.to_thread(begun.wait, 10)
-        gone.cancel()
-        start = time.monotonic()
-        try:
-            async with asyncio.timeout(10):
-                assert await asked.score(samples, [PlainText("", "a")], query) == [1.0]
-        finally:
-            go_on.set()
-        assert time.monotonic() - start < 5
-        await asked.close()
 
 
 def test_a_missing_key_is_told_at_the_start(tmp_path: Path) -> None:
