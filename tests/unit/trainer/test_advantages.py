@@ -253,6 +253,10 @@ def test_lambdas_that_would_not_be_read_are_refused() -> None:
     for key in ("value_lam", "lam_length_alpha"):
         with pytest.raises(ValueError, match=f"{key} belongs to GAE; kind 'sequence'"):
             AdvantagesConfig.model_validate({"kind": "sequence", key: 0.5})
+    for kind in ("sequence", "monte_carlo", "grpo", "reinforce_pp"):
+        with pytest.raises(ValueError, match=f"lam is 1, and kind {kind} has no lambda: leave it out"):
+            AdvantagesConfig.model_validate({"kind": kind, "lam": 1})
+        assert AdvantagesConfig.model_validate({"kind": kind, "lam": 0.95}).lam == 0.95
 
 
 @pytest.mark.parametrize("kind", ["sequence", "grpo", "dr_grpo", "rloo", "pvpo", "gigpo"])

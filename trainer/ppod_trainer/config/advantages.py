@@ -106,6 +106,8 @@ class AdvantagesConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _lambdas_are_read(self) -> Self:
+        if self.kind not in ("gae", "spa") and self.lam != type(self).model_fields["lam"].default:
+            raise ValueError(f"lam is {self.lam:g}, and kind {self.kind} has no lambda: leave it out")
         for key in ("value_lam", "lam_length_alpha"):
             if self.kind != "gae" and getattr(self, key) is not None:
                 raise ValueError(f"{key} belongs to GAE; kind {self.kind!r} does not read it: leave it out")
