@@ -65,8 +65,8 @@ class ChannelSpec:
     def options(self) -> ChannelOptions:
         """Options of the channel."""
         options = client_options()
-        if is_local(self.address):
-            # gRPC goes by the proxy of https_proxy, which is there for hubs, also to this machine.
+        if is_local(self.address) or _is_private(self.address):
+            # gRPC goes by the proxy of https_proxy, which is there for hubs, also to this machine and to other pods.
             options.append(("grpc.enable_http_proxy", 0))
         if self.server_name:
             options.append(("grpc.ssl_target_name_override", self.server_name))
@@ -77,11 +77,26 @@ def is_local(target: str) -> bool:
     """Whether a gRPC target is of this machine alone."""
     if target.startswith("unix:"):
         return True
-    host = target.rpartition("/")[2].rpartition(":")[0].strip("[]") or target
+    address = _ip_address(target)
+    return _host(target) == "localhost" if address is None else address.is_loopback
+
+
+def _is_private(target: str) -> bool:
+    """Whether it is an IP address that the internet does not lead to, as that of a pod."""
+    address = _ip_address(target)
+    return address is not None and not address.is_global
+
+
+def _ip_address(target: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(_host(target))
     except ValueError:
-        return host == "localhost"
+        return None
+
+
+def _host(target: str) -> str:
+    address = target.rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:")
+    return address.rpartition(":")[0].strip("[]") or address
 
 
 def open_channel(spec: ChannelSpec, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 import numpy as np
@@ -30,8 +31,10 @@ from ppod import (
     Truncation,
     Unavailable,
 )
+from ppod.channel import ChannelSpec
 from ppod.client import ReferenceLogprobs, Replacement, RewardKind
 from ppod.v1 import common_pb2, generation_pb2, reference_pb2, reward_pb2
+from support.processes import free_ports
 from support.scripted_services import Script, ScriptedServer, scripted_server, token_score
 
 SEQUENCES = [[1, 2, 3], [10], [4, 5]]
@@ -314,3 +317,32 @@ async def test_a_call_that_has_no_time_left_is_not_sent(
     with pytest.raises(DeadlineExceeded):
         await async_reward.score(SEQUENCES, timeout_s=0.0)
     assert server.script.requests == []
+
+
+def test_a_pod_is_not_asked_through_the_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there for hubs, and knows no way to addresses inside a cluster."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Sends nothing: it only asks which address of this machine leads out.
+        probe.connect(("10.255.255.255", 9))
+        host = probe.getsockname()[0]
+    [port] = free_ports(1)
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("no_proxy", "")
+    with scripted_server(host=host) as server, RewardClient(f"{host}:{server.port}", timeout_s=10) as client:
+        assert client.score([[1]]).values.tolist() == [3.5]
+
+
+@pytest.mark.parametrize(
+    ("target", "direct"),
+    [
+        ("10.1.2.3:50051", True),
+        ("[fd00::1]:50051", True),
+        ("ipv4:100.64.0.9:50051", True),
+        ("127.0.0.1:50051", True),
+        ("8.8.8.8:50051", False),
+        ("reward.example:50051", False),
+    ],
+)
+def test_addresses_that_the_internet_does_not_lead_to_have_no_proxy(target: str, direct: bool) -> None:
+    assert (("grpc.enable_http_proxy", 0) in ChannelSpec(target).options()) is direct
