@@ -50,7 +50,9 @@ class FakeKubernetes:
     logs: dict[str, list[str]] = field(default_factory=dict)
     log_ended: set[str] = field(default_factory=set)
     log_cuts: dict[str, int] = field(default_factory=dict)
-    """Pods whose log's connection breaks once, after so many lines."""
+    """Pods whose log's connection breaks once, before a line of this number."""
+    log_rotated: dict[str, int] = field(default_factory=dict)
+    """Pods whose log has lost so many of its first lines when it is asked for anew."""
     metrics: dict[str, str] = field(default_factory=dict)
     """What `POD:PORT`s answer through the API server."""
     requests: list[Request] = field(default_factory=list)
@@ -294,7 +296,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json(200, answer)
 
     def _log(self, place: Place, request: Request) -> None:
-        state, sent = self.state, 0
+        state = self.state
+        with state.changed:
+            asked_before = len([one for one in state.requests if one.path == request.path]) > 1
+            sent = state.log_rotated.get(place.name, 0) if asked_before else 0
         self.send_response(200)
         self.send_header("Content-Type", "text/plain")
         self.send_header("Transfer-Encoding", "chunked")
@@ -311,7 +316,8 @@ class _Handler(BaseHTTPRequestHandler):
                     del state.log_cuts[place.name]
                     self.close_connection = True
                     return
-                data = f"{line}\n".encode()
+                stamp = f"2026-01-01T00:00:00.{number:09d}Z " if request.query.get("timestamps") == "true" else ""
+                data = f"{stamp}{line}\n".encode()
                 self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
             self.wfile.flush()
             if ended:

@@ -127,8 +127,8 @@ class Cluster:
             )
             return cast("bytes", cast("Any", found).data).decode()
 
-    def log(self, pod: str, *, follow: bool, tail: int | None) -> Iterator[str]:
-        """The lines of a pod's log; with `follow` until its container ends."""
+    def log(self, pod: str, *, follow: bool, tail: int | None, timestamps: bool = False) -> Iterator[str]:
+        """The lines of a pod's log; with `follow` until its container ends, with `timestamps` each behind its own."""
         identity = Identity("v1", "Pod", self.namespace, pod)
         with self._typed("read the log of", identity):
             stream = cast(
@@ -138,6 +138,7 @@ class Cluster:
                     self.namespace,
                     follow=follow,
                     tail_lines=tail,
+                    timestamps=timestamps,
                     _preload_content=False,
                     # A log that is followed may be silent for as long as it likes.
                     _request_timeout=None if follow else _TIMEOUT_S,

@@ -6,6 +6,7 @@ import base64
 import gzip
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,7 @@ from ppod_deploy.k8s import kubectl
 from ppod_deploy.k8s.cluster import Cluster
 from ppod_deploy.k8s.commands import K8sTrain
 from ppod_deploy.k8s.kubectl import APPLY
+from ppod_deploy.k8s.log_place import LogPlace
 from ppod_deploy.k8s.objects import Identity, K8sError, Manifest, at, items_at, text_at
 from ppod_deploy.k8s.readiness import pod_trouble
 from ppod_deploy.k8s.trainer_job import check_name, cluster_config, config_map, job
@@ -129,17 +131,15 @@ def _ended(job_now: Manifest) -> bool:
 def _follow(cluster: Cluster, pod: str, output: Path) -> None:
     """Print the log to its end, through connections that break; results in it become files."""
     parts: dict[str, list[str]] = {}
+    place, failures = LogPlace(), 0
     with (output / "trainer.log").open("a", encoding="utf-8") as log:
-        seen = failures = 0
         while True:
             ended = _terminated(cluster, pod) is not None
             try:
-                for number, line in enumerate(cluster.log(pod, follow=True, tail=None), start=1):
+                for stamped in cluster.log(pod, follow=True, tail=None, timestamps=True):
                     failures = 0
-                    # Asked for anew, a log begins at its beginning.
-                    if number <= seen:
+                    if (line := place.read(stamped)) is None:
                         continue
-                    seen = number
                     if line.startswith(_RESULT_MARK):
                         _, name, part = line.split(" ", 2)
                         parts.setdefault(name, []).append(part)
@@ -157,8 +157,18 @@ def _follow(cluster: Cluster, pod: str, output: Path) -> None:
                     break
             time.sleep(_POLL_S)
     for name, encoded in parts.items():
-        # A name of the log's is no path of ours.
-        (output / Path(name).name).write_bytes(gzip.decompress(base64.b64decode("".join(encoded))))
+        _write_result(output, name, "".join(encoded))
+
+
+def _write_result(output: Path, name: str, encoded: str) -> None:
+    try:
+        content = gzip.decompress(base64.b64decode(encoded))
+    except (ValueError, EOFError, OSError, zlib.error) as error:
+        # A part was in a file that was rotated away while the connection was broken.
+        print(f"{name} did not come whole ({error}); the run's volume holds it", file=sys.stderr, flush=True)
+        return
+    # A name of the log's is no path of ours.
+    (output / Path(name).name).write_bytes(content)
 
 
 def _exit_code(cluster: Cluster, pod: str) -> int:

@@ -11,10 +11,11 @@ import pytest
 
 from ppod_deploy.k8s import train
 from ppod_deploy.k8s.cluster import Cluster
+from ppod_deploy.k8s.log_place import LogPlace
 from support.fake_kubernetes import FakeKubernetes
 
 from .conftest import Command, pod
-from .test_train import job_controller, write
+from .test_train import job_controller, result_lines, write
 
 
 def test_a_run_is_followed_though_the_api_server_is_replaced(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
@@ -42,6 +43,45 @@ def test_a_run_is_followed_though_the_api_server_is_replaced(api: FakeKubernetes
     assert result.code == 3, result.stderr
     assert (tmp_path / "out" / "trainer.log").read_text().split() == ["one", "two", "three"]
     assert result.stderr.count("asking again: cannot get Pod/ppod-trainer-0 in namespace ppod: 503 down") == 1
+
+
+def test_a_log_that_was_rotated_while_its_connection_was_broken_goes_on(
+    api: FakeKubernetes, k8s: Command, tmp_path: Path
+) -> None:
+    """It then begins at a later line, with which nothing tells how many were before it."""
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "metrics.jsonl").write_text("{}\n")
+    (results / "report.txt").write_text("score\n")
+    whole, broken = result_lines(results)
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    api.log_rotated["ppod-trainer-0"] = 2
+    lines = ["one", "one", "three", "four", whole, broken[:-8]]
+    with job_controller(api, lines, 0):
+        result = k8s("train", "--config", str(config), "--output", str(tmp_path / "out"))
+    assert result.code == 0, result.stderr
+    out = tmp_path / "out"
+    assert (out / "trainer.log").read_text().split() == ["one", "one", "three", "four"]
+    assert (out / "metrics.jsonl").read_text() == "{}\n"
+    assert "report.txt did not come whole (" in result.stderr
+    assert not (out / "report.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "new"),
+    [
+        # Fractions without their last zeros, and streams that are stamped apart.
+        (["05.5Z a", "05.51Z b", "05.500000001Z c"], ["a", "b", "c"]),
+        (["05.5Z a", "05.5Z a", "05.5Z b", "06Z c", "05.9Z d"], ["a", "b", "c", "d"]),
+        # What stood before the first line that is known.
+        (["05.5Z a", "05.49Z b", "04Z c"], ["a"]),
+        (["05.5Z ", "06.5+02:00 two  words ", "06.5+02:00 two  words "], ["", "two  words "]),
+    ],
+)
+def test_lines_are_told_by_their_timestamps(lines: list[str], new: list[str]) -> None:
+    place = LogPlace()
+    assert [text for line in lines if (text := place.read(f"2026-01-01T00:00:{line}")) is not None] == new
+    assert [place.read("the node's own words")] * 2 == ["the node's own words"] * 2
 
 
 def test_a_connection_that_is_dropped_without_a_word_is_noticed(api: FakeKubernetes) -> None:
