@@ -61,11 +61,11 @@ class Cluster:
         self._api.close()
         self._directory.cleanup()
 
-    def apply(self, manifest: Manifest) -> None:
-        """Create an object, or set what the manifest says of it, by server-side apply."""
+    def apply(self, manifest: Manifest) -> Manifest:
+        """Create an object, or set what the manifest says of it, by server-side apply; returns it as it is then."""
         identity = self._placed(identity_of(manifest))
         with self._typed("patch", identity):
-            self._resource(identity).server_side_apply(
+            applied = self._resource(identity).server_side_apply(
                 body=dict(manifest),
                 name=identity.name,
                 namespace=identity.namespace or None,
@@ -73,6 +73,7 @@ class Cluster:
                 force_conflicts=True,
                 _request_timeout=_TIMEOUT_S,
             )
+            return cast("Manifest", applied.to_dict())
 
     def delete(self, identity: Identity) -> bool:
         """Delete an object and what it owns; False where there was none."""

@@ -21,7 +21,7 @@ from ppod_deploy.k8s.kubectl import APPLY
 from ppod_deploy.k8s.log_place import LogPlace
 from ppod_deploy.k8s.objects import Identity, K8sError, Manifest, at, items_at, text_at
 from ppod_deploy.k8s.readiness import pod_trouble
-from ppod_deploy.k8s.trainer_job import check_name, cluster_config, config_map, job
+from ppod_deploy.k8s.trainer_job import check_name, cluster_config, config_map, job, owned_by
 
 _RESULT_MARK = "ppod-result "
 """See ppod_trainer.job."""
@@ -70,8 +70,13 @@ def submit(command: K8sTrain) -> int:
         except OSError as error:
             raise K8sError(f"--output: {output} cannot be written: {error.strerror}") from error
         cluster.apply(config)
-        cluster.apply(manifest)
+        submitted = cluster.apply(manifest)
         print(f"submitted {identity}", flush=True)
+        try:
+            cluster.apply(owned_by(submitted, config))
+        except K8sError as error:
+            # The run goes on without.
+            print(f"ConfigMap/{command.name} will outlive its Job: {error}", file=sys.stderr, flush=True)
         if not command.follow:
             return 0
         try:

@@ -99,6 +99,14 @@ def job(command: K8sTrain) -> Manifest:
     return made
 
 
+def owned_by(owner: Manifest, manifest: Manifest) -> Manifest:
+    """A manifest whose object goes when its owner, an object of the cluster, is deleted."""
+    keys = {"apiVersion": text_at(owner, "apiVersion"), "kind": text_at(owner, "kind")}
+    reference = keys | {key: text_at(owner, "metadata", key) for key in ("name", "uid")}
+    metadata = cast("Values", manifest["metadata"])
+    return {**manifest, "metadata": {**metadata, "ownerReferences": [reference]}}
+
+
 def _mount(made: Values, config_map_name: str) -> None:
     """Let the volume at /etc/ppod hold the run's ConfigMap, beside tokens and certificates where there are any."""
     pod = cast("Values", cast("Values", cast("Values", made["spec"])["template"])["spec"])

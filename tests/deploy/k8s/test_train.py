@@ -99,8 +99,14 @@ def test_a_run_is_submitted_followed_and_fetched(
     assert [one.path for one in api.seen("PATCH", "")] == [
         "/api/v1/namespaces/ppod/configmaps/run-1",
         "/apis/batch/v1/namespaces/ppod/jobs/run-1",
+        "/api/v1/namespaces/ppod/configmaps/run-1",
     ]
-    config_map, submitted = (one.body for one in api.seen("PATCH", ""))
+    config_map, submitted, owned = (one.body for one in api.seen("PATCH", ""))
+    # It goes with its Job, and is the same else.
+    uid = api.get("batch/v1", "jobs", "ppod", "run-1")["metadata"]["uid"]
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": "run-1", "uid": uid}
+    assert owned["metadata"].pop("ownerReferences") == [owner]
+    assert owned == config_map
     sent = parse_config(TrainerConfig, yaml.safe_load(config_map["data"]["trainer.yaml"]), "sent")
     assert (sent.steps, str(sent.run_dir)) == (7, "/runs/run-1")
     assert sent.services.reward == "k8s:///ppod-reward:grpc"
@@ -252,7 +258,7 @@ def test_the_job_of_an_overlay_keeps_what_components_added(api: FakeKubernetes, 
     write(overlay / "kustomization.yaml", {"resources": ["job.yaml", "service.yaml"]})
     config = write(tmp_path / "t.yaml", {"steps": 1})
     assert k8s("train", "--config", str(config), "--name", "r", "--job", str(overlay), "--no-follow").code == 0
-    assert len(api.seen("PATCH", "")) == 2
+    assert len(api.seen("PATCH", "")) == 3
     spec = api.seen("PATCH", "/jobs/")[0].body["spec"]["template"]["spec"]
     expected = {"defaultMode": 288, "sources": [{"configMap": {"name": "r"}}, {"secret": {"name": "token"}}]}
     assert spec["volumes"] == [{"name": "config", "projected": expected}, {"name": "runs"}]
