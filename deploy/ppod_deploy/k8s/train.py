@@ -21,7 +21,7 @@ from ppod_deploy.k8s.kubectl import APPLY
 from ppod_deploy.k8s.log_place import LogPlace
 from ppod_deploy.k8s.objects import Identity, K8sError, Manifest, at, items_at, text_at
 from ppod_deploy.k8s.readiness import pod_trouble
-from ppod_deploy.k8s.trainer_job import check_name, cluster_config, config_map, job, owned_by
+from ppod_deploy.k8s.trainer_job import check_name, cluster_config, config_map, job, owned_by, paths_here
 
 _RESULT_MARK = "ppod-result "
 """See ppod_trainer.job."""
@@ -46,7 +46,10 @@ def submit(command: K8sTrain) -> int:
     """
     check_name(command.name)
     where, output = command.where, command.output or Path("runs") / command.name
-    config = config_map(command, cluster_config(command.config, command.name))
+    trainer = cluster_config(command.config, command.name)
+    for path in paths_here(trainer):
+        print(f"{path} is on this machine; the pod needs it in its image or on a volume", file=sys.stderr, flush=True)
+    config = config_map(command, trainer)
     manifest = job(command)
     text = yaml.safe_dump_all([dict(config), dict(manifest)], sort_keys=False)
     # What is applied is kept where the results come, so that the line can be typed.

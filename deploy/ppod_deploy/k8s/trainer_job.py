@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
@@ -27,6 +28,7 @@ _IN_CLUSTER = {
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _LONGEST_NAME = 63
 """Of a label's value: Kubernetes labels a Job's pods with its name, and refuses the Job otherwise."""
+_MADE_THERE = ("run_dir", "weight_transfer.directory")
 _METRICS = {"host": "0.0.0.0", "port": 9104}
 
 Values = dict[str, object]
@@ -66,6 +68,27 @@ def cluster_config(paths: Sequence[Path], name: str) -> TrainerConfig:
     trainer.setdefault("resume", "if_possible")
     trainer["metrics"] = {**_section(trainer, "metrics"), **_METRICS}
     return parse_config(TrainerConfig, trainer, f"{named(*paths)} for the cluster")
+
+
+def paths_here(config: TrainerConfig) -> list[str]:
+    """Keys that name a file or directory of this machine, each with it: the pod reads its own."""
+    return [
+        f"{key}: {value}"
+        for key, value in _texts("", config.model_dump(mode="json"))
+        # Directories without a slash have the names of too many other things.
+        if key not in _MADE_THERE and (Path(value).is_file() or (os.sep in value and Path(value).is_dir()))
+    ]
+
+
+def _texts(key: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for name, one in cast("Values", value).items():
+            yield from _texts(f"{key}.{name}" if key else name, one)
+    elif isinstance(value, list):
+        for index, one in enumerate(cast("list[object]", value)):
+            yield from _texts(f"{key}.{index}", one)
+    elif isinstance(value, str):
+        yield key, value
 
 
 def config_map(command: K8sTrain, config: TrainerConfig) -> Manifest:

@@ -133,6 +133,22 @@ def test_a_run_is_submitted_followed_and_fetched(
     assert list(yaml.safe_load_all((tmp_path / "out" / "job.yaml").read_text())) == [config_map, submitted]
 
 
+def test_what_the_pod_will_not_find_is_named(
+    api: FakeKubernetes, k8s: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del api
+    (tmp_path / "prompts.txt").write_text("Once\n")
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    (tmp_path / "gae").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainer = {"prompts": {"path": "prompts.txt"}, "policy": {"source": "runs/model"}, "run_dir": "runs/model"}
+    config = write(tmp_path / "t.yaml", {"steps": 3, **trainer})
+    result = k8s("train", "--config", str(config), "--dry-run")
+    assert result.code == 0
+    told = [line.split(" is on this machine")[0] for line in result.stderr.splitlines() if "is on this machine" in line]
+    assert told == ["policy.source: runs/model", "prompts.path: prompts.txt"]
+
+
 def test_a_dry_run_prints_what_kubectl_can_apply(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
     config = write(tmp_path / "t.yaml", {"steps": 3})
     result = k8s("train", "--config", str(config), "--dry-run")
