@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass
 
 import grpc
 import grpc.aio
+
+from ppod.errors import InvalidArgument
 
 ChannelOptions = list[tuple[str, str | int]]
 
@@ -17,6 +20,19 @@ WEIGHT_CHUNK_BYTES = 2 * 1024 * 1024
 """Size of a weight chunk: loopback streams peak between 1 and 4 MiB and fall to a sixth at 256 MiB."""
 
 _KEEPALIVE_MS = 30_000
+_LONGEST_TIMEOUT_S = 1e9
+"""gRPC counts nanoseconds since 1970 in 64 bits: a deadline after 2262 would have passed long ago."""
+
+
+def call_timeout_s(seconds: float) -> float:
+    """What a call is given as its time; infinite ones as much as gRPC takes.
+
+    Raises:
+        InvalidArgument: it is no number.
+    """
+    if math.isnan(seconds):
+        raise InvalidArgument("timeout_s", str(seconds), "seconds")
+    return min(seconds, _LONGEST_TIMEOUT_S)
 
 
 def client_options() -> ChannelOptions:

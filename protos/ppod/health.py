@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ppod.channel import ChannelSpec, open_channel
+from ppod.channel import ChannelSpec, call_timeout_s, open_channel
 from ppod.client.security import ClientSecurity
 from ppod.errors import InvalidArgument
 
@@ -34,12 +34,12 @@ def check(target: str, service: str, security: ClientSecurity, timeout_s: float)
     """Ask for a server's health, within `timeout_s`; returns None when it serves, else what it is instead.
 
     Raises:
-        InvalidArgument: a certificate cannot be read.
+        InvalidArgument: a certificate cannot be read, or the time is no number.
     """
     credentials = security.credentials()
     with open_channel(ChannelSpec(target, security.server_name), credentials) as channel:
         check_health = cast("HealthCheck", health_pb2_grpc.HealthStub(channel).Check)  # pyright: ignore
-        call = check_health.future(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
+        call = check_health.future(health_pb2.HealthCheckRequest(service=service), timeout=call_timeout_s(timeout_s))
         if call.code() != grpc.StatusCode.OK:
             return f"{call.code().name}: {call.details()}"
         status = call.result().status

@@ -5,10 +5,12 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self, TypeVar, cast, get_args
+from typing import Annotated, Literal, Self, TypeVar, cast, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -102,12 +104,24 @@ class ClientTlsConfig(ConfigModel):
         return self
 
 
+def check_url(url: str) -> str:
+    """Return it. Raises ValueError: it leads nowhere."""
+    expected = "http://HOST:PORT/PATH or https://, the port from 1 to 65535"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"expected {expected}: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not url.isprintable() or " " in url:
+        raise ValueError(f"expected {expected}")
+    return url
+
+
 class TracingConfig(ConfigModel):
     """Where OpenTelemetry spans go. A call's span joins the trace that its metadata names."""
 
-    endpoint: str | None = Field(
+    endpoint: Annotated[str, AfterValidator(check_url)] | None = Field(
         default=None,
-        pattern=r"^https?://",
         description="OTLP over gRPC, such as http://collector:4317, or https:// where it speaks TLS; none: no tracing",
     )
     sample_ratio: float = Field(

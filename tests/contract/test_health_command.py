@@ -109,6 +109,15 @@ def test_a_server_that_is_not_there_or_does_not_answer(capsys: pytest.CaptureFix
         server.stop(0).wait()
 
 
+@pytest.mark.parametrize(("given", "code"), [("1e10", 0), ("inf", 0), ("nan", 2)])
+def test_a_wait_is_as_long_as_grpc_takes_and_a_number(
+    capsys: pytest.CaptureFixture[str], given: str, code: int
+) -> None:
+    with health_server() as target:
+        assert command.main([target, "--timeout-s", given]) == code
+    assert ("timeout_s: found nan, expected seconds" in capsys.readouterr().out) == (code == 2)
+
+
 def test_tls_and_mutual_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     authority = trustme.CA()
     ca, own, key = (tmp_path / name for name in ("ca.crt", "tls.crt", "tls.key"))

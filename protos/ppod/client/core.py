@@ -6,7 +6,6 @@ blocking or awaiting, and throws the step's PpodError back in. So no call is wri
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Generator
@@ -16,6 +15,7 @@ from typing import Protocol, TypeVar
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2
 
+from ppod.channel import call_timeout_s
 from ppod.client.delivery import NO_RETRY, Delivery
 from ppod.client.exchange import Exchange, Shared
 from ppod.client.identity import ModelDescription, ModelState, Pin
@@ -33,8 +33,6 @@ RpcObserver = Callable[[str, float, str], None]
 
 DEFAULT_TIMEOUT_S = 120.0
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
-_LONGEST_TIMEOUT_S = 1e9
-"""gRPC counts nanoseconds since 1970 in 64 bits: a deadline after 2262 would have passed long ago."""
 _PROBE_TIMEOUT_S = 1.0
 _NO_REPLICA_S = 5.0
 """A call waits this long for a replica of a Service that has none: between two pods there may be a gap."""
@@ -170,10 +168,7 @@ class ClientCore:
         Raises:
             InvalidArgument: they are no number.
         """
-        chosen = self.settings.timeout_s if timeout_s is None else timeout_s
-        if math.isnan(chosen):
-            raise InvalidArgument("timeout_s", str(chosen), "seconds")
-        return min(chosen, _LONGEST_TIMEOUT_S)
+        return call_timeout_s(self.settings.timeout_s if timeout_s is None else timeout_s)
 
     def metadata(self) -> Metadata:
         """What a call carries: the team's token and the active trace."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, Self, cast
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
 from ppod.client.replicas import parse_target
 from ppod.errors import InvalidArgument
-from ppod_models.configuration import ClientTlsConfig, ConfigModel, ModelConfig
+from ppod_models.configuration import ClientTlsConfig, ConfigModel, ModelConfig, check_url
 from ppod_services.reward.functions.registry import FUNCTIONS
 
 KINDS = ("head", "sequence_classification", "token_classification", "function", "judge", "ensemble", "sum")
@@ -149,24 +148,11 @@ class OpenAiServerConfig(ConfigModel):
     """Any server with OpenAI's chat completions."""
 
     kind: Literal["openai"] = "openai"
-    base_url: str = Field(pattern=r"^https?://", description="such as http://127.0.0.1:8000/v1")
+    base_url: Annotated[str, AfterValidator(check_url)] = Field(description="such as http://127.0.0.1:8000/v1")
     model: str = Field(min_length=1, description="the model to ask for")
     api_key_env: str | None = Field(
         default=None, min_length=1, description="environment variable that holds the key; none: the server needs no key"
     )
-
-    @field_validator("base_url")
-    @classmethod
-    def _leads_somewhere(cls, base_url: str) -> str:
-        expected = "http://HOST:PORT/PATH or https://, the port from 1 to 65535"
-        try:
-            parts = urlsplit(base_url)
-            port = parts.port
-        except ValueError as error:
-            raise ValueError(f"expected {expected}: {error}") from error
-        if not parts.hostname or port == 0 or not base_url.isprintable() or " " in base_url:
-            raise ValueError(f"expected {expected}")
-        return base_url
 
 
 class PpodServerConfig(ConfigModel):

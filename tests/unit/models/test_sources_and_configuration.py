@@ -181,8 +181,9 @@ def test_yaml_round_trip_and_unreadable_files(tmp_path) -> None:
 
 def test_a_collector_is_named_with_its_scheme() -> None:
     """Without one it would be spoken to by TLS, and its spans be lost, of which nobody is told."""
-    with pytest.raises(ConfigError, match=r"endpoint: String should match pattern .* found 'collector:4317'"):
-        parse_config(TracingConfig, {"endpoint": "collector:4317"}, "test")
+    for wrong in ("collector:4317", "http://collector:70000", "http://:4317", "ftp://collector:4317"):
+        with pytest.raises(ConfigError, match=rf"endpoint: expected http://HOST:PORT/PATH or .*, found '{wrong}'"):
+            parse_config(TracingConfig, {"endpoint": wrong}, "test")
     for endpoint in ("http://collector:4317", "https://collector:4317", None):
         assert parse_config(TracingConfig, {"endpoint": endpoint}, "test").endpoint == endpoint
 
