@@ -102,11 +102,16 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
         restore_components(parts.stateful, state)
         run = TrainingRun(config, parts, state)
         opened.callback(run.close)
-        _synchronise(run)
-        if config.advantages.kind == "pvpo" and not estimates.values:
-            presample_for(run)
-        leader.share()
+        _begin(run)
         yield run
+
+
+def _begin(run: TrainingRun) -> None:
+    """Give services and ranks what they lack before the first step."""
+    _synchronise(run)
+    if run.config.advantages.kind == "pvpo" and not run.parts.estimates.values:
+        presample_for(run)
+    run.parts.learner.share()
 
 
 def _make_run_dir(run_dir: Path) -> None:

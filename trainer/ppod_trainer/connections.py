@@ -127,8 +127,13 @@ def connect(trainer: TrainerConfig, tokenizer_fingerprint: str, observer: RpcObs
         generation_weights=generation_weights,
         reference_weights=reference_weights,
     )
+    return _ready(connections, config.ready_timeout_s)
+
+
+def _ready(connections: Connections, timeout_s: float) -> Connections:
+    """Them, once all services are; closed where they are not in time."""
     try:
-        connections.wait_ready(config.ready_timeout_s)
+        connections.wait_ready(timeout_s)
     except PpodError:
         connections.close()
         raise

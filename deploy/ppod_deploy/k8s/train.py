@@ -19,7 +19,7 @@ from ppod_deploy.k8s.cluster import Cluster
 from ppod_deploy.k8s.commands import K8sTrain
 from ppod_deploy.k8s.kubectl import APPLY
 from ppod_deploy.k8s.log_place import LogPlace
-from ppod_deploy.k8s.objects import Identity, K8sError, Manifest, at, items_at, text_at
+from ppod_deploy.k8s.objects import Identity, K8sError, Manifest, at, identity_of, items_at, text_at
 from ppod_deploy.k8s.readiness import pod_trouble
 from ppod_deploy.k8s.trainer_job import check_name, cluster_config, config_map, job, owned_by, paths_here
 
@@ -72,14 +72,7 @@ def submit(command: K8sTrain) -> int:
             file.write_text(text, encoding="utf-8")
         except OSError as error:
             raise K8sError(f"--output: {output} cannot be written: {error.strerror}") from error
-        cluster.apply(config)
-        submitted = cluster.apply(manifest)
-        print(f"submitted {identity}", flush=True)
-        try:
-            cluster.apply(owned_by(submitted, config))
-        except K8sError as error:
-            # The run goes on without.
-            print(f"ConfigMap/{command.name} will outlive its Job: {error}", file=sys.stderr, flush=True)
+        _apply(cluster, config, manifest)
         if not command.follow:
             return 0
         try:
@@ -89,6 +82,17 @@ def submit(command: K8sTrain) -> int:
             raise
         print(f"{identity} ended with exit code {code}; results in {output}", flush=True)
         return code
+
+
+def _apply(cluster: Cluster, config: Manifest, manifest: Manifest) -> None:
+    cluster.apply(config)
+    submitted = cluster.apply(manifest)
+    print(f"submitted {identity_of(manifest)}", flush=True)
+    try:
+        cluster.apply(owned_by(submitted, config))
+    except K8sError as error:
+        # The run goes on without.
+        print(f"{identity_of(config)} will outlive its Job: {error}", file=sys.stderr, flush=True)
 
 
 def _follow_pods(cluster: Cluster, command: K8sTrain, identity: Identity, output: Path) -> int:
