@@ -6,6 +6,7 @@ import logging
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from ppod import GenerationClient
 from ppod.tensors import TokenArray
 from ppod_models import loading
+from ppod_models.chat_template import render_chat
 from ppod_models.configuration import dump_config
 from ppod_models.sources import resolve
 from ppod_trainer.algorithms import LearnedEstimator, build_estimator
@@ -21,7 +23,7 @@ from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.checkpoint import TrainerState, goes_on, load_checkpoint, restore_components
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import EnvironmentConfig, KlConfig, RolloutConfig, TrainerConfig, configuration_fingerprint
-from ppod_trainer.connections import ServedModels, check_services, connect
+from ppod_trainer.connections import Connections, ServedModels, check_references, check_services, connect
 from ppod_trainer.durable import write_durably
 from ppod_trainer.environments.calls import EnvironmentCalls
 from ppod_trainer.environments.loading import load_environment
@@ -35,7 +37,8 @@ from ppod_trainer.learner import build_learner
 from ppod_trainer.metrics import MetricsLog
 from ppod_trainer.policy_loading import load_policy
 from ppod_trainer.presampling import PreEstimates, keep_estimates, planned_prompts, presample
-from ppod_trainer.prompts import Encode, PromptSet, check_lengths, check_readers, load_prompts, split_episodes
+from ppod_trainer.prompt_files import Render
+from ppod_trainer.prompts import Encode, PromptSet, check_lengths, check_readers, load_prompts, references_of, split_episodes
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
 from ppod_trainer.stateful import Stateful
@@ -65,7 +68,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
     tokenizer = loading.load_tokenizer(resolve(config.policy.source).path)
     codec = _codec(tokenizer)
     environments = _load_environment(config.environment)
-    prompts = _load_prompts(config, environments, codec.encode)
+    prompts = _load_prompts(config, environments, codec.encode, partial(render_chat, tokenizer, open_turn=True))
     estimates = PreEstimates()
     leader, state = load_leader(config, ranks, estimates)
     with ExitStack() as opened:
@@ -80,7 +83,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             opened.callback(connections.close)
             ids = loading.vocab_size(leader.learner.policy.model), loading.token_id_bound(tokenizer)
             served = check_services(connections, config.rollout, len(prompts.heldout), *ids)
-        _check_room(prompts, served, config.rollout)
+        _check_prompts(prompts, connections, served, config.rollout)
         bad_samples = BadSamples(config.rollout.on_bad_sample)
         sampler = _build_sampler(config, connections.generation, served.sequence_tokens, environments, codec)
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
@@ -137,16 +140,22 @@ def _load_environment(config: EnvironmentConfig | None) -> EnvironmentCalls | No
     return EnvironmentCalls(load_environment(config.name, config.parameters), config.threads)
 
 
-def _load_prompts(config: TrainerConfig, environments: EnvironmentCalls | None, encode: Encode) -> PromptSet:
+def _load_prompts(
+    config: TrainerConfig, environments: EnvironmentCalls | None, encode: Encode, render: Render
+) -> PromptSet:
     """The prompts of a file, or the beginnings of an environment's episodes."""
     if config.environment is None or environments is None:
-        prompts = load_prompts(config.prompts, encode)
+        prompts = load_prompts(config.prompts, encode, render)
     else:
         prompts = split_episodes(environments.prompts(config.environment.episodes), encode, config.prompts.heldout)
     return replace(prompts, curriculum_steps=config.prompts.curriculum_steps)
 
 
-def _check_room(prompts: PromptSet, served: ServedModels, rollout: RolloutConfig) -> None:
+def _check_prompts(
+    prompts: PromptSet, connections: Connections, served: ServedModels, rollout: RolloutConfig
+) -> None:
+    if not references_of(prompts.training):
+        check_references(connections)
     if rollout.on_bad_sample != "stop":
         return
     made_tokens = served.generation.limits.max_sequence_tokens

@@ -193,6 +193,20 @@ def check_services(
     return ServedModels(generation, reader, read[reader])
 
 
+def check_references(connections: Connections) -> None:
+    """Raise ServiceMismatchError where a reward compares with references; for prompts that have none."""
+    for role, client in (("reward", connections.reward), ("judge", connections.judge)):
+        if client is None:
+            continue
+        first, *others = client.list_rewards()
+        asked = next((one for one in (first, *others) if one.name == client.pin.model), first)
+        if asked.needs_references:
+            raise ServiceMismatchError(
+                f"{role}: {asked.name} compares responses with references, and the prompts have none; give each line "
+                "of prompts.path, a .jsonl file, its `reference`"
+            )
+
+
 def _check_requests(limits: ModelLimits, replicas: int, batch_size: int, heldout: int) -> None:
     """The other clients split what is too much for one request; a stream of completions is one, from each replica."""
     most = limits.max_request_sequences

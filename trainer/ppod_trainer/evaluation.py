@@ -15,7 +15,7 @@ from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.errors import TrainerError
 from ppod_trainer.metrics import StepTimer
-from ppod_trainer.prompts import Prompt
+from ppod_trainer.prompts import Prompt, references_of
 from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
 
 Decode = Callable[[TokenArray], str]
@@ -151,8 +151,12 @@ class Evaluator:
             return {}
 
         def score(kept: Sequence[Rollout]) -> list[float]:
-            sequences = [rollout.judged_tokens for rollout in kept]
-            return judge.score(sequences, prompt_lengths=[len(one.prompt.token_ids) for one in kept]).values.tolist()
+            prompts = [rollout.prompt for rollout in kept]
+            return judge.score(
+                [rollout.judged_tokens for rollout in kept],
+                prompt_lengths=[len(prompt.token_ids) for prompt in prompts],
+                references=references_of(prompts),
+            ).values.tolist()
 
         kept, scores = self._bad_samples.call([one.rollout for one in scored], score)
         return {rollout.seed: value for rollout, value in zip(kept, scores, strict=True)}

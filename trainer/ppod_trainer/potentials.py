@@ -24,6 +24,7 @@ import torch
 from ppod import RewardClient
 from ppod.client import Granularity, ProcessScores, RewardComponent, RewardKind, Scores, Truncation
 from ppod.tensors import FloatArray
+from ppod_trainer.prompts import references_of
 from ppod_trainer.rollouts import Rollout
 
 ShapingLevel = Literal["none", "token", "step"]
@@ -58,6 +59,7 @@ def score_rollouts(
     scores = client.score(
         [one.visible_tokens if by_token else one.judged_tokens for one in rollouts],
         prompt_lengths=[len(one.prompt.token_ids) - by_token for one in rollouts],
+        references=references_of([one.prompt for one in rollouts]),
         process=shaping.interval if by_token else Granularity.STEP,
         truncation=Truncation.NONE,
     )
@@ -72,6 +74,7 @@ def _scores(client: RewardClient, rollouts: Sequence[Rollout]) -> Scores:
     return client.score(
         [one.judged_tokens for one in rollouts],
         prompt_lengths=[len(one.prompt.token_ids) for one in rollouts],
+        references=references_of([one.prompt for one in rollouts]),
         truncation=Truncation.NONE,
     )
 

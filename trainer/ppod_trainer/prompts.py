@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +13,7 @@ import numpy.typing as npt
 from ppod.tensors import TokenArray
 from ppod_trainer.config import PromptsConfig
 from ppod_trainer.errors import PromptError
+from ppod_trainer.prompt_files import PromptText, Render, read_prompts
 
 _HELDOUT_SEED = 20161  # Fixed, so that runs with different seeds are judged on the same prompts.
 
@@ -25,10 +22,17 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt: its position in the set (for messages), and its token ids, int32 [length]."""
+    """One prompt.
+
+    Attributes:
+        index: its position in the set, for messages.
+        token_ids: int32 [length].
+        reference: what rewards that check an answer hold responses against; None where there is nothing.
+    """
 
     index: int
     token_ids: TokenArray
+    reference: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,25 +119,28 @@ def _longest(prompts: PromptSet) -> Prompt:
     return max([*prompts.training, *prompts.heldout], key=lambda prompt: len(prompt.token_ids))
 
 
-def load_prompts(config: PromptsConfig, encode: Encode) -> PromptSet:
+def load_prompts(config: PromptsConfig, encode: Encode, render: Render) -> PromptSet:
     """Read, encode, cut and split the prompts of a file; equal ones count once.
 
     Raises:
-        PromptError: the file is missing or malformed, a prompt is empty, or too few are left for training.
+        PromptError: the file is missing or malformed, a prompt is empty, too few are left for training, or equal ones
+            have different references.
     """
-
-    def encode_first(text: str) -> list[int]:
-        return encode(text)[: config.first_tokens]
-
-    return split_prompts(_read_texts(config.path), encode_first, config.heldout)
-
-
-def split_prompts(texts: Iterable[str], encode: Encode, heldout: int) -> PromptSet:
-    """Encode texts, the first of which has index 0, and hold some out; equal ones count once. Errors as above."""
-    prompts = _different(_encoded(texts, encode))
-    _check_count(len(prompts), heldout, "prompts")
+    texts = read_prompts(config.path, render)
+    if config.first_tokens is not None and any(one.whole for one in texts):
+        raise PromptError(
+            f"prompts.first_tokens is {config.first_tokens}, which would cut conversations off; leave it out"
+        )
+    prompts = _different(_encoded(texts, lambda text: encode(text)[: config.first_tokens]))
+    _check_count(len(prompts), config.heldout, "prompts")
     shuffled = _shuffled(prompts)
-    return PromptSet(training=shuffled[heldout:], heldout=shuffled[:heldout])
+    return PromptSet(training=shuffled[config.heldout :], heldout=shuffled[: config.heldout])
+
+
+def references_of(prompts: Sequence[Prompt]) -> tuple[str, ...]:
+    """What responses to them are held against, one each; empty where there is nothing."""
+    found = tuple(prompt.reference for prompt in prompts if prompt.reference is not None)
+    return found if len(found) == len(prompts) else ()
 
 
 def split_episodes(beginnings: Iterable[str], encode: Encode, heldout: int) -> PromptSet:
@@ -145,7 +152,7 @@ def split_episodes(beginnings: Iterable[str], encode: Encode, heldout: int) -> P
     Raises:
         PromptError: a beginning is empty, or no episode is left for training.
     """
-    prompts = _encoded(beginnings, encode)
+    prompts = _encoded([PromptText(beginning) for beginning in beginnings], encode)
     _check_count(len(prompts), heldout, "episodes")
     different = _different(prompts)
     if len(different) <= heldout:
@@ -157,13 +164,15 @@ def split_episodes(beginnings: Iterable[str], encode: Encode, heldout: int) -> P
     return PromptSet(training=training, heldout=held)
 
 
-def _encoded(texts: Iterable[str], encode: Encode) -> list[Prompt]:
+def _encoded(texts: Sequence[PromptText], encode: Encode) -> list[Prompt]:
     prompts: list[Prompt] = []
-    for index, text in enumerate(texts):
-        tokens = encode(text)
+    for index, one in enumerate(texts):
+        tokens = encode(one.text)
         if not tokens:
-            raise PromptError(f"prompt {index} ({text!r}): no tokens; expected at least one; remove it from the file")
-        prompts.append(Prompt(index, np.asarray(tokens, dtype=np.int32)))
+            raise PromptError(
+                f"prompt {index} ({one.text!r}): no tokens; expected at least one; remove it from the file"
+            )
+        prompts.append(Prompt(index, np.asarray(tokens, dtype=np.int32), one.reference))
     return prompts
 
 
@@ -171,7 +180,12 @@ def _different(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The first of each token sequence."""
     seen: dict[tuple[int, ...], Prompt] = {}
     for prompt in prompts:
-        seen.setdefault(tuple(prompt.token_ids.tolist()), prompt)
+        first = seen.setdefault(tuple(prompt.token_ids.tolist()), prompt)
+        if first.reference != prompt.reference:
+            raise PromptError(
+                f"prompts {first.index} and {prompt.index} are equal, and their references are {first.reference!r} and "
+                f"{prompt.reference!r}; remove one"
+            )
     return list(seen.values())
 
 
@@ -186,48 +200,3 @@ def _check_count(count: int, heldout: int, what: str) -> None:
 def _shuffled(prompts: Sequence[Prompt]) -> list[Prompt]:
     order = np.random.default_rng(_HELDOUT_SEED).permutation(len(prompts))
     return [prompts[position] for position in order]
-
-
-def _read_texts(path: Path | None) -> list[str]:
-    if path is None:
-        path = Path(str(files("ppod_trainer") / "data" / "movie_review_ratings.tsv"))
-    readers = {".tsv": _read_tsv, ".jsonl": _read_jsonl, ".txt": _read_lines}
-    reader = readers.get(path.suffix)
-    if reader is None:
-        raise PromptError(f"prompts.path {path}: unknown kind {path.suffix!r}; expected {', '.join(readers)}")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"prompts.path {path}: cannot be read: {error}") from error
-    return reader(path, content)
-
-
-def _read_tsv(path: Path, content: str) -> list[str]:
-    rows = csv.DictReader(_lines(content), delimiter="\t", quoting=csv.QUOTE_NONE)
-    if "text" not in (rows.fieldnames or []):
-        raise PromptError(f"prompts.path {path}: the header has {rows.fieldnames}; expected a column `text`")
-    return [str(row["text"] or "") for row in rows]
-
-
-def _read_jsonl(path: Path, content: str) -> list[str]:
-    texts: list[str] = []
-    for number, line in enumerate(_lines(content), start=1):
-        try:
-            record: object = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"prompts.path {path}, line {number}: not JSON: {error}") from error
-        text = record.get("prompt") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise PromptError(f"prompts.path {path}, line {number}: found {line[:60]!r}, expected a string `prompt`")
-        texts.append(text)
-    return texts
-
-
-def _read_lines(path: Path, content: str) -> list[str]:
-    del path
-    return _lines(content)
-
-
-def _lines(content: str) -> list[str]:
-    """Unlike `str.splitlines`, which also cuts where a text holds a form feed, or a separator of paragraphs."""
-    return content.removesuffix("\n").split("\n") if content else []

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-import jinja2
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ppod.tensors import TokenArray
+from ppod_models.chat_template import render_chat
 from ppod_models.loading import token_id_bound, tokenizer_fingerprint
-from ppod_services.reward.samples import ChatTemplateError, Turn
-
-_TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What a template's expressions raise of a conversation that they do not fit, and transformers of an empty one."""
+from ppod_services.reward.samples import Turn
 
 
 class TokenizerCodec:
@@ -56,11 +53,5 @@ class TokenizerCodec:
 
     def render(self, turns: Sequence[Turn], *, open_turn: bool) -> str:
         """Apply the chat template."""
-        if not self._tokenizer.chat_template:
-            raise ChatTemplateError("its tokenizer has no chat template")
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
-        except _TEMPLATE_ERRORS as error:
-            raise ChatTemplateError(f"its chat template refuses the conversation: {error}") from error
-        return cast(str, text)
+        return render_chat(self._tokenizer, messages, open_turn=open_turn)

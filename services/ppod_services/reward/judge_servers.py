@@ -18,10 +18,11 @@ from ppod import AsyncGenerationClient, Sampling
 from ppod.client import ClientSecurity, FinishReason
 from ppod.errors import Cancelled, DeadlineExceeded, InvalidArgument, PpodError, ResourceExhausted, Unavailable
 from ppod.tensors import TokenArray
+from ppod_models.chat_template import ChatTemplateError
 from ppod_models.sources import ModelSourceError
 from ppod_services.reward.judge import JudgeRefusedError, JudgeServer
 from ppod_services.reward.kinds import JudgeConfig, OpenAiServerConfig, PpodServerConfig
-from ppod_services.reward.samples import ChatTemplateError, Codec, Turn
+from ppod_services.reward.samples import Codec, Turn
 
 JobT = TypeVar("JobT")
 

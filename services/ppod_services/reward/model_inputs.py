@@ -9,11 +9,11 @@ import numpy as np
 
 from ppod.errors import InvalidArgument
 from ppod.tensors import TokenArray
+from ppod_models.chat_template import ChatTemplateError
 from ppod_services.core.described import check_length
 from ppod_services.reward.requests import ModelInput
 from ppod_services.reward.samples import (
     ChatContent,
-    ChatTemplateError,
     Codec,
     Content,
     IntArray,

@@ -143,10 +143,6 @@ class Codec(Protocol):
         ...
 
 
-class ChatTemplateError(Exception):
-    """A tokenizer has no chat template, or the template refuses a conversation."""
-
-
 @dataclass(frozen=True, slots=True)
 class TokenSource:
     """The tokenizer that made the token ids of a request.

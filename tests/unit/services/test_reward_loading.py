@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from ppod_models.chat_template import ChatTemplateError
 from ppod_models.configuration import ModelConfig
 from ppod_models.sources import ModelSourceError
 from ppod_services.reward.codec import TokenizerCodec
 from ppod_services.reward.kinds import HeadConfig
 from ppod_services.reward.loading import load_all
-from ppod_services.reward.samples import ChatTemplateError, Turn
+from ppod_services.reward.samples import Turn
 from support.tiny_classifiers import chat_tokenizer
 
 

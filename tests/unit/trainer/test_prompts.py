@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ppod_models.chat_template import ChatTemplateError
 from ppod_trainer.assembly import _load_prompts
 from ppod_trainer.config import PromptsConfig, TrainerConfig
 from ppod_trainer.environments import Reply
 from ppod_trainer.environments.calls import EnvironmentCalls
 from ppod_trainer.environments.loading import LoadedEnvironment
 from ppod_trainer.errors import PromptError
-from ppod_trainer.prompts import Prompt, PromptSet, check_lengths, check_readers, load_prompts, split_episodes
+from ppod_trainer.prompts import (
+    Prompt,
+    PromptSet,
+    check_lengths,
+    check_readers,
+    load_prompts,
+    references_of,
+    split_episodes,
+)
 
 
 def encode(text: str) -> list[int]:
     return [ord(character) for character in text]
+
+
+def render(messages: Sequence[Mapping[str, str]]) -> str:
+    if messages[0]["role"] == "tool":
+        raise ChatTemplateError("no tools")
+    return "".join(f"<{one['role']}>{one['content']}" for one in messages) + "<assistant>"
 
 
 def write(tmp_path: Path, name: str, content: str) -> Path:
@@ -28,7 +45,7 @@ def write(tmp_path: Path, name: str, content: str) -> Path:
 
 def test_equal_prompts_count_once_and_never_straddle_the_split(tmp_path: Path) -> None:
     path = write(tmp_path, "p.txt", "\n".join(["abcX", "abcY", "bcd", "cde", "def"]))
-    prompts = load_prompts(PromptsConfig(path=path, first_tokens=3, heldout=2), encode)
+    prompts = load_prompts(PromptsConfig(path=path, first_tokens=3, heldout=2), encode, render)
     training = {tuple(prompt.token_ids) for prompt in prompts.training}
     heldout = {tuple(prompt.token_ids) for prompt in prompts.heldout}
     assert (len(training), len(heldout)) == (2, 2)
@@ -50,7 +67,7 @@ def test_episodes_that_begin_alike_count_each() -> None:
     """The seed, not the prompt, tells one episode from another."""
     environments = EnvironmentCalls(LoadedEnvironment(Guessing, ()), threads=1)
     values = {"environment": {"name": "guessing", "episodes": 10}, "prompts": {"heldout": 3}}
-    prompts = _load_prompts(TrainerConfig.model_validate(values), environments, encode)
+    prompts = _load_prompts(TrainerConfig.model_validate(values), environments, encode, render)
     assert (len(prompts.training), len(prompts.heldout)) == (7, 3)
     assert sorted(prompt.index for prompt in [*prompts.training, *prompts.heldout]) == list(range(10))
     with pytest.raises(PromptError, match="heldout is 10, but there are only 10 different episodes"):
@@ -68,7 +85,7 @@ def test_no_episode_is_trained_on_that_begins_as_one_that_is_held_out() -> None:
 
 def test_each_epoch_uses_every_prompt_once(tmp_path: Path) -> None:
     path = write(tmp_path, "p.txt", "\n".join("abcdefg"))
-    prompts = load_prompts(PromptsConfig(path=path, heldout=1), encode)
+    prompts = load_prompts(PromptsConfig(path=path, heldout=1), encode, render)
     drawn = [prompt.index for step in range(4) for prompt in prompts.for_step(step, 3, seed=5)]
     assert sorted(drawn[:6]) == sorted(drawn[6:]) == sorted(prompt.index for prompt in prompts.training)
     assert drawn[:6] != drawn[6:]
@@ -94,7 +111,7 @@ def test_a_step_shuffles_an_epoch_once_and_not_for_each_of_its_prompts(monkeypat
 def test_prompts_of_ones_own_are_whole_unless_they_are_to_be_cut(tmp_path: Path) -> None:
     path = write(tmp_path, "p.txt", "a long question\nanother long question")
     for values, most in (({"path": path}, 21), ({"path": path, "first_tokens": 4}, 4)):
-        prompts = load_prompts(PromptsConfig.model_validate({"heldout": 1, **values}), encode)
+        prompts = load_prompts(PromptsConfig.model_validate({"heldout": 1, **values}), encode, render)
         assert max(len(prompt.token_ids) for prompt in [*prompts.training, *prompts.heldout]) == most
     assert PromptsConfig().first_tokens == 6, "reviews are no prompts"
     assert PromptsConfig(first_tokens=None).first_tokens is None
@@ -102,7 +119,7 @@ def test_prompts_of_ones_own_are_whole_unless_they_are_to_be_cut(tmp_path: Path)
 
 
 def test_reviews_are_the_default() -> None:
-    prompts = load_prompts(PromptsConfig(heldout=64), encode)
+    prompts = load_prompts(PromptsConfig(heldout=64), encode, render)
     assert len(prompts.heldout) == 64
     assert len(prompts.training) > 1000
 
@@ -114,24 +131,36 @@ def test_reviews_are_the_default() -> None:
         ("p.tsv", "id\tnote\n1\tx", "a column `text`"),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2: found .*`prompt`"),
         ("p.jsonl", '{"prompt": "a"}\n{', "line 2: not JSON"),
+        ("p.jsonl", '["a"]', "line 1: found .*`prompt`"),
+        ("p.jsonl", '{"prompt": "a", "messages": []}', "line 1: found .*`messages`, each with `role` and `content`"),
+        ("p.jsonl", '{"messages": []}', "line 1: found .*`messages`"),
+        ("p.jsonl", '{"messages": [{"role": "user"}]}', "line 1: found .*`role` and `content`"),
+        ("p.jsonl", '{"messages": [{"role": "tool", "content": ""}]}', "line 1: messages: .* cannot be asked so: no t"),
+        ("p.jsonl", '{"prompt": "a", "reference": 3}', "line 1: reference: found 3, expected a string"),
+        ("p.jsonl", '{"prompt": "a", "reference": "1"}\n{"prompt": "b"}', "line 2: `reference` belongs to all lines"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "reference": "1"}\n{"prompt": "b", "reference": "1"}\n{"prompt": "a", "reference": "2"}',
+            "prompts 0 and 2 are equal, and their references are '1' and '2'",
+        ),
         ("p.csv", "a", "unknown kind '.csv'"),
         ("p.txt", "a\nb", "heldout is 64, but there are only 2"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     with pytest.raises(PromptError, match=message):
-        load_prompts(PromptsConfig(path=write(tmp_path, name, content)), encode)
+        load_prompts(PromptsConfig(path=write(tmp_path, name, content)), encode, render)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"none\.txt: cannot be read"):
-        load_prompts(PromptsConfig(path=tmp_path / "none.txt"), encode)
+        load_prompts(PromptsConfig(path=tmp_path / "none.txt"), encode, render)
 
 
 def test_a_prompt_that_leaves_no_room_is_told_before_a_step_comes_to_it(tmp_path: Path) -> None:
     lines = write(tmp_path, "p.txt", "abc\nabcdefgh\nab\nabcde")
     for heldout in (1, 3):
-        prompts = load_prompts(PromptsConfig(path=lines, first_tokens=None, heldout=heldout), encode)
+        prompts = load_prompts(PromptsConfig(path=lines, first_tokens=None, heldout=heldout), encode, render)
         check_lengths(prompts, 9)
         with pytest.raises(PromptError, match="prompt 1 has 8 tokens, and generation takes 8, a response included"):
             check_lengths(prompts, 8)
@@ -139,7 +168,7 @@ def test_a_prompt_that_leaves_no_room_is_told_before_a_step_comes_to_it(tmp_path
 
 def test_a_response_that_a_service_could_not_read_is_told_before_a_step_comes_to_it(tmp_path: Path) -> None:
     lines = write(tmp_path, "p.txt", "abc\nabcdefgh\nab")
-    prompts = load_prompts(PromptsConfig(path=lines, first_tokens=None, heldout=1), encode)
+    prompts = load_prompts(PromptsConfig(path=lines, first_tokens=None, heldout=1), encode, render)
     check_readers(prompts, 100, 4, "reward", 12)
     # Generation ends the response before.
     check_readers(prompts, 11, 4, "reward", 11)
@@ -154,7 +183,7 @@ def test_jsonl_and_tsv_are_read(tmp_path: Path) -> None:
     jsonl = write(tmp_path, "p.jsonl", '{"prompt": "ab"}\n{"prompt": "cd"}\n')
     tsv = write(tmp_path, "p.tsv", 'id\ttext\n1\ta "quoted" text\n2\tcd\n')
     for path, first in ((jsonl, "ab"), (tsv, 'a "quoted" text')):
-        prompts = load_prompts(PromptsConfig(path=path, first_tokens=None, heldout=1), encode)
+        prompts = load_prompts(PromptsConfig(path=path, first_tokens=None, heldout=1), encode, render)
         texts = {"".join(map(chr, prompt.token_ids)) for prompt in prompts.training + prompts.heldout}
         assert texts == {first, "cd"}
 
@@ -170,7 +199,7 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     for name, content in files.items():
         path = tmp_path / name
         path.write_bytes(content.encode())
-        prompts = load_prompts(PromptsConfig(path=path, first_tokens=None, heldout=1), encode)
+        prompts = load_prompts(PromptsConfig(path=path, first_tokens=None, heldout=1), encode, render)
         texts = {"".join(map(chr, prompt.token_ids)) for prompt in prompts.training + prompts.heldout}
         assert texts == {text, "fg"}, name
 
@@ -180,7 +209,7 @@ def test_the_mark_that_windows_puts_before_utf_8_is_no_text(tmp_path: Path) -> N
     for name, content in files.items():
         path = tmp_path / name
         path.write_text(content, encoding="utf-8-sig")
-        prompts = load_prompts(PromptsConfig(path=path, first_tokens=None, heldout=1), encode)
+        prompts = load_prompts(PromptsConfig(path=path, first_tokens=None, heldout=1), encode, render)
         texts = {"".join(map(chr, prompt.token_ids)) for prompt in prompts.training + prompts.heldout}
         assert texts == {"ab", "cd"}, name
 
@@ -200,3 +229,24 @@ def test_a_curriculum_begins_with_the_shortest_and_takes_in_longer_ones() -> Non
     # A step needs as many as it draws, and takes none twice while there are others.
     assert sorted(len(one.token_ids) for one in prompts.for_step(0, 5, seed=0)) == [1, 2, 3, 4, 5]
     assert len(prompts.for_step(0, 23, seed=0)) == 23
+
+
+def test_conversations_are_rendered_and_never_cut(tmp_path: Path) -> None:
+    system, asked, said = ({"role": r, "content": c} for r, c in (("system", "S"), ("user", "U"), ("assistant", "A")))
+    lines = [[asked], [system, asked, said, asked]]
+    path = write(tmp_path, "p.jsonl", "\n".join(json.dumps({"messages": line}) for line in lines))
+    prompts = load_prompts(PromptsConfig(path=path, heldout=1), encode, render)
+    texts = {"".join(map(chr, prompt.token_ids)) for prompt in prompts.training + prompts.heldout}
+    assert texts == {"<user>U<assistant>", "<system>S<user>U<assistant>A<user>U<assistant>"}
+    with pytest.raises(PromptError, match="first_tokens is 4, which would cut conversations off"):
+        load_prompts(PromptsConfig(path=path, heldout=1, first_tokens=4), encode, render)
+
+
+def test_references_stay_with_their_prompts(tmp_path: Path) -> None:
+    records = [{"prompt": f"{number}+1", "reference": str(number + 1)} for number in range(8)]
+    path = write(tmp_path, "p.jsonl", "\n".join(map(json.dumps, [*records, records[3]])))
+    prompts = load_prompts(PromptsConfig(path=path, heldout=3), encode, render)
+    found = {"".join(map(chr, one.token_ids)): one.reference for one in prompts.training + prompts.heldout}
+    assert found == {record["prompt"]: record["reference"] for record in records}
+    assert references_of(prompts.heldout) == tuple(one.reference for one in prompts.heldout)
+    assert references_of([Prompt(0, np.zeros(1, np.int32))]) == references_of([]) == ()

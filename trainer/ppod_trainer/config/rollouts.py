@@ -18,9 +18,10 @@ class PromptsConfig(ConfigModel):
 
     path: Path | None = Field(
         default=None,
-        description=".tsv with a `text` column, .jsonl with a `prompt` field, or .txt; none: movie reviews. Texts are "
-        "read as they stand: special tokens that a model expects before or around a prompt, such as one for its "
-        "beginning or those of a chat template, have to be in them",
+        description=".tsv with a `text` column, .txt, or .jsonl with a `prompt` or with `messages`, each of a `role` and "
+        "`content`, and with a `reference` for rewards that compare with one; none: movie reviews. Texts are read as "
+        "they stand: a token that a model expects before a prompt has to be in them; messages go through the policy's "
+        "chat template, which begins the assistant's turn",
     )
     first_tokens: int | None = Field(
         default=None, ge=1, description="tokens kept of each text; none: all; not given: all, of the reviews 6"

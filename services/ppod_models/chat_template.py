@@ -1,0 +1,37 @@
+"""Conversations as the text that a model was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
+
+_TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a template's expressions raise of a conversation that they do not fit, and transformers of an empty one."""
+
+
+class ChatTemplateError(Exception):
+    """A tokenizer has no chat template, or the template refuses a conversation."""
+
+
+def render_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], *, open_turn: bool) -> str:
+    """Apply the chat template; special tokens are in the text.
+
+    Args:
+        tokenizer: whose template.
+        messages: each with `role` and `content`.
+        open_turn: begin the assistant's turn behind them.
+
+    Raises:
+        ChatTemplateError: it cannot.
+    """
+    if not tokenizer.chat_template:
+        raise ChatTemplateError("its tokenizer has no chat template")
+    turns = [dict(message) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_turn)
+    except _TEMPLATE_ERRORS as error:
+        raise ChatTemplateError(f"its chat template refuses the conversation: {error}") from error
+    return cast(str, text)
