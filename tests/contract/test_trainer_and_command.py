@@ -19,7 +19,7 @@ from ppod.v1 import generation_pb2, reward_pb2
 from ppod_deploy.cli import execute
 from ppod_models.configuration import parse_config
 from ppod_trainer.config import RolloutConfig, TrainerConfig
-from ppod_trainer.connections import check_services, connect
+from ppod_trainer.connections import check_references, check_services, connect
 from ppod_trainer.errors import ServiceMismatchError
 from support.scripted_services import LIMITS, Script, scripted_server
 
@@ -124,6 +124,20 @@ def test_a_reward_reads_all_ids_of_the_policys_tokenizer(
                 check_services(connections, rollout, 1, vocab_size, token_id_bound)
         finally:
             connections.close()
+
+
+@pytest.mark.parametrize("key", ["reward_model", "judge_model"])
+def test_a_reward_that_compares_with_answers_is_refused_where_the_prompts_have_none(key: str) -> None:
+    with scripted_server() as server:
+        targets = dict.fromkeys(("reward", "reference"), server.target)
+        for name, refused in (("exact", True), ("one", False), ("whole", False)):
+            connections = connect(trainer_of(server.target, "", **targets, **{key: name}), FINGERPRINT, lambda *_: None)
+            try:
+                expected = f"services.{key}: exact compares responses with references, and the prompts have none"
+                with pytest.raises(ServiceMismatchError, match=expected) if refused else nullcontext():
+                    check_references(connections)
+            finally:
+                connections.close()
 
 
 def test_a_token_is_not_sent_in_plain_text_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,15 @@ from ppod_trainer.metrics import MetricsLog
 from ppod_trainer.policy_loading import load_policy
 from ppod_trainer.presampling import PreEstimates, keep_estimates, planned_prompts, presample
 from ppod_trainer.prompt_files import Render
-from ppod_trainer.prompts import Encode, PromptSet, check_lengths, check_readers, load_prompts, references_of, split_episodes
+from ppod_trainer.prompts import (
+    Encode,
+    PromptSet,
+    check_lengths,
+    check_readers,
+    load_prompts,
+    references_of,
+    split_episodes,
+)
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
 from ppod_trainer.stateful import Stateful
@@ -151,9 +159,7 @@ def _load_prompts(
     return replace(prompts, curriculum_steps=config.prompts.curriculum_steps)
 
 
-def _check_prompts(
-    prompts: PromptSet, connections: Connections, served: ServedModels, rollout: RolloutConfig
-) -> None:
+def _check_prompts(prompts: PromptSet, connections: Connections, served: ServedModels, rollout: RolloutConfig) -> None:
     if not references_of(prompts.training):
         check_references(connections)
     if rollout.on_bad_sample != "stop":

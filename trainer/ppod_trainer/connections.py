@@ -195,15 +195,15 @@ def check_services(
 
 def check_references(connections: Connections) -> None:
     """Raise ServiceMismatchError where a reward compares with references; for prompts that have none."""
-    for role, client in (("reward", connections.reward), ("judge", connections.judge)):
+    for key, client in (("reward_model", connections.reward), ("judge_model", connections.judge)):
         if client is None:
             continue
         first, *others = client.list_rewards()
         asked = next((one for one in (first, *others) if one.name == client.pin.model), first)
         if asked.needs_references:
             raise ServiceMismatchError(
-                f"{role}: {asked.name} compares responses with references, and the prompts have none; give each line "
-                "of prompts.path, a .jsonl file, its `reference`"
+                f"services.{key}: {asked.name} compares responses with references, and the prompts have none; give "
+                "each line of prompts.path a `reference`, or let an environment pay for what is right"
             )
 
 

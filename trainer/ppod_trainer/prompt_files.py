@@ -53,7 +53,13 @@ def _read_tsv(path: Path, content: str, render: Render) -> list[PromptText]:
     rows = csv.DictReader(_lines(content), delimiter="\t", quoting=csv.QUOTE_NONE)
     if "text" not in (rows.fieldnames or []):
         raise PromptError(f"prompts.path {path}: the header has {rows.fieldnames}; expected a column `text`")
-    return [PromptText(str(row["text"] or "")) for row in rows]
+    prompts: list[PromptText] = []
+    for row in rows:
+        reference: str | None = row.get("reference")
+        if reference is None and "reference" in row:
+            raise PromptError(f"prompts.path {path}, line {rows.line_num}: it ends before the column `reference`")
+        prompts.append(PromptText(str(row["text"] or ""), reference))
+    return prompts
 
 
 def _read_jsonl(path: Path, content: str, render: Render) -> list[PromptText]:

@@ -184,7 +184,7 @@ def _different(prompts: Sequence[Prompt]) -> list[Prompt]:
         if first.reference != prompt.reference:
             raise PromptError(
                 f"prompts {first.index} and {prompt.index} are equal, and their references are {first.reference!r} and "
-                f"{prompt.reference!r}; remove one"
+                f"{prompt.reference!r}; remove one, or keep more first_tokens"
             )
     return list(seen.values())
 

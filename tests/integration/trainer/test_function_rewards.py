@@ -42,7 +42,7 @@ def test_answers_are_held_against_the_references_of_their_own_prompts(system: Sy
 
         done = system.train({**system.config("no-answers"), "services": services | {"judge_model": None}})
     assert done.returncode == 1
-    assert "reward: exact compares responses with references, and the prompts have none; give each" in done.stderr
+    assert "services.reward_model: exact compares responses with references, and the prompts have none" in done.stderr
 
 
 def test_functions_alone_pay_a_policy_with_a_padded_vocabulary(system: System, tmp_path: Path) -> None:

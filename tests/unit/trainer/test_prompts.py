@@ -143,6 +143,7 @@ def test_reviews_are_the_default() -> None:
             '{"prompt": "a", "reference": "1"}\n{"prompt": "b", "reference": "1"}\n{"prompt": "a", "reference": "2"}',
             "prompts 0 and 2 are equal, and their references are '1' and '2'",
         ),
+        ("p.tsv", "text\treference\na\t1\nb", "line 3: it ends before the column `reference`"),
         ("p.csv", "a", "unknown kind '.csv'"),
         ("p.txt", "a\nb", "heldout is 64, but there are only 2"),
     ],
@@ -244,9 +245,10 @@ def test_conversations_are_rendered_and_never_cut(tmp_path: Path) -> None:
 
 def test_references_stay_with_their_prompts(tmp_path: Path) -> None:
     records = [{"prompt": f"{number}+1", "reference": str(number + 1)} for number in range(8)]
-    path = write(tmp_path, "p.jsonl", "\n".join(map(json.dumps, [*records, records[3]])))
-    prompts = load_prompts(PromptsConfig(path=path, heldout=3), encode, render)
-    found = {"".join(map(chr, one.token_ids)): one.reference for one in prompts.training + prompts.heldout}
-    assert found == {record["prompt"]: record["reference"] for record in records}
-    assert references_of(prompts.heldout) == tuple(one.reference for one in prompts.heldout)
+    rows = ["id\treference\ttext", *(f"x\t{one['reference']}\t{one['prompt']}" for one in records)]
+    for name, lines in {"p.jsonl": [*map(json.dumps, [*records, records[3]])], "p.tsv": rows}.items():
+        prompts = load_prompts(PromptsConfig(path=write(tmp_path, name, "\n".join(lines)), heldout=3), encode, render)
+        found = {"".join(map(chr, one.token_ids)): one.reference for one in prompts.training + prompts.heldout}
+        assert found == {record["prompt"]: record["reference"] for record in records}
+        assert references_of(prompts.heldout) == tuple(one.reference for one in prompts.heldout)
     assert references_of([Prompt(0, np.zeros(1, np.int32))]) == references_of([]) == ()

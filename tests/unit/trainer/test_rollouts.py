@@ -129,6 +129,23 @@ def test_a_bad_sample_stops_the_run_when_told_so() -> None:
     assert caught.value.__notes__ == ["sample 2 has prompt 2"]
 
 
+def test_each_sample_goes_with_its_prompts_answer() -> None:
+    """Also where another was dropped; a reward that compares with none is sent none."""
+    sent: list[object] = []
+
+    class Comparing(Scripted):
+        def score(self, sequences: Sequence[np.ndarray], *, references: object = None, **_: object) -> Values:
+            sent.append(references)
+            return super().score(sequences)
+
+    samples = [rollout(i) for i in range(3)]
+    answered = [replace(one, prompt=replace(one.prompt, reference=f"answer {i}")) for i, one in enumerate(samples)]
+    reward = Comparing({1: NonFiniteOutput("score", 0, "nan")})
+    collector(reward, Scripted(), "skip").score(answered, StepTimer())
+    collector(Comparing(), Scripted(), "stop").score(samples, StepTimer())
+    assert sent == [("answer 0", "answer 1", "answer 2"), ("answer 0", "answer 2"), ()]
+
+
 def test_an_error_without_a_sample_always_stops() -> None:
     class Gone(Scripted):
         def score(self, sequences: Sequence[np.ndarray], **_: object) -> Values:
