@@ -36,7 +36,7 @@ def resolve_run(command: Run | Up, overrides: Sequence[Override]) -> RunConfig:
         ConfigError: the file, an override or their sum is wrong, or the run directory holds another run, which is not
             resumed, or would be with a configuration that is not its own.
     """
-    resume = command.resume if isinstance(command, Run) else None
+    resume = command.resume.expanduser() if isinstance(command, Run) and command.resume else None
     if resume is not None and not (resume / RUN_FILE).is_file():
         raise ConfigError(COMMAND_LINE, [f"--resume: {resume} holds no {RUN_FILE}, so no run was started there"])
     paths = command.config or (resume / RUN_FILE if resume is not None else default_config(),)

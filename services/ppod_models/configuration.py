@@ -36,6 +36,23 @@ class ConfigModel(BaseModel):
             raise ValueError("expected a number")
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _tilde_is_the_home(cls, value: object) -> object:
+        """No shell has read what stands in a file, or behind the `=` of an option."""
+        if isinstance(value, tuple):
+            return tuple(_at_home(one) for one in cast("tuple[object, ...]", value))
+        return _at_home(value)
+
+
+def _at_home(value: object) -> object:
+    if not isinstance(value, Path):
+        return value
+    try:
+        return value.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{error}; write the whole path") from error
+
 
 _SECTIONS = (Mapping, BaseModel, list, tuple)
 
@@ -153,7 +170,7 @@ def parse_yaml(text: str) -> object:
 def read_yaml(path: Path) -> object:
     """Read a YAML file; raise ConfigError when it cannot be read or parsed."""
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

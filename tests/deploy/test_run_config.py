@@ -163,6 +163,17 @@ def test_a_run_is_resumed_in_no_other_directory_than_its_own(run_values: dict[st
     assert resolve_run(Run(resume=tmp_path), [same]).trainer.run_dir == tmp_path
 
 
+def test_a_run_in_ones_home_is_resumed(
+    run_values: dict[str, Section], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind `--resume=`, where no shell reads the tilde."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / RUN_FILE).write_text(dump_config(parse_run(run_values, "test")))
+    same = Override(("trainer", "run_dir"), str(tmp_path / "one"))
+    assert resolve_run(Run(resume=Path("~/one")), [same]).trainer.run_dir == tmp_path / "one"
+
+
 def test_a_run_is_resumed_with_its_own_course_alone(run_values: dict[str, Section], tmp_path: Path) -> None:
     """Before its run file is overwritten, from which it could be resumed."""
     values = apply_overrides(run_values, [Override(("trainer", "run_dir"), str(tmp_path))])

@@ -197,6 +197,22 @@ def test_truth_is_no_number() -> None:
     assert parse_config(ModelConfig, {"source": "x", "threads": 1}, "test").threads == 1
 
 
+class Places(ConfigModel):
+    one: Path
+    other: Path | None = None
+    several: tuple[Path, ...] = ()
+
+
+def test_a_tilde_is_the_home_and_no_directory_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "places.yaml").write_text("{one: ~/a b, other: '~', several: [~/c, /d, e/~/f]}")
+    found = load_config(Places, Path("~/places.yaml"))
+    assert (found.one, found.other) == (tmp_path / "a b", tmp_path)
+    assert found.several == (tmp_path / "c", Path("/d"), Path("e/~/f"))
+    with pytest.raises(ConfigError, match=r"one: .*home.*; write the whole path"):
+        parse_config(Places, {"one": "~nobody-here/x"}, "test")
+
+
 def test_a_key_that_is_there_twice_is_refused(tmp_path) -> None:
     """What stood below the first would have no effect, and nobody would be told."""
     file = tmp_path / "c.yaml"
