@@ -34,6 +34,9 @@ from ppod_models.configuration import ConfigModel, dump_config
 POLL_S = 0.05
 """How often children and signals are looked at; a child's death is noticed within this time."""
 
+ECHO_S = 0.25
+"""A signal that follows so soon is the same request: `timeout` sends it to the process and to its group."""
+
 TRAINER_GRACE_S = 300.0
 """Time for the trainer to finish its step and write a checkpoint; a step of a large model takes minutes."""
 
@@ -73,12 +76,23 @@ class Interrupted(Exception):
 
 @dataclass(slots=True)
 class Interrupts:
-    """Signals that came in. Only noted by the handler; the launcher's loop acts on them."""
+    """Signals that came in. Only noted by the handler; the launcher's loop acts on them.
+
+    Attributes:
+        received: in their order, without the echo of the first.
+        first_s: when the first one came, by the monotonic clock.
+    """
 
     received: list[int] = field(default_factory=list[int])
+    first_s: float = 0.0
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         """Signal handler."""
+        now = time.monotonic()
+        if not self.received:
+            self.first_s = now
+        elif now - self.first_s < ECHO_S:
+            return
         self.received.append(number)
 
     def check(self) -> None:

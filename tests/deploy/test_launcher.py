@@ -240,6 +240,21 @@ def test_a_second_ctrl_c_does_not_wait_for_the_trainer(start_ppod: StartPpod, ru
     assert not children_of_run(run_dir)
 
 
+def test_the_echo_of_a_signal_ends_no_run_without_its_checkpoint(
+    start_ppod: StartPpod, run_file: Path, run_dir: Path
+) -> None:
+    """What ends all processes of a job signals launcher and trainer, and the launcher then asks its trainer to end."""
+    ppod = start_ppod("run", "--config", str(run_file))
+    wait_for_steps(ppod, run_dir)
+    for process in (children_of_run(run_dir)["trainer"], ppod.process.pid):
+        os.kill(process, signal.SIGTERM)
+    time.sleep(0.01)
+    ppod.signal(signal.SIGTERM)
+    assert ppod.wait() == 143
+    assert newest_checkpoint(run_dir) is not None
+    assert "killed" not in ppod.stderr
+
+
 def test_a_hangup_stops_a_run_but_not_under_nohup(
     start_ppod: StartPpod, run_file: Path, run_dir: Path, tmp_path: Path
 ) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
 from ppod_trainer.errors import StopRequestedError
+
+ECHO_S = 1.0
+"""A signal that follows so soon is the same request: `timeout` sends it to the process and to its group, and what stops
+all processes of a job, as systemd and Slurm do, stops the launcher, too, which then asks its trainer once more."""
 
 
 class StopSignal:
@@ -19,7 +24,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._came_here = False
+        self._came_here_s: float | None = None
         self._interruptible = False
 
     def install(self) -> None:
@@ -61,11 +66,14 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self._came_here:
+        now = time.monotonic()
+        if self._came_here_s is not None:
+            if now - self._came_here_s < ECHO_S:
+                return
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         # One that another rank got does not make this the second: whoever ends a run asks all of its ranks.
-        self._came_here = True
+        self._came_here_s = now
         self.received = number
         if self._interruptible:
             self._interruptible = False

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from ppod_trainer.errors import StopRequestedError
-from ppod_trainer.stopping import NotedSignal, StopSignal
+from ppod_trainer.stopping import ECHO_S, NotedSignal, StopSignal
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +32,23 @@ def test_a_signal_that_another_rank_got_first_does_not_make_the_next_one_the_sec
     signal.raise_signal(signal.SIGTERM)
     with pytest.raises(StopRequestedError, match="SIGTERM"):
         stop.check()
+
+
+def test_the_echo_of_a_signal_does_not_end_a_run_without_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout` sends it to the process and to its group, what stops a whole job to the launcher and to its trainer."""
+    stop, ended = StopSignal(), list[int]()
+    stop.install()
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(StopRequestedError, match="SIGTERM"):
+        stop.check()
+    # Later it is the user's, who will not wait.
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + ECHO_S)
+    monkeypatch.setattr(signal, "signal", lambda number, _: ended.append(number))
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert ended == [signal.SIGTERM, signal.SIGTERM]
 
 
 def test_a_rank_that_follows_outlives_every_signal() -> None:
