@@ -83,5 +83,6 @@ class BadSamples:
         # The sample's number is its place in one request.
         error.add_note(f"sample {number} has prompt {sample.prompt.index}")
         if self.mode == "stop":
+            error.add_note("rollout.on_bad_sample: skip would leave it out")
             raise error
         log.warning("dropped a sample: %s", with_notes(error))

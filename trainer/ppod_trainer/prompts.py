@@ -167,6 +167,7 @@ def split_episodes(beginnings: Iterable[str], encode: Encode, heldout: int) -> P
 def _encoded(texts: Sequence[PromptText], encode: Encode) -> list[Prompt]:
     prompts: list[Prompt] = []
     for index, one in enumerate(texts):
+        _check_unicode(index, one)
         tokens = encode(one.text)
         if not tokens:
             raise PromptError(
@@ -174,6 +175,18 @@ def _encoded(texts: Sequence[PromptText], encode: Encode) -> list[Prompt]:
             )
         prompts.append(Prompt(index, np.asarray(tokens, dtype=np.int32), one.reference))
     return prompts
+
+
+def _check_unicode(index: int, prompt: PromptText) -> None:
+    """JSON may hold one half of a pair of surrogates, which is what becomes of a text that is cut within an emoji."""
+    for text in (prompt.text, prompt.reference or ""):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"prompt {index} ({text!r}): {text[error.start]!r} at character {error.start} is no Unicode character; "
+                "remove it from the file"
+            ) from error
 
 
 def _different(prompts: Sequence[Prompt]) -> list[Prompt]:

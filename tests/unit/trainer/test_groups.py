@@ -186,7 +186,8 @@ def test_a_completion_that_is_withheld_stops_a_run_that_skips_none() -> None:
     prompts = [Prompt(first, np.array([first, 1], dtype=np.int32)) for first in (7, 9)]
     with pytest.raises(WithheldError) as caught:
         ResponseSampler(turns_of(generation), BadSamples("stop")).sample(prompts, range(60, 62), 3)
-    expected = "sample 1: generation's output filter withholds the completion: rude; sample 1 has prompt 9"
+    expected = "sample 1: generation's output filter withholds the completion: rude; sample 1 has prompt 9; "
+    expected += "rollout.on_bad_sample: skip would leave it out"
     assert with_notes(caught.value) == expected
 
 

@@ -146,6 +146,8 @@ def test_reviews_are_the_default() -> None:
         ("p.tsv", "text\treference\na\t1\nb", "line 3: it ends before the column `reference`"),
         ("p.csv", "a", "unknown kind '.csv'"),
         ("p.txt", "a\nb", "heldout is 64, but there are only 2"),
+        ("p.jsonl", '{"prompt": "a\\ud83d"}', r"prompt 0 .*: '.ud83d' at character 1 is no Unicode character"),
+        ("p.jsonl", '{"prompt": "a", "reference": "\\ud83d"}', r"prompt 0 .* at character 0 is no Unicode character"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -126,7 +126,7 @@ def test_a_bad_sample_stops_the_run_when_told_so() -> None:
     reward = Scripted({2: NonFiniteOutput("score", 0, "nan")})
     with pytest.raises(NonFiniteOutput, match="sample 2") as caught:
         collector(reward, Scripted(), "stop").score([rollout(i) for i in (5, 6, 2, 3)], StepTimer())
-    assert caught.value.__notes__ == ["sample 2 has prompt 2"]
+    assert caught.value.__notes__ == ["sample 2 has prompt 2", "rollout.on_bad_sample: skip would leave it out"]
 
 
 def test_each_sample_goes_with_its_prompts_answer() -> None:
