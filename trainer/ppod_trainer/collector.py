@@ -13,6 +13,7 @@ from ppod_trainer.metrics import StepTimer
 from ppod_trainer.potentials import Shaping, score_rollouts
 from ppod_trainer.prompts import Prompt
 from ppod_trainer.reward_components import component_scores
+from ppod_trainer.reward_versions import RewardVersion
 from ppod_trainer.rollouts import Rollout, ScoredRollout, common_temperature
 from ppod_trainer.sampling import Sampler
 
@@ -42,6 +43,7 @@ class RolloutCollector:
         self._reward = reward
         self._reference = reference
         self._bad_samples = bad_samples
+        self._reward_version = RewardVersion("the reward")
         # Two, because the rollouts of the next step and an evaluation of this one may both be scored now.
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="reference")
 
@@ -94,6 +96,7 @@ class RolloutCollector:
 
         def score(kept: Sequence[Rollout]) -> list[Judged]:
             scores, potentials = score_rollouts(client, list(kept), shaping)
+            self._reward_version.see(scores.state)
             return list(zip(scores.values.tolist(), component_scores(scores), potentials, strict=True))
 
         return self._bad_samples.call(rollouts, score)

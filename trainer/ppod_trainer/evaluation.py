@@ -16,6 +16,7 @@ from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.errors import TrainerError
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt, references_of
+from ppod_trainer.reward_versions import RewardVersion
 from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
 
 Decode = Callable[[TokenArray], str]
@@ -103,6 +104,7 @@ class Evaluator:
         self._bad_samples = bad_samples
         self._collector = collector
         self._judge = judge
+        self._judge_version = RewardVersion("the held-out judge")
         self._prompts = prompts
         self._decode = decode
 
@@ -152,11 +154,13 @@ class Evaluator:
 
         def score(kept: Sequence[Rollout]) -> list[float]:
             prompts = [rollout.prompt for rollout in kept]
-            return judge.score(
+            scores = judge.score(
                 [rollout.judged_tokens for rollout in kept],
                 prompt_lengths=[len(prompt.token_ids) for prompt in prompts],
                 references=references_of(prompts),
-            ).values.tolist()
+            )
+            self._judge_version.see(scores.state)
+            return scores.values.tolist()
 
         kept, scores = self._bad_samples.call([one.rollout for one in scored], score)
         return {rollout.seed: value for rollout, value in zip(kept, scores, strict=True)}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ppod import FailedPrecondition, ResourceExhausted, Unavailable
-from ppod.client import LoraAdapter, WeightPush, WeightStatus
+from ppod.client import LoraAdapter, ModelState, WeightPush, WeightStatus
 from ppod_trainer.assembly import presample_for
 from ppod_trainer.checkpoint import TrainerState
 from ppod_trainer.config import WeightTransferConfig
@@ -262,7 +262,7 @@ class AwayOnce:
         self.calls += 1
         if self.calls == 1:
             raise Unavailable("the judge's pod is moved")
-        return SimpleNamespace(values=np.zeros(len(sequences), np.float32))
+        return SimpleNamespace(values=np.zeros(len(sequences), np.float32), state=ModelState("judge", 0, ""))
 
 
 def test_a_judge_that_is_away_for_a_moment_is_asked_again(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ppod import InvalidArgument, NonFiniteOutput, PpodError, Unavailable
+from ppod.client import ModelState
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.evaluation import distinct_2, standard_error
@@ -74,10 +75,14 @@ def test_seeds_depend_on_place_alone_and_differ() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
+_STATE = ModelState("scripted", 0, "")
+
+
 @dataclass
 class Values:
     values: Any
     breakdown: None = None
+    state: ModelState = _STATE
 
 
 @dataclass
@@ -144,6 +149,27 @@ def test_each_sample_goes_with_its_prompts_answer() -> None:
     collector(reward, Scripted(), "skip").score(answered, StepTimer())
     collector(Comparing(), Scripted(), "stop").score(samples, StepTimer())
     assert sent == [("answer 0", "answer 1", "answer 2"), ("answer 0", "answer 2"), ()]
+
+
+def test_a_reward_that_was_replaced_in_the_run_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    versions = [3, 3, 4, 4, 3]
+
+    class Replaced(Scripted):
+        def score(self, sequences: Sequence[np.ndarray], **_: object) -> Values:
+            return replace(super().score(sequences), state=ModelState("helpful", versions.pop(0), "f"))
+
+    asked = collector(Replaced(), Scripted(), "stop")
+    told: list[list[str]] = []
+    while versions:
+        caplog.clear()
+        asked.score([rollout(1)], StepTimer())
+        told.append([record.getMessage() for record in caplog.records])
+    expected = (
+        "the reward helpful was replaced: scores are by version {} now, and were by version {}; those from before"
+    )
+    assert [len(lines) for lines in told] == [0, 0, 1, 0, 1]
+    assert told[2][0].startswith(expected.format(4, 3))
+    assert told[4][0].startswith(expected.format(3, 4))
 
 
 def test_an_error_without_a_sample_always_stops() -> None:
