@@ -303,6 +303,27 @@ def test_a_terminal_that_is_closed_after_ctrl_c_leaves_the_time_for_a_checkpoint
     assert not children_of_run(run_dir)
 
 
+def test_a_run_whose_output_is_read_no_more_ends_in_one_line(run_file: Path, run_dir: Path, tmp_path: Path) -> None:
+    """As in `ppod run | head -2`."""
+    command = [sys.executable, "-m", "ppod_deploy", "run", "--config", str(run_file)]
+    words = tmp_path / "stderr"
+    with (
+        words.open("wb") as stderr,
+        subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=stderr) as process,
+    ):
+        assert process.stdout is not None
+        assert [process.stdout.readline().split()[0] for _ in range(2)] == [b"held-out", b"step"]
+        process.stdout.close()
+        assert process.wait(60) == 1
+    said = [line for line in words.read_text().splitlines() if " ready after " not in line]
+    checkpoint = newest_checkpoint(run_dir)
+    assert said[1:] == [
+        f"OutputError: failed after step {int(str(checkpoint)[-6:])}; resume from {checkpoint}",
+        "ppod train: nobody reads stdout any more, as behind `| head`; let a file take it",
+        "ppod: the trainer ended: exit code 1",
+    ]
+
+
 def test_a_run_directory_in_use_is_refused(start_ppod: StartPpod, run_file: Path, run_dir: Path) -> None:
     first = start_ppod("up", "--config", str(run_file))
     first.wait_until(lambda: bool(children_of_run(run_dir)), "first service")

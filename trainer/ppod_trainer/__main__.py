@@ -12,13 +12,15 @@ import argparse
 import errno
 import json
 import logging
+import os
+import select
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from ppod import PpodError
 from ppod_models.configuration import ConfigError, add_config_option, load_config
@@ -27,7 +29,7 @@ from ppod_models.garbage import uncollected_start
 from ppod_models.sources import ModelSourceError
 from ppod_models.tracing import configure_tracing, flush_tracing
 from ppod_trainer.config import TrainerConfig
-from ppod_trainer.errors import StopRequestedError, TrainerError, TroubleError, with_notes
+from ppod_trainer.errors import OutputError, StopRequestedError, TrainerError, TroubleError, with_notes
 
 if TYPE_CHECKING:
     from ppod_trainer.ranks import Ranks
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 """A full disk, and its like: met wherever a record, a sample or a model is written."""
+_UNREAD_FAULTS = {errno.EPIPE, errno.EIO}
+"""What is met where a pipe has no reader, or a terminal was closed."""
 _FLUSH_TIMEOUT_S = 2.0
 """Longest wait, at the end, for a collector to take the last spans."""
 
@@ -89,7 +93,33 @@ def _run(config: TrainerConfig, started: Callable[[], None]) -> int:
 
 def _complain(ranks: Ranks | None, message: str) -> None:
     place = "" if ranks is None or ranks.size == 1 else f"rank {ranks.rank} of {ranks.size}: "
-    print(f"ppod train: {place}{message}", file=sys.stderr, flush=True)
+    _tell(f"ppod train: {place}{message}", sys.stderr)
+
+
+def _tell(line: str, stream: TextIO) -> None:
+    """To stderr where nobody reads stdout, and to nobody where nobody reads that."""
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        # Python would complain once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is not sys.stderr:
+            _tell(line, sys.stderr)
+
+
+@contextmanager
+def _output_is_read() -> Generator[None]:
+    """Name the pipe that breaks most: that of `ppod run | head`. Others, as to a tool, are an environment's own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNREAD_FAULTS:
+            raise
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not poll.poll(0):
+            raise
+        raise OutputError("nobody reads stdout any more, as behind `| head`; let a file take it") from error
 
 
 def _lead(config: TrainerConfig, ranks: Ranks, started: Callable[[], None]) -> int:
@@ -105,7 +135,8 @@ def _lead(config: TrainerConfig, ranks: Ranks, started: Callable[[], None]) -> i
             # Whatever it is: an environment's own errors are as good as ours.
             failed.push(partial(_save_failed, training_run))
             try:
-                _train(training_run)
+                with _output_is_read():
+                    _train(training_run)
             except StopRequestedError as error:
                 failed.pop_all()
                 _save(training_run, f"{error}: stopped")
@@ -140,7 +171,7 @@ def _save_failed(training_run: TrainingRun, kind: type[BaseException] | None, *_
 def _save(training_run: TrainingRun, what: str) -> None:
     """Keep the last whole step of a run that ends early."""
     path = training_run.save()
-    print(f"{what} after step {training_run.state.step}; resume from {path}", flush=True)
+    _tell(f"{what} after step {training_run.state.step}; resume from {path}", sys.stdout)
 
 
 def _train(training_run: TrainingRun) -> None:
@@ -166,7 +197,8 @@ def _train(training_run: TrainingRun) -> None:
     records = read_records(config.run_dir / "metrics.jsonl")
     plot_curves(config.run_dir / "curves.png", records, f"{config.policy.source}, seed {config.seed}")
     with (config.run_dir / "report.txt").open("w", encoding="utf-8") as file:
-        for console in (Console(), Console(file=file, width=120)):
+        # The file first: where nobody reads stdout, rich ends the process.
+        for console in (Console(file=file, width=120), Console()):
             print_report(console, before, after, config.evaluation.shown_samples)
     print(f"run directory {config.run_dir}; final model {final}", flush=True)
 

@@ -68,5 +68,9 @@ class RanksError(TrainerError):
     """The ranks of the trainer did not find each other, or lost each other."""
 
 
+class OutputError(TrainerError):
+    """Nobody reads what the trainer prints."""
+
+
 class StopRequestedError(TrainerError):
     """SIGINT or SIGTERM came in; the run ends at the last whole step."""
