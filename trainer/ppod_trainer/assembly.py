@@ -20,7 +20,7 @@ from ppod_models.configuration import dump_config
 from ppod_models.sources import resolve
 from ppod_trainer.algorithms import LearnedEstimator, build_estimator
 from ppod_trainer.bad_samples import BadSamples
-from ppod_trainer.checkpoint import TrainerState, goes_on, load_checkpoint, restore_components
+from ppod_trainer.checkpoint import TrainerState, goes_on, load_checkpoint, restore_components, with_prompts
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import EnvironmentConfig, KlConfig, RolloutConfig, TrainerConfig, configuration_fingerprint
 from ppod_trainer.connections import Connections, ServedModels, check_references, check_services, connect
@@ -82,6 +82,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
     with ExitStack() as opened:
         # Last of all: the other ranks wait for it to end.
         opened.callback(leader.close)
+        state = with_prompts(state, "" if environments else prompts.fingerprint)
         # Not before: a run that does not fit the directory leaves the configuration that does.
         write_durably(config.run_dir / "config.yaml", dump_config(config))
         metrics = MetricsLog(config.run_dir, config.metrics, state.step if state.components else None)

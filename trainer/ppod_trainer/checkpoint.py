@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +37,7 @@ class TrainerState:
         reference_version: version of the reference's weights; 0 is the initial model.
         configuration: fingerprint of the configuration that decides the course of training.
         components: what each part of the run that changes from step to step holds, by its name; see `Stateful`.
+        prompts: fingerprint of the prompts of a file; empty: not known, as of an environment's.
     """
 
     step: int
@@ -44,6 +45,7 @@ class TrainerState:
     reference_version: int
     configuration: str
     components: dict[str, JsonState] = field(default_factory=dict[str, JsonState])
+    prompts: str = ""
 
 
 def save_checkpoint(directory: Path, learner: Learner, state: TrainerState, keep: int) -> Path:
@@ -147,6 +149,25 @@ def restore_components(components: Mapping[str, Stateful], state: TrainerState) 
                 f"resume: the checkpoint of step {state.step} does not hold the state of {name} ({error!r}); "
                 "it was made by another version of ppod"
             ) from error
+
+
+def with_prompts(state: TrainerState, fingerprint: str) -> TrainerState:
+    """The state of a run that draws from these prompts.
+
+    Args:
+        state: from a checkpoint, or of a new run.
+        fingerprint: of the prompts; empty: they are an environment's, which may be made anew each time.
+
+    Raises:
+        CheckpointError: it drew from others before. Their places in the file tell which are held out, what a step draws
+            and what was solved.
+    """
+    if state.prompts not in ("", fingerprint):
+        raise CheckpointError(
+            f"resume: the prompts of prompts.path are not those that this run had at step {state.step} "
+            f"({state.prompts}, now {fingerprint}); put the file back as it was, or start a new run directory"
+        )
+    return replace(state, prompts=fingerprint)
 
 
 def _examine(path: Path, configuration: str, ranks: Ranks) -> TrainerState | str:

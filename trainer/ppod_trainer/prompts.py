@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,15 @@ class PromptSet:
     training: list[Prompt]
     heldout: list[Prompt]
     curriculum_steps: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all of them, with their answers and their places."""
+        digest = hashlib.sha256()
+        for one in [*self.training, *self.heldout]:
+            digest.update(f"{one.index} {len(one.token_ids)} {one.reference!r}\n".encode())
+            digest.update(one.token_ids.tobytes())
+        return digest.hexdigest()[:16]
 
     def for_step(self, step: int, batch_size: int, seed: int) -> list[Prompt]:
         """The prompts of a step, by (seed, step) alone: each epoch goes through all of them in an order of its own."""

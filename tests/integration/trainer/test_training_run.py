@@ -107,6 +107,22 @@ def test_a_stopped_run_resumes_to_the_same_end(system: System, number: int) -> N
     assert records_of(Path(str(straight["run_dir"]))) == records_of(run_dir)
 
 
+def test_a_run_is_not_resumed_with_other_prompts(system: System, tmp_path: Path) -> None:
+    """Others would be held out than those that were judged before, and what was solved would be said of others."""
+    path = tmp_path / "prompts.txt"
+    lines = [f"{index:02d} is it" for index in range(60)]
+    path.write_text("\n".join(lines))
+    prompts = {"path": str(path), "heldout": 6}
+    config = system.config("other-prompts", steps=2, prompts=prompts)
+    assert system.train(config).returncode == 0
+    path.write_text("\n".join(lines[:30]))
+    changed = system.train({**config, "resume": True})
+    assert changed.returncode == 1
+    assert "resume: the prompts of prompts.path are not those that this run had at step 2" in changed.stderr
+    path.write_text("\n".join(lines) + "\n")
+    assert system.train({**config, "resume": True}).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

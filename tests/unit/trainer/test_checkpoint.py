@@ -19,6 +19,7 @@ from ppod_trainer.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
+    with_prompts,
 )
 from ppod_trainer.config import AdvantagesConfig, KlConfig, OptimizerConfig, PpoConfig, RewardsConfig, TrainerConfig
 from ppod_trainer.controls import StepControls
@@ -79,6 +80,18 @@ def test_what_does_not_fit_is_refused(policy: PolicyWithValue, tmp_path: Path) -
     (path / "trainer.json").write_text("{")
     with pytest.raises(CheckpointError, match="step_000003 cannot be read"):
         load_checkpoint(tmp_path, learner, "fingerprint")
+
+
+def test_a_run_goes_on_with_the_prompts_that_it_had() -> None:
+    """A checkpoint that knows of none is of an older version, or of a run whose environment makes them."""
+    begun = with_prompts(state_at(0), "these")
+    assert begun == replace(state_at(0), prompts="these")
+    assert with_prompts(begun, "these") == begun
+    assert with_prompts(state_at(3), "") == state_at(3)
+    with pytest.raises(
+        CheckpointError, match=r"prompts\.path are not those that this run had at step 0 \(these, now o"
+    ):
+        with_prompts(begun, "others")
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing"])

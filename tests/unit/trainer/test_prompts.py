@@ -191,6 +191,23 @@ def test_jsonl_and_tsv_are_read(tmp_path: Path) -> None:
         assert texts == {first, "cd"}
 
 
+def test_other_prompts_have_another_fingerprint(tmp_path: Path) -> None:
+    lines = ["a\t1", "b\t2", "c\t3"]
+    changed = [
+        [*lines, "d\t4"],
+        lines[:2],
+        ["b\t2", "a\t1", "c\t3"],
+        ["a\t1", "b\t2", "c\t4"],
+        ["a\t1", "b\t2", "d\t3"],
+    ]
+    found: list[str] = []
+    for number, one in enumerate([lines, lines, *changed]):
+        path = write(tmp_path, f"{number}.tsv", "\n".join(["text\treference", *one]))
+        found.append(load_prompts(PromptsConfig(path=path, heldout=1), encode, render).fingerprint)
+    assert found[0] == found[1]
+    assert len(set(found)) == 1 + len(changed)
+
+
 def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     """Form feeds and Unicode's separators of lines are part of a text; Windows' newlines are newlines."""
     text = "a\x0cb\u2028c\u2029d\x85e"
