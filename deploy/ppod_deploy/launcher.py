@@ -28,6 +28,7 @@ from ppod_deploy.processes import (
     stop_all,
 )
 from ppod_deploy.ranks import rank_environments
+from ppod_deploy.run_checks import run_notes
 from ppod_deploy.run_config import RunConfig, busy_ports, target_of
 from ppod_models.configuration import ConfigModel, dump_config
 
@@ -154,6 +155,8 @@ class Launcher:
             LaunchError: a service did not start, or died before the trainer was done.
             Interrupted: SIGINT, SIGTERM or SIGHUP came in. All children are gone in any case.
         """
+        for note in run_notes(self._config):
+            _say(f"note: {note}")
         with self._everything_stopped_after():
             # The trainer imports and loads its model while the services do, and then waits for their health itself.
             self._start_services(self._start_trainer)

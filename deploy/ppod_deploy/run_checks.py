@@ -26,6 +26,17 @@ def run_faults(config: RunConfig) -> list[str]:
     return [*_missing_prompts(config), *_unread_tokens(config), *_unreachable(config), *_refused_weights(config)]
 
 
+def run_notes(config: RunConfig) -> list[str]:
+    """What may be meant, and more often is a key that was left as it was."""
+    reference, policy = config.services.reference.model.source, config.trainer.policy.source
+    if reference == policy:
+        return []
+    return [
+        f"services.reference.model.source is {reference}, trainer.policy.source {policy}: the KL penalty holds the "
+        "policy to another model than it begins as"
+    ]
+
+
 def changed_services(config: RunConfig, earlier: RunConfig) -> list[str]:
     """What decides the course of training and stands in the sections of services: `PATH is VALUE, was VALUE`.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploy.conftest import Section
+from ppod_deploy import launcher
 from ppod_deploy.commands import Run, Up
 from ppod_deploy.overrides import apply_overrides, split_arguments
 from ppod_deploy.run_checks import run_faults
@@ -109,3 +110,20 @@ def test_generation_allows_the_way_that_weights_take(run_values: dict[str, Secti
     [problem] = faults(run_values, collective)
     assert problem.startswith("trainer.weight_transfer.collective: 127.0.0.1:29777 is none of")
     assert faults(run_values, collective, "--services.generation.weights.collective-addresses=127.0.0.1:*") == []
+
+
+def test_a_policy_that_is_not_its_reference_is_told(
+    run_values: dict[str, Section], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where `--trainer.policy.source` alone names another model. It may be meant, so the run starts."""
+
+    def taken(*_: object, **__: object) -> list[str]:
+        return ["all ports"]
+
+    monkeypatch.setattr(launcher, "busy_ports", taken)
+    for arguments, noted in ((list[str](), False), (["--trainer.policy.source", "/models/tuned"], True)):
+        config = parse_run(apply_overrides(run_values, split_arguments(arguments)[1]), "test")
+        with pytest.raises(launcher.LaunchError, match="ports are taken"):
+            launcher.Launcher(config).run()
+        found = "trainer.policy.source /models/tuned: the KL penalty holds the policy to another model"
+        assert (found in capsys.readouterr().err) == noted
