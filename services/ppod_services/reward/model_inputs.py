@@ -130,7 +130,7 @@ def truncate_reads(sample: Sample, one: ModelInput, side: Truncation, most: int)
     """Cut an input to `most` tokens without losing a place that is read; returns it and the tokens dropped.
 
     Raises:
-        InvalidArgument: it is too long, and may not be cut or only through a step's end.
+        InvalidArgument: it is too long, and may not be cut or only through a step's end, as always on the right.
     """
     lost = len(one.tokens) - most
     if lost <= 0:
@@ -138,9 +138,7 @@ def truncate_reads(sample: Sample, one: ModelInput, side: Truncation, most: int)
     reads: IntArray = one.reads - lost
     if side is Truncation.LEFT and reads[0] >= 0:
         return ModelInput(one.tokens[lost:], reads), lost
-    if side is Truncation.RIGHT and one.reads[-1] < most:
-        return ModelInput(one.tokens[:most], one.reads), lost
-    expected = f"at most {most} tokens, or fewer to cut than stand before the first step's end"
+    expected = f"at most {most} tokens, or TRUNCATION_SIDE_LEFT and fewer to cut than stand before the first step's end"
     raise InvalidArgument(f"{sample.field}.lengths", f"{len(one.tokens)} tokens", expected, sample.index)
 
 
