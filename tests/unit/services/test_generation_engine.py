@@ -268,3 +268,24 @@ def test_nan_fails_its_own_row_and_poisons_no_slot(tmp_path: Path) -> None:
     for position, wanted in ((1, good), (2, late[0]), (3, late[1])):
         assert len(sink.samples[position].tokens) == 20
         check_logprobs(wanted.prompt.tolist(), sink.samples[position], model)
+
+
+@pytest.mark.parametrize("joins", [1, 3])
+def test_no_nan_stays_behind_the_end_of_a_shorter_row(tmp_path: Path, joins: int) -> None:
+    """All rows read as far as the longest goes. The short one moves to the slot with NaN in it, or begins there."""
+    bench = load_bench(save_tiny_model(tmp_path / "untied", tied=False))
+    with torch.no_grad():
+        bench.model.model.get_input_embeddings().weight[NAN_TOKEN] = torch.nan  # pyright: ignore
+    long, short = item(list(range(10, 22)), 5, 20), item([5], 2, 20)
+    # Its first token is the one whose key is NaN.
+    bad = item([1, 2, 3], 1, 20, token_filter=TokenFilter(1.0, logit_bias=((NAN_TOKEN, 1e4),)))
+    if joins == 1:
+        sink = bench.run([bad, long], StepSink(joining={1: [short]}))
+        places = 0, 1, 2
+    else:
+        sink = bench.run([long], StepSink(joining={1: [bad], 3: [short]}))
+        places = 1, 0, 2
+    assert list(sink.errors) == [places[0]]
+    for place, wanted in zip(places[1:], (long, short), strict=True):
+        assert len(sink.samples[place].tokens) == 20
+        check_logprobs(wanted.prompt.tolist(), sink.samples[place], build_model(tied=False))
