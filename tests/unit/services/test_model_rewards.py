@@ -144,21 +144,21 @@ async def test_a_process_model_s_input_is_never_cut_through_the_end_of_a_step(
 @pytest.mark.parametrize(
     ("side", "read", "scores"),
     [
-        (Truncation.LEFT, [[7, 8], [1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]], [6.0, 10.0, 14.0]),
-        (Truncation.RIGHT, [[7, 8], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4]], [6.0, 10.0, 10.0]),
+        (Truncation.LEFT, [[7, 8, 9, 1], [1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]], [6.0, 10.0, 14.0]),
+        (Truncation.RIGHT, [[7, 8, 9, 1], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4]], [6.0, 10.0, 10.0]),
     ],
 )
 async def test_what_is_cut_along_the_way_is_told_of_the_whole_sequence(
     runtime: Runtime, side: Truncation, read: list[list[int]], scores: list[float]
 ) -> None:
     scorer = Arithmetic(scores_prefixes=True)
-    asked = query(tokens(7, 8, prompt=1), tokens(1, 2, 3, 4, 5, prompt=2), truncation=side)
-    asked = replace(asked, steps=Steps(Granularity.TOKEN, ((2,), (3, 4, 5))))
+    asked = query(tokens(7, 8, 9, 1, prompt=3), tokens(1, 2, 3, 4, 5, prompt=2), truncation=side)
+    asked = replace(asked, steps=Steps(Granularity.TOKEN, ((4,), (3, 4, 5))))
     scored = await sequence_reward(scorer, 4, runtime).score(asked)
     assert sorted(scorer.seen) == sorted(read)
     assert scored.way is not None
-    assert ([one.tolist() for one in scored.way], scored.scores.tolist()) == ([[15.0], scores], [15.0, scores[-1]])
-    assert (scored.truncated, scored.work.tokens) == ((0, 1), 13)
+    assert ([one.tolist() for one in scored.way], scored.scores.tolist()) == ([[25.0], scores], [25.0, scores[-1]])
+    assert (scored.truncated, scored.work.tokens) == ((0, 1), 15)
     with pytest.raises(InvalidArgument) as caught:
         await sequence_reward(scorer, 4, runtime).score(replace(asked, truncation=Truncation.NONE))
     assert (caught.value.field, caught.value.sample) == ("tokens.lengths", 1)
@@ -177,3 +177,27 @@ async def test_a_process_model_s_tokens_are_read_as_they_stand(runtime: Runtime)
     assert scorer.seen == [[a, b, newline, c, newline], [a, b, newline, c]]
     assert scored.way is not None
     assert (scored.scores.tolist(), scored.way[0].tolist()) == ([a + b + newline], [a + b, a + b + newline + c])
+
+
+@pytest.mark.parametrize(
+    ("scores_prefixes", "known", "read"),
+    [
+        (True, True, [[1, 2, 3, 4]]),
+        (False, True, [[1, 2], [1, 2, 3], [1, 2, 3, 4]]),
+        # Its positions are those of other ids.
+        (True, False, [[1, 2], [1, 2, 3], [1, 2, 3, 4]]),
+    ],
+)
+async def test_one_forward_reads_the_whole_way_only_where_its_positions_are_those_asked_for(
+    runtime: Runtime, scores_prefixes: bool, known: bool, read: list[list[int]]
+) -> None:
+    tokenizer = build_tokenizer()
+    if not known:
+        tokenizer.add_tokens(["<more>"])
+    scorer = Arithmetic(scores_prefixes=scores_prefixes)
+    asked = replace(query(tokens(1, 2, 3, 4, prompt=1)), source=TokenSource(TokenizerCodec(tokenizer), 320))
+    asked = replace(asked, steps=Steps(Granularity.TOKEN, ((2, 3, 4),)))
+    scored = await sequence_reward(scorer, 4, runtime).score(asked)
+    assert sorted(scorer.seen) == read
+    assert scored.way is not None
+    assert (scored.scores.tolist(), scored.way[0].tolist(), scored.truncated) == ([10.0], [3.0, 6.0, 10.0], ())

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -36,7 +37,7 @@ from ppod_services.reward.samples import (
     decode_parts,
     read_text,
 )
-from ppod_services.reward.scored import Adjustment, Kind, Scored
+from ppod_services.reward.scored import Adjustment, Kind, Scored, Work, total_work
 from ppod_services.reward.steps import StepRule, find_steps, step_ends
 from ppod_services.reward.text_rewards import TextReward
 from support.tiny_model import VOCAB_SIZE, build_tokenizer
@@ -182,6 +183,26 @@ def test_an_ensemble_by_hand() -> None:
     assert result.mean is not None
     assert result.std is not None
     assert (result.mean.tolist(), result.std.tolist(), result.scores.tolist()) == ([2, 4], [1, 0], [0, 4])
+
+
+def test_what_a_composed_reward_lost_is_the_most_that_a_member_lost() -> None:
+    config = EnsembleConfig(name="e", kind="ensemble", members=("a", "b", "c"))
+    members = [
+        replace(scored(name, [1.0, 1.0, 1.0]), truncated=lost)
+        for name, lost in (("a", (0, 0, 2)), ("b", ()), ("c", (4, 0, 1)))
+    ]
+    assert score_ensemble(config, members, query(3)).truncated == (4, 0, 2)
+    assert score_ensemble(config, [scored("a", [1.0]), scored("b", [1.0])], query(1)).truncated == ()
+
+
+def test_the_work_of_members_side_by_side_is_counted_once() -> None:
+    """Two models shared batch 7; the function ran meanwhile, and waited for no batch."""
+    first = replace(scored("a", [1.0]), work=Work(0.5, {7: 2.0, 8: 1.0}, 10))
+    second = replace(scored("b", [1.0]), work=Work(0.25, {7: 3.0}, 4))
+    function = replace(scored("f", [1.0]), work=Work(elsewhere_s=1.5))
+    inner = replace(scored("e", [1.0]), members=(first, second))
+    whole = replace(scored("s", [1.0]), members=(inner, first, function))
+    assert total_work(whole) == Work(0.25, {7: 3.0, 8: 1.0}, 14, 1.5)
 
 
 def test_a_sum_that_overflows_names_its_sample() -> None:
