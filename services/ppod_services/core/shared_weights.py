@@ -261,7 +261,7 @@ def _read_header(header: bytes) -> dict[str, _Entry]:
             for name, value in cast("dict[str, dict[str, object]]", content).items()
             if name != "__metadata__"
         }
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise InvalidArgument("uri", f"a header that cannot be read: {error}", "safetensors") from error
     return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
 

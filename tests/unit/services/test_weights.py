@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from ppod import FailedPrecondition, InvalidArgument
 from ppod.weight_changes import TensorEncoding
 from ppod_services.core.model_weights import ModelWeights
+from ppod_services.core.shared_weights import SharedFile
 from ppod_services.core.weight_manifest import IncomingManifest
 from ppod_services.core.weight_store import FileMemory
 from ppod_services.core.weight_transfer import buffers_of
@@ -231,3 +233,24 @@ def test_a_version_that_overtakes_a_transfer_ends_it() -> None:
     with pytest.raises(FailedPrecondition, match="less than 5"):
         weights.end(transfer, staged)
     assert weights.prepared_version is None
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]}}',
+        b'{"a": ' + b"[" * 100_000,
+        b'{"a": null}',
+        b"[]",
+        b"\xff",
+    ],
+    ids=["infinite", "deep", "null", "list", "binary"],
+)
+def test_a_header_that_no_safetensors_has_is_the_senders_fault(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with (
+        SharedFile(path.as_uri(), [tmp_path]) as file,
+        pytest.raises(InvalidArgument, match="uri: found a header that"),
+    ):
+        file.offsets(header, IncomingManifest(1, ()))
