@@ -152,16 +152,24 @@ def test_whole_weights_and_changes_after_an_adapter_find_the_base() -> None:
     model = build_model(seed=0)
     weights, _ = served(model)
     first = build_model(seed=1)
-    put(weights, *whole(first, 1))
-    put(weights, *adapter_push(build_adapted_model(seed=1), 2, 1))
-    with pytest.raises(FailedPrecondition, match="base_version: the server has 1, the request needs 2"):
-        put(weights, *adapter_push(build_adapted_model(seed=1), 3, 2))
     second = slightly_other(first, 2)
+    third = slightly_other(second, 3)
+    # Of layers that differ a little from base to base, so that they travel as changes.
+    adapted = build_adapted_model(seed=1, target_modules=("v_proj",))
+    assert not torch.equal(*(one.get_parameter("model.layers.0.self_attn.v_proj.weight") for one in (first, second)))
+    put(weights, *whole(first, 1))
+    put(weights, *adapter_push(adapted, 2, 1))
+    with pytest.raises(FailedPrecondition, match="base_version: the server has 1, the request needs 2"):
+        put(weights, *adapter_push(adapted, 3, 2))
     put(weights, *changed(second, first, 3, 1))
     assert_same(state(model), state(second))
     assert weights.base_version == 3
-    put(weights, *adapter_push(build_adapted_model(seed=1), 4, 3))
-    put(weights, *whole(first, 5))
+    put(weights, *adapter_push(adapted, 4, 3))
+    # Of the base that the first adapter was merged into nothing is left to be found.
+    put(weights, *changed(third, second, 5, 3))
+    assert_same(state(model), state(third))
+    put(weights, *adapter_push(adapted, 6, 5))
+    put(weights, *whole(first, 7))
     assert_same(state(model), state(first))
 
 
