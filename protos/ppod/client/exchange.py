@@ -77,7 +77,6 @@ class _Part:
     refusals: int = 0
     sent_again: bool = False
     answerer: Answerer | None = None
-    answered_by: str = ""
     seconds: float = 0.0
     reasks: int = 0
 
@@ -136,7 +135,6 @@ class Exchange:
             part.answerer = self._job.accept(part.rows, data)
         except PpodError as error:
             return self._finish(_rebased(error, part.rows.start))
-        part.answered_by = address
         part.seconds = now - part.sent_at
         self._answers[address] = part.answerer
         self._shared.latencies.add(part.tokens, part.seconds)

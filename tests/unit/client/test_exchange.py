@@ -186,6 +186,22 @@ def test_a_request_pinned_to_a_version_finds_the_replica_that_has_it() -> None:
     assert world.addresses() == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize(("version", "addresses"), [(2, ["a", "b", "a"]), (1, ["a", "b"])])
+def test_a_part_that_is_refused_goes_to_who_answered_another_with_the_version(
+    version: int, addresses: list[str]
+) -> None:
+    stale = failing(FailedPrecondition("weight_version", "1", "2"), 0.02)
+    world = World({"a": good(0.01, version), "b": stale}, Delivery(split=SplitPolicy(10, 10)))
+    job = RowsJob([10, 10])
+    if version == 2:
+        world.exchange(job)
+        assert job.covered() == [0, 1]
+    else:
+        with pytest.raises(FailedPrecondition):
+            world.exchange(job)
+    assert world.addresses() == addresses
+
+
 class TestSplitting:
     def test_work_follows_speed(self) -> None:
         """The fast replica takes the parts that the slow one does not get to; all rows arrive once, in order."""
