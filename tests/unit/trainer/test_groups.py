@@ -18,9 +18,8 @@ from ppod_trainer.config import RolloutConfig, TrainerConfig
 from ppod_trainer.errors import WithheldError, with_notes
 from ppod_trainer.metrics import StepTimer
 from ppod_trainer.prompts import Prompt, PromptSet
-from ppod_trainer.rollouts import Rollout, ScoredRollout
+from ppod_trainer.rollouts import Rollout
 from ppod_trainer.sampling import Context, ResponseSampler, TurnSampler, equal_parts, equal_runs
-from ppod_trainer.step_figures import rollout_figures
 from ppod_trainer.step_rollouts import StepRollouts, build_step_rollouts
 
 
@@ -242,12 +241,6 @@ def test_one_sample_a_prompt_is_drawn_as_ever() -> None:
 def test_groups_survive_what_is_dropped() -> None:
     rollouts = steps_of(Collector(lost=(0, 1, 4)), batch_size=6, samples_per_prompt=2).generate(0, 0, 4, StepTimer())
     assert [one.group for one in rollouts] == [1, 1, 2]
-
-
-def test_the_share_of_groups_that_say_nothing_is_told() -> None:
-    made = steps_of(Collector(), batch_size=6, samples_per_prompt=2).generate(0, 0, 4, StepTimer())
-    scored = [ScoredRollout(one, score, np.zeros(2)) for one, score in zip(made, (1, 1, 0, 1, 0, 0), strict=True)]
-    assert rollout_figures(scored)["groups/uniform"] == pytest.approx(2 / 3)
 
 
 def problems(values: object) -> str:
