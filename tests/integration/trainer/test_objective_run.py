@@ -56,6 +56,12 @@ def test_rejected_samples_are_counted_and_statistics_and_schedules_arrive(system
         assert record["tokens_per_second"] * record["seconds/step"] == pytest.approx(tokens), "those trained on"
     assert [record["entropy/coefficient"] for record in records] == pytest.approx([0, 0.1, 0.2, 0.3])
     assert [record["kl/coefficient"] for record in records] == pytest.approx([0.05, 0.06, 0.07, 0.08])
+    for record in records:
+        whitened = (record["score/mean"] - record["score/running_mean"]) / record["score/running_std"]
+        paid = whitened - record["kl/coefficient"] * record["kl/reference"]
+        assert record["return/mean"] == pytest.approx(paid, abs=1e-5), (
+            "by the statistics of all scores, this step's too"
+        )
     kept = json.loads(next((system.directory / "filtered").glob("checkpoints/*/trainer.json")).read_text())
     assert kept["components"]["scores"]["count"] == 4 * 8 - rejected
     assert kept["components"]["scores"]["mean"] == records[-1]["score/running_mean"]
