@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ppod_models.configuration import ConfigError, parse_config
 from ppod_trainer.advantages import gae, monte_carlo_advantages, one_step_advantages
 from ppod_trainer.algorithms import build_estimator
-from ppod_trainer.config import AdvantagesConfig, KlConfig, RewardsConfig, TrainerConfig
+from ppod_trainer.config import AdvantagesConfig, KlConfig, LengthPenaltyConfig, RewardsConfig, TrainerConfig
 from ppod_trainer.controls import StepControls
 from ppod_trainer.experience import ExperienceRules, PolicyView, build_ppo_batch
 from ppod_trainer.policy import build_response_batch
@@ -74,7 +74,10 @@ def test_potentials_are_paid_in_the_units_of_the_score(
         replace(one, potentials=generator.normal(size=len(one.ref_logprobs)).astype(np.float32))
         for one in make_rollouts()
     ]
-    rewards = RewardsConfig(normalize="whiten", clip=clip, shaping="token", missing_eos_penalty=0.25)
+    penalty = LengthPenaltyConfig(budget_tokens=2, per_token=0.125)
+    rewards = RewardsConfig(
+        normalize="whiten", clip=clip, shaping="token", missing_eos_penalty=0.25, length_penalty=penalty
+    )
     rules = ExperienceRules(
         rewards, KlConfig(coefficient=0.0), build_estimator(AdvantagesConfig(lam=1.0)), whiten=False
     )
@@ -88,7 +91,8 @@ def test_potentials_are_paid_in_the_units_of_the_score(
         if clip is not None:
             score, potentials = (np.clip(value, -clip, clip) for value in (score, potentials))
         # With values of 0 and lambda 1 an advantage is what is still to come: the penalised score less the potential.
-        expected = score - 0.25 * one.rollout.truncated - potentials
+        penalties = 0.25 * one.rollout.truncated + 0.125 * max(len(potentials) - 2, 0)
+        expected = score - penalties - potentials
         np.testing.assert_allclose(batch.advantages[row, : len(expected)], expected, atol=1e-6)
 
 
