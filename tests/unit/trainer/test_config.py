@@ -83,6 +83,14 @@ def test_a_penalty_cannot_become_a_bonus() -> None:
     parse_config(TrainerConfig, adaptive, "test")
 
 
+def test_estimates_from_before_training_go_with_scores_on_one_scale() -> None:
+    values: dict[str, object] = {"advantages": {"kind": "pvpo"}, "kl": {"placement": "loss", "estimator": "k3"}}
+    parse_config(TrainerConfig, values, "test")
+    for normalize in ("scale", "whiten"):
+        [problem] = problems({**values, "rewards": {"normalize": normalize}})
+        assert f"whose scale rewards.normalize {normalize} moves; set it to none" in problem
+
+
 def test_a_penalty_that_stays_nothing_is_refused() -> None:
     """A controller multiplies its coefficient; and outcomes hold no KL, whatever its coefficient rises to."""
     adaptive = {"kl": {"coefficient": 0, "adaptive": {"target": 6}}}

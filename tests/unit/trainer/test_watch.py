@@ -240,6 +240,8 @@ def test_what_cannot_be_watched_is_refused() -> None:
         parse_config(TrainerConfig, {"watch": {"stop": ["repetition"], "ignore": ["repetition"]}}, "test")
     with pytest.raises(ConfigError, match=r"needs a held-out judge: set services\.judge_model"):
         parse_config(TrainerConfig, {"watch": {"stop": ["reward_hacking"]}}, "test")
+    judged = {"watch": {"stop": ["reward_hacking"]}, "services": {"judge_model": "judge"}}
+    assert parse_config(TrainerConfig, judged, "test").watch.stop == ("reward_hacking",)
     without_critic = {"advantages": {"kind": "reinforce_pp"}, "watch": {"stop": ["value_collapse"]}}
     with pytest.raises(ConfigError, match="value_collapse, and kind reinforce_pp reads no values"):
         parse_config(TrainerConfig, without_critic, "test")
