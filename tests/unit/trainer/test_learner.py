@@ -94,10 +94,12 @@ def test_ratio_is_exactly_one_in_the_first_minibatch(
 
 
 def test_later_minibatches_see_a_moved_policy(policy: PolicyWithValue, make_rollouts: Make) -> None:
-    _, stats = learner_of(policy).learn(make_rollouts(), 0, StepControls(1.0, 0.05, 0.0), StepTimer())
+    ppo = PpoConfig(clip=1e-3, dual_clip=1.002)
+    _, stats = learner_of(policy, ppo).learn(make_rollouts(), 0, StepControls(1.0, 0.05, 0.0), StepTimer())
     assert stats.first_ratio_error == 0.0
     assert stats.approx_kl > 0
     assert stats.optimizer_steps == 4
+    assert 0 < stats.dual_clip_fraction < stats.clip_fraction < 1
 
 
 @pytest.mark.parametrize(
@@ -374,13 +376,14 @@ def test_learning_rate_warms_up_and_decays_linearly() -> None:
     assert learning_rate_at(0, 10, OptimizerConfig()) == 1.0
 
 
-def test_adam_epsilon_and_rates(policy: PolicyWithValue) -> None:
-    made = build_learner(
-        policy,
-        PpoConfig(),
-        ExperienceRules(RewardsConfig(), KlConfig(), build_estimator(AdvantagesConfig()), whiten=True),
-        OptimizerConfig(learning_rate=1e-5, value_learning_rate=1e-3),
-        seed=0,
-    )
-    assert [group["lr"] for group in made.optimizer.param_groups] == [1e-5, 1e-3]
-    assert all(group["eps"] == 1e-5 for group in made.optimizer.param_groups)
+def test_what_is_configured_of_the_optimizer_arrives(policy: PolicyWithValue) -> None:
+    rules = ExperienceRules(RewardsConfig(), KlConfig(), build_estimator(AdvantagesConfig()), whiten=True)
+    other = {"learning_rate": 1e-5, "value_learning_rate": 1e-3, "beta1": 0.8, "beta2": 0.9}
+    for values, rates, betas, epsilon, decay in (
+        ({}, [2e-5, 2e-5], (0.9, 0.95), 1e-5, 0.0),
+        ({**other, "epsilon": 1e-7, "weight_decay": 0.1}, [1e-5, 1e-3], (0.8, 0.9), 1e-7, 0.1),
+    ):
+        made = build_learner(policy, PpoConfig(), rules, OptimizerConfig.model_validate(values), seed=0)
+        groups = made.optimizer.param_groups
+        assert [group["lr"] for group in groups] == rates
+        assert all((group["betas"], group["eps"], group["weight_decay"]) == (betas, epsilon, decay) for group in groups)

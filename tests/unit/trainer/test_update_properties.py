@@ -1,5 +1,5 @@
 """What an update must not depend on: padding, the order of samples, how a minibatch is cut, a shift of all scores, and
-minibatches of which nothing counts.
+minibatches of which nothing counts; and the figures of one that changes nothing, by hand.
 """
 
 from __future__ import annotations
@@ -145,6 +145,30 @@ def test_whitened_advantages_do_not_see_a_shift_of_all_scores(
     torch.testing.assert_close(shifted.advantages, plain.advantages, atol=1e-4, rtol=1e-4)
     mask = plain.loss_mask
     torch.testing.assert_close(shifted.returns[mask], plain.returns[mask] + shift, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_figures_are_means_over_the_minibatches(policy: PolicyWithValue, make_rollouts: Make, epochs: int) -> None:
+    """Of a policy that stands still every epoch's are alike: ratios are 1, and values those before the update."""
+    raw, kl = AdvantagesConfig(whiten=False), KlConfig(placement="loss", estimator="k2")
+    rules = ExperienceRules(RewardsConfig(), kl, build_estimator(raw), whiten=False)
+    ppo = PpoConfig(epochs=epochs, minibatches=1)
+    learner = build_learner(policy, ppo, rules, OptimizerConfig(), seed=0)
+    batch, stats = learner.learn(make_rollouts(), 0, STILL, StepTimer())
+    output, weights = policy(batch.responses), loss_weights(batch.loss_mask, "token_mean")
+    rows = LossRows.of(batch, torch.arange(len(weights)), weights, weights.shape[1])
+    loss, _ = minibatch_loss(output, rows, Objective(ppo, kl), STILL)
+    norm = torch.cat([one.flatten() for one in torch.autograd.grad(loss, list(policy.parameters()))]).norm()
+    terms = {
+        "policy_loss": -batch.advantages,
+        "value_loss": (batch.old_values - batch.returns).square() / 2,
+        "kl_loss": (batch.old_logprobs - batch.ref_logprobs).square() / 2,
+        "entropy": output.entropy.detach(),
+    }
+    expected = {name: float(values[batch.loss_mask].mean()) for name, values in terms.items()}
+    expected |= {"grad_norm": float(norm), "clip_fraction": 0, "dual_clip_fraction": 0, "ratio_bounded": 0}
+    assert {name: getattr(stats, name) for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert stats.optimizer_steps == epochs
 
 
 def test_a_minibatch_of_which_nothing_is_left_is_no_step_and_no_figure(
