@@ -243,6 +243,16 @@ def test_groups_survive_what_is_dropped() -> None:
     assert [one.group for one in rollouts] == [1, 1, 2]
 
 
+def test_rounds_of_a_step_share_neither_seeds_nor_groups() -> None:
+    collector, seeds, groups = Collector(), set[int](), list[int]()
+    steps = steps_of(collector, batch_size=4, samples_per_prompt=2)
+    for number in range(3):
+        groups += [one.group for one in steps.generate(2, number, 4, StepTimer())]
+        seeds.update(collector.seeds)
+    assert len(seeds) == 12
+    assert groups == [group for group in range(6) for _ in range(2)]
+
+
 def problems(values: object) -> str:
     with pytest.raises(ConfigError) as caught:
         parse_config(TrainerConfig, values, "test")

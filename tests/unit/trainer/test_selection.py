@@ -235,3 +235,31 @@ def test_steps_that_run_ahead_are_not_in_the_state() -> None:
     assert kept["step"] == 2
     with pytest.raises(KeyError):
         HistorySchedule(prompts_of(5), 2, 0, 1.0).restore({"step": 2})
+
+
+def test_a_step_is_remembered_once_it_is_full_or_its_rounds_are_over() -> None:
+    rollout = {"batch_size": 4, "samples_per_prompt": 2, "dynamic_sampling": {"max_rounds": 2}}
+    values = {"rollout": {**rollout, "history_resampling": {}}}
+    steps = build_step_rollouts(parse_config(TrainerConfig, values, "test"), prompts_of(4), cast(Any, None))
+    drawn = [indices(steps.schedule.prompts(0, number)) for number in range(2)]
+    assert sorted(drawn[0] + drawn[1]) == [0, 1, 2, 3]
+    rounds = [[scored(index, index, 1.0) for index in prompts for _ in range(2)] for prompts in drawn]
+    first = steps.select(0, rounds[:1])
+    assert (first.full, set(first.figures)) == (False, set(steps.selection.select(rounds[:1]).figures))
+    last = steps.select(0, rounds)
+    assert not last.full
+    assert last.figures == {
+        "selection/rounds": 2,
+        "selection/uniform_groups": 4,
+        "selection/filled_groups": 2,
+        "selection/skipped_prompts": 0,
+        "selection/epoch": 0,
+    }
+    steps.schedule.settle(1)
+    assert steps.schedule.state()["solved"] == (0, 1, 2, 3)
+    [one, two] = steps.schedule.prompts(1, 0)
+    full = steps.select(1, [[scored(prompt.index, prompt.index, paid) for prompt in (one, two) for paid in (0.0, 1.0)]])
+    assert full.full
+    assert {"selection/skipped_prompts", "selection/epoch"} < set(full.figures)
+    steps.schedule.settle(2)
+    assert steps.schedule.state()["step"] == 2
