@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ppod_trainer.config import MetricsConfig
 from ppod_trainer.errors import TrainerError
-from ppod_trainer.metrics import MetricsLog, read_records
+from ppod_trainer.metrics import MetricsLog, finite_record, read_records
 
 CONFIG = MetricsConfig(port=None, tensorboard=False)
 
@@ -131,6 +131,28 @@ def test_a_phase_that_a_step_does_without_is_not_an_earlier_one_s(tmp_path: Path
     log.write(3, {"seconds/step": 8.0, "seconds/judge": 2.0})
     assert (told("step"), told("judge")) == (8.0, 2.0)
     log.close()
+
+
+def test_samples_tokens_and_failed_calls_are_counted(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, CONFIG)
+    told = log.registry.get_sample_value
+    log.write(1, {"score/mean": 0.5}, samples=8, tokens=30)
+    log.write(1, {"heldout/score": 0.1})
+    log.write(2, {"score/mean": 0.5}, samples=7, tokens=20)
+    assert (told("ppod_samples_total"), told("ppod_response_tokens_total")) == (15, 50)
+    for code in ("OK", "UNAVAILABLE", "OK", "UNAVAILABLE"):
+        log.observe_rpc("/Score", 0.25, code)
+    assert told("ppod_client_rpc_seconds_count", {"method": "/Score"}) == 4
+    assert told("ppod_client_rpc_failures_total", {"method": "/Score", "code": "UNAVAILABLE"}) == 2
+    assert told("ppod_client_rpc_failures_total", {"method": "/Score", "code": "OK"}) is None
+    log.close()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_figure_that_is_no_number_is_named(value: float) -> None:
+    assert finite_record({"score/mean": 0.0, "step": 1}) == {"score/mean": 0.0, "step": 1}
+    with pytest.raises(TrainerError, match=f"metric loss/value is {value}; expected a finite number"):
+        finite_record({"score/mean": 0.0, "loss/value": value})
 
 
 def test_a_damaged_record_is_named(run_dir: Path) -> None:
