@@ -91,6 +91,13 @@ def test_same_input_gives_the_same_bytes() -> None:
     assert first.numpy().tobytes() == second.numpy().tobytes()
 
 
+def test_few_iterations_regularise() -> None:
+    """Beyond those that L-BFGS takes by itself, too, which are 20."""
+    features, ratings = planted(200, 0)
+    lengths = [float(fit_weight(features, ratings, 0.0, iterations).norm()) for iterations in (1, 5, 20, 80)]
+    assert lengths == sorted(set(lengths))
+
+
 def test_a_constant_feature_stays_finite() -> None:
     moments = standardise(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
     assert moments.mean.tolist() == [2.0, 5.0]

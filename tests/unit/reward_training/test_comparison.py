@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from ppod_models.reward_cards import FeatureSpec, HeadCard, Read
+from ppod_models.reward_features import encode_text
 from ppod_models.reward_heads import RewardHead, write_head
+from ppod_models.reward_model import RewardModel
 from ppod_trainer.reward_training import compare
-from ppod_trainer.reward_training.data import PACKAGED_RATINGS, file_digest
+from ppod_trainer.reward_training.data import PACKAGED_RATINGS, Review, file_digest
 from support.tiny_head import tiny_card
 from support.tiny_model import build_model, build_tokenizer, save_tiny_model
 
@@ -67,3 +69,21 @@ def test_numbers_that_nothing_can_be_compared_with_are_refused(
 def test_a_trunk_that_is_not_there_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main(["--source", str(tmp_path / "nowhere")]) == 1
     assert capsys.readouterr().err == f"error: model '{tmp_path / 'nowhere'}': no such directory\n"
+
+
+def test_scores_are_in_the_order_of_the_reviews_whichever_share_a_batch(tmp_path: Path) -> None:
+    head = save_head(tmp_path / "head", data="another file", split_seed=1, held_out=1067)
+    model = RewardModel.load(build_model(), build_tokenizer(), str(head))
+    texts = (
+        "a much longer one",
+        "short",
+        "of middling size",
+        "tiny",
+        "one that is the longest of all",
+        "x",
+        "yz",
+    )
+    reviews = [Review(str(number), 0.0, 0.0, text) for number, text in enumerate(texts)]
+    alone = [float(model.score([encode_text(model.tokenizer, text)])[0]) for text in texts]
+    assert compare.score_reviews(model, reviews, batch_reviews=3).tolist() == pytest.approx(alone, abs=1e-4)
+    assert len(set(alone)) == len(texts)

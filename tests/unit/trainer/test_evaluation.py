@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from ppod.client import ModelState
 from ppod_trainer.evaluation import Evaluator, load_evaluation, write_samples
 from ppod_trainer.prompts import Prompt
 from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
@@ -75,7 +76,7 @@ class Judge:
 
     def score(self, sequences: Sequence[object], **_: object) -> object:
         assert len(sequences) == 2
-        return SimpleNamespace(values=np.array([3.0, 7.0], np.float32))
+        return SimpleNamespace(values=np.array([3.0, 7.0], np.float32), state=ModelState("judge", 0, ""))
 
 
 def test_an_evaluation_by_hand(tmp_path: Path) -> None:

@@ -184,8 +184,8 @@ def test_a_response_that_a_service_could_not_read_is_told_before_a_step_comes_to
 
 def test_jsonl_and_tsv_are_read(tmp_path: Path) -> None:
     jsonl = write(tmp_path, "p.jsonl", '{"prompt": "ab"}\n{"prompt": "cd"}\n')
-    tsv = write(tmp_path, "p.tsv", 'id\ttext\n1\ta "quoted" text\n2\tcd\n')
-    for path, first in ((jsonl, "ab"), (tsv, 'a "quoted" text')):
+    tsv = write(tmp_path, "p.tsv", 'id\ttext\n1\t"Quoted" text\n2\tcd\n')
+    for path, first in ((jsonl, "ab"), (tsv, '"Quoted" text')):
         prompts = load_prompts(PromptsConfig(path=path, first_tokens=None, heldout=1), encode, render)
         texts = {"".join(map(chr, prompt.token_ids)) for prompt in prompts.training + prompts.heldout}
         assert texts == {first, "cd"}
