@@ -39,6 +39,15 @@ def test_calibration_by_hand() -> None:
     assert np.isnan(calibration.predicted[0])
 
 
+def test_calibration_of_several_pairs_in_a_bin() -> None:
+    # Two pairs with margin log 3 as above, and one with margin 0: predicted 1/2 either way, observed once.
+    calibration = calibrate(np.array([np.log(3.0), 0.0, 0.0], dtype=np.float32), np.array([2.0, 1.0, 0.0]), 1.0)
+    assert calibration.counts.tolist() == [0, 0, 2, 0, 0, 2, 0, 2, 0, 0]
+    assert calibration.predicted[[2, 5, 7]].tolist() == pytest.approx([0.25, 0.5, 0.75])
+    assert calibration.observed[[2, 5, 7]].tolist() == [0.0, 0.5, 1.0]
+    assert calibration.error == pytest.approx(4 / 6 * 0.25)
+
+
 def test_calibration_does_not_depend_on_the_order_of_the_file() -> None:
     random = np.random.default_rng(0)
     ratings = random.normal(size=60)
