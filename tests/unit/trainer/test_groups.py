@@ -106,6 +106,7 @@ def test_runs_of_different_lengths_are_asked_for_one_by_one() -> None:
     assert [equal_runs([np.array(list(text))]) for text in ("ab", "")] == [1, 1]
     one, two = np.array([1]), np.array([2])
     assert equal_runs([one, one, two, two]) == 2
+    assert equal_runs([one, one, two, two, two]) == 1
     # The same prompt twice in a row is a run of its own length.
     assert equal_runs([one, one, one, one]) == 4
     assert equal_runs([one, two, one]) == 1

@@ -151,7 +151,7 @@ def play(schedule: PromptSchedule, steps: range, solved: frozenset[int] | set[in
     taken: list[list[int]] = []
     for step in steps:
         prompts = indices(schedule.prompts(step, 0))
-        names = ["11" if index in solved else "10" for index in prompts]
+        names = ["11" if index in solved else ("10", "01")[index % 2] for index in prompts]
         samples = [
             scored(index, group, float(digit))
             for group, (index, name) in enumerate(zip(prompts, names, strict=True))
