@@ -248,6 +248,9 @@ class FollowedReplicas:
                 # A push waits meanwhile, and so finds it with the version that it replaces.
                 with self._turns.newcomer():
                     self._bring_up(member)
+        except Exception:
+            # Nobody reads what the pool's jobs end with.
+            log.exception("%s gets no weights; it is looked at again", member.address)
         finally:
             member.busy = False
 

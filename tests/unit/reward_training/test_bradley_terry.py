@@ -8,6 +8,7 @@ import torch
 
 from ppod_trainer.reward_training import train
 from ppod_trainer.reward_training.train import (
+    Trial,
     best_logit_scale,
     bradley_terry,
     choose_penalty,
@@ -83,6 +84,12 @@ def test_head_recovers_a_planted_preference_and_has_unit_scale() -> None:
     assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
     fresh, truth = planted(100, 2)
     assert np.corrcoef((fresh @ head.weight + head.bias).numpy(), truth.numpy())[0, 1] > 0.99
+
+
+def test_texts_that_nothing_tells_apart_make_no_head() -> None:
+    """A head that gives all of them one score has no unit."""
+    with pytest.raises(ValueError, match="no feature tells the reviews apart"):
+        fit_head(torch.full((6, 4), 0.5), torch.arange(6.0), Trial(0.1, 0.5, 1.0), 20)
 
 
 def test_same_input_gives_the_same_bytes() -> None:

@@ -179,12 +179,17 @@ def fit_head(features: torch.Tensor, ratings: torch.Tensor, chosen: Trial, max_i
         ratings: float [N].
         chosen: penalty and logit scale that validation picked.
         max_iterations: of L-BFGS.
+
+    Raises:
+        ValueError: all reviews get one score, as where their texts are equal.
     """
     moments = standardise(features)
     weight = fit_weight(moments.apply(features), ratings, chosen.l2, max_iterations)
     folded = weight.double() / moments.std.double()
     raw = features.double() @ folded
     spread = raw.std(correction=0)
+    if not spread > 0:
+        raise ValueError("no feature tells the reviews apart: there is nothing to learn from")
     return LinearHead(
         weight=(folded / spread).float(),
         bias=(-raw.mean() / spread).float(),
