@@ -124,6 +124,18 @@ def test_tokens_in_flight_are_capped_until_requests_end() -> None:
     assert desk.refused == [("a", Refusal.IN_FLIGHT)]
 
 
+@pytest.mark.parametrize(
+    ("tokens_per_s", "wait_s", "reason"), [(10.0, 2.5, Refusal.QUOTA), (1000.0, 0.25, Refusal.IN_FLIGHT)]
+)
+def test_of_several_reasons_the_one_that_lasts_is_told(tokens_per_s: float, wait_s: float, reason: Refusal) -> None:
+    desk = Desk()
+    team = Team("a", tokens_per_s=tokens_per_s, burst_s=60 / tokens_per_s, max_tokens_in_flight=60)
+    desk.ask(team, 60)
+    desk.serve(60)
+    assert wait_of(desk, team, 25) == pytest.approx(wait_s)
+    assert desk.refused == [("a", reason)]
+
+
 def test_a_flood_leaves_the_others_part_of_the_queue_free() -> None:
     desk = Desk(queue_tokens=1000)
     for _ in range(75):
@@ -164,6 +176,34 @@ def test_what_would_end_too_late_is_refused_with_the_time_that_the_backlog_needs
     assert wait_of(desk, A, 100, deadline_s=3.0) == pytest.approx(2.5)
     desk.serve(10)
     assert desk.refused == [("a", Refusal.DEADLINE)]
+
+
+def test_estimates_are_stretched_the_more_the_oftener_they_were_too_bright() -> None:
+    desk = Desk()
+    desk.ask(A, 100)
+
+    def enters(deadline_s: float) -> bool:
+        try:
+            desk.admission.admit(Request(10, 1, deadline_s, Caller(A, Priority.NORMAL)), 0.0)
+        except ResourceExhausted:
+            return False
+        return True
+
+    def margin_is(margin: float) -> bool:
+        # 110 tokens take 1.1 s.
+        return enters(1.1 * margin + 0.001) and not enters(1.1 * margin - 0.001)
+
+    assert margin_is(1.2)
+    desk.admission.missed()
+    assert margin_is(1.2 * 1.1)
+    for _ in range(100):
+        desk.admission.missed()
+    assert margin_is(4.0)
+    desk.admission.kept()
+    assert margin_is(4.0 * 0.99)
+    for _ in range(200):
+        desk.admission.kept()
+    assert margin_is(1.2)
 
 
 def test_the_wait_told_is_long_enough() -> None:

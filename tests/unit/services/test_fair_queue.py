@@ -16,6 +16,7 @@ from ppod_services.core.fair_queue import FairQueue
 
 ROOMY = BatchBounds(max_tokens=10**6, max_size=10**6, overhead_tokens=10**6)
 A, B = Team("a"), Team("b")
+ONE = BatchBounds(10**6, max_size=1, overhead_tokens=10**6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +136,7 @@ def test_a_high_priority_does_not_push_another_team_back() -> None:
     queue: FairQueue[Entry] = FairQueue(0)
     put(queue, A, 5, 5, priority=Priority.HIGH)
     put(queue, B, 5, 5, priority=Priority.LOW)
-    one = bounds(10**6, max_size=1)
-    assert [owners(queue.take(one)) for _ in range(4)] == [["a"], ["b"], ["a"], ["b"]]
+    assert [owners(queue.take(ONE)) for _ in range(4)] == [["a"], ["b"], ["a"], ["b"]]
 
 
 def test_weights_divide_the_tokens() -> None:
@@ -161,25 +161,26 @@ def test_a_team_that_comes_back_has_no_claim_on_what_it_left_unused() -> None:
     queue: FairQueue[Entry] = FairQueue(catch_up_tokens=0)
     put(queue, B, 10)
     put(queue, A, *[10] * 101)
-    one = bounds(10**6, max_size=1)
     for _ in range(101):
-        queue.take(one)
+        queue.take(ONE)
     put(queue, A, *[10] * 4)
     put(queue, B, *[10] * 4)
-    assert sorted(owner for _ in range(4) for owner in owners(queue.take(one))) == ["a", "a", "b", "b"]
+    assert sorted(owner for _ in range(4) for owner in owners(queue.take(ONE))) == ["a", "a", "b", "b"]
 
 
-def test_a_team_that_comes_back_catches_up_as_far_as_it_may() -> None:
+@pytest.mark.parametrize(("team", "served"), [(B, "bbbbabab"), (Team("b", weight=2.0), "bbbbabba")])
+def test_a_team_that_comes_back_catches_up_as_far_as_it_may(team: Team, served: str) -> None:
     queue: FairQueue[Entry] = FairQueue(catch_up_tokens=30)
-    put(queue, B, 10)
+    put(queue, team, 10)
+    assert queue.tokens_behind(team) == 0
     put(queue, A, *[10] * 100)
-    one = bounds(10**6, max_size=1)
     for _ in range(91):
-        queue.take(one)
-    put(queue, B, *[10] * 10)
-    assert queue.tokens_behind(B) == 30
+        queue.take(ONE)
+    assert queue.tokens_behind(team) == 30, "before it comes back, too: admission asks then"
+    put(queue, team, *[10] * 10)
+    assert queue.tokens_behind(team) == 30
     # 30 tokens to catch up, then by turns; a tie goes to a team that was there first, which is b.
-    assert [owners(queue.take(one))[0] for _ in range(8)] == ["b", "b", "b", "b", "a", "b", "a", "b"]
+    assert "".join(owners(queue.take(ONE))[0] for _ in range(8)) == served
 
 
 def test_a_team_that_was_away_for_long_has_nothing_to_catch_up() -> None:
@@ -187,12 +188,11 @@ def test_a_team_that_was_away_for_long_has_nothing_to_catch_up() -> None:
     queue: FairQueue[Entry] = FairQueue(catch_up_tokens=30)
     put(queue, B, 10)
     put(queue, A, *[10] * 100)
-    one = bounds(10**6, max_size=1)
     for _ in range(91):
-        queue.take(one)
+        queue.take(ONE)
     put(queue, B, *[10] * 10, now_s=30.1)
     assert queue.tokens_behind(B) == 0
-    assert sorted(owners(queue.take(one))[0] for _ in range(8)) == ["a"] * 4 + ["b"] * 4
+    assert sorted(owners(queue.take(ONE))[0] for _ in range(8)) == ["a"] * 4 + ["b"] * 4
 
 
 def test_removing_a_request_takes_all_of_it_and_nothing_else() -> None:
@@ -311,15 +311,14 @@ def test_the_fairness_bound_of_virtual_token_counters(
 def test_catching_up_is_bounded(flood: int, catch_up: int) -> None:
     """However long b was away, once back it gets at most `catch_up` and a sequence more than a."""
     queue: FairQueue[Entry] = FairQueue(catch_up)
-    one = bounds(10**6, max_size=1)
     put(queue, B, 10)
     put(queue, A, *[10] * (flood + 100))
     for _ in range(flood + 1):
-        queue.take(one)
+        queue.take(ONE)
     put(queue, B, *[10] * 80)
     served = {"a": 0, "b": 0}
     while queue.team_tokens("a") and queue.team_tokens("b"):
-        for entry in queue.take(one):
+        for entry in queue.take(ONE):
             served[entry.owner] += entry.tokens
         assert served["b"] - served["a"] <= catch_up + 10 + 10
 
