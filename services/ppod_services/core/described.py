@@ -128,9 +128,9 @@ def check_count(count: int, field: str, most: int) -> None:
 
 
 def check_length(sample: int, length: int, field: str, most: int) -> None:
-    """Raise InvalidArgument when a sequence is longer than `most` tokens."""
+    """Raise InvalidArgument, which names `field`, when a sequence is longer than `most` tokens."""
     if length > most:
-        raise InvalidArgument(f"{field}.lengths", f"{length} tokens", f"at most {most} tokens", sample)
+        raise InvalidArgument(field, f"{length} tokens", f"at most {most} tokens", sample)
 
 
 def effective_deadline_s(time_remaining_s: float | None, limits: LimitsConfig) -> float:

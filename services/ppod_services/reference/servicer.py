@@ -140,7 +140,7 @@ def _check_prompts(sequences: Sequence[TokenArray], prompt_lengths: Sequence[int
         expected = f"{len(sequences)}, one for each sequence"
         raise InvalidArgument("prompt_lengths", f"{len(prompt_lengths)} values", expected)
     for sample, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
-        check_length(sample, len(tokens), "tokens", longest)
+        check_length(sample, len(tokens), "tokens.lengths", longest)
         if not 1 <= prompt_length < len(tokens):
             expected = f"at least 1 and less than the sequence's {len(tokens)} tokens"
             raise InvalidArgument("prompt_lengths", str(prompt_length), expected, sample)

@@ -84,7 +84,7 @@ def truncate(
     cut: list[TokenArray] = []
     for sample, tokens in zip(samples, sequences, strict=True):
         if query.truncation is Truncation.NONE:
-            check_length(sample.index, len(tokens), sample.field, most)
+            check_length(sample.index, len(tokens), sample.sized_field, most)
         lost = len(tokens) - most
         if lost <= 0:
             cut.append(tokens)
@@ -139,7 +139,7 @@ def truncate_reads(sample: Sample, one: ModelInput, side: Truncation, most: int)
     if side is Truncation.LEFT and reads[0] >= 0:
         return ModelInput(one.tokens[lost:], reads), lost
     expected = f"at most {most} tokens, or TRUNCATION_SIDE_LEFT and fewer to cut than stand before the first step's end"
-    raise InvalidArgument(f"{sample.field}.lengths", f"{len(one.tokens)} tokens", expected, sample.index)
+    raise InvalidArgument(sample.sized_field, f"{len(one.tokens)} tokens", expected, sample.index)
 
 
 def _own_tokens(sample: Sample, reader: Reader) -> TokenArray | None:

@@ -76,6 +76,17 @@ class Sample:
             case ChatContent():
                 return "conversations"
 
+    @property
+    def sized_field(self) -> str:
+        """The field that says, or shows, how long it is."""
+        match self.content:
+            case TokenContent():
+                return "tokens.lengths"
+            case TextContent():
+                return "texts.texts"
+            case ChatContent():
+                return "conversations.conversations"
+
     def prefix(self, position: int) -> Sample:
         """The same sequence up to a position: tokens of the whole, or characters of the response."""
         match self.content:

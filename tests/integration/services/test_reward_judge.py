@@ -184,6 +184,7 @@ def said(message: object) -> bytes:
         (b'{"choices": [{"text": "Score: 3"}]}', "does not answer with chat completions"),
         (b'{"choices": [', "does not answer with JSON"),
         (b'{"choices": "\xff"}', "does not answer with JSON"),
+        (b"[" * 100_000, "does not answer with chat completions"),
         # The half of a character is a part of the next question.
         (said({"content": "\ud83d"}), "No line with a score ('?'). in each of 3 replies"),
     ],

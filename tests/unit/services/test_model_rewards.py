@@ -138,7 +138,7 @@ async def test_a_process_model_s_input_is_never_cut_through_the_end_of_a_step(
             query(TextContent("", "c"), TextContent("", "aa\nbb\ncc"), truncation=side)
         )
     expected = f"at most {most} tokens, or TRUNCATION_SIDE_LEFT and fewer to cut than stand before the first step's end"
-    assert vars(caught.value) == vars(InvalidArgument("texts.lengths", "9 tokens", expected, 1))
+    assert vars(caught.value) == vars(InvalidArgument("texts.texts", "9 tokens", expected, 1))
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,11 @@ from support.processes import ROOT
         ("exact_answer", {"pattern": r"####\s*(.+)", "wrong": -1}, "it is 4", "4", -1.0),
         ("exact_answer", {"numbers": True}, "1,000.0", "1000", 1.0),
         ("exact_answer", {"numbers": True}, "a thousand", "1000", 0.0),
+        ("exact_answer", {"numbers": True}, "-1,234,567.50", "-1234567.5", 1.0),
+        ("exact_answer", {"numbers": True}, "1,2", "12", 0.0),
+        ("exact_answer", {"numbers": True}, "1,2", "1,2", 1.0),
+        ("exact_answer", {"numbers": True}, "1234,567", "1234567", 0.0),
+        ("exact_answer", {"numbers": True}, "1_2", "12", 0.0),
         # Neighbours that one float stands for.
         ("exact_answer", {"numbers": True}, "9,007,199,254,740,993", "9007199254740992", 0.0),
         ("exact_answer", {"numbers": True}, "9,007,199,254,740,993", "9007199254740993.0", 1.0),

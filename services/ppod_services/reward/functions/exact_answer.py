@@ -10,6 +10,8 @@ from pydantic import Field, field_validator
 from ppod_models.configuration import ConfigModel
 from ppod_services.reward.functions import FunctionSample
 
+_GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
+
 
 class ExactAnswerParameters(ConfigModel):
     """Where the answer stands, and how strictly it is compared."""
@@ -69,9 +71,13 @@ class ExactAnswer:
 
 
 def _number(text: str) -> Decimal | None:
-    """The number that a text is, to its last digit: as floats, integers from 2**53 on equal their neighbours."""
+    """The number that a text is, to its last digit: as floats, integers from 2**53 on equal their neighbours.
+
+    Commas are left out where they part thousands: "4,2" is not 42. Nor is "4_2", which Python would read so.
+    """
+    plain = text.replace(",", "") if _GROUPED.fullmatch(text) else text.replace("_", "?")
     try:
-        number = Decimal(text.replace(",", ""))
+        number = Decimal(plain)
     except InvalidOperation:
         return None
     return number if number.is_finite() else None
