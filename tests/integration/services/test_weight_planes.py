@@ -20,9 +20,9 @@ from ppod.client import (
     WireImage,
     relay_tree,
 )
-from ppod_trainer.adapter_weights import adapter_tensors
 from ppod_trainer.policy_weights import PolicyTensors
 from support.processes import ServiceProcess, free_ports, running_service
+from support.saved_adapters import adapter_tensors
 from support.services import tiny_model_config
 from support.tiny_adapter import build_adapted_model
 from support.tiny_model import build_model

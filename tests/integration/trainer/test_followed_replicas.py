@@ -17,7 +17,6 @@ import torch
 
 from ppod import GenerationClient, Sampling, Unavailable, WeightClient
 from ppod.client import parse_kubernetes_target
-from ppod_trainer.adapter_weights import adapter_tensors
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import WeightPushError
 from ppod_trainer.followed_replicas import FollowedReplicas
@@ -25,6 +24,7 @@ from ppod_trainer.recovery import Recovery
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.weight_sync import WeightSync
 from support.pods import Cluster, Deployment, RunningPod, running_cluster
+from support.saved_adapters import adapter_tensors
 from support.services import tiny_model_config
 from support.tiny_adapter import build_adapted_model
 from support.tiny_model import build_model, save_tiny_model

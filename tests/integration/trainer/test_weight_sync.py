@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from ppod import WeightClient
-from ppod_trainer.adapter_weights import adapter_tensors
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import WeightPushError
 from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
 from support.processes import ServiceProcess, metrics_of, running_service
+from support.saved_adapters import adapter_tensors
 from support.services import tiny_model_config
 from support.tiny_adapter import build_adapted_model
 from support.tiny_head import save_tiny_head

@@ -21,11 +21,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ppod import Completion, FinishReason, GenerationClient, Internal, Sampling, Unavailable, WeightClient
 from ppod.client import RelayHop, WeightPause, WeightPush
 from ppod.client.weight_image import WireImage
-from ppod_trainer.adapter_weights import adapter_tensors
 from ppod_trainer.policy_weights import PolicyTensors
 from support.processes import ServiceProcess, free_ports, metrics_of, run_to_exit, running_service, write_config
 from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
+from support.saved_adapters import adapter_tensors
 from support.services import tiny_model_config
 from support.tiny_adapter import build_adapted_model
 from support.tiny_model import build_model, save_tiny_model

@@ -23,7 +23,6 @@ from ppod import (
 )
 from ppod.client import WeightPause, WeightPush
 from ppod_models.process_groups import GroupError
-from ppod_trainer.adapter_weights import adapter_tensors
 from ppod_trainer.collective_plane import CollectivePlane
 from ppod_trainer.config import CollectiveConfig
 from ppod_trainer.policy_weights import PolicyTensors
@@ -32,6 +31,7 @@ from support.broadcasts import ask, group_of, sending
 from support.processes import ServiceProcess, free_ports
 from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
+from support.saved_adapters import adapter_tensors
 from support.tiny_adapter import build_adapted_model
 from support.tiny_model import MAX_TOKENS, build_model
 from support.vllm_services import (
