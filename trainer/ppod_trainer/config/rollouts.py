@@ -21,7 +21,8 @@ class PromptsConfig(ConfigModel):
         description=".tsv with a `text` column, .txt, or .jsonl with a `prompt` or with `messages`, each of `role` and "
         "`content`; none: movie reviews. A column or field `reference` is the answer that rewards such as exact_answer "
         "hold responses against. Texts are read as they stand: a token that a model expects before a prompt has to be "
-        "in them; messages go through the policy's chat template, which begins the assistant's turn",
+        "in them; messages go through the policy's chat template, which begins the assistant's turn and whose today is "
+        "always 26 July 2024",
     )
     first_tokens: int | None = Field(
         default=None, ge=1, description="tokens kept of each text; none: all; not given: all, of the reviews 6"
