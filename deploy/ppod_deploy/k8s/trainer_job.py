@@ -75,9 +75,18 @@ def paths_here(config: TrainerConfig) -> list[str]:
     return [
         f"{key}: {value}"
         for key, value in _texts("", config.model_dump(mode="json"))
-        # Directories without a slash have the names of too many other things.
-        if key not in _MADE_THERE and (Path(value).is_file() or (os.sep in value and Path(value).is_dir()))
+        if key not in _MADE_THERE and _leads_here(value)
     ]
+
+
+def _leads_here(text: str) -> bool:
+    try:
+        path = Path(text).expanduser()
+        # Directories without a slash have the names of too many other things.
+        return path.is_file() or (os.sep in text and path.is_dir())
+    except (OSError, RuntimeError):
+        # Most texts are no paths, and may be longer than any, as a list of replicas, or begin with ~.
+        return False
 
 
 def _texts(key: str, value: object) -> Iterator[tuple[str, str]]:

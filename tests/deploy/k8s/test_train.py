@@ -149,6 +149,16 @@ def test_what_the_pod_will_not_find_is_named(
     assert told == ["policy.source: runs/model", "prompts.path: prompts.txt"]
 
 
+def test_a_text_too_long_for_a_path_is_none(k8s: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    services = {"reward": ",".join(f"10.0.0.{number}:50051" for number in range(30))}
+    environment = {"name": "calculator", "parameters": {"notation": "~nobody-here/is about"}}
+    trainer = {"services": services, "policy": {"source": "~/"}, "environment": environment}
+    result = k8s("train", "--config", str(write(tmp_path / "t.yaml", trainer)), "--dry-run")
+    assert (result.code, result.stderr.count("on this machine")) == (0, 1), result.stderr
+    assert "policy.source: ~/ is on this machine; the pod needs it in its image or on a volume" in result.stderr
+
+
 def test_a_dry_run_prints_what_kubectl_can_apply(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
     config = write(tmp_path / "t.yaml", {"steps": 3})
     result = k8s("train", "--config", str(config), "--dry-run")
