@@ -28,7 +28,9 @@ class LogPlace:
             return line
         # A fraction may have lost its last zeros.
         instant = (found[1], (found[2] or "").ljust(9, "0"))
-        if line in self._recent or instant < next(iter(self._recent.values()), instant):
+        # Where all that was read is known, no line that was read can stand before it.
+        forgotten = len(self._recent) == _RECENT and instant < next(iter(self._recent.values()))
+        if line in self._recent or forgotten:
             return None
         self._recent[line] = instant
         if len(self._recent) > _RECENT:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ppod_deploy.k8s import train
+from ppod_deploy.k8s import log_place, train
 from ppod_deploy.k8s.cluster import Cluster
 from ppod_deploy.k8s.log_place import LogPlace
 from support.fake_kubernetes import FakeKubernetes
@@ -73,8 +73,8 @@ def test_a_log_that_was_rotated_while_its_connection_was_broken_goes_on(
         # Fractions without their last zeros, and streams that are stamped apart.
         (["05.5Z a", "05.51Z b", "05.500000001Z c"], ["a", "b", "c"]),
         (["05.5Z a", "05.5Z a", "05.5Z b", "06Z c", "05.9Z d"], ["a", "b", "c", "d"]),
-        # What stood before the first line that is known.
-        (["05.5Z a", "05.49Z b", "04Z c"], ["a"]),
+        # The first two, too.
+        (["05.5Z a", "05.49Z b", "05.49Z b", "06Z c"], ["a", "b", "c"]),
         (["05.5Z ", "06.5+02:00 two  words ", "06.5+02:00 two  words "], ["", "two  words "]),
     ],
 )
@@ -82,6 +82,14 @@ def test_lines_are_told_by_their_timestamps(lines: list[str], new: list[str]) ->
     place = LogPlace()
     assert [text for line in lines if (text := place.read(f"2026-01-01T00:00:{line}")) is not None] == new
     assert [place.read("the node's own words")] * 2 == ["the node's own words"] * 2
+
+
+def test_lines_before_all_that_are_remembered_were_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_place, "_RECENT", 2)
+    place = LogPlace()
+    lines = ["05.5Z a", "05.6Z b", "05.7Z c", "05.5Z a", "05.6Z b", "05.59Z d", "05.65Z e"]
+    told = [text for line in lines if (text := place.read(f"2026-01-01T00:00:{line}")) is not None]
+    assert told == ["a", "b", "c", "e"]
 
 
 def test_a_connection_that_is_dropped_without_a_word_is_noticed(api: FakeKubernetes) -> None:
