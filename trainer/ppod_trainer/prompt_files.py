@@ -89,11 +89,15 @@ def _read_record(record: Mapping[str, object], render: Render, where: str) -> Pr
         return PromptText(text, reference) if isinstance(text, str) else None
     if text is not None or not isinstance(messages, list):
         return None
-    turns = [_read_turn(message) for message in cast("list[object]", messages)]
-    if not turns or None in turns:
+    read = [_read_turn(message) for message in cast("list[object]", messages)]
+    turns = [turn for turn in read if turn is not None]
+    if not turns or len(turns) < len(read):
         return None
+    if turns[-1]["role"] == "assistant":
+        # As in data for supervised training. The policy would read there what it is to say.
+        raise PromptError(f"{where}: messages: the last is the assistant's; end with what the policy is to answer")
     try:
-        return PromptText(render([turn for turn in turns if turn is not None]), reference, whole=True)
+        return PromptText(render(turns), reference, whole=True)
     except ChatTemplateError as error:
         raise PromptError(f"{where}: messages: the policy cannot be asked so: {error}") from error
 

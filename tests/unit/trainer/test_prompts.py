@@ -136,6 +136,11 @@ def test_reviews_are_the_default() -> None:
         ("p.jsonl", '{"messages": []}', "line 1: found .*`messages`"),
         ("p.jsonl", '{"messages": [{"role": "user"}]}', "line 1: found .*`role` and `content`"),
         ("p.jsonl", '{"messages": [{"role": "tool", "content": ""}]}', "line 1: messages: .* cannot be asked so: no t"),
+        (
+            "p.jsonl",
+            '{"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}',
+            "line 1: messages: the last is the assistant's; end with what the policy is to answer",
+        ),
         ("p.jsonl", '{"prompt": "a", "reference": 3}', "line 1: reference: found 3, expected a string"),
         ("p.jsonl", '{"prompt": "a", "reference": "1"}\n{"prompt": "b"}', "line 2: `reference` belongs to all lines"),
         (
