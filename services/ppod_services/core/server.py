@@ -41,6 +41,9 @@ _FLUSH_TIMEOUT_S = 2.0
 _SWITCH_INTERVAL_S = 0.0002
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_ECHO_S = 1.0
+"""The same signal so soon is the same request: `timeout` sends it to the process and to its group, and what stops all
+processes of a job, as systemd and Slurm do, stops the launcher, too, which then asks its services once more."""
 
 
 class StartError(Exception):
@@ -116,6 +119,7 @@ class _Server:
         self._hosted = build(Host(self._executor, self._metrics))
         self._health = health.aio.HealthServicer()
         self._stopping = asyncio.Event()
+        self._asked: tuple[int, float] | None = None
         self._gate = CallGate(config.limits.max_concurrent_calls)
         self._tenancy = Tenancy(config.tenancy, self._metrics.team_quotas)
         # Held for as long as the ports are: gRPC calls them before each handshake.
@@ -260,9 +264,14 @@ class _Server:
 
     def _on_signal(self, number: int) -> None:
         fields: dict[str, LogValue] = {"signal": signal.Signals(number).name}
-        if self._stopping.is_set():
+        now = time.monotonic()
+        if self._asked is not None:
+            first, first_s = self._asked
+            if number == first and now - first_s < _ECHO_S:
+                return
             log_event(_LOGGER, "stopped_at_once", fields)
             exit_now(128 + number)
+        self._asked = number, now
         log_event(_LOGGER, "signal", fields)
         self._stopping.set()
 

@@ -255,6 +255,17 @@ def test_a_second_signal_exits_at_once(slow_service: ServiceProcess) -> None:
     assert isinstance(call.error, Unavailable)
 
 
+def test_the_echo_of_a_signal_cuts_no_call_short(slow_service: ServiceProcess) -> None:
+    """As where all processes of a job are stopped, and then `ppod up`, which was, stops its services."""
+    call = Call(slow_service, 20)
+    assert call.begun.wait(30)
+    slow_service.signal(signal.SIGTERM)
+    slow_service.wait_for_event("draining")
+    slow_service.signal(signal.SIGTERM)
+    call.join()
+    assert (call.error, len(call.completions), slow_service.wait()) == (None, 20, 0)
+
+
 @contextmanager
 def starting_service(directory: Path, model_dir: Path) -> Iterator[ServiceProcess]:
     """A service whose ports are bound and whose model may not be loaded yet."""
