@@ -130,7 +130,8 @@ def _lead(config: TrainerConfig, ranks: Ranks, started: Callable[[], None]) -> i
     stop = StopSignal()
     stop.install()
     try:
-        with open_run(config, stop, ranks) as training_run, ExitStack() as failed:
+        # What is sampled before the first step is told, too.
+        with _output_is_read(), open_run(config, stop, ranks) as training_run, ExitStack() as failed:
             started()
             # Whatever it is: an environment's own errors are as good as ours.
             failed.push(partial(_save_failed, training_run))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from support.processes import environment, write_config
 
 from .conftest import Config, System, records_of
 
@@ -75,3 +79,17 @@ def test_values_are_estimated_once_by_the_initial_policy_and_survive_a_stop(syst
     assert "estimating" not in resumed.stdout
     [state] = [json.loads(path.read_text()) for path in run_dir.glob("checkpoints/*/trainer.json")]
     assert state["components"]["pre_estimates"]["values"] == estimates
+
+
+def test_a_run_that_is_read_by_nobody_while_values_are_estimated_ends_in_one_line(system: System) -> None:
+    config = system.config("unread", steps=1, advantages={"kind": "pvpo"}, **RECIPES["pvpo"])
+    path = write_config(system.directory / "unread.yaml", config)
+    command = [sys.executable, "-m", "ppod_trainer", "--config", str(path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert said == "ppod train: nobody reads stdout any more, as behind `| head`; let a file take it\n"
+    assert process.returncode == 1
