@@ -28,8 +28,11 @@ def run_faults(config: RunConfig) -> list[str]:
 
 def run_notes(config: RunConfig) -> list[str]:
     """What may be meant, and more often is a key that was left as it was."""
-    reference, policy = config.services.reference.model.source, config.trainer.policy.source
-    if reference == policy:
+    trainer = config.trainer
+    reference, policy = config.services.reference.model.source, trainer.policy.source
+    penalised = trainer.kl.coefficient or trainer.schedules.kl_coefficient is not None
+    # The reference is given a quantised policy's base before the first step.
+    if reference == policy or not penalised or trainer.policy.quantised:
         return []
     return [
         f"services.reference.model.source is {reference}, trainer.policy.source {policy}: the KL penalty holds the "

@@ -10,7 +10,7 @@ from deploy.conftest import Section
 from ppod_deploy import launcher
 from ppod_deploy.commands import Run, Up
 from ppod_deploy.overrides import apply_overrides, split_arguments
-from ppod_deploy.run_checks import run_faults
+from ppod_deploy.run_checks import run_faults, run_notes
 from ppod_deploy.run_command import resolve_run
 from ppod_deploy.run_config import parse_run
 from ppod_models.configuration import ConfigError
@@ -127,3 +127,16 @@ def test_a_policy_that_is_not_its_reference_is_told(
             launcher.Launcher(config).run()
         found = "trainer.policy.source /models/tuned: the KL penalty holds the policy to another model"
         assert (found in capsys.readouterr().err) == noted
+
+
+def test_a_reference_that_no_penalty_holds_to_is_not_told(run_values: dict[str, Section]) -> None:
+    """Where it is only measured, and where it is given the policy's base."""
+
+    def notes(*arguments: str) -> int:
+        _, overrides = split_arguments(["--trainer.policy.source", "/models/tuned", *arguments])
+        return len(run_notes(parse_run(apply_overrides(run_values, overrides), "test")))
+
+    assert notes("--trainer.kl.coefficient", "0") == 0
+    assert notes("--trainer.kl.coefficient", "0", "--trainer.schedules={kl_coefficient: {end: 0.1}}") == 1
+    assert notes("--trainer.policy.lora={quantization: nf4}") == 0
+    assert notes("--trainer.policy.lora={}") == 1
