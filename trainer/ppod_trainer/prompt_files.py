@@ -16,6 +16,9 @@ from ppod_trainer.errors import PromptError
 Render = Callable[[Sequence[Mapping[str, str]]], str]
 """Makes a text of a conversation, with the assistant's turn begun; raises ChatTemplateError."""
 
+_TOOLS = ("tools", "tool_calls")
+"""Of a line and of a message: without them a conversation would be another one."""
+
 
 @dataclass(frozen=True, slots=True)
 class PromptText:
@@ -89,7 +92,11 @@ def _read_record(record: Mapping[str, object], render: Render, where: str) -> Pr
         return PromptText(text, reference) if isinstance(text, str) else None
     if text is not None or not isinstance(messages, list):
         return None
-    read = [_read_turn(message) for message in cast("list[object]", messages)]
+    given = cast("list[object]", messages)
+    for key in _TOOLS:
+        if any(cast("dict[str, object]", one).get(key) for one in (record, *given) if isinstance(one, dict)):
+            raise PromptError(f"{where}: {key}: only `role` and `content` reach the chat template; leave the line out")
+    read = [_read_turn(message) for message in given]
     turns = [turn for turn in read if turn is not None]
     if not turns or len(turns) < len(read):
         return None

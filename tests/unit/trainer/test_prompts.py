@@ -141,6 +141,16 @@ def test_reviews_are_the_default() -> None:
             '{"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}',
             "line 1: messages: the last is the assistant's; end with what the policy is to answer",
         ),
+        (
+            "p.jsonl",
+            '{"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}',
+            "line 1: tool_calls: only `rol",
+        ),
+        (
+            "p.jsonl",
+            '{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}',
+            "line 1: tools: only `role` and",
+        ),
         ("p.jsonl", '{"prompt": "a", "reference": 3}', "line 1: reference: found 3, expected a string"),
         ("p.jsonl", '{"prompt": "a", "reference": "1"}\n{"prompt": "b"}', "line 2: `reference` belongs to all lines"),
         (
@@ -259,7 +269,7 @@ def test_a_curriculum_begins_with_the_shortest_and_takes_in_longer_ones() -> Non
 def test_conversations_are_rendered_and_never_cut(tmp_path: Path) -> None:
     system, asked, said = ({"role": r, "content": c} for r, c in (("system", "S"), ("user", "U"), ("assistant", "A")))
     lines = [[asked], [system, asked, said, asked]]
-    path = write(tmp_path, "p.jsonl", "\n".join(json.dumps({"messages": line}) for line in lines))
+    path = write(tmp_path, "p.jsonl", "\n".join(json.dumps({"messages": line, "tools": None}) for line in lines))
     prompts = load_prompts(PromptsConfig(path=path, heldout=1), encode, render)
     texts = {"".join(map(chr, prompt.token_ids)) for prompt in prompts.training + prompts.heldout}
     assert texts == {"<user>U<assistant>", "<system>S<user>U<assistant>A<user>U<assistant>"}
