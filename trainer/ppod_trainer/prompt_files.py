@@ -54,6 +54,15 @@ def read_prompts(path: Path | None, render: Render) -> list[PromptText]:
 def _read_tsv(path: Path, content: str, render: Render) -> list[PromptText]:
     del render
     rows = csv.DictReader(_lines(content), delimiter="\t", quoting=csv.QUOTE_NONE)
+    try:
+        return _read_rows(path, rows)
+    except csv.Error as error:
+        raise PromptError(
+            f"prompts.path {path}, line {rows.reader.line_num}: {error}; a .jsonl takes longer texts"
+        ) from error
+
+
+def _read_rows(path: Path, rows: csv.DictReader[str]) -> list[PromptText]:
     if "text" not in (rows.fieldnames or []):
         raise PromptError(f"prompts.path {path}: the header has {rows.fieldnames}; expected a column `text`")
     prompts: list[PromptText] = []
@@ -71,7 +80,8 @@ def _read_jsonl(path: Path, content: str, render: Render) -> list[PromptText]:
         where = f"prompts.path {path}, line {number}"
         try:
             record: object = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            # Python takes no integers of more than 4300 digits.
             raise PromptError(f"{where}: not JSON: {error}") from error
         prompt = _read_record(record, render, where) if isinstance(record, dict) else None
         if prompt is None:
