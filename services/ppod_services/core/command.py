@@ -20,7 +20,8 @@ EXIT_CONFIG = 2
 
 _EPILOG = """\
 exit codes: 0 drained after SIGTERM or SIGINT; 1 a port is in use, the model cannot be loaded, or the drain was cut
-short; 2 the configuration is wrong. A second signal ends the process at once.
+short; 2 the configuration is wrong. A second signal ends the process at once; the same one within a
+second is taken for an echo of the first.
 """
 
 
