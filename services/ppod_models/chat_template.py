@@ -42,3 +42,10 @@ def render_chat(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[s
     except _TEMPLATE_ERRORS as error:
         raise ChatTemplateError(f"its chat template refuses the conversation: {error}") from error
     return cast(str, text)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What the chat template puts behind an assistant's answer. Raises ChatTemplateError as `render_chat`."""
+    answer = "forty-two"
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]
+    return render_chat(tokenizer, turns, open_turn=False).rpartition(answer)[2]

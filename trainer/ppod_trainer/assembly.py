@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from ppod import GenerationClient
 from ppod.tensors import TokenArray
 from ppod_models import loading
-from ppod_models.chat_template import render_chat
+from ppod_models.chat_template import ChatTemplateError, render_chat, turn_end
 from ppod_models.configuration import dump_config
 from ppod_models.sources import resolve
 from ppod_trainer.algorithms import LearnedEstimator, build_estimator
@@ -92,7 +92,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             opened.callback(connections.close)
             ids = loading.vocab_size(leader.learner.policy.model), loading.token_id_bound(tokenizer)
             served = check_services(connections, config.rollout, len(prompts.heldout), *ids)
-        _check_prompts(prompts, connections, served, config.rollout)
+        _check_prompts(prompts, tokenizer, connections, served, config.rollout)
         bad_samples = BadSamples(config.rollout.on_bad_sample)
         sampler = _build_sampler(config, connections.generation, served.sequence_tokens, environments, codec)
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
@@ -160,7 +160,14 @@ def _load_prompts(
     return replace(prompts, curriculum_steps=config.prompts.curriculum_steps)
 
 
-def _check_prompts(prompts: PromptSet, connections: Connections, served: ServedModels, rollout: RolloutConfig) -> None:
+def _check_prompts(
+    prompts: PromptSet,
+    tokenizer: PreTrainedTokenizerFast,
+    connections: Connections,
+    served: ServedModels,
+    rollout: RolloutConfig,
+) -> None:
+    _warn_of_endless_turns(prompts, tokenizer, served.generation.eos_token_ids)
     if not references_of(prompts.training):
         check_references(connections)
     if rollout.on_bad_sample != "stop":
@@ -168,6 +175,27 @@ def _check_prompts(prompts: PromptSet, connections: Connections, served: ServedM
     made_tokens = served.generation.limits.max_sequence_tokens
     check_lengths(prompts, made_tokens)
     check_readers(prompts, made_tokens, rollout.max_tokens, served.reader, served.read_tokens)
+
+
+def _warn_of_endless_turns(
+    prompts: PromptSet, tokenizer: PreTrainedTokenizerFast, eos_token_ids: Sequence[int]
+) -> None:
+    """Base models may have a chat template whose end of a turn does not end their sampling."""
+    if not prompts.conversations:
+        return
+    try:
+        end = turn_end(tokenizer)
+    except ChatTemplateError:
+        # Of this conversation; those of the prompts were rendered.
+        return
+    ids = tokenizer.encode(end, add_special_tokens=False)
+    if ids and ids[0] not in eos_token_ids:
+        log.warning(
+            "the chat template ends the assistant's turn with %r, which is none of generation's stop tokens (%s): "
+            "responses run on to rollout.max_tokens; name its id as eos_token_id in the model's generation_config.json",
+            end,
+            ", ".join(map(str, eos_token_ids)) or "none",
+        )
 
 
 def _build_sampler(

@@ -43,11 +43,13 @@ class PromptSet:
     Attributes:
         training, heldout: the prompts.
         curriculum_steps: first steps, whose prompts are the shorter ones; 0: none.
+        conversations: some went through the chat template.
     """
 
     training: list[Prompt]
     heldout: list[Prompt]
     curriculum_steps: int = 0
+    conversations: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -137,14 +139,15 @@ def load_prompts(config: PromptsConfig, encode: Encode, render: Render) -> Promp
             have different references.
     """
     texts = read_prompts(config.path, render)
-    if config.first_tokens is not None and any(one.whole for one in texts):
+    conversations = any(one.whole for one in texts)
+    if config.first_tokens is not None and conversations:
         raise PromptError(
             f"prompts.first_tokens is {config.first_tokens}, which would cut conversations off; leave it out"
         )
     prompts = _different(_encoded(texts, lambda text: encode(text)[: config.first_tokens]))
     _check_count(len(prompts), config.heldout, "prompts")
     shuffled = _shuffled(prompts)
-    return PromptSet(training=shuffled[config.heldout :], heldout=shuffled[: config.heldout])
+    return PromptSet(shuffled[config.heldout :], shuffled[: config.heldout], conversations=conversations)
 
 
 def references_of(prompts: Sequence[Prompt]) -> tuple[str, ...]:

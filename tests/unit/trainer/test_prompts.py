@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ppod_models.chat_template import ChatTemplateError
-from ppod_trainer.assembly import _load_prompts
+from ppod_trainer.assembly import _load_prompts, _warn_of_endless_turns
 from ppod_trainer.config import PromptsConfig, TrainerConfig
 from ppod_trainer.environments import Reply
 from ppod_trainer.environments.calls import EnvironmentCalls
@@ -25,6 +25,7 @@ from ppod_trainer.prompts import (
     references_of,
     split_episodes,
 )
+from support.tiny_model import build_tokenizer
 
 
 def encode(text: str) -> list[int]:
@@ -288,3 +289,29 @@ def test_references_stay_with_their_prompts(tmp_path: Path) -> None:
         assert found == {record["prompt"]: record["reference"] for record in records}
         assert references_of(prompts.heldout) == tuple(one.reference for one in prompts.heldout)
     assert references_of([Prompt(0, np.zeros(1, np.int32))]) == references_of([]) == ()
+
+
+@pytest.mark.parametrize(
+    ("ending", "conversations", "told"),
+    [
+        ("{{ eos_token }}\n", True, False),
+        ("|\n", True, True),
+        ("|\n", False, False),
+        # What ends a turn is then the policy's to know.
+        ("", True, False),
+        ("{{ raise_exception('no answers') }}", True, False),
+    ],
+)
+def test_a_template_whose_turns_do_not_end_is_told(
+    caplog: pytest.LogCaptureFixture, ending: str, conversations: bool, told: bool
+) -> None:
+    tokenizer = build_tokenizer()
+    turn = f"{{% if message.role == 'assistant' %}}{ending}{{% endif %}}"
+    tokenizer.chat_template = f"{{% for message in messages %}}{{{{ message.content }}}}{turn}{{% endfor %}}"
+    eos = (3, int(tokenizer.eos_token_id or 0))
+    _warn_of_endless_turns(PromptSet([], [], conversations=conversations), tokenizer, eos)
+    lines = [record.getMessage() for record in caplog.records]
+    expected = (
+        f"ends the assistant's turn with '|\\n', which is none of generation's stop tokens ({eos[0]}, {eos[1]}): "
+    )
+    assert [expected in line for line in lines] == [True] * told
