@@ -53,6 +53,14 @@ def wait_for(store: Store, key: str, timeout_s: float) -> bytes:
         raise GroupError(f"{key} was not told within {timeout_s:g} s: {_first_line(error)}") from error
 
 
+def tell(store: Store, key: str, value: str) -> None:
+    """Set a key. Raises GroupError: the store is gone, or the connection to it is."""
+    try:
+        store.set(key, value)
+    except RuntimeError as error:
+        raise GroupError(f"{key} could not be told: {_first_line(error)}") from error
+
+
 class _Members(Protocol):
     """A backend of torch.distributed; its own stubs leave these out."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch._C._distributed_c10d import PrefixStore
 
-from ppod_models.process_groups import BroadcastGroup, GroupError, open_store, wait_for
+from ppod_models.process_groups import BroadcastGroup, GroupError, open_store, tell, wait_for
 from ppod_services.core.weight_manifest import IncomingGroup
 
 _GIVEN_UP = 0
@@ -64,7 +64,8 @@ class GroupMember:
 
     def _meet(self, weight_version: int) -> BroadcastGroup:
         """Wait for the sender, and join the group that it names."""
-        self._store.set(f"{weight_version}/joined/{self._rank}", str(self._epoch))
+        # Since the last version the connection may have been cut.
+        tell(self._store, f"{weight_version}/joined/{self._rank}", str(self._epoch))
         epoch = int(wait_for(self._store, f"{weight_version}/go", self._timeout_s))
         if epoch == _GIVEN_UP:
             raise GroupError("the sender gave up")

@@ -14,7 +14,8 @@ from torch._C._distributed_c10d import PrefixStore
 from ppod.errors import InvalidArgument
 from ppod.v1 import weights_pb2
 from ppod_models.process_groups import BroadcastGroup, GroupError, open_store, wait_for
-from ppod_services.core.weight_manifest import read_manifest
+from ppod_services.core.group_member import GroupMember
+from ppod_services.core.weight_manifest import IncomingGroup, read_manifest
 from ppod_services.core.weight_transfer import bytes_of
 from ppod_services.generation.vllm_backend.receiver import (
     FAILED,
@@ -187,6 +188,17 @@ def test_what_is_on_its_way_can_be_dropped() -> None:
         for worker in both:
             worker.drop()
             assert worker.outcome() == ()
+
+
+def test_a_store_that_is_gone_is_a_broken_group_when_it_is_told_and_when_it_is_asked() -> None:
+    sender = Sender()
+    address = f"127.0.0.1:{sender.port}"
+    member = GroupMember(IncomingGroup("g", address, "gloo", 1, 3, 64), 1, 3.0)
+    del sender
+    # To a closed connection one write succeeds.
+    for words in ("1/go was not told", "1/joined/1 could not be told"):
+        with pytest.raises(GroupError, match=words):
+            next(member.buckets(1, 64))
 
 
 def test_whatever_else_goes_wrong_is_told() -> None:
