@@ -59,13 +59,13 @@ class CollectivePlane:
         self._epoch = 0
         self._members: BroadcastGroup | None = None
         self._refused = threading.Event()
-        self._intact = False
+        self._brought: int | None = None  # by this group, last; None: nothing yet, or that push broke it
 
     @contextmanager
     def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
         """See `WeightPlane`: while the context lasts, all replicas are to be asked to take the push."""
-        self._place(self._ask_ranks())
-        self._intact = False
+        self._place(self._ask_ranks(), outgoing.weight_version)
+        self._brought = None
         with self._copy.tensors(outgoing) as arriving:
             tensors = with_checksums(arriving)
         push = WeightPush(outgoing.weight_version, tensors, collective=self._group)
@@ -80,7 +80,8 @@ class CollectivePlane:
         error = sending.exception()
         if error is not None and not self._refused.is_set():
             raise WeightPushError(f"version {push.weight_version} could not be broadcast: {error}") from error
-        self._intact = error is None
+        if error is None:
+            self._brought = push.weight_version
 
     @contextmanager
     def changes(self, outgoing: Outgoing, base_version: int, tensors: Sequence[WeightTensor]) -> Generator[WeightPush]:
@@ -99,14 +100,15 @@ class CollectivePlane:
         self._copy.close()
         del self._store
 
-    def _place(self, counts: Mapping[str, int]) -> None:
-        """Give each replica its ranks; others than before make another group, and so does a push that failed.
+    def _place(self, counts: Mapping[str, int], weight_version: int) -> None:
+        """Give each replica its ranks; others than before make another group, and so does a push that broke it.
 
-        The next one may be of the same version, and must not meet what the failed one left in the store.
+        So does a version that it brought already, as where a replica was started again before its commit: none must
+        meet what an attempt before left in the store.
         """
         ends = list(accumulate(counts.values(), initial=1))
         ranks = {target: range(*ends[index : index + 2]) for index, target in enumerate(counts)}
-        if ranks != self._group.ranks or not self._intact:
+        if ranks != self._group.ranks or self._brought is None or weight_version <= self._brought:
             self._leave()
             self._epoch = 0
             self._group = replace(self._group, name=secrets.token_hex(8), ranks=ranks)

@@ -144,6 +144,35 @@ def test_a_push_that_failed_is_done_again_under_the_same_version(
     assert len(attempts) == 2
 
 
+def test_a_version_that_was_broadcast_and_never_committed_is_done_again(
+    tiny_model_dir: Path, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replica dies between the two, and no replica has the version: it is pushed again under the same number."""
+    with ExitStack() as stack:
+        mortal = stack.enter_context(generator(tiny_model_dir, tmp_path))
+        sync = stack.enter_context(syncing([mortal], port))
+        sync.push(build_model(seed=7), torch.float32, 1)
+        commit = WeightClient.commit
+
+        def die(self: WeightClient, *what: Any, **how: Any) -> float:
+            mortal.process.kill()
+            mortal.wait()
+            return commit(self, *what, **how)
+
+        monkeypatch.setattr(WeightClient, "commit", die)
+        model = build_model(seed=8)
+        with pytest.raises(WeightPushError, match="commit of weight version 2"):
+            sync.push(model, torch.float32, 2)
+        monkeypatch.undo()
+        again = stack.enter_context(restarted(mortal, tiny_model_dir, tmp_path))
+        until = time.monotonic() + 30
+        while serving_versions(sync) != {0}:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        sync.push(model, torch.float32, 2)
+        assert_serves(again, 2, model)
+
+
 class ComingAndGoing(FixedReplicas):
     """As pods are: the run goes on without those that are away."""
 
@@ -206,6 +235,14 @@ def push_in_the_end(sync: WeightSync, model: torch.nn.Module, version: int) -> i
                 version = max(version, *(serving + 1 for serving in sync.serving_versions()))
         else:
             return version
+
+
+def serving_versions(sync: WeightSync) -> set[int]:
+    """Empty where a replica does not answer."""
+    try:
+        return sync.serving_versions()
+    except WeightPushError:
+        return set()
 
 
 @contextmanager
