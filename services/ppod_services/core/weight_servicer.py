@@ -206,16 +206,16 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         return transfer.received_bytes
 
     async def _shared_memory(self, manifest: IncomingManifest) -> FileMemory | None:
-        """A file's memory to receive into, for those that share the directory; None where it has no room."""
+        """A file's memory to receive into, for those that share the directory; None where none can be made."""
         making = asyncio.ensure_future(asyncio.to_thread(self._make_memory, manifest))
         try:
             return await asyncio.shield(making)
         except asyncio.CancelledError:
             making.add_done_callback(_release_memory)
             raise
-        except ResourceExhausted as error:
-            # The sender reaches the others by itself.
-            log_event(_LOGGER, "relay_directory_full", {"error": str(error)})
+        except (ResourceExhausted, OSError) as error:
+            # Full, or gone. The sender reaches the others by itself.
+            log_event(_LOGGER, "relay_directory_unusable", {"error": str(error)})
             return None
 
     def _make_memory(self, manifest: IncomingManifest) -> FileMemory:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import grpc
@@ -14,7 +17,7 @@ import grpc.aio
 import pytest
 
 from ppod import Unavailable
-from ppod.client import RelayHop, WeightPush, weight_calls
+from ppod.client import RelayHop, WeightPush, WeightTensor, weight_calls
 from ppod.errors import from_rpc_error
 from ppod.v1 import weights_pb2
 from ppod_services.core.batch_run import Pause
@@ -52,26 +55,29 @@ class SlowWeights(ModelWeights):
 
 
 @asynccontextmanager
-async def served(stage_s: float = 0.0) -> AsyncGenerator[str]:
+async def served(stage_s: float = 0.0, directory: Path | None = None) -> AsyncGenerator[str]:
     store = SlowWeights(build_model())
     store.stage_s = stage_s
     target: Deferred[WeightTarget] = Deferred()
     info = ModelInfo("policy", "", 1, 1, "float32", "cpu")
     target.set(WeightTarget(info, ServedWeights(store, lambda _: None)))
     server = grpc.aio.server()
-    config = WeightsConfig(idle_timeout_s=IDLE_S, relay_targets=("127.0.0.1:*",))
-    WeightServicer(target, Scheduler(), config).add_to_server(server)
+    config = WeightsConfig(idle_timeout_s=IDLE_S, relay_targets=("127.0.0.1:*",), relay_directory=directory)
+    servicer = WeightServicer(target, Scheduler(), config)
+    servicer.add_to_server(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
         yield f"127.0.0.1:{port}"
     finally:
         await server.stop(0)
+        servicer.close()
 
 
-def messages(hops: tuple[RelayHop, ...]) -> Iterator[bytes]:
+def messages(hops: tuple[RelayHop, ...], tensors: Sequence[WeightTensor] | None = None) -> Iterator[bytes]:
     """A push in `PARTS` chunks."""
-    first, *rest = weight_calls.messages(WeightPush(1, weight_tensors(build_model(seed=3)), relay=hops))
+    push = WeightPush(1, tensors or weight_tensors(build_model(seed=3)), relay=hops)
+    first, *rest = weight_calls.messages(push)
     yield first
     parts = [weights_pb2.PrepareWeightsRequest.FromString(one) for one in rest]
     data = b"".join(part.chunk for part in parts)
@@ -81,13 +87,16 @@ def messages(hops: tuple[RelayHop, ...]) -> Iterator[bytes]:
     yield from (part.SerializeToString() for part in parts if part.HasField("checksums"))
 
 
-async def relayed(leader: str, *targets: str) -> dict[str, int]:
+async def relayed(
+    leader: str, *targets: str | RelayHop, tensors: Sequence[WeightTensor] | None = None
+) -> dict[str, int]:
     """Push to a leader with these hops; codes by target."""
+    hops = tuple(RelayHop(one) if isinstance(one, str) else one for one in targets)
     async with grpc.aio.insecure_channel(leader) as channel:
         stub = channel.stream_unary(
             "/ppod.v1.WeightService/PrepareWeights", None, weights_pb2.PrepareWeightsResponse.FromString
         )
-        reply = await stub(messages(tuple(map(RelayHop, targets))), timeout=20)
+        reply = await stub(messages(hops, tensors), timeout=20)
     return {one.target or "leader": one.code for one in reply.replicas}
 
 
@@ -111,6 +120,20 @@ def test_a_hop_that_hangs_takes_no_other_with_it() -> None:
                 found = await relayed(leader, first, name, last)
                 assert {one: code for one, code in found.items() if one != name} == {"leader": 0, first: 0, last: 0}
                 assert found[name] == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+
+    asyncio.run(run())
+
+
+def test_a_relay_directory_that_went_away_is_one_without_room(tmp_path: Path) -> None:
+    """The leader has its weights, and the sender, which is told, gives the other one its own."""
+    shared = tmp_path / "shared"
+
+    async def run() -> None:
+        async with served(directory=shared) as leader, served(directory=shared) as hop:
+            shutil.rmtree(shared)
+            shared.write_text("in its place")
+            found = await relayed(leader, RelayHop(hop, shares_directory=True))
+            assert found == {"leader": 0, hop: grpc.StatusCode.UNAVAILABLE.value[0]}
 
     asyncio.run(run())
 
