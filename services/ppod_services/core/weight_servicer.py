@@ -190,6 +190,9 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         source = self._source(manifest)
         if source is not None:
             return await _prepare_from(source, weights, manifest)
+        if relay.wants_file:
+            # A file takes all of its space at once, and stays.
+            weights.check(manifest)
         memory = await self._shared_memory(manifest) if relay.wants_file else None
         # Not in a thread: a caller that went away in between would leave the transfer open for ever.
         transfer = weights.begin(manifest, memory)

@@ -82,6 +82,11 @@ class ServedWeights:
         """How many ranks receive a group's broadcasts."""
         return 1 if self._store.group_receiver is None else self._store.group_receiver.ranks
 
+    def check(self, manifest: IncomingManifest) -> None:
+        """Raise what `begin` raises of a manifest, before anything is made for it."""
+        with self._lock:
+            self._check(manifest)
+
     def begin(self, manifest: IncomingManifest, memory: FileMemory | None = None) -> WeightTransfer:
         """Check a manifest and open its transfer. Every begin needs its `end`.
 
@@ -97,8 +102,7 @@ class ServedWeights:
         with ExitStack() as undo, self._lock:
             if memory is not None:
                 undo.callback(memory.hold.release)
-            self._check_versions(manifest)
-            check_tensors(manifest.tensors, self._store.shapes(manifest.adapter))
+            self._check(manifest)
             if self._transferring:
                 # Buffers for two transfers at once might not fit into memory.
                 raise ResourceExhausted("another transfer of weights is under way", _BUSY_RETRY_S)
@@ -184,6 +188,10 @@ class ServedWeights:
         # It may have been prepared while another version was on its way into service.
         self._check_versions(prepared.manifest)
         return prepared
+
+    def _check(self, manifest: IncomingManifest) -> None:
+        self._check_versions(manifest)
+        check_tensors(manifest.tensors, self._store.shapes(manifest.adapter))
 
     def _check_versions(self, manifest: IncomingManifest) -> None:
         if manifest.weight_version <= self._version:

@@ -138,6 +138,21 @@ def test_a_relay_directory_that_went_away_is_one_without_room(tmp_path: Path) ->
     asyncio.run(run())
 
 
+def test_no_file_is_made_for_weights_that_do_not_fit(tmp_path: Path) -> None:
+    tensors = weight_tensors(build_model(seed=3))
+    data = memoryview(bytes(2**20))
+    large = [*tensors[:-1], replace(tensors[-1], shape=(2**18,), data=data)]
+
+    async def run() -> None:
+        async with served(directory=tmp_path) as leader, served(directory=tmp_path) as hop:
+            found = await relayed(leader, RelayHop(hop, shares_directory=True), tensors=large)
+            invalid, away = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNAVAILABLE
+            assert found == {"leader": invalid.value[0], hop: away.value[0]}
+            assert list(tmp_path.rglob("*.safetensors")) == []
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("details", "kind"), [("Internal error from Core", "Unavailable"), ("a bug of the server's", "Internal")]
 )
