@@ -218,10 +218,13 @@ class _Hop:
             return
         if self._parts.full():
             room = asyncio.ensure_future(self._parts.put(part))
-            await asyncio.wait({room, task}, timeout=self._patience_s, return_when=asyncio.FIRST_COMPLETED)
-            if not room.done():
-                room.cancel()
-                task.cancel()
+            try:
+                await asyncio.wait({room, task}, timeout=self._patience_s, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                # Also reached when the caller goes away: nobody makes room any more.
+                if not room.done():
+                    room.cancel()
+                    task.cancel()
             return
         self._parts.put_nowait(part)
 

@@ -183,6 +183,24 @@ def test_a_sender_that_goes_away_ends_what_is_relayed() -> None:
     asyncio.run(run())
 
 
+def test_a_sender_that_goes_away_leaves_no_chunk_waiting() -> None:
+    def waiting() -> bool:
+        return any(task.get_coro().__qualname__ == "Queue.put" for task in asyncio.all_tasks())
+
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as hung:
+            hop = RelayHop(f"127.0.0.1:{hung.getsockname()[1]}")
+            async with served(idle_s=60) as leader, grpc.aio.insecure_channel(leader) as channel, asyncio.timeout(10):
+                call = prepare_of(channel)(messages((hop,)))
+                while not waiting():
+                    await asyncio.sleep(0.01)
+                call.cancel()
+                while waiting():
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("kind", ["adapter", "changes", "file"])
 def test_what_is_no_whole_version_in_chunks_is_passed_on_as_it_comes(kind: str, tmp_path: Path) -> None:
     model = build_model()
