@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,13 @@ import pytest
 import torch
 import xxhash
 
+from ppod.errors import FailedPrecondition, Internal, InvalidArgument, Unavailable
+from ppod_models.process_groups import GroupError
 from ppod_services.core.weight_manifest import IncomingGroup, IncomingManifest, IncomingTensor
 from ppod_services.core.weight_store import FileMemory
 from ppod_services.core.weight_transfer import buffers_of
 from ppod_services.core.weights import ServedWeights
+from ppod_services.generation.vllm_backend.segments import Segment
 from support.vllm_stand_in import without_vllm
 
 BROADCAST, SENT = (np.full(4, value, "<f4").tobytes() for value in (1, 2))
@@ -101,3 +105,68 @@ def test_the_workers_load_what_was_prepared_last(way: str, loaded: bytes) -> Non
     weights.commit(5)
     host.close()
     assert engine.loaded == loaded
+
+
+class FailingEngine(LoadingEngine):
+    """Two workers, which end with these outcomes once they were asked a second time."""
+
+    def __init__(self, outcomes: Sequence[tuple[str, ...]]) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self._outcomes = outcomes
+
+    async def collective_rpc(self, method: str, args: tuple[str, ...] = ()) -> list[object]:
+        del args
+        self.calls.append(method)
+        if method != "ppod_received":
+            return [None, None]
+        return [*self._outcomes] if self.calls.count(method) == 2 else [self._outcomes[0], None]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "kind", "words"),
+    [
+        (
+            [("group", "it broke"), ("checksum", "w", "0a", "0b")],
+            InvalidArgument,
+            "tensors.w.xxh3: found 0a, expected 0b",
+        ),
+        ([("memory", "CUDA out of memory"), ("group", "it broke")], FailedPrecondition, "device: CUDA out of memory"),
+        ([("memory", "CUDA out of memory"), ()], FailedPrecondition, "16 bytes free beside"),
+        ([(), ("failed", "OSError: gone")], Internal, "a worker could not receive weights: OSError: gone"),
+        ([(), ("group", "it broke")], GroupError, "it broke"),
+    ],
+    ids=["checksum", "memory", "one without memory", "failed", "group"],
+)
+def test_one_worker_s_own_trouble_is_told_before_what_it_did_to_the_group(
+    outcomes: list[tuple[str, ...]], kind: type[Exception], words: str
+) -> None:
+    with without_vllm():
+        from ppod_services.generation.vllm_backend.host import EngineHost  # noqa: PLC0415
+        from ppod_services.generation.vllm_backend.worker_transfer import WorkerTransfer  # noqa: PLC0415
+    engine = FailingEngine(outcomes)
+    host = EngineHost(lambda: engine)  # pyright: ignore
+    workers = WorkerTransfer(host, 2)
+    group = IncomingGroup("group", "trainer:1", "gloo", 1, 3, 2**16, 2)
+    with pytest.raises(kind) as raised:
+        workers.receive(manifest(BROADCAST, group), Segment([(4,)], [torch.float32]), 5)
+    host.close()
+    assert words in str(raised.value)
+    # What one of them has is worth nothing without the others.
+    assert engine.calls == ["ppod_drop_received", "ppod_received", "ppod_received", "ppod_drop_received"]
+    assert workers.version is None
+
+
+def test_a_call_of_an_engine_that_ends_is_not_waited_for() -> None:
+    class EndingEngine(LoadingEngine):
+        async def collective_rpc(self, method: str, args: tuple[str, ...] = ()) -> list[object]:
+            del method, args
+            self.errored = True
+            return await asyncio.get_running_loop().create_future()
+
+    with without_vllm():
+        from ppod_services.generation.vllm_backend.host import EngineHost  # noqa: PLC0415
+    host = EngineHost(EndingEngine)  # pyright: ignore
+    with pytest.raises(Unavailable, match="engine processes ended"):
+        host.call(lambda engine: engine.collective_rpc("ppod_staged"))
+    host.close()
