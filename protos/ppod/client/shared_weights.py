@@ -157,14 +157,20 @@ class SharedDirectory:
     def segment(self, layout: Sequence[TensorLayout], held_uris: Collection[str]) -> Segment:
         """A file for weights of this layout that no service holds; its old tensors are to be overwritten.
 
+        Where one has to be made, those of other layouts that nobody holds go: they lie in memory.
+
         Raises:
             ResourceExhausted: the directory has no room for it.
         """
         # Of one that was removed, as by who tidies a directory of temporary files, no service could open what comes.
         self._segments = [segment for segment in self._segments if segment.path.is_file()]
-        for segment in self._segments:
-            if segment.uri not in held_uris and segment.image.layout == tuple(layout) and not segment.held:
+        free = [segment for segment in self._segments if segment.uri not in held_uris and not segment.held]
+        for segment in free:
+            if segment.image.layout == tuple(layout):
                 return segment
+        for segment in free:
+            self._segments.remove(segment)
+            self.remove(segment.path)
         path = self._new_path()
         header = _header([(one.name, _NAMES[one.dtype], one.shape, one.nbytes) for one in layout])
         memory = _create(path, len(header) + sum(one.nbytes for one in layout))
@@ -196,7 +202,7 @@ class SharedDirectory:
         return path
 
     def remove(self, path: Path) -> None:
-        """Remove a file that `write` wrote."""
+        """Remove a file, as one that `write` wrote."""
         path.unlink(missing_ok=True)
 
     def _new_path(self) -> Path:

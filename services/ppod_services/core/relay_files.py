@@ -37,6 +37,8 @@ class RelayFiles:
             segment = self._directory.segment(layout, ())
             hold = FileHold(segment.uri, os.open(segment.path, os.O_RDONLY))
             if segment.path not in self._buffers:
+                # Of files that were removed the memory goes, too.
+                self._buffers = {path: kept for path, kept in self._buffers.items() if path.is_file()}
                 self._buffers[segment.path] = _buffers_of(segment, manifest)
             return FileMemory(self._buffers[segment.path], hold)
 

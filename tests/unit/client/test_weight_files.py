@@ -145,6 +145,23 @@ def test_a_segment_whose_file_was_removed_is_not_written_to_again(tmp_path: Path
         np.testing.assert_array_equal(load_file(second.path)["b"], VALUES[2])
 
 
+def test_files_of_another_layout_are_removed_once_nobody_holds_them(tmp_path: Path) -> None:
+    """As of a run in another data type: they take as much memory as a model."""
+    narrow = (TensorLayout("a", TensorDtype.BFLOAT16, (3, 5)),)
+    with SharedDirectory(tmp_path) as directory:
+        free, told = directory.segment(LAYOUT, ()), directory.segment(narrow, ())
+        assert not free.path.exists()
+        with told.path.open() as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH)
+            wide = directory.segment(LAYOUT, ())
+            assert told.path.exists()
+        directory.segment(narrow, {told.uri, wide.uri})
+        assert told.path.exists()
+        assert wide.path.exists()
+        assert directory.segment(LAYOUT, ()) is wide
+        assert told.path.exists(), "no file had to be made"
+
+
 def test_encoded_tensors_are_bytes_in_their_file(tmp_path: Path) -> None:
     base, new = WireImage(LAYOUT), WireImage(LAYOUT)
     base.fill(write_values)
