@@ -166,6 +166,7 @@ def test_what_vllm_would_sample_otherwise_is_refused(token_filter: TokenFilter, 
 def test_the_least_temperature_is_taken_as_it_travels() -> None:
     values = sampling_values(item(TokenFilter(temperature=float(np.float32(0.01)))), both_logprobs=True)
     assert values["temperature"] == 0.01
+    assert sampling_values(item(TokenFilter(temperature=0.0)), both_logprobs=True)["temperature"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -216,6 +217,12 @@ def test_endings(finish: str, stop: int | str | None, ending: Ending) -> None:
     assert read(output).ending is ending
 
 
+@pytest.mark.parametrize("finish", ["error", None])
+def test_an_ending_that_nobody_knows_is_none(finish: str | None) -> None:
+    with pytest.raises(Internal, match=f"ended a completion with {finish!r}"):
+        read(Output([8], Logprobs([-0.5]), finish, None, [Labelled("4", 0, 1)]))
+
+
 def test_versions_of_tokens_follow_the_engine_s_labels() -> None:
     spans = [Labelled("2", 0, 2), Labelled("5", 2, 3)]
     sample = read(Output([1, 2, 3], Logprobs([-1.0, -2.0, -3.0]), weight_versions=spans))
@@ -262,6 +269,20 @@ def test_a_stop_text_of_a_resumed_completion_cuts_what_came_after_it() -> None:
     assert sample.tokens.tolist() == [x, c, d]
     assert sample.logprobs.tolist() == [-1.0, -2.0, -3.0]
     assert sample.spans == (VersionSpan(4, 3),)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "resumed", "found"), [([64, 66], 1, True), ([67, 64, 66], 2, True), ([66, 67], 1, False)]
+)
+def test_a_stop_text_may_begin_in_what_was_sampled_before_but_not_in_the_prompt(
+    prompt: list[int], resumed: int, found: bool
+) -> None:
+    assert build_tokenizer().decode([64, 66, 67]) == "acd"
+    resuming = replace(item(resumed=resumed), prompt=np.array(prompt, dtype=np.int32))
+    stops = OutsideStops.needed(resuming, build_tokenizer().backend_tokenizer)
+    assert stops is not None
+    assert stops.look([67]) is found
+    assert stops.tokens == (1 if found else None)
 
 
 class UnbegunEngine:
