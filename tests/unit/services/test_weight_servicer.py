@@ -190,6 +190,34 @@ def test_manifests_that_contradict_themselves(change: dict[str, object], words: 
         read_manifest(weights_pb2.WeightManifest(**change))  # pyright: ignore[reportArgumentType]
 
 
+GROUP = {"name": "g", "address": "a:1", "backend": "gloo", "rank": 1, "world_size": 2, "bucket_bytes": 2**16}
+
+
+@pytest.mark.parametrize(
+    ("group", "beside", "words"),
+    [
+        ({}, {"uri": "file:///w"}, "manifest.collective: found a group beside a file or a relay"),
+        ({}, {"relay": [{"target": "b:1"}]}, "manifest.collective: found a group beside a file or a relay"),
+        (
+            {},
+            {"tensors": [{"name": "a", "dtype": 1, "encoding": 3}], "base_version": 1},
+            "manifest.collective: found changes of tensors",
+        ),
+        ({"bucket_bytes": 2**16 - 1}, {}, "collective.bucket_bytes: found 65535"),
+        ({"bucket_bytes": 2**30 + 1}, {}, "collective.bucket_bytes: found 1073741825"),
+        ({"address": "1"}, {}, "collective.address: found '1'"),
+        ({"address": "a:b"}, {}, "collective.address: found 'a:b'"),
+        ({"address": "a:0"}, {}, "collective.address: found 'a:0'"),
+        ({"address": "a:65536"}, {}, "collective.address: found 'a:65536'"),
+        ({"name": ""}, {}, "collective.name: found none"),
+    ],
+)
+def test_groups_that_cannot_be(group: dict[str, object], beside: dict[str, object], words: str) -> None:
+    assert read_manifest(weights_pb2.WeightManifest(collective=GROUP)).collective is not None  # pyright: ignore
+    with pytest.raises(InvalidArgument, match=words):
+        read_manifest(weights_pb2.WeightManifest(collective={**GROUP, **group}, **beside))  # pyright: ignore
+
+
 def test_the_scaling_of_an_adapter() -> None:
     def scaling(**changes: object) -> float:
         values = {"rank": 4, "alpha": 8.0, "target_modules": ["a"], **changes}
