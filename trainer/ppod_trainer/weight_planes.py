@@ -131,6 +131,8 @@ class SharedPlane:
         """See `WeightPlane`."""
         with self._writing(outgoing):
             segment = self._directory.segment(outgoing.policy.layout, self._held_uris())
+        # A lock holds the memory of its file, also of one that was removed.
+        self._locks = {path: lock for path, lock in self._locks.items() if path.is_file()}
         if outgoing.image is None:
             if outgoing.policy.on_device and segment.path not in self._locks:
                 self._locks[segment.path] = PageLock(memoryview(segment.memory))
