@@ -154,3 +154,21 @@ def run_file(run_values: dict[str, Section], tmp_path: Path) -> Path:
     path.parent.mkdir()
     path.write_text(yaml.safe_dump(run_values))
     return path
+
+
+def metrics_lines(run_dir: Path) -> int:
+    file = run_dir / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def wait_for_steps(ppod: PpodProcess, run_dir: Path, steps: int = 1) -> None:
+    ppod.wait_until(lambda: metrics_lines(run_dir) >= steps, f"{steps} steps")
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    return max((run_dir / "checkpoints").glob("*"), default=None, key=lambda path: path.stat().st_mtime)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
