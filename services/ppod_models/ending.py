@@ -6,6 +6,10 @@ import os
 import sys
 from typing import NoReturn
 
+ECHO_S = 1.0
+"""The same signal so soon is the same request: `timeout` sends it to the process and to its group, and what stops all
+processes of a job, as systemd and Slurm do, stops the launcher, too, which then asks its children once more."""
+
 
 def exit_now(code: int) -> NoReturn:
     """End the process as it is: what it has printed is written, no exit handler runs, and no thread is waited for.

@@ -8,11 +8,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
+from ppod_models.ending import ECHO_S
 from ppod_trainer.errors import StopRequestedError
-
-ECHO_S = 1.0
-"""A signal that follows so soon is the same request: `timeout` sends it to the process and to its group, and what stops
-all processes of a job, as systemd and Slurm do, stops the launcher, too, which then asks its trainer once more."""
 
 
 class StopSignal:

@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from ppod.channel import ChannelOptions, server_options
-from ppod_models.ending import exit_now
+from ppod_models.ending import ECHO_S, exit_now
 from ppod_models.garbage import uncollected_start
 from ppod_models.sources import ModelSourceError
 from ppod_models.tracing import flush_tracing
@@ -41,9 +41,6 @@ _FLUSH_TIMEOUT_S = 2.0
 _SWITCH_INTERVAL_S = 0.0002
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-_ECHO_S = 1.0
-"""The same signal so soon is the same request: `timeout` sends it to the process and to its group, and what stops all
-processes of a job, as systemd and Slurm do, stops the launcher, too, which then asks its services once more."""
 
 
 class StartError(Exception):
@@ -267,7 +264,7 @@ class _Server:
         now = time.monotonic()
         if self._asked is not None:
             first, first_s = self._asked
-            if number == first and now - first_s < _ECHO_S:
+            if number == first and now - first_s < ECHO_S:
                 return
             log_event(_LOGGER, "stopped_at_once", fields)
             exit_now(128 + number)

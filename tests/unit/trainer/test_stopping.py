@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from ppod_models.ending import ECHO_S
 from ppod_trainer.errors import StopRequestedError
-from ppod_trainer.stopping import ECHO_S, NotedSignal, StopSignal
+from ppod_trainer.stopping import NotedSignal, StopSignal
 
 
 @pytest.fixture(autouse=True)
