@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
-from ppod_models.loading import check_whole, load_with_info
+from ppod_models.loading import AutoModel, check_whole, load_with_info
 from ppod_models.packing import enable_packing, hidden_states, lay_out, probe_tolerance
 from ppod_models.padding import PaddedBatch, pad_sequences
 
@@ -136,40 +137,21 @@ class TokenClassifier:
         return [_take(probabilities, row, one.reads) for row, one in enumerate(inputs)]
 
 
-def load_sequence_classifier(
-    path: Path, *, device: torch.device, dtype: torch.dtype, attention: str, remote_code: bool
+def _load(
+    auto: AutoModel, path: Path, *, device: torch.device, dtype: torch.dtype, attention: str, remote_code: bool
 ) -> PreTrainedModel:
-    """Load a sequence classifier from safetensors, in evaluation mode.
-
-    Raises:
-        ModelSourceError: see `check_attention` and `check_whole`.
-    """
-    model, info = load_with_info(
-        AutoModelForSequenceClassification,
-        path,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        remote_code=remote_code,
-    )
+    model, info = load_with_info(auto, path, device=device, dtype=dtype, attention=attention, remote_code=remote_code)
     check_whole(path, info)
     return model
 
 
-def load_token_classifier(
-    path: Path, *, device: torch.device, dtype: torch.dtype, attention: str, remote_code: bool
-) -> PreTrainedModel:
-    """Load a token classifier from safetensors, in evaluation mode; raises what `load_sequence_classifier` raises."""
-    model, info = load_with_info(
-        AutoModelForTokenClassification,
-        path,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-        remote_code=remote_code,
-    )
-    check_whole(path, info)
-    return model
+load_sequence_classifier = partial(_load, AutoModelForSequenceClassification)
+"""Load a sequence classifier from safetensors, in evaluation mode.
+
+Raises ModelSourceError: see `check_attention` and `check_whole`.
+"""
+load_token_classifier = partial(_load, AutoModelForTokenClassification)
+"""The same of a token classifier."""
 
 
 def pad_token_id(model: PreTrainedModel) -> int | None:

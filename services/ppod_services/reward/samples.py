@@ -79,13 +79,7 @@ class Sample:
     @property
     def sized_field(self) -> str:
         """The field that says, or shows, how long it is."""
-        match self.content:
-            case TokenContent():
-                return "tokens.lengths"
-            case TextContent():
-                return "texts.texts"
-            case ChatContent():
-                return "conversations.conversations"
+        return "tokens.lengths" if isinstance(self.content, TokenContent) else f"{self.field}.{self.field}"
 
     def prefix(self, position: int) -> Sample:
         """The same sequence up to a position: tokens of the whole, or characters of the response."""
