@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,6 +53,12 @@ class _Member:
     busy: bool = False
     failures: int = 0
     retry_at: float = 0.0
+
+
+def _tell_failure(looked_after: Future[None]) -> None:
+    """Nobody else reads what the pool's jobs end with; the replica is looked at again."""
+    if not looked_after.cancelled() and (error := looked_after.exception()) is not None:
+        log.error("a replica was not given its weights", exc_info=error)
 
 
 class FollowedReplicas:
@@ -237,7 +243,7 @@ class FollowedReplicas:
             for one in left:
                 one.client.close()
             for one in due:
-                self._pool.submit(self._look_after, one)
+                self._pool.submit(self._look_after, one).add_done_callback(_tell_failure)
             self._wake.wait(min([_POLL_S, *waits]))
             self._wake.clear()
 
@@ -248,9 +254,6 @@ class FollowedReplicas:
                 # A push waits meanwhile, and so finds it with the version that it replaces.
                 with self._turns.newcomer():
                     self._bring_up(member)
-        except Exception:
-            # Nobody reads what the pool's jobs end with.
-            log.exception("%s gets no weights; it is looked at again", member.address)
         finally:
             member.busy = False
 

@@ -6,6 +6,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ppod import GenerationClient, Sampling, Unavailable, WeightClient
 from ppod.client import parse_kubernetes_target
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import WeightPushError
-from ppod_trainer.followed_replicas import FollowedReplicas
+from ppod_trainer.followed_replicas import FollowedReplicas, _tell_failure
 from ppod_trainer.recovery import Recovery
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.weight_sync import WeightSync
@@ -276,3 +277,18 @@ def test_replicas_whose_commits_are_not_heard_of_get_work_again(
         recovery.come_back(failed.value, lambda: push(max(run.sync.serving_versions()) + 1))
         wait_until(lambda: run.working() == {first.host, second.host})
         run.assert_all_sample(run.version(first))
+
+
+def test_a_fault_in_catching_up_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """It ends a job of a pool, whose outcome nobody else reads."""
+    outcomes: list[Future[None]] = [Future() for _ in range(3)]
+    outcomes[0].set_result(None)
+    outcomes[1].cancel()
+    outcomes[2].set_exception(KeyError("layout"))
+    for outcome in outcomes:
+        outcome.add_done_callback(_tell_failure)
+    [record] = caplog.records
+    assert (record.getMessage(), record.exc_info and record.exc_info[0]) == (
+        "a replica was not given its weights",
+        KeyError,
+    )
