@@ -195,8 +195,10 @@ def test_a_sender_that_goes_away_leaves_no_chunk_waiting() -> None:
                 while not waiting():
                     await asyncio.sleep(0.01)
                 call.cancel()
-                while waiting():
+                until = time.monotonic() + 5
+                while waiting() and time.monotonic() < until:
                     await asyncio.sleep(0.01)
+                assert not waiting()
 
     asyncio.run(run())
 
