@@ -18,6 +18,9 @@ from ppod_services.reward.functions.registry import make_function
 from ppod_services.reward.kinds import FunctionConfig
 from support.processes import ROOT
 
+SOLVED = {"reference_pattern": r"####\s*(.+)"}
+"""For references such as GSM8K's."""
+
 
 @pytest.mark.parametrize(
     ("function", "parameters", "response", "reference", "expected"),
@@ -43,6 +46,9 @@ from support.processes import ROOT
         ("exact_answer", {"ignore_case": True}, "The answer", "the answer", 1.0),
         ("exact_answer", {"pattern": r"####\s*(.+)"}, "so 3\n#### 3\nno,\n#### 4", "4", 1.0),
         ("exact_answer", {"pattern": r"####\s*(.+)", "wrong": -1}, "it is 4", "4", -1.0),
+        ("exact_answer", {"pattern": r"is (\d+)", **SOLVED}, "it is 4", "2 + 2 is 5, no, 4\n#### 4", 1.0),
+        ("exact_answer", {"pattern": r"is (\d+)", **SOLVED}, "it is 5", "2 + 2 is 5, no, 4\n#### 4", 0.0),
+        ("exact_answer", SOLVED, "4", "4", 1.0),
         ("exact_answer", {"numbers": True}, "1,000.0", "1000", 1.0),
         ("exact_answer", {"numbers": True}, "a thousand", "1000", 0.0),
         ("exact_answer", {"numbers": True}, "-1,234,567.50", "-1234567.5", 1.0),

@@ -21,12 +21,17 @@ class ExactAnswerParameters(ConfigModel):
         description="regular expression whose last match in the response holds the answer in its first group, such as "
         r"'####\s*(.+)'; none: the whole response is the answer",
     )
+    reference_pattern: str | None = Field(
+        default=None,
+        description="the same for references that hold more than the answer, such as GSM8K's solutions; a reference "
+        "that it does not match, or none: the whole reference is the answer",
+    )
     ignore_case: bool = False
     numbers: bool = Field(default=False, description="whether 1,000 and 1000.0 are the same answer")
     correct: float = Field(default=1.0, description="score of a right answer")
     wrong: float = Field(default=0.0, description="score of a wrong answer, or of none")
 
-    @field_validator("pattern")
+    @field_validator("pattern", "reference_pattern")
     @classmethod
     def _has_a_group(cls, pattern: str | None) -> str | None:
         if pattern is None:
@@ -48,19 +53,17 @@ class ExactAnswer:
 
     def __init__(self, parameters: ExactAnswerParameters) -> None:
         self._parameters = parameters
-        self._pattern = None if parameters.pattern is None else re.compile(parameters.pattern)
+        self._pattern = _compiled(parameters.pattern)
+        self._reference_pattern = _compiled(parameters.reference_pattern)
 
     def score(self, sample: FunctionSample) -> float:
         """Score of a right or a wrong answer."""
-        answer = self._answer(sample.response)
-        right = answer is not None and self._plain(answer) == self._plain(sample.reference or "")
+        answer = _answer(self._pattern, sample.response)
+        reference = sample.reference or ""
+        if (within := _answer(self._reference_pattern, reference)) is not None:
+            reference = within
+        right = answer is not None and self._plain(answer) == self._plain(reference)
         return self._parameters.correct if right else self._parameters.wrong
-
-    def _answer(self, response: str) -> str | None:
-        if self._pattern is None:
-            return response
-        matches = list(self._pattern.finditer(response))
-        return matches[-1].group(1) if matches else None
 
     def _plain(self, answer: str) -> str | Decimal:
         text = " ".join(answer.split())
@@ -68,6 +71,17 @@ class ExactAnswer:
         if number is not None:
             return number
         return text.casefold() if self._parameters.ignore_case else text
+
+
+def _compiled(pattern: str | None) -> re.Pattern[str] | None:
+    return None if pattern is None else re.compile(pattern)
+
+
+def _answer(pattern: re.Pattern[str] | None, text: str) -> str | None:
+    if pattern is None:
+        return text
+    matches = list(pattern.finditer(text))
+    return matches[-1].group(1) if matches else None
 
 
 def _number(text: str) -> Decimal | None:
