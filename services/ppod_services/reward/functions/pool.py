@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ class _Worker:
     async def start(self) -> None:
         """Start the process unless it runs; raise RewardFailed when the function cannot be made."""
         async with self._starting:
-            if self._process is not None and self._process.returncode is None:
+            if self._process is not None and _runs(self._process.pid):
                 return
             # One that ended between two batches, as by the kernel for want of memory, is no fault of the next batch.
             await self.stop()
@@ -186,3 +187,11 @@ class _Worker:
     def _failure(self, found: str, sample: int | None) -> RewardFailed:
         function = self._config.function
         return RewardFailed(self._config.name, found, f"a score from the function {function!r}", sample)
+
+
+def _runs(child: int) -> bool:
+    """Whether a child process has not ended. asyncio's own `returncode` tells it only some time later."""
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:  # asyncio has seen its end
+        return False
