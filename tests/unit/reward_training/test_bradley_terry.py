@@ -8,6 +8,7 @@ import torch
 
 from ppod_trainer.reward_training import train
 from ppod_trainer.reward_training.train import (
+    NothingToLearnError,
     Trial,
     best_logit_scale,
     bradley_terry,
@@ -88,7 +89,7 @@ def test_head_recovers_a_planted_preference_and_has_unit_scale() -> None:
 
 def test_texts_that_nothing_tells_apart_make_no_head() -> None:
     """A head that gives all of them one score has no unit."""
-    with pytest.raises(ValueError, match="no feature tells the reviews apart"):
+    with pytest.raises(NothingToLearnError, match="no feature tells the reviews apart"):
         fit_head(torch.full((6, 4), 0.5), torch.arange(6.0), Trial(0.1, 0.5, 1.0), 20)
 
 

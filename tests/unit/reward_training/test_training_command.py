@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from ppod_models.configuration import load_config
@@ -123,6 +124,16 @@ def test_ratings_that_teach_nothing_are_one_line(tmp_path, values, capsys, rows:
     [error] = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: {tmp_path / 'ratings.tsv'}, ")
     assert message in error
+
+
+def test_a_trunk_that_reads_all_texts_alike_is_one_line(tmp_path, values, capsys) -> None:
+    trunk = tiny_trunk()
+    with torch.no_grad():
+        trunk.get_input_embeddings().weight.zero_()
+    trunk.save_pretrained(tmp_path / "trunk")
+    assert run(tmp_path, values) == 1
+    expected = "error: no feature tells the reviews apart: look whether their texts differ, and what the trunk is\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_an_output_that_cannot_be_written_is_told_before_anything_is_computed(tmp_path, values, capsys) -> None:

@@ -40,6 +40,7 @@ def _train(config: RewardTrainingConfig, command: str) -> int:
     from ppod_models.sources import ModelSourceError  # noqa: PLC0415
     from ppod_trainer.reward_training.data import ReviewDataError  # noqa: PLC0415
     from ppod_trainer.reward_training.pipeline import train_head  # noqa: PLC0415
+    from ppod_trainer.reward_training.train import NothingToLearnError  # noqa: PLC0415
 
     disable_progress_bar()  # two progress displays on one terminal garble each other
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -52,7 +53,7 @@ def _train(config: RewardTrainingConfig, command: str) -> int:
 
         try:
             train_head(config, command, lambda line: display.console.print(line, soft_wrap=True), progress)
-        except (ModelSourceError, ReviewDataError, RewardHeadError) as error:
+        except (ModelSourceError, NothingToLearnError, ReviewDataError, RewardHeadError) as error:
             failure = str(error)
         except OSError as error:
             failure = f"{error.filename}: {error.strerror}" if error.filename else str(error)

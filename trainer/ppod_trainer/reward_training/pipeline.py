@@ -76,6 +76,7 @@ def train_head(config: RewardTrainingConfig, command: str, say: Say, progress: C
         ModelSourceError: the trunk is not there.
         ReviewDataError: the ratings are missing or broken.
         RewardHeadError: the trunk has no such layer.
+        NothingToLearnError: all reviews read alike.
         OSError: the output cannot be written.
     """
     ratings_file = config.data.ratings or PACKAGED_RATINGS

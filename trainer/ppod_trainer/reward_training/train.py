@@ -22,6 +22,10 @@ SCALE_GRID = 2.0 ** torch.arange(-3, 3.01, 0.05, dtype=torch.float64)
 """Candidates for the factor that calibrates the logits: 1/8 to 8 in steps of 3.5 %."""
 
 
+class NothingToLearnError(Exception):
+    """The reviews tell of no preference that a head could learn."""
+
+
 @dataclass(frozen=True, slots=True)
 class PairLoss:
     """The loss of scores, and its slope.
@@ -181,7 +185,7 @@ def fit_head(features: torch.Tensor, ratings: torch.Tensor, chosen: Trial, max_i
         max_iterations: of L-BFGS.
 
     Raises:
-        ValueError: all reviews get one score, as where their texts are equal.
+        NothingToLearnError: all reviews get one score, as where their texts are equal.
     """
     moments = standardise(features)
     weight = fit_weight(moments.apply(features), ratings, chosen.l2, max_iterations)
@@ -189,7 +193,9 @@ def fit_head(features: torch.Tensor, ratings: torch.Tensor, chosen: Trial, max_i
     raw = features.double() @ folded
     spread = raw.std(correction=0)
     if not spread > 0:
-        raise ValueError("no feature tells the reviews apart: there is nothing to learn from")
+        raise NothingToLearnError(
+            "no feature tells the reviews apart: look whether their texts differ, and what the trunk is"
+        )
     return LinearHead(
         weight=(folded / spread).float(),
         bias=(-raw.mean() / spread).float(),
