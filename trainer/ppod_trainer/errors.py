@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import grpc
@@ -57,7 +58,15 @@ class ServiceMismatchError(TrainerError):
 
 
 class WeightPushError(TrainerError):
-    """A replica of generation did not get new weights; what it serves is its old version."""
+    """A replica of generation did not get new weights; what it serves is its old version.
+
+    Attributes:
+        causes: what went wrong on each replica that failed; empty where it is `__cause__` alone.
+    """
+
+    def __init__(self, message: str, causes: Sequence[PpodError] = ()) -> None:
+        super().__init__(message)
+        self.causes = tuple(causes)
 
 
 class CheckpointError(TrainerError):

@@ -57,7 +57,8 @@ class Recovery:
 def _heals(error: BaseException) -> bool:
     """Whether it may be gone when a service is back: it was away or busy, or is there without the run's weights."""
     if isinstance(error, WeightPushError):
-        return error.__cause__ is not None and _heals(error.__cause__)
+        causes = error.causes or (error.__cause__,)
+        return all(cause is not None and _heals(cause) for cause in causes)
     if isinstance(error, FailedPrecondition):
         return error.what in ("weight_version", "base_version")
     if isinstance(error, ResourceExhausted):

@@ -325,7 +325,7 @@ class WeightSync:
         message = f"{what} of weight version {weight_version} failed on {len(failed)} of {len(outcomes)}: {reasons}"
         excused = all(self._replicas.excuses(target, error) for target, error in failed.items())
         if not excused or len(failed) == len(outcomes):
-            raise WeightPushError(message) from next(iter(failed.values()))
+            raise WeightPushError(message, list(failed.values())) from next(iter(failed.values()))
         _LOGGER.warning("%s", message)
         return list(failed)
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from ppod import WeightClient
+from ppod import Unavailable, WeightClient
 from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import WeightPushError
 from ppod_trainer.weight_replicas import FixedReplicas
@@ -226,8 +226,10 @@ def test_a_dead_replica_stops_the_push_or_is_left_behind(
             version = max(sync.serving_versions()) + 1
             sync.push(model, torch.float32, version)
             dead.signal(signal.SIGKILL)
-            with pytest.raises(WeightPushError, match=rf"prepare of weight version .* 1 of 3: {dead.admin_target}: "):
+            refused = rf"prepare of weight version .* 1 of 3: {dead.admin_target}: "
+            with pytest.raises(WeightPushError, match=refused) as failed:
                 sync.push(build_model(seed=7), torch.float32, version + 1)
+        assert [type(cause) for cause in failed.value.causes] == [Unavailable]
         for replica in replicas:
             with WeightClient(replica.admin_target) as client:
                 assert client.status().state.weight_version == version

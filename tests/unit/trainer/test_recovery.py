@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from ppod import DeadlineExceeded, PermissionDenied, PpodError, ResourceExhausted
+from ppod import DeadlineExceeded, InvalidArgument, PermissionDenied, PpodError, ResourceExhausted, Unavailable
 from ppod_trainer.checkpoint import TrainerState
 from ppod_trainer.errors import WeightPushError
 from ppod_trainer.training import TrainingRun
@@ -17,16 +17,16 @@ from support.pushed_runs import Generation, run_of
 
 
 class Refusing(Generation):
-    """Refuses the first push."""
+    """Refuses the first push, on each replica with an error."""
 
-    def __init__(self, error: PpodError) -> None:
+    def __init__(self, *errors: PpodError) -> None:
         super().__init__()
-        self._error: PpodError | None = error
+        self._errors = errors
 
     def push(self, model: object, dtype: torch.dtype, weight_version: int) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise WeightPushError(f"prepare failed on 1 of 2: {error}") from error
+        errors, self._errors = self._errors, ()
+        if errors:
+            raise WeightPushError(f"prepare failed: {'; '.join(map(str, errors))}", errors) from errors[0]
         super().push(model, dtype, weight_version)
 
 
@@ -43,6 +43,22 @@ def test_a_push_that_no_time_makes_room_for_ends_the_run(tmp_path: Path) -> None
     run = run_of(tmp_path, generation, TrainerState(0, 0, 0, ""), {})
     with pytest.raises(WeightPushError, match="no room"):
         run.push_policy(2)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_push_that_one_replica_will_never_take_is_not_waited_for(tmp_path: Path, order: int) -> None:
+    """Whichever of them is told of first."""
+    errors = [Unavailable("it is moved"), InvalidArgument("tensors", "lm_head.weight", "those of the model")]
+    run = run_of(tmp_path, Refusing(*errors[::order]), TrainerState(0, 0, 0, ""), {})
+    with pytest.raises(WeightPushError, match=r"lm_head\.weight"):
+        run.push_policy(2)
+
+
+def test_a_push_that_each_replica_may_take_later_is_waited_for(tmp_path: Path) -> None:
+    generation = Refusing(Unavailable("it is moved"), DeadlineExceeded("no answer within 120 s"))
+    run = run_of(tmp_path, generation, TrainerState(0, 0, 0, ""), {})
+    run.push_policy(2)
+    assert generation.serves == {"a": 2, "b": 2}
 
 
 def describing(run: TrainingRun, *errors: PpodError) -> None:
