@@ -62,7 +62,7 @@ def save_encoder(directory: Path, *, seed: int = 0) -> Path:
         pad_token_id=2,
         num_labels=1,
     )
-    return _save(BertForSequenceClassification(config), _encoder_tokenizer(), directory)
+    return _save(BertForSequenceClassification(config), encoder_tokenizer(), directory)
 
 
 def save_process_model(directory: Path, *, seed: int = 0) -> Path:
@@ -98,7 +98,8 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _encoder_tokenizer() -> PreTrainedTokenizerFast:
+def encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """One of other ids, which puts [CLS] and [SEP] around a text, and has the same chat template."""
     specials = {"[CLS]": 0, "[SEP]": 1, "[PAD]": 2}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {**specials, **{character: index + 3 for index, character in enumerate(alphabet)}}
@@ -110,9 +111,11 @@ def _encoder_tokenizer() -> PreTrainedTokenizerFast:
     )
     # As many files on the hub do; a service that kept to it would cut texts without a word.
     tokenizer.enable_truncation(8)
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", model_max_length=96
     )
+    made.chat_template = CHAT_TEMPLATE
+    return made
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> Path:

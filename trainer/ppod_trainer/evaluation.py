@@ -15,7 +15,7 @@ from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.errors import TrainerError
 from ppod_trainer.metrics import StepTimer
-from ppod_trainer.prompts import Prompt, references_of
+from ppod_trainer.prompts import Prompt, references_of, turns_of
 from ppod_trainer.reward_versions import RewardVersion
 from ppod_trainer.rollouts import Rollout, ScoredRollout, sample_seed
 
@@ -157,6 +157,7 @@ class Evaluator:
             scores = judge.score(
                 [rollout.judged_tokens for rollout in kept],
                 prompt_lengths=[len(prompt.token_ids) for prompt in prompts],
+                prompts=turns_of(prompts),
                 references=references_of(prompts),
             )
             self._judge_version.see(scores.state)

@@ -24,7 +24,7 @@ import torch
 from ppod import RewardClient
 from ppod.client import Granularity, ProcessScores, RewardComponent, RewardKind, Scores, Truncation
 from ppod.tensors import FloatArray
-from ppod_trainer.prompts import references_of
+from ppod_trainer.prompts import references_of, turns_of
 from ppod_trainer.rollouts import Rollout
 
 ShapingLevel = Literal["none", "token", "step"]
@@ -43,7 +43,7 @@ def score_rollouts(
 ) -> tuple[Scores, list[FloatArray | None]]:
     """The scores of responses, and the potentials that shaping needs; one call, and one forward, for both.
 
-    By token, where some part of the reward scores the response apart from its prompt, the scores take another call.
+    By token, where some part of the reward reads the response apart from its prompt, the scores take another call.
 
     Returns:
         scores: of what the user sees.
@@ -59,13 +59,15 @@ def score_rollouts(
     scores = client.score(
         [one.visible_tokens if by_token else one.judged_tokens for one in rollouts],
         prompt_lengths=[len(one.prompt.token_ids) - by_token for one in rollouts],
+        prompts=turns_of([one.prompt for one in rollouts]),
         references=references_of([one.prompt for one in rollouts]),
         process=shaping.interval if by_token else Granularity.STEP,
         truncation=Truncation.NONE,
     )
     assert scores.process is not None
     potentials = _potentials(scores.process, rollouts)
-    if by_token and scores.breakdown is not None and _reads_responses(scores.breakdown):
+    tokenizer = client.pin.tokenizer_fingerprint if any(one.prompt.turns for one in rollouts) else None
+    if by_token and scores.breakdown is not None and _reads_responses(scores.breakdown, tokenizer):
         scores = _scores(client, rollouts)
     return scores, list(potentials)
 
@@ -74,15 +76,21 @@ def _scores(client: RewardClient, rollouts: Sequence[Rollout]) -> Scores:
     return client.score(
         [one.judged_tokens for one in rollouts],
         prompt_lengths=[len(one.prompt.token_ids) for one in rollouts],
+        prompts=turns_of([one.prompt for one in rollouts]),
         references=references_of([one.prompt for one in rollouts]),
         truncation=Truncation.NONE,
     )
 
 
-def _reads_responses(component: RewardComponent) -> bool:
-    """Whether it matters to a reward, or to a part of it, where the response begins."""
+def _reads_responses(component: RewardComponent, tokenizer: str | None) -> bool:
+    """Whether it matters to a reward, or to a part of it, where the response begins.
+
+    With conversations, whose `tokenizer` is given, to models of another one, too: they read the turns, then a response.
+    """
     own = component.kind in (RewardKind.PROCESS_MODEL, RewardKind.FUNCTION, RewardKind.JUDGE)
-    return own or any(_reads_responses(member) for member in component.members)
+    state = component.state
+    other = tokenizer is not None and state is not None and state.tokenizer_fingerprint != tokenizer
+    return own or other or any(_reads_responses(member, tokenizer) for member in component.members)
 
 
 def _potentials(process: ProcessScores, rollouts: list[Rollout]) -> list[FloatArray]:

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import cast
 
+from ppod.client import ChatTurn
 from ppod_models.chat_template import ChatTemplateError
 from ppod_trainer.errors import PromptError
 
@@ -22,14 +23,14 @@ _TOOLS = ("tools", "tool_calls")
 
 @dataclass(frozen=True, slots=True)
 class PromptText:
-    """A prompt as text, special tokens in it; what responses are checked against, if anything; and whether it is whole.
+    """A prompt as text, special tokens in it; what responses are checked against, if anything; and its turns.
 
-    A conversation is: cut anywhere it would not be one that the policy knows.
+    A conversation has some. It is whole: cut anywhere it would not be one that the policy knows.
     """
 
     text: str
     reference: str | None = None
-    whole: bool = False
+    turns: tuple[ChatTurn, ...] = ()
 
 
 def read_prompts(path: Path | None, render: Render) -> list[PromptText]:
@@ -114,7 +115,7 @@ def _read_record(record: Mapping[str, object], render: Render, where: str) -> Pr
         # As in data for supervised training. The policy would read there what it is to say.
         raise PromptError(f"{where}: messages: the last is the assistant's; end with what the policy is to answer")
     try:
-        return PromptText(render(turns), reference, whole=True)
+        return PromptText(render(turns), reference, tuple(ChatTurn(**turn) for turn in turns))
     except ChatTemplateError as error:
         raise PromptError(f"{where}: messages: the policy cannot be asked so: {error}") from error
 
@@ -124,7 +125,7 @@ def _read_turn(message: object) -> dict[str, str] | None:
         return None
     given = cast("dict[str, object]", message)
     role, content = given.get("role"), given.get("content")
-    return {"role": role, "content": content} if isinstance(role, str) and isinstance(content, str) else None
+    return {"role": role, "content": content} if isinstance(role, str) and role and isinstance(content, str) else None
 
 
 def _read_lines(path: Path, content: str, render: Render) -> list[PromptText]:

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from ppod.client import ChatTurn
 from ppod.tensors import TokenArray
 from ppod_trainer.config import PromptsConfig
 from ppod_trainer.errors import PromptError
@@ -29,11 +30,13 @@ class Prompt:
         index: its position in the set, for messages.
         token_ids: int32 [length].
         reference: what rewards that check an answer hold responses against; None where there is nothing.
+        turns: what the chat template was applied to; empty where it is no conversation.
     """
 
     index: int
     token_ids: TokenArray
     reference: str | None = None
+    turns: tuple[ChatTurn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,7 @@ def load_prompts(config: PromptsConfig, encode: Encode, render: Render) -> Promp
             have different references.
     """
     texts = read_prompts(config.path, render)
-    conversations = any(one.whole for one in texts)
+    conversations = any(one.turns for one in texts)
     if config.first_tokens is not None and conversations:
         raise PromptError(
             f"prompts.first_tokens is {config.first_tokens}, which would cut conversations off; leave it out"
@@ -154,6 +157,11 @@ def references_of(prompts: Sequence[Prompt]) -> tuple[str, ...]:
     """What responses to them are held against, one each; empty where there is nothing."""
     found = tuple(prompt.reference for prompt in prompts if prompt.reference is not None)
     return found if len(found) == len(prompts) else ()
+
+
+def turns_of(prompts: Sequence[Prompt]) -> list[tuple[ChatTurn, ...]]:
+    """The conversation that each was made of, for rewards that read text."""
+    return [prompt.turns for prompt in prompts]
 
 
 def split_episodes(beginnings: Iterable[str], encode: Encode, heldout: int) -> PromptSet:
@@ -186,13 +194,13 @@ def _encoded(texts: Sequence[PromptText], encode: Encode) -> list[Prompt]:
             raise PromptError(
                 f"prompt {index} ({one.text!r}): no tokens; expected at least one; remove it from the file"
             )
-        prompts.append(Prompt(index, np.asarray(tokens, dtype=np.int32), one.reference))
+        prompts.append(Prompt(index, np.asarray(tokens, dtype=np.int32), one.reference, one.turns))
     return prompts
 
 
 def _check_unicode(index: int, prompt: PromptText) -> None:
     """JSON may hold one half of a pair of surrogates, which is what becomes of a text that is cut within an emoji."""
-    for text in (prompt.text, prompt.reference or ""):
+    for text in (prompt.text, prompt.reference or "", *(turn.role + turn.content for turn in prompt.turns)):
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -22,11 +22,12 @@ class RewardClient(ServiceClient):
 
     service_name = calls.REWARD_SERVICE
 
-    def score(
+    def score(  # noqa: PLR0913 - the fields of the message, by name
         self,
         sequences: Sequence[npt.ArrayLike],
         *,
         prompt_lengths: Sequence[int] = (),
+        prompts: Sequence[Sequence[ChatTurn]] = (),
         references: Sequence[str] = (),
         process: Granularity | int | None = None,
         truncation: Truncation = Truncation.NONE,
@@ -39,6 +40,8 @@ class RewardClient(ServiceClient):
         Args:
             sequences: token ids of prompt and response, each of shape [length], without padding.
             prompt_lengths: prompt tokens of each sequence; empty: the whole sequence is response.
+            prompts: the turns that each prompt was made of, for what reads text instead of these ids: models of another
+                tokenizer, by their own chat template, functions and judges. Without turns its ids are decoded.
             references: what rewards that check an answer hold each response against; empty: nothing.
             process: also score the way: each step, each response token, or the first token, every so many behind it,
                 and the last.
@@ -52,7 +55,7 @@ class RewardClient(ServiceClient):
                 a reply that breaks the contract.
         """
         options = ScoreOptions(truncation, references, process, priority, request_id)
-        job = calls.token_job(sequences, prompt_lengths, options, self.pin)
+        job = calls.token_job(sequences, prompt_lengths, prompts, options, self.pin)
         return self._driver.run(calls.score(self._core, job, timeout_s))
 
     def score_texts(
@@ -107,11 +110,12 @@ class AsyncRewardClient(AsyncServiceClient):
 
     service_name = calls.REWARD_SERVICE
 
-    async def score(
+    async def score(  # noqa: PLR0913 - as above
         self,
         sequences: Sequence[npt.ArrayLike],
         *,
         prompt_lengths: Sequence[int] = (),
+        prompts: Sequence[Sequence[ChatTurn]] = (),
         references: Sequence[str] = (),
         process: Granularity | int | None = None,
         truncation: Truncation = Truncation.NONE,
@@ -121,7 +125,7 @@ class AsyncRewardClient(AsyncServiceClient):
     ) -> Scores:
         """Score token sequences. Arguments and errors as for `RewardClient.score`."""
         options = ScoreOptions(truncation, references, process, priority, request_id)
-        job = calls.token_job(sequences, prompt_lengths, options, self.pin)
+        job = calls.token_job(sequences, prompt_lengths, prompts, options, self.pin)
         return await self._driver.run(calls.score(self._core, job, timeout_s))
 
     async def score_texts(

@@ -147,6 +147,8 @@ class ScoreJob:
             prompt_lengths=whole.prompt_lengths[rows.start : rows.stop],
             references=whole.references[rows.start : rows.stop],
         )
+        if whole.HasField("prompts"):
+            cut.prompts.conversations.extend(whole.prompts.conversations[rows.start : rows.stop])
         match self.input_field:
             case "tokens":
                 start = 4 * sum(whole.tokens.lengths[: rows.start])
@@ -242,18 +244,27 @@ class ScoreJob:
 
 
 def token_job(
-    sequences: Sequence[npt.ArrayLike], prompt_lengths: Sequence[int], options: ScoreOptions, pin: Pin
+    sequences: Sequence[npt.ArrayLike],
+    prompt_lengths: Sequence[int],
+    prompts: Sequence[Sequence[ChatTurn]],
+    options: ScoreOptions,
+    pin: Pin,
 ) -> ScoreJob:
     """Score token ids."""
     tokens = pack_sequences(sequences)
     if prompt_lengths:
         _check_count("prompt_lengths", len(prompt_lengths), len(sequences))
-    references = _reference_bytes(options, len(sequences))
+    beside = _reference_bytes(options, len(sequences))
     request = _request(options, pin)
     request.tokens.CopyFrom(tokens)
     request.prompt_lengths.extend(prompt_lengths)
+    if prompts:
+        _check_count("prompts", len(prompts), len(sequences))
+    if any(prompts):
+        sizes = _add_conversations(request.prompts, prompts, "prompts")
+        beside = [size + more for size, more in zip(beside, sizes, strict=True)]
     lengths = list(tokens.lengths)
-    wire_bytes = [4 * length + beside for length, beside in zip(lengths, references, strict=True)]
+    wire_bytes = [4 * length + more for length, more in zip(lengths, beside, strict=True)]
     return ScoreJob(request, RowSizes(lengths, wire_bytes), lengths, pin)
 
 
@@ -271,14 +282,9 @@ def text_job(texts: Sequence[str], prompts: Sequence[str], options: ScoreOptions
 
 def conversation_job(conversations: Sequence[Sequence[ChatTurn]], options: ScoreOptions, pin: Pin) -> ScoreJob:
     """Score conversations."""
-    check_texts("conversations", ["".join(turn.role + turn.content for turn in turns) for turns in conversations])
     references = _reference_bytes(options, len(conversations))
     request = _request(options, pin)
-    request.conversations.SetInParent()
-    for turns in conversations:
-        messages = [reward_pb2.ChatMessage(role=turn.role, content=turn.content) for turn in turns]
-        request.conversations.conversations.add(messages=messages)
-    sizes = [conversation.ByteSize() for conversation in request.conversations.conversations]
+    sizes = _add_conversations(request.conversations, conversations, "conversations")
     return ScoreJob(request, _text_sizes(sizes, references), None, pin)
 
 
@@ -305,6 +311,18 @@ def list_rewards(core: ClientCore, timeout_s: float | None) -> Program[tuple[Rew
     if not reply.rewards:
         raise InvalidReply("rewards", "none", "at least one reward")
     return tuple(read_description(each, f"rewards[{index}]") for index, each in enumerate(reply.rewards))
+
+
+def _add_conversations(
+    message: reward_pb2.Conversations, conversations: Sequence[Sequence[ChatTurn]], field: str
+) -> list[int]:
+    """Returns the bytes of each."""
+    check_texts(field, ["".join(turn.role + turn.content for turn in turns) for turns in conversations])
+    message.SetInParent()
+    for turns in conversations:
+        messages = [reward_pb2.ChatMessage(role=turn.role, content=turn.content) for turn in turns]
+        message.conversations.add(messages=messages)
+    return [conversation.ByteSize() for conversation in message.conversations]
 
 
 def _reference_bytes(options: ScoreOptions, count: int) -> list[int]:

@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from ppod.v1 import common_pb2 as ppod_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14ppod/v1/reward.proto\x12\x07ppod.v1\x1a\x14ppod/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"6\n\x0c\x43onversation\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.ppod.v1.ChatMessage\"=\n\rConversations\x12,\n\rconversations\x18\x01 \x03(\x0b\x32\x15.ppod.v1.Conversation\"\xa0\x03\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x08selector\x18\x02 \x01(\x0b\x32\x16.ppod.v1.ModelSelector\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.ppod.v1.TokenSequencesH\x00\x12\'\n\x05texts\x18\x04 \x01(\x0b\x32\x16.ppod.v1.TextSequencesH\x00\x12/\n\rconversations\x18\x07 \x01(\x0b\x32\x16.ppod.v1.ConversationsH\x00\x12+\n\ntruncation\x18\x05 \x01(\x0e\x32\x17.ppod.v1.TruncationSide\x12#\n\x08priority\x18\x06 \x01(\x0e\x32\x11.ppod.v1.Priority\x12\x16\n\x0eprompt_lengths\x18\x08 \x03(\r\x12\x12\n\nreferences\x18\t \x03(\t\x12,\n\x07process\x18\n \x01(\x0e\x32\x1b.ppod.v1.ProcessGranularity\x12\x18\n\x10process_interval\x18\x0b \x01(\rB\x07\n\x05input\"v\n\x0fScoreAdjustment\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x0b\n\x03std\x18\x02 \x01(\x01\x12\x15\n\x08\x63lip_low\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tclip_high\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x0b\n\t_clip_lowB\x0c\n\n_clip_high\"\xcb\x02\n\x0fRewardComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.ppod.v1.RewardKind\x12\x13\n\x06weight\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06scores\x18\x04 \x01(\x0c\x12\x12\n\nraw_scores\x18\x05 \x01(\x0c\x12,\n\nadjustment\x18\x06 \x01(\x0b\x32\x18.ppod.v1.ScoreAdjustment\x12\x0b\n\x03std\x18\x07 \x01(\x0c\x12\x0c\n\x04mean\x18\x08 \x01(\x0c\x12\x11\n\tpessimism\x18\t \x01(\x01\x12)\n\x07members\x18\n \x03(\x0b\x32\x18.ppod.v1.RewardComponent\x12\"\n\x05model\x18\x0b \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x18\n\x10truncated_tokens\x18\x0c \x03(\rB\t\n\x07_weight\"C\n\rProcessScores\x12\x0f\n\x07lengths\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x01(\x0c\x12\x0e\n\x06scores\x18\x03 \x01(\x0c\"\xd4\x01\n\rScoreResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x1f\n\x06timing\x18\x02 \x01(\x0b\x32\x0f.ppod.v1.Timing\x12\x0e\n\x06scores\x18\x03 \x01(\x0c\x12\x18\n\x10truncated_tokens\x18\x04 \x03(\r\x12+\n\tbreakdown\x18\x05 \x01(\x0b\x32\x18.ppod.v1.RewardComponent\x12\'\n\x07process\x18\x06 \x01(\x0b\x32\x16.ppod.v1.ProcessScores\"A\n\x15GetRewardModelRequest\x12(\n\x08selector\x18\x01 \x01(\x0b\x32\x16.ppod.v1.ModelSelector\"\x93\x01\n\x16GetRewardModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12$\n\x06limits\x18\x02 \x01(\x0b\x32\x14.ppod.v1.ModelLimits\x12/\n\x0b\x64\x65scription\x18\x03 \x01(\x0b\x32\x1a.ppod.v1.RewardDescription\"\x14\n\x12ListRewardsRequest\"B\n\x13ListRewardsResponse\x12+\n\x07rewards\x18\x01 \x03(\x0b\x32\x1a.ppod.v1.RewardDescription\"\xa1\x02\n\x11RewardDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.ppod.v1.RewardKind\x12,\n\nadjustment\x18\x03 \x01(\x0b\x32\x18.ppod.v1.ScoreAdjustment\x12\x0f\n\x07members\x18\x04 \x03(\t\x12\x0f\n\x07weights\x18\x05 \x03(\x01\x12\x11\n\tpessimism\x18\x06 \x01(\x01\x12\"\n\x05model\x18\x07 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12$\n\x06limits\x18\x08 \x01(\x0b\x32\x14.ppod.v1.ModelLimits\x12\x14\n\x0ctakes_tokens\x18\t \x01(\x08\x12\x18\n\x10needs_references\x18\n \x01(\x08*\xbf\x01\n\nRewardKind\x12\x1b\n\x17REWARD_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11REWARD_KIND_MODEL\x10\x01\x12\x1d\n\x19REWARD_KIND_PROCESS_MODEL\x10\x02\x12\x18\n\x14REWARD_KIND_FUNCTION\x10\x03\x12\x15\n\x11REWARD_KIND_JUDGE\x10\x04\x12\x18\n\x14REWARD_KIND_ENSEMBLE\x10\x05\x12\x13\n\x0fREWARD_KIND_SUM\x10\x06*\x80\x01\n\x0eTruncationSide\x12\x1f\n\x1bTRUNCATION_SIDE_UNSPECIFIED\x10\x00\x12\x18\n\x14TRUNCATION_SIDE_NONE\x10\x01\x12\x18\n\x14TRUNCATION_SIDE_LEFT\x10\x02\x12\x19\n\x15TRUNCATION_SIDE_RIGHT\x10\x03*v\n\x12ProcessGranularity\x12#\n\x1fPROCESS_GRANULARITY_UNSPECIFIED\x10\x00\x12\x1c\n\x18PROCESS_GRANULARITY_STEP\x10\x01\x12\x1d\n\x19PROCESS_GRANULARITY_TOKEN\x10\x02\x32\xe4\x01\n\rRewardService\x12\x36\n\x05Score\x12\x15.ppod.v1.ScoreRequest\x1a\x16.ppod.v1.ScoreResponse\x12Q\n\x0eGetRewardModel\x12\x1e.ppod.v1.GetRewardModelRequest\x1a\x1f.ppod.v1.GetRewardModelResponse\x12H\n\x0bListRewards\x12\x1b.ppod.v1.ListRewardsRequest\x1a\x1c.ppod.v1.ListRewardsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14ppod/v1/reward.proto\x12\x07ppod.v1\x1a\x14ppod/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"6\n\x0c\x43onversation\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.ppod.v1.ChatMessage\"=\n\rConversations\x12,\n\rconversations\x18\x01 \x03(\x0b\x32\x15.ppod.v1.Conversation\"\xc9\x03\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x08selector\x18\x02 \x01(\x0b\x32\x16.ppod.v1.ModelSelector\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.ppod.v1.TokenSequencesH\x00\x12\'\n\x05texts\x18\x04 \x01(\x0b\x32\x16.ppod.v1.TextSequencesH\x00\x12/\n\rconversations\x18\x07 \x01(\x0b\x32\x16.ppod.v1.ConversationsH\x00\x12+\n\ntruncation\x18\x05 \x01(\x0e\x32\x17.ppod.v1.TruncationSide\x12#\n\x08priority\x18\x06 \x01(\x0e\x32\x11.ppod.v1.Priority\x12\x16\n\x0eprompt_lengths\x18\x08 \x03(\r\x12\x12\n\nreferences\x18\t \x03(\t\x12,\n\x07process\x18\n \x01(\x0e\x32\x1b.ppod.v1.ProcessGranularity\x12\x18\n\x10process_interval\x18\x0b \x01(\r\x12\'\n\x07prompts\x18\x0c \x01(\x0b\x32\x16.ppod.v1.ConversationsB\x07\n\x05input\"v\n\x0fScoreAdjustment\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x0b\n\x03std\x18\x02 \x01(\x01\x12\x15\n\x08\x63lip_low\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tclip_high\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x0b\n\t_clip_lowB\x0c\n\n_clip_high\"\xcb\x02\n\x0fRewardComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.ppod.v1.RewardKind\x12\x13\n\x06weight\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06scores\x18\x04 \x01(\x0c\x12\x12\n\nraw_scores\x18\x05 \x01(\x0c\x12,\n\nadjustment\x18\x06 \x01(\x0b\x32\x18.ppod.v1.ScoreAdjustment\x12\x0b\n\x03std\x18\x07 \x01(\x0c\x12\x0c\n\x04mean\x18\x08 \x01(\x0c\x12\x11\n\tpessimism\x18\t \x01(\x01\x12)\n\x07members\x18\n \x03(\x0b\x32\x18.ppod.v1.RewardComponent\x12\"\n\x05model\x18\x0b \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x18\n\x10truncated_tokens\x18\x0c \x03(\rB\t\n\x07_weight\"C\n\rProcessScores\x12\x0f\n\x07lengths\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x01(\x0c\x12\x0e\n\x06scores\x18\x03 \x01(\x0c\"\xd4\x01\n\rScoreResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x1f\n\x06timing\x18\x02 \x01(\x0b\x32\x0f.ppod.v1.Timing\x12\x0e\n\x06scores\x18\x03 \x01(\x0c\x12\x18\n\x10truncated_tokens\x18\x04 \x03(\r\x12+\n\tbreakdown\x18\x05 \x01(\x0b\x32\x18.ppod.v1.RewardComponent\x12\'\n\x07process\x18\x06 \x01(\x0b\x32\x16.ppod.v1.ProcessScores\"A\n\x15GetRewardModelRequest\x12(\n\x08selector\x18\x01 \x01(\x0b\x32\x16.ppod.v1.ModelSelector\"\x93\x01\n\x16GetRewardModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12$\n\x06limits\x18\x02 \x01(\x0b\x32\x14.ppod.v1.ModelLimits\x12/\n\x0b\x64\x65scription\x18\x03 \x01(\x0b\x32\x1a.ppod.v1.RewardDescription\"\x14\n\x12ListRewardsRequest\"B\n\x13ListRewardsResponse\x12+\n\x07rewards\x18\x01 \x03(\x0b\x32\x1a.ppod.v1.RewardDescription\"\xa1\x02\n\x11RewardDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.ppod.v1.RewardKind\x12,\n\nadjustment\x18\x03 \x01(\x0b\x32\x18.ppod.v1.ScoreAdjustment\x12\x0f\n\x07members\x18\x04 \x03(\t\x12\x0f\n\x07weights\x18\x05 \x03(\x01\x12\x11\n\tpessimism\x18\x06 \x01(\x01\x12\"\n\x05model\x18\x07 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12$\n\x06limits\x18\x08 \x01(\x0b\x32\x14.ppod.v1.ModelLimits\x12\x14\n\x0ctakes_tokens\x18\t \x01(\x08\x12\x18\n\x10needs_references\x18\n \x01(\x08*\xbf\x01\n\nRewardKind\x12\x1b\n\x17REWARD_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11REWARD_KIND_MODEL\x10\x01\x12\x1d\n\x19REWARD_KIND_PROCESS_MODEL\x10\x02\x12\x18\n\x14REWARD_KIND_FUNCTION\x10\x03\x12\x15\n\x11REWARD_KIND_JUDGE\x10\x04\x12\x18\n\x14REWARD_KIND_ENSEMBLE\x10\x05\x12\x13\n\x0fREWARD_KIND_SUM\x10\x06*\x80\x01\n\x0eTruncationSide\x12\x1f\n\x1bTRUNCATION_SIDE_UNSPECIFIED\x10\x00\x12\x18\n\x14TRUNCATION_SIDE_NONE\x10\x01\x12\x18\n\x14TRUNCATION_SIDE_LEFT\x10\x02\x12\x19\n\x15TRUNCATION_SIDE_RIGHT\x10\x03*v\n\x12ProcessGranularity\x12#\n\x1fPROCESS_GRANULARITY_UNSPECIFIED\x10\x00\x12\x1c\n\x18PROCESS_GRANULARITY_STEP\x10\x01\x12\x1d\n\x19PROCESS_GRANULARITY_TOKEN\x10\x02\x32\xe4\x01\n\rRewardService\x12\x36\n\x05Score\x12\x15.ppod.v1.ScoreRequest\x1a\x16.ppod.v1.ScoreResponse\x12Q\n\x0eGetRewardModel\x12\x1e.ppod.v1.GetRewardModelRequest\x1a\x1f.ppod.v1.GetRewardModelResponse\x12H\n\x0bListRewards\x12\x1b.ppod.v1.ListRewardsRequest\x1a\x1c.ppod.v1.ListRewardsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ppod.v1.reward_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REWARDKIND']._serialized_start=1977
-  _globals['_REWARDKIND']._serialized_end=2168
-  _globals['_TRUNCATIONSIDE']._serialized_start=2171
-  _globals['_TRUNCATIONSIDE']._serialized_end=2299
-  _globals['_PROCESSGRANULARITY']._serialized_start=2301
-  _globals['_PROCESSGRANULARITY']._serialized_end=2419
+  _globals['_REWARDKIND']._serialized_start=2018
+  _globals['_REWARDKIND']._serialized_end=2209
+  _globals['_TRUNCATIONSIDE']._serialized_start=2212
+  _globals['_TRUNCATIONSIDE']._serialized_end=2340
+  _globals['_PROCESSGRANULARITY']._serialized_start=2342
+  _globals['_PROCESSGRANULARITY']._serialized_end=2460
   _globals['_CHATMESSAGE']._serialized_start=55
   _globals['_CHATMESSAGE']._serialized_end=99
   _globals['_CONVERSATION']._serialized_start=101
@@ -45,25 +45,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONVERSATIONS']._serialized_start=157
   _globals['_CONVERSATIONS']._serialized_end=218
   _globals['_SCOREREQUEST']._serialized_start=221
-  _globals['_SCOREREQUEST']._serialized_end=637
-  _globals['_SCOREADJUSTMENT']._serialized_start=639
-  _globals['_SCOREADJUSTMENT']._serialized_end=757
-  _globals['_REWARDCOMPONENT']._serialized_start=760
-  _globals['_REWARDCOMPONENT']._serialized_end=1091
-  _globals['_PROCESSSCORES']._serialized_start=1093
-  _globals['_PROCESSSCORES']._serialized_end=1160
-  _globals['_SCORERESPONSE']._serialized_start=1163
-  _globals['_SCORERESPONSE']._serialized_end=1375
-  _globals['_GETREWARDMODELREQUEST']._serialized_start=1377
-  _globals['_GETREWARDMODELREQUEST']._serialized_end=1442
-  _globals['_GETREWARDMODELRESPONSE']._serialized_start=1445
-  _globals['_GETREWARDMODELRESPONSE']._serialized_end=1592
-  _globals['_LISTREWARDSREQUEST']._serialized_start=1594
-  _globals['_LISTREWARDSREQUEST']._serialized_end=1614
-  _globals['_LISTREWARDSRESPONSE']._serialized_start=1616
-  _globals['_LISTREWARDSRESPONSE']._serialized_end=1682
-  _globals['_REWARDDESCRIPTION']._serialized_start=1685
-  _globals['_REWARDDESCRIPTION']._serialized_end=1974
-  _globals['_REWARDSERVICE']._serialized_start=2422
-  _globals['_REWARDSERVICE']._serialized_end=2650
+  _globals['_SCOREREQUEST']._serialized_end=678
+  _globals['_SCOREADJUSTMENT']._serialized_start=680
+  _globals['_SCOREADJUSTMENT']._serialized_end=798
+  _globals['_REWARDCOMPONENT']._serialized_start=801
+  _globals['_REWARDCOMPONENT']._serialized_end=1132
+  _globals['_PROCESSSCORES']._serialized_start=1134
+  _globals['_PROCESSSCORES']._serialized_end=1201
+  _globals['_SCORERESPONSE']._serialized_start=1204
+  _globals['_SCORERESPONSE']._serialized_end=1416
+  _globals['_GETREWARDMODELREQUEST']._serialized_start=1418
+  _globals['_GETREWARDMODELREQUEST']._serialized_end=1483
+  _globals['_GETREWARDMODELRESPONSE']._serialized_start=1486
+  _globals['_GETREWARDMODELRESPONSE']._serialized_end=1633
+  _globals['_LISTREWARDSREQUEST']._serialized_start=1635
+  _globals['_LISTREWARDSREQUEST']._serialized_end=1655
+  _globals['_LISTREWARDSRESPONSE']._serialized_start=1657
+  _globals['_LISTREWARDSRESPONSE']._serialized_end=1723
+  _globals['_REWARDDESCRIPTION']._serialized_start=1726
+  _globals['_REWARDDESCRIPTION']._serialized_end=2015
+  _globals['_REWARDSERVICE']._serialized_start=2463
+  _globals['_REWARDSERVICE']._serialized_end=2691
 # @@protoc_insertion_point(module_scope)

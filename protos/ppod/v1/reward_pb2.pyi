@@ -66,7 +66,7 @@ class Conversations(_message.Message):
     def __init__(self, conversations: _Optional[_Iterable[_Union[Conversation, _Mapping]]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "selector", "tokens", "texts", "conversations", "truncation", "priority", "prompt_lengths", "references", "process", "process_interval")
+    __slots__ = ("request_id", "selector", "tokens", "texts", "conversations", "truncation", "priority", "prompt_lengths", "references", "process", "process_interval", "prompts")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SELECTOR_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class ScoreRequest(_message.Message):
     REFERENCES_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     PROCESS_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     selector: _common_pb2.ModelSelector
     tokens: _common_pb2.TokenSequences
@@ -89,7 +90,8 @@ class ScoreRequest(_message.Message):
     references: _containers.RepeatedScalarFieldContainer[str]
     process: ProcessGranularity
     process_interval: int
-    def __init__(self, request_id: _Optional[str] = ..., selector: _Optional[_Union[_common_pb2.ModelSelector, _Mapping]] = ..., tokens: _Optional[_Union[_common_pb2.TokenSequences, _Mapping]] = ..., texts: _Optional[_Union[_common_pb2.TextSequences, _Mapping]] = ..., conversations: _Optional[_Union[Conversations, _Mapping]] = ..., truncation: _Optional[_Union[TruncationSide, str]] = ..., priority: _Optional[_Union[_common_pb2.Priority, str]] = ..., prompt_lengths: _Optional[_Iterable[int]] = ..., references: _Optional[_Iterable[str]] = ..., process: _Optional[_Union[ProcessGranularity, str]] = ..., process_interval: _Optional[int] = ...) -> None: ...
+    prompts: Conversations
+    def __init__(self, request_id: _Optional[str] = ..., selector: _Optional[_Union[_common_pb2.ModelSelector, _Mapping]] = ..., tokens: _Optional[_Union[_common_pb2.TokenSequences, _Mapping]] = ..., texts: _Optional[_Union[_common_pb2.TextSequences, _Mapping]] = ..., conversations: _Optional[_Union[Conversations, _Mapping]] = ..., truncation: _Optional[_Union[TruncationSide, str]] = ..., priority: _Optional[_Union[_common_pb2.Priority, str]] = ..., prompt_lengths: _Optional[_Iterable[int]] = ..., references: _Optional[_Iterable[str]] = ..., process: _Optional[_Union[ProcessGranularity, str]] = ..., process_interval: _Optional[int] = ..., prompts: _Optional[_Union[Conversations, _Mapping]] = ...) -> None: ...
 
 class ScoreAdjustment(_message.Message):
     __slots__ = ("mean", "std", "clip_low", "clip_high")

@@ -25,6 +25,7 @@ class TokenizerCodec:
         fingerprint: see `ppod_models.loading.tokenizer_fingerprint`.
         bos_token_id: begin of sequence; None where the tokenizer has none.
         token_id_bound: see `ppod_models.loading.token_id_bound`.
+        has_chat_template: whether it can `render`.
         longest_tokens: what the tokenizer's files say its model takes; huge where they say nothing.
         special_tokens_around: how many special tokens it puts before a text, and how many behind it.
     """
@@ -33,6 +34,7 @@ class TokenizerCodec:
         self.fingerprint = tokenizer_fingerprint(tokenizer)
         self.token_id_bound = token_id_bound(tokenizer)
         self.bos_token_id = cast("int | None", tokenizer.bos_token_id)
+        self.has_chat_template = bool(tokenizer.chat_template)
         self.longest_tokens = int(tokenizer.model_max_length)
         self._tokenizer = tokenizer
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -40,6 +40,8 @@ def read_samples(
     kind = request.WhichOneof("input")
     if kind != "tokens" and request.prompt_lengths:
         raise InvalidArgument("prompt_lengths", f"{len(request.prompt_lengths)} values", "none with texts")
+    if kind != "tokens" and request.HasField("prompts"):
+        raise InvalidArgument("prompts", f"{len(request.prompts.conversations)} conversations", "none but with tokens")
     match kind:
         case "tokens":
             contents: Sequence[Content] = _read_tokens(request, source, most)
@@ -90,7 +92,20 @@ def _read_tokens(request: reward_pb2.ScoreRequest, source: TokenSource | None, m
     for sample, (tokens, prompt) in enumerate(zip(sequences, prompts, strict=True)):
         if prompt >= len(tokens):
             raise InvalidArgument("prompt_lengths", str(prompt), f"less than the {len(tokens)} tokens", sample)
-    return [TokenContent(tokens, prompt) for tokens, prompt in zip(sequences, prompts, strict=True)]
+    turns = _read_prompts(request, len(sequences))
+    return [TokenContent(*one) for one in zip(sequences, prompts, turns, strict=True)]
+
+
+def _read_prompts(request: reward_pb2.ScoreRequest, count: int) -> list[tuple[Turn, ...]]:
+    """The turns of each sequence's prompt; empty where it is no conversation."""
+    if not request.HasField("prompts"):
+        return [()] * count
+    found = request.prompts.conversations
+    if len(found) != count:
+        raise InvalidArgument("prompts", f"{len(found)} conversations", f"{count}, one a sequence, or none")
+    if not request.prompt_lengths:
+        raise InvalidArgument("prompts", "conversations", "prompt_lengths beside them, or none")
+    return [_read_turns(conversation, "prompts", sample) for sample, conversation in enumerate(found)]
 
 
 def _read_texts(message: common_pb2.TextSequences, most: int) -> list[TextContent]:
@@ -109,13 +124,18 @@ def _read_conversations(message: reward_pb2.Conversations, most: int) -> list[Ch
     check_count(len(message.conversations), "conversations", most)
     found: list[ChatContent] = []
     for sample, conversation in enumerate(message.conversations):
-        turns = tuple(Turn(one.role, one.content) for one in conversation.messages)
+        turns = _read_turns(conversation, "conversations", sample)
         if not turns:
             raise InvalidArgument("conversations", "no message", "at least one message", sample)
-        if not all(turn.role for turn in turns):
-            raise InvalidArgument("conversations.messages.role", "an empty role", "user, assistant or another", sample)
         found.append(ChatContent(turns))
     return found
+
+
+def _read_turns(conversation: reward_pb2.Conversation, field: str, sample: int) -> tuple[Turn, ...]:
+    turns = tuple(Turn(one.role, one.content) for one in conversation.messages)
+    if not all(turn.role for turn in turns):
+        raise InvalidArgument(f"{field}.messages.role", "an empty role", "user, assistant or another", sample)
+    return turns
 
 
 def _read_references(request: reward_pb2.ScoreRequest, count: int, needed: bool) -> list[str | None]:

@@ -23,6 +23,7 @@ from ppod_services.reward.samples import (
     TextContent,
     TokenContent,
     Truncation,
+    Turn,
     decode_parts,
     read_text,
 )
@@ -152,15 +153,31 @@ def _own_tokens(sample: Sample, reader: Reader) -> TokenArray | None:
 
 def _gets_special_tokens(sample: Sample, reader: Reader) -> bool:
     """Whether the tokenizer puts its special tokens around a sample; a rendered conversation brings them along."""
-    if isinstance(sample.content, ChatContent) or _own_tokens(sample, reader) is not None:
-        return False
-    return reader.special_tokens
+    match sample.content:
+        case ChatContent():
+            return False
+        case TokenContent() if reader.same_tokens or _applied(sample, reader):
+            return False
+        case _:
+            return reader.special_tokens
+
+
+def _applied(sample: Sample, reader: Reader) -> tuple[Turn, ...]:
+    """The turns of a prompt that the model's chat template is applied to, as its ids are another's; empty: none."""
+    match sample.content:
+        case TokenContent(_, _, turns) if reader.codec.has_chat_template and not reader.same_tokens:
+            return turns
+        case _:
+            return ()
 
 
 def _whole_text(sample: Sample, reader: Reader) -> str:
     match sample.content:
         case ChatContent(turns):
             return _render(sample, reader, ChatContent(turns), open_turn=False)
+        case TokenContent() if turns := _applied(sample, reader):
+            last = Turn("assistant", read_text(sample, reader.source).response)
+            return _render(sample, reader, ChatContent((*turns, last)), open_turn=False)
         case _:
             text = read_text(sample, reader.source)
             return text.prompt + text.response
@@ -175,17 +192,26 @@ def _pieces(sample: Sample, positions: Sequence[int], reader: Reader) -> tuple[T
                 read_text(sample, None)
             source = reader.source or reader.codec
             _, *pieces = decode_parts(source, tokens, (prompt_length, *positions))
-            prompt = tokens[:prompt_length] if reader.same_tokens else _encode_prompt(read_text(sample, source), reader)
+            if reader.same_tokens:
+                prompt = tokens[:prompt_length]
+            elif turns := _applied(sample, reader):
+                prompt = _encode_turns(sample, turns, reader)
+            else:
+                prompt = _encode_prompt(read_text(sample, source), reader)
             return prompt, pieces
         case ChatContent(turns):
             response = turns[-1].content
-            opening = _render(sample, reader, ChatContent(turns[:-1]), open_turn=True)
-            prompt = reader.codec.encode([opening], special_tokens=False)[0]
+            prompt = _encode_turns(sample, turns[:-1], reader)
         case TextContent():
             response = content.response
             prompt = _encode_prompt(PlainText(content.prompt, response), reader)
     starts = (0, *positions[:-1])
     return prompt, [response[a:b] for a, b in zip(starts, positions, strict=True)]
+
+
+def _encode_turns(sample: Sample, turns: tuple[Turn, ...], reader: Reader) -> TokenArray:
+    opening = _render(sample, reader, ChatContent(turns), open_turn=True)
+    return reader.codec.encode([opening], special_tokens=False)[0]
 
 
 def _encode_prompt(text: PlainText, reader: Reader) -> TokenArray:
@@ -199,7 +225,8 @@ def _render(sample: Sample, reader: Reader, chat: ChatContent, *, open_turn: boo
         return reader.codec.render(chat.turns, open_turn=open_turn)
     except ChatTemplateError as error:
         expected = f"a conversation that the model of {reader.name!r} takes, or texts"
-        raise InvalidArgument("conversations", str(error), expected, sample.index) from error
+        field = "prompts" if isinstance(sample.content, TokenContent) else sample.field
+        raise InvalidArgument(field, str(error), expected, sample.index) from error
 
 
 def _without(piece: str, separator: str) -> str:

@@ -15,7 +15,7 @@ from ppod_services.core.callers import Caller
 from ppod_services.core.scheduler import Outcome, Scheduler, Submission
 from ppod_services.reward.backlog import Turns
 from ppod_services.reward.requests import ModelInput, RewardItem
-from ppod_services.reward.samples import ChatContent, PlainText, Query, Sample, TextContent, TokenContent, read_text
+from ppod_services.reward.samples import ChatContent, PlainText, Query, Sample, TextContent, TokenContent, read_turns
 from ppod_services.reward.scored import Work
 from ppod_services.reward.served import ServedModel
 
@@ -41,11 +41,11 @@ class Runtime:
             return await asyncio.get_running_loop().run_in_executor(self.tokenizing, job)
 
     async def texts(self, samples: Sequence[Sample], query: Query) -> list[PlainText]:
-        """Samples as text; raises InvalidArgument as `read_text` does."""
+        """Samples as text; raises InvalidArgument as `read_turns` does."""
         codec = None if query.source is None else query.source.codec
         if all(isinstance(sample.content, TextContent) for sample in samples):
-            return [read_text(sample, codec) for sample in samples]
-        return await self.tokenize(samples, query.caller, lambda: [read_text(sample, codec) for sample in samples])
+            return [read_turns(sample, codec) for sample in samples]
+        return await self.tokenize(samples, query.caller, lambda: [read_turns(sample, codec) for sample in samples])
 
     async def run_model(
         self, model: ServedModel, inputs: Sequence[ModelInput], query: Query

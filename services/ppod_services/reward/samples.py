@@ -23,12 +23,24 @@ IntArray = npt.NDArray[np.int32]
 _MOST_PREFIX_CHARACTERS = 2**26
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenContent:
-    """A whole sequence, int32 [length]; its first `prompt_length` tokens are the prompt, fewer than all."""
+    """A whole sequence, int32 [length]; its first `prompt_length` tokens are the prompt, fewer than all.
+
+    `turns` are what the prompt was made of, for whatever reads text; empty where it is no conversation.
+    """
 
     tokens: TokenArray
     prompt_length: int
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +49,6 @@ class TextContent:
 
     prompt: str
     response: str
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +88,8 @@ class Sample:
     def prefix(self, position: int) -> Sample:
         """The same sequence up to a position: tokens of the whole, or characters of the response."""
         match self.content:
-            case TokenContent(tokens, prompt_length):
-                content: Content = TokenContent(tokens[:position], prompt_length)
+            case TokenContent(tokens, prompt_length, turns):
+                content: Content = TokenContent(tokens[:position], prompt_length, turns)
             case TextContent(prompt, response):
                 content = TextContent(prompt, response[:position])
             case ChatContent(turns):
@@ -128,6 +132,11 @@ class Codec(Protocol):
     @property
     def bos_token_id(self) -> int | None:
         """Begin of sequence; None where the tokenizer has none."""
+        ...
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether it can `render`."""
         ...
 
     @property
@@ -205,8 +214,21 @@ def read_text(sample: Sample, codec: Codec | None) -> PlainText:
         case TextContent(prompt, response):
             return PlainText(prompt, response)
         case ChatContent(turns):
-            before = "\n".join(f"{turn.role}: {turn.content}" for turn in turns[:-1])
-            return PlainText(before, turns[-1].content)
+            return PlainText(_lines(turns[:-1]), turns[-1].content)
+
+
+def read_turns(sample: Sample, codec: Codec | None) -> PlainText:
+    """A sample as `read_text` reads it, but a prompt that is a conversation by its turns; raises what that raises."""
+    text = read_text(sample, codec)
+    match sample.content:
+        case TokenContent(_, _, turns) if turns:
+            return PlainText(_lines(turns), text.response)
+        case _:
+            return text
+
+
+def _lines(turns: Sequence[Turn]) -> str:
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
 def decode_parts(codec: Codec, tokens: TokenArray, ends: Sequence[int]) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from ppod import RewardClient
-from ppod.client import Pin
+from ppod.client import ChatTurn, Pin
 from ppod_trainer.potentials import Shaping, score_rollouts
 from ppod_trainer.prompts import Prompt
 from ppod_trainer.rollouts import Rollout
@@ -48,6 +50,25 @@ def rollouts() -> list[Rollout]:
             )
         )
     return made
+
+
+@pytest.mark.parametrize("level", ["none", "token"])
+def test_a_model_of_another_tokenizer_reads_the_conversation_and_the_response(
+    zoo: Zoo, level: Literal["none", "token"]
+) -> None:
+    """By token, too, where the prompt's last id is asked about as if it were of the response."""
+    chat = (ChatTurn("user", "well?"),)
+    made = [replace(one, prompt=replace(one.prompt, turns=chat)) for one in rollouts()]
+    with RewardClient(zoo.service.target) as client:
+        states = {one.name: one.state for one in client.list_rewards()}
+        said = [build_tokenizer().decode(response, skip_special_tokens=True) for response in RESPONSES]
+        conversations = [[*chat, ChatTurn("assistant", text)] for text in said]
+        client.pin = Pin(model="encoder")
+        expected = client.score_conversations(conversations).values
+        assert states["first"] is not None
+        client.pin = Pin(model="retokenised", tokenizer_fingerprint=states["first"].tokenizer_fingerprint)
+        scores, _ = score_rollouts(client, made, Shaping(level))
+    np.testing.assert_allclose(scores.values, expected, atol=1e-5)
 
 
 def test_potentials_are_scores_of_all_that_stands_before(client: RewardClient) -> None:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ppod import InvalidArgument, Pin, RewardClient, Truncation
+from ppod.v1 import reward_pb2
 from support.processes import running_service
 from support.services import tiny_model_config
 from support.tiny_classifiers import add_unknown_tokens, save_decoder
@@ -98,6 +99,20 @@ def test_token_ids_reach_a_member_with_another_tokenizer_as_text(zoo: Zoo) -> No
     first, encoder = by_tokens.breakdown.members
     assert first.model.tokenizer_fingerprint == by_tokens.model.tokenizer_fingerprint
     assert encoder.model.tokenizer_fingerprint != by_tokens.model.tokenizer_fingerprint
+
+
+def test_token_ids_with_their_turns_reach_a_member_with_another_tokenizer_as_a_conversation(zoo: Zoo) -> None:
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "more")]
+    request = of_tokens([ids_of("<otherwise>wörld ✓"), ids_of("plain answer")], [len("<otherwise>"), len("plain ")])
+    request.prompts.conversations.extend([*of_chats(turns).conversations.conversations, reward_pb2.Conversation()])
+    by_tokens = score(zoo.service, request, "retokenised")
+    first, encoder = by_tokens.breakdown.members
+    by_chat = score(zoo.service, of_chats([*turns, ("assistant", "wörld ✓")]), "encoder")
+    by_text = score(zoo.service, of_texts(["plain answer"]), "encoder")
+    expected = floats(by_chat.scores) + floats(by_text.scores)
+    assert floats(encoder.scores) == pytest.approx(expected, abs=NOISE)
+    whole = score(zoo.service, of_texts(["<otherwise>wörld ✓", "plain answer"]), "first")
+    assert floats(first.scores) == pytest.approx(floats(whole.scores), abs=NOISE)
 
 
 def test_prompt_and_response_are_read_as_one(zoo: Zoo) -> None:

@@ -136,6 +136,7 @@ def test_reviews_are_the_default() -> None:
         ("p.jsonl", '{"prompt": "a", "messages": []}', "line 1: found .*`messages`, each with `role` and `content`"),
         ("p.jsonl", '{"messages": []}', "line 1: found .*`messages`"),
         ("p.jsonl", '{"messages": [{"role": "user"}]}', "line 1: found .*`role` and `content`"),
+        ("p.jsonl", '{"messages": [{"role": "", "content": "a"}]}', "line 1: found .*`role` and `content`"),
         ("p.jsonl", '{"messages": [{"role": "tool", "content": ""}]}', "line 1: messages: .* cannot be asked so: no t"),
         (
             "p.jsonl",
@@ -274,8 +275,16 @@ def test_conversations_are_rendered_and_never_cut(tmp_path: Path) -> None:
     lines = [[asked], [system, asked, said, asked]]
     path = write(tmp_path, "p.jsonl", "\n".join(json.dumps({"messages": line, "tools": None}) for line in lines))
     prompts = load_prompts(PromptsConfig(path=path, heldout=1), encode, render)
-    texts = {"".join(map(chr, prompt.token_ids)) for prompt in prompts.training + prompts.heldout}
-    assert texts == {"<user>U<assistant>", "<system>S<user>U<assistant>A<user>U<assistant>"}
+    turns = {"".join(map(chr, prompt.token_ids)): prompt.turns for prompt in prompts.training + prompts.heldout}
+    assert {text: [(turn.role, turn.content) for turn in found] for text, found in turns.items()} == {
+        "<user>U<assistant>": [("user", "U")],
+        "<system>S<user>U<assistant>A<user>U<assistant>": [
+            ("system", "S"),
+            ("user", "U"),
+            ("assistant", "A"),
+            ("user", "U"),
+        ],
+    }
     with pytest.raises(PromptError, match="first_tokens is 4, which would cut conversations off"):
         load_prompts(PromptsConfig(path=path, heldout=1, first_tokens=4), encode, render)
 
