@@ -9,11 +9,13 @@ import pytest
 from deploy.conftest import Section
 from ppod_deploy import launcher
 from ppod_deploy.commands import Run, Up
+from ppod_deploy.defaults import CONFIGS
 from ppod_deploy.overrides import apply_overrides, split_arguments
 from ppod_deploy.run_checks import run_faults, run_notes
 from ppod_deploy.run_command import resolve_run
 from ppod_deploy.run_config import parse_run
 from ppod_models.configuration import ConfigError
+from support.processes import ROOT
 
 SERVER = "{certificate_file: a, private_key_file: b}"
 MUTUAL = "{certificate_file: a, private_key_file: b, client_ca_file: c}"
@@ -34,6 +36,12 @@ def test_a_run_is_refused_and_services_alone_are_not(run_file: Path) -> None:
         "services.generation.listen.admin_port",
     ]
     assert resolve_run(Up(config=(run_file,)), overrides).services.generation.listen.admin_port is None
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_run_file_of_the_package_is_free_of_faults(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert resolve_run(Run(config=(file,)), []).trainer is not None
 
 
 def test_prompts_are_looked_for_where_they_are_read(run_values: dict[str, Section]) -> None:

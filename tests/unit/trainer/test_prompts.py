@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ppod import ChatTurn
 from ppod_models.chat_template import ChatTemplateError
 from ppod_trainer.assembly import _load_prompts, _warn_of_endless_turns
 from ppod_trainer.config import PromptsConfig, TrainerConfig
@@ -25,7 +27,10 @@ from ppod_trainer.prompts import (
     references_of,
     split_episodes,
 )
+from support.processes import ROOT
 from support.tiny_model import build_tokenizer
+
+SUMS = ROOT / "trainer" / "ppod_trainer" / "data" / "sums.jsonl"
 
 
 def encode(text: str) -> list[int]:
@@ -287,6 +292,18 @@ def test_conversations_are_rendered_and_never_cut(tmp_path: Path) -> None:
     }
     with pytest.raises(PromptError, match="first_tokens is 4, which would cut conversations off"):
         load_prompts(PromptsConfig(path=path, heldout=1, first_tokens=4), encode, render)
+
+
+def test_the_sums_of_the_package_have_their_right_answers() -> None:
+    prompts = load_prompts(PromptsConfig(path=SUMS, heldout=64), encode, render)
+    asked: set[frozenset[int]] = set()
+    for prompt in prompts.training + prompts.heldout:
+        [turn] = prompt.turns
+        one, other = map(int, re.findall(r"\d+", turn.content))
+        assert turn == ChatTurn("user", f"What is {one} + {other}? Answer with the number alone.")
+        assert prompt.reference == str(one + other)
+        asked.add(frozenset((one, other)))
+    assert len(asked) == 300, "a sum that is held out is not trained on the other way round"
 
 
 def test_references_stay_with_their_prompts(tmp_path: Path) -> None:
