@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -167,7 +168,7 @@ def _check_prompts(
     served: ServedModels,
     rollout: RolloutConfig,
 ) -> None:
-    _warn_of_endless_turns(prompts, tokenizer, served.generation.eos_token_ids)
+    _warn_of_endless_turns(prompts, tokenizer, served.generation.eos_token_ids, rollout)
     if not references_of(prompts.training):
         check_references(connections)
     if rollout.on_bad_sample != "stop":
@@ -178,7 +179,7 @@ def _check_prompts(
 
 
 def _warn_of_endless_turns(
-    prompts: PromptSet, tokenizer: PreTrainedTokenizerFast, eos_token_ids: Sequence[int]
+    prompts: PromptSet, tokenizer: PreTrainedTokenizerFast, eos_token_ids: Sequence[int], rollout: RolloutConfig
 ) -> None:
     """Base models may have a chat template whose end of a turn does not end their sampling."""
     if not prompts.conversations:
@@ -189,13 +190,18 @@ def _warn_of_endless_turns(
         # Of this conversation; those of the prompts were rendered.
         return
     ids = tokenizer.encode(end, add_special_tokens=False)
-    if ids and ids[0] not in eos_token_ids:
-        log.warning(
-            "the chat template ends the assistant's turn with %r, which is none of generation's stop tokens (%s): "
-            "responses run on to rollout.max_tokens; name its id as eos_token_id in the model's generation_config.json",
-            end,
-            ", ".join(map(str, eos_token_ids)) or "none",
-        )
+    stop_token_ids = (*eos_token_ids, *rollout.stop_token_ids)
+    if not ids or ids[0] in stop_token_ids or any(text in end for text in rollout.stop):
+        return
+    # A token of text may stand anywhere in a response.
+    own = ids[0] in tokenizer.added_tokens_decoder
+    log.warning(
+        "the chat template ends the assistant's turn with %r, which is none of generation's stop tokens (%s): "
+        "responses run on to rollout.max_tokens; set rollout.%s",
+        end,
+        ", ".join(map(str, stop_token_ids)) or "none",
+        f"stop_token_ids to [{ids[0]}]" if own else f"stop to [{json.dumps(end)}]",
+    )
 
 
 def _build_sampler(

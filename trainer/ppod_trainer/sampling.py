@@ -56,12 +56,17 @@ class TurnSampler:
     Args:
         client: of generation.
         config: how tokens are drawn.
-        stop: texts that end a turn.
+        stop: texts that end a turn besides the configuration's.
     """
 
     def __init__(self, client: GenerationClient, config: RolloutConfig, stop: tuple[str, ...] = ()) -> None:
         self._client = client
-        self._sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature, stop=stop)
+        self._sampling = Sampling(
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            stop=(*config.stop, *stop),
+            stop_token_ids=config.stop_token_ids,
+        )
 
     def sample(
         self, contexts: Sequence[Context], policy_version: int | None, temperature: float | None = None

@@ -119,8 +119,8 @@ def _holder(roster: Roster, metadata: Metadata) -> Team:
                 raise Unauthenticated("the token is unknown here; it may have been replaced")
             return holder
     raise Unauthenticated(
-        "the call carries no token: send metadata `authorization: Bearer TOKEN`, which ppod's trainer and commands take "
-        "from PPOD_TOKEN or from the file that PPOD_TOKEN_FILE names"
+        "the call carries no token: send metadata `authorization: Bearer TOKEN`, which ppod's trainer and commands "
+        "take from PPOD_TOKEN or from the file that PPOD_TOKEN_FILE names"
     )
 
 

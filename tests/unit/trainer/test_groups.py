@@ -41,6 +41,7 @@ class Generation:
         self.broken = broken
         self.withheld = withheld
         self.asked: list[tuple[int, int]] = []
+        self.samplings: list[Sampling] = []
         self.replica_count = 1
 
     def generate(
@@ -55,6 +56,7 @@ class Generation:
         assert len(prompts) == len(resumed_tokens)
         assert len(seeds) == len(prompts) * sampling.n
         self.asked.append((len(prompts), sampling.n))
+        self.samplings.append(sampling)
         for index, prompt in enumerate(prompts):
             if int(prompt[0]) in self.refused:
                 raise InvalidArgument("prompts", "x", "y", index)
@@ -90,6 +92,14 @@ def turns_of(generation: Generation) -> TurnSampler:
 
 def contexts(*firsts: int) -> list[Context]:
     return [Context(np.array([first, 1], dtype=np.int32), 50 + index) for index, first in enumerate(firsts)]
+
+
+def test_stops_of_the_configuration_and_of_the_environment_end_a_turn() -> None:
+    generation = Generation()
+    config = RolloutConfig(stop=("\n\n",), stop_token_ids=(5, 6))
+    TurnSampler(generation, config, ("<call>",)).sample(contexts(7), 3)  # pyright: ignore[reportArgumentType]
+    [sampling] = generation.samplings
+    assert (sampling.stop, sampling.stop_token_ids) == (("\n\n", "<call>"), (5, 6))
 
 
 def test_equal_neighbours_are_asked_for_as_one_prompt() -> None:

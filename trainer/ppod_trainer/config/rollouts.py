@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self, cast
+from typing import Annotated, Literal, Self, cast
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -72,6 +72,17 @@ class RolloutConfig(ConfigModel):
     )
     max_tokens: int = Field(default=24, ge=1, description="longest response")
     temperature: float = Field(default=1.0, gt=0, description="divides sampler, policy and reference logits alike")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        max_length=16,
+        description="texts that end a response, or with an environment a turn besides its own; the token that "
+        "completes one is the last, and what it completes is read by rewards",
+    )
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(),
+        description="tokens that end a response besides the model's own, such as the end of a turn in a base model's "
+        "chat template; rewards do not read them",
+    )
     top_p: float = Field(default=1.0, description="must be 1 in training")
     top_k: int = Field(default=0, description="must be 0 in training")
     on_bad_sample: Literal["stop", "skip"] = Field(
