@@ -1,4 +1,4 @@
-"""One update of TRL 1.0.0's PPOTrainer, recorded by tests/benchmarks/trl_ppo/record_update.py, against ours.
+"""One update of TRL 1.0.0's PPOTrainer, recorded by tests/benchmarks/beside_trl/record_update.py, against ours.
 
 From the same weights and tokens both must come to the same logprobs, KL, rewards, advantages, returns, losses,
 gradients and, step by step, weights, to 1e-5. Where the two differ, they do so by definition:
