@@ -109,9 +109,11 @@ def _draw_cut(
         # The likeliest token weighs exp(0), so weights are already relative to it.
         least = torch.tensor([row.min_p for row in filters], dtype=weights.dtype, device=weights.device).unsqueeze(-1)
         weights = torch.where(weights >= least, weights, 0.0)
-        # What was not finite must show further on: a comparison would have hidden it.
-        totals = torch.where(totals.isfinite(), weights.sum(dim=-1, dtype=torch.float64), totals)
-    top_k = torch.tensor([row.top_k or vocabulary for row in filters], device=weights.device).unsqueeze(-1)
+        # What was not finite must show further on: a comparison would have hidden it. Other rows keep theirs.
+        thinned = totals.isfinite() & (least.squeeze(-1) > 0)
+        totals = torch.where(thinned, weights.sum(dim=-1, dtype=torch.float64), totals)
+    most = [min(row.top_k, vocabulary) or vocabulary for row in filters]
+    top_k = torch.tensor(most, device=weights.device).unsqueeze(-1)
     top_p = torch.tensor([row.top_p for row in filters], dtype=torch.float64, device=weights.device).unsqueeze(-1)
     count = min(vocabulary, max(_FIRST_CANDIDATES, *(row.top_k for row in filters)))
     while True:
@@ -119,8 +121,9 @@ def _draw_cut(
         candidates = sorted_weights.double()
         candidates *= torch.arange(count, device=weights.device) < top_k
         ends = candidates.cumsum(dim=-1)
-        # All k candidates are at hand where top-k cuts; elsewhere top-p is of the whole distribution.
-        mass = torch.where(top_k <= count, ends[:, -1:], totals.unsqueeze(-1))
+        # All k candidates are at hand where top-k cuts; elsewhere top-p is of the whole distribution,
+        # and of the same sum of it however many candidates other rows ask for.
+        mass = torch.where(top_k < vocabulary, ends[:, -1:], totals.unsqueeze(-1))
         kept = (ends - candidates) < top_p * mass
         # A row that is not finite has no end, and must not keep the others from theirs.
         complete = ~kept[:, -1] | (top_k.squeeze(-1) <= count) | ~totals.isfinite()

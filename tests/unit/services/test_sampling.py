@@ -214,6 +214,7 @@ def test_equal_logits_are_kept_in_the_order_of_their_ids() -> None:
         (TokenFilter(1.0, top_p=0.3), TokenFilter(1.0, top_p=0.95)),
         (TokenFilter(1.0, top_k=50), TokenFilter(1.0, top_k=2000)),
         (TokenFilter(1.0, min_p=0.001), TokenFilter(1.0, top_k=300)),
+        (TokenFilter(1.0, top_k=30_000), TokenFilter(1.0, min_p=0.1)),
     ],
 )
 def test_equal_logits_are_drawn_alike_whoever_shares_the_batch(mine: TokenFilter, other: TokenFilter) -> None:
