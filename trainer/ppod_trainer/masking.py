@@ -27,12 +27,16 @@ def masked_variance(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool = True) -> torch.Tensor:
-    """Scale to variance 1 over the mask; `shift_mean=False` keeps the mean, as rewards need. Masked positions are 0."""
-    mean = masked_mean(values, mask)
-    whitened = (values - mean) * torch.rsqrt(masked_variance(values, mask) + 1e-8)
+    """Scale to variance 1 over the mask; `shift_mean=False` keeps the mean, as rewards need. Masked positions are 0.
+
+    In float64: where all values are equal, the mean's rounding in float32 would be scaled to advantages of up to 1.
+    """
+    exact = values.double()
+    mean = masked_mean(exact, mask)
+    whitened = (exact - mean) * torch.rsqrt(masked_variance(exact, mask) + 1e-8)
     if not shift_mean:
         whitened = whitened + mean
-    return torch.where(mask, whitened, torch.zeros_like(values))
+    return torch.where(mask, whitened.to(values.dtype), torch.zeros_like(values))
 
 
 def loss_weights(mask: torch.Tensor, aggregation: Aggregation, constant_tokens: int | None = None) -> torch.Tensor:

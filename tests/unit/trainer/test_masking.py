@@ -37,6 +37,23 @@ def test_whitened_values_do_not_see_a_shift(shift: float, seed: int) -> None:
     torch.testing.assert_close(whiten(values, mask), whiten(values + shift, mask), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("value", [0.1, 30.7, 1000.1, 100_000.1])
+@pytest.mark.parametrize("tokens", [3, 7, 100, 5000])
+def test_equal_values_are_whitened_to_nothing(value: float, tokens: int) -> None:
+    values = torch.full((1, tokens + 1), value)
+    mask = torch.arange(tokens + 1)[None] < tokens
+    assert not whiten(values, mask).any()
+    kept = torch.where(mask, values, 0.0)
+    torch.testing.assert_close(whiten(values, mask, shift_mean=False), kept, atol=0, rtol=0)
+
+
+def test_small_differences_far_from_zero_are_whitened_as_they_are() -> None:
+    # 4096 and 4096.0625 in turns: mean in the middle, variance 2 ** -10 * n / (n - 1).
+    values = 4096 + 0.0625 * (torch.arange(1000) % 2)[None]
+    expected = torch.where(values > 4096, 1.0, -1.0) * (0.999 / (1 + 0.999e-8 * 2**10)) ** 0.5
+    torch.testing.assert_close(whiten(values, values > 0), expected, atol=1e-6, rtol=0)
+
+
 def test_loss_weights_by_hand() -> None:
     torch.testing.assert_close(loss_weights(MASK, "token_mean"), torch.tensor([[1 / 3, 1 / 3, 0.0], [1 / 3, 0.0, 0.0]]))
     torch.testing.assert_close(loss_weights(MASK, "sequence_mean"), torch.tensor([[0.25, 0.25, 0.0], [0.5, 0.0, 0.0]]))
