@@ -9,6 +9,7 @@ import numpy as np
 from ppod_trainer.experience import PpoBatch
 from ppod_trainer.learner import UpdateStats
 from ppod_trainer.rollouts import ScoredRollout, common_temperature
+from ppod_trainer.rounding import alike
 
 
 def rollout_figures(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
@@ -20,7 +21,7 @@ def rollout_figures(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
     return {
         "score/mean": float(outcomes.mean()),
         "score/std": float(outcomes.std()),
-        "groups/uniform": float(np.mean([max(group) == min(group) for group in groups.values()])),
+        "groups/uniform": float(np.mean([alike(group) for group in groups.values()])),
         "sampler/temperature": common_temperature([one.rollout for one in rollouts]),
         "response/length": float(np.mean([one.rollout.sampled for one in rollouts])),
         "response/distinct_2": distinct_bigrams(rollouts),

@@ -125,6 +125,17 @@ def test_groups_that_say_nothing_have_advantage_0(kind: str) -> None:
     assert result.abs().max() == 0
 
 
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "gigpo"])
+@pytest.mark.parametrize("paid", [(0.7, 0.6, 0.1), (10.3, 3.6, 6.7), (100.3, 0.1, 100.2), (1000.3, 2.9, 997.4)])
+def test_groups_that_were_paid_the_same_in_parts_have_advantage_0(kind: str, paid: tuple[float, float, float]) -> None:
+    """In float32 0.6 + 0.1 is not 0.7, and what GRPO would divide that difference by is as small."""
+    whole, *parts = np.array(paid, dtype=np.float32)
+    assert whole != sum(parts)
+    result = estimate(kind, experience_of([float(whole), float(sum(parts)), float(whole), 1.0, 2.0], [0, 0, 0, 1, 1]))
+    assert result[:3].abs().max() == 0
+    assert result[3:].abs().max() > 0.4
+
+
 GROUPS = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 
 

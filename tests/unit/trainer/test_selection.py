@@ -17,6 +17,7 @@ from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.rollouts import Rollout, ScoredRollout, Turn
 from ppod_trainer.selection import DynamicSampling, EpochSchedule, HistorySchedule, PromptSchedule
 from ppod_trainer.selection.schedule import further_prompts
+from ppod_trainer.step_figures import rollout_figures
 from ppod_trainer.step_rollouts import build_step_rollouts
 
 
@@ -25,7 +26,7 @@ def scored(prompt: int, group: int, outcome: float) -> ScoredRollout:
     turn = Turn(tokens, np.zeros(1, dtype=np.float32), np.ones(1, dtype=np.int64), truncated=False, stop_token=False)
     rollout = Rollout.of_turn(Prompt(prompt, tokens), turn, seed=0)
     object.__setattr__(rollout, "group", group)
-    return ScoredRollout(rollout, outcome, np.zeros(1))
+    return ScoredRollout(rollout, outcome, np.zeros(1, dtype=np.float32))
 
 
 def round_of(*groups: str, first: int = 0) -> list[ScoredRollout]:
@@ -87,6 +88,22 @@ def test_groups_whose_scores_are_all_clipped_alike_say_nothing(normalize: str, k
     )
     selection = build_step_rollouts(config, prompts_of(3), cast(Any, None)).selection
     assert kept_groups(selection.select([round_of("35", "15", "01")]).rollouts) == kept
+
+
+def test_groups_that_were_paid_the_same_in_parts_say_nothing() -> None:
+    """As turns pay 0.6 and 0.1, which in float32 do not add up to the 0.7 that another sample's only turn is paid."""
+
+    def paid(prompt: int, *rewards: float) -> ScoredRollout:
+        one = scored(prompt, prompt, 0.0)
+        object.__setattr__(one.rollout, "rewards", np.array(rewards, dtype=np.float32))
+        return one
+
+    samples = [paid(0, 0.6, 0.1), paid(0, 0.7, 0.0), paid(1, 0.6, 0.1), paid(1, 0.6, 0.2)]
+    assert samples[0].outcome != samples[1].outcome
+    selected = DynamicSampling(groups=1, max_rounds=2).select([samples])
+    assert kept_groups(selected.rollouts) == [1]
+    assert selected.figures["selection/uniform_groups"] == 1
+    assert rollout_figures(samples)["groups/uniform"] == 0.5
 
 
 def test_clipping_leaves_what_an_environment_paid() -> None:

@@ -3,8 +3,8 @@
 Shape legend: B sequences, T response tokens.
 
 A group is what is left of it: samples that were dropped do not count. All is computed in float64, and a group whose
-samples were all paid the same is known by its extremes: rounding would leave a deviation that is not 0, and dividing by
-it would turn noise into advantages.
+samples were all paid the same is known by its extremes, as close as float32 has them where one was paid in parts:
+rounding would leave a deviation that is not 0, and dividing by it would turn noise into advantages.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from ppod_trainer.rounding import ROUNDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +23,9 @@ class GroupStatistics:
     Attributes:
         size: int64 [B], samples in the group, the sample itself included.
         total: float64 [B], sum over the group.
-        mean: float64 [B]; in a uniform group exactly its value.
+        mean: float64 [B]; in a uniform group exactly the sample's own value.
         std: float64 [B], unbiased (divided by size - 1); 0 in a group of one.
-        uniform: bool [B]; all of the group have the same value, as a group of one has.
+        uniform: bool [B]; all of the group have the same value but for rounding, as a group of one has.
     """
 
     size: torch.Tensor
@@ -45,7 +47,8 @@ def group_statistics(values: torch.Tensor, groups: torch.Tensor) -> GroupStatist
 
     size = torch.bincount(member, minlength=count)[member]
     total = reduce(exact, "sum")
-    uniform = reduce(exact, "amax") == reduce(exact, "amin")
+    most, least = reduce(exact, "amax"), reduce(exact, "amin")
+    uniform = most - least <= ROUNDING * torch.maximum(most, -least)
     mean = torch.where(uniform, exact, total / size)
     squares = reduce((exact - mean).square(), "sum")
     std = (squares / (size - 1).clamp(min=1)).sqrt()

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.rounding import alike
 from ppod_trainer.selection.rounds import Selected
 
 Group = list[ScoredRollout]
@@ -77,8 +78,7 @@ def split_groups(samples: Sequence[ScoredRollout]) -> list[Group]:
 
 def is_uniform(group: Group, clip: float | None = None) -> bool:
     """Whether all were paid the same, as what is left of a group may be: one sample."""
-    outcomes = [_paid(one, clip) for one in group]
-    return max(outcomes) == min(outcomes)
+    return alike([_paid(one, clip) for one in group])
 
 
 def _paid(one: ScoredRollout, clip: float | None) -> float:

@@ -1,0 +1,14 @@
+"""What float32 does to numbers that people write in decimals: scores and rewards travel in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+ROUNDING = 2.0**-20
+"""How far values that are meant to be equal may be apart, by their size: 0.6 + 0.1 is not 0.7."""
+
+
+def alike(values: Sequence[float]) -> bool:
+    """Whether values, one at least, are all equal but for rounding."""
+    least, most = min(values), max(values)
+    return most - least <= ROUNDING * max(most, -least)
