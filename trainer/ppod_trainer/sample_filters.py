@@ -12,6 +12,7 @@ from ppod.tensors import TokenArray
 from ppod_trainer.config import FiltersConfig
 from ppod_trainer.errors import TrainerError
 from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.rounding import reaches
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def rejection(scored: ScoredRollout, config: FiltersConfig) -> str | None:
                 f"rewards.filters.safety.reward is {safety.reward!r}, which is no part of the scores (their parts: "
                 f"{found}); name one of them, or make it a term of the reward, with weight 0 if it is not to be paid"
             )
-        if scored.components[safety.reward] < safety.at_least:
+        if not reaches(scored.components[safety.reward], safety.at_least):
             return "unsafe"
     return None
 

@@ -61,6 +61,14 @@ def test_each_reason_is_counted_and_logged(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.messages == ["step 3: 4 of 6 samples are not trained on: 1 short, 1 repetitive, 2 unsafe"]
 
 
+@pytest.mark.parametrize("at_least", [0.9, 0.7, 0.1, 100.1, -0.3, 0.0])
+def test_the_lowest_safe_score_is_safe_as_float32_has_it(at_least: float) -> None:
+    config = FiltersConfig(safety=SafetyFilterConfig(reward="harmless", at_least=at_least))
+    lowest = float(np.float32(at_least))
+    samples = [scored([1], harmless=lowest), scored([1], harmless=lowest - 1e-3)]
+    assert keep_trainable(samples, config, 1)[0] == samples[:1]
+
+
 def test_without_filters_all_is_kept_in_silence(caplog: pytest.LogCaptureFixture) -> None:
     samples = [scored([7, 7, 7, 7, 7, 7]), scored([1])]
     kept, counts = keep_trainable(samples, FiltersConfig(), step=1)

@@ -190,6 +190,15 @@ def test_what_is_solved_is_left_out_of_the_next_epoch_and_comes_back_after_it() 
     assert sorted(index for step in third for index in step) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("solved", [0.9, 0.7, 1.0, 100.1, -0.3])
+def test_a_prompt_is_solved_by_what_float32_makes_of_the_outcome(solved: float) -> None:
+    schedule = HistorySchedule(prompts_of(2), 2, 0, solved)
+    paid = {0: float(np.float32(solved)), 1: float(np.float32(solved)) - 1e-3}
+    schedule.record(0, [[scored(index, index, outcome) for index, outcome in paid.items()]])
+    schedule.settle(1)
+    assert schedule.state()["solved"] == (0,)
+
+
 def test_all_wrong_is_kept() -> None:
     schedule = HistorySchedule(prompts_of(2), 2, 0, 1.0)
     prompts = schedule.prompts(0, 0)

@@ -23,6 +23,7 @@ import numpy as np
 
 from ppod_trainer.prompts import Prompt, PromptSet
 from ppod_trainer.rollouts import ScoredRollout
+from ppod_trainer.rounding import reaches
 from ppod_trainer.selection.schedule import further_prompts
 from ppod_trainer.stateful import JsonState
 
@@ -78,7 +79,7 @@ class HistorySchedule:
         right: dict[int, bool] = {}
         for one in (one for samples in rounds for one in samples):
             index = one.rollout.prompt.index
-            right[index] = right.get(index, True) and one.outcome >= self._solved_outcome
+            right[index] = right.get(index, True) and reaches(one.outcome, self._solved_outcome)
         _, epoch = self._draw(self._before[step])
         solved = {index for index in epoch.solved if right.get(index, True)}
         solved |= {index for index, all_right in right.items() if all_right}
