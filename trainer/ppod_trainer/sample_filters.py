@@ -79,4 +79,5 @@ def repetition(tokens: TokenArray, n: int) -> float:
     if len(tokens) < n:
         return 0.0
     ngrams = np.lib.stride_tricks.sliding_window_view(tokens, n)
-    return 1 - len(np.unique(ngrams, axis=0)) / len(ngrams)
+    # Not 1 less the share of the others: 1 - 0.7 is more than 0.3, which a bound may be.
+    return (len(ngrams) - len(np.unique(ngrams, axis=0))) / len(ngrams)

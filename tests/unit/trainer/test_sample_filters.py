@@ -39,6 +39,15 @@ def test_repetition_by_hand() -> None:
     assert repetition(np.array([1], dtype=np.int32), 2) == 0.0
 
 
+def test_a_share_that_equals_the_bound_is_no_larger() -> None:
+    """Of ten tokens three, four and so on stood there before."""
+    for repeated in range(1, 10):
+        tokens = [*range(1, 10 - repeated + 1), *[1] * repeated]
+        at, below = (FiltersConfig(max_repetition=bound / 10, repetition_ngram=1) for bound in (repeated, repeated - 1))
+        assert keep_trainable([scored(tokens)], at, 1)[1]["repetitive"] == 0
+        assert keep_trainable([scored(tokens)], below, 1)[1]["repetitive"] == 1
+
+
 def test_each_reason_is_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     config = FiltersConfig(
         min_tokens=2,
