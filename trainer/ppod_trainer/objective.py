@@ -12,6 +12,9 @@ import torch
 
 from ppod_trainer.ratios import bounded_exp
 
+_SMALLEST_SPREAD = 1e-5
+"""Deviation of returns, by their size, that is none: each is a float32 sum over up to thousands of tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClipRange:
@@ -70,10 +73,11 @@ def dual_clipped_tokens(log_ratios: torch.Tensor, advantages: torch.Tensor, clip
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over flat real tokens; 0 where the returns do not vary."""
+    """1 - Var(returns - values) / Var(returns) over flat real tokens; 0 where the returns vary by rounding at most."""
     if not returns.numel():
         return 0.0
-    spread = returns.var(unbiased=False)
-    if spread <= 0:
+    exact = returns.double()
+    spread = exact.var(unbiased=False)
+    if spread <= (_SMALLEST_SPREAD * exact.abs().max()).square():
         return 0.0
-    return float(1 - (returns - values).var(unbiased=False) / spread)
+    return float(1 - (exact - values).var(unbiased=False) / spread)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ppod_trainer.advantages import gae
 from ppod_trainer.objective import (
     ClipRange,
     clipped_tokens,
@@ -75,3 +76,17 @@ def test_explained_variance() -> None:
     assert explained_variance(-returns, returns) == pytest.approx(-3.0)
     assert explained_variance(returns, torch.ones(3)) == 0.0
     assert explained_variance(torch.empty(0), torch.empty(0)) == 0.0
+
+
+@pytest.mark.parametrize("paid", [0.1, 0.7, 30.7, 1000.1])
+def test_returns_that_vary_by_rounding_alone_do_not_vary(paid: float) -> None:
+    """Every response is paid the same, and lambda is 1: each return is a sum of deltas that has to give that again."""
+    values = 0.05 * torch.randn(8, 2000, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(8, 2000, dtype=torch.bool)
+    rewards = torch.where(torch.arange(2000) == 1999, paid, 0.0).expand(8, 2000)
+    returns = gae(rewards, values, mask, gamma=1.0, lam=1.0).returns
+    assert explained_variance(values[mask], returns[mask]) == 0.0
+    assert explained_variance(values[mask], torch.full_like(returns[mask], paid)) == 0.0
+    # A deviation of 0.02 is one: Var(returns - values) is 0.05^2 + 0.02^2, over 0.02^2.
+    varied = returns + 0.02 * torch.randn(8, 2000, generator=torch.Generator().manual_seed(1))
+    assert explained_variance(values[mask], varied[mask]) == pytest.approx(-(2.5**2), rel=0.1)
