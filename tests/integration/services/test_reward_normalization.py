@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ppod_services.reward.normalization import ReferenceFileError, read_references
+from ppod_services.reward.normalization import Measurement, ReferenceFileError, read_references, section
 from ppod_services.reward.samples import TextContent
 from support.processes import ROOT, run_to_exit, write_config
 from support.services import tiny_model_config
@@ -58,6 +58,13 @@ def test_samples_with_references_measure_a_function(config: Path, tmp_path: Path
     file.write_text("\n".join(json.dumps(line) for line in lines))
     done = run_to_exit(COMMAND, "--config", str(config), "--texts", str(file), "--reward", "answer")
     assert yaml.safe_load(done.stdout) == {"normalization": {"mean": 0.5, "std": 0.5}}
+
+
+def test_a_mean_that_is_far_from_zero_is_told_as_exactly_as_the_deviation_needs_it() -> None:
+    found = yaml.safe_load(section(Measurement(100, 12345.67891234, 0.0123456789)))["normalization"]
+    assert found == {"mean": 12345.6789123, "std": 0.0123457}
+    found = yaml.safe_load(section(Measurement(100, -1e-9, 1234.56789)))["normalization"]
+    assert found == {"mean": 0.0, "std": 1234.57}
 
 
 @pytest.mark.parametrize(
