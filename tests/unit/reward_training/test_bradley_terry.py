@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from math import exp, log
+from math import exp, log, log1p
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_loss_of_three_reviews_by_hand() -> None:
     assert loss.gradient.tolist() == pytest.approx([lower / 2, upper / 2, -(lower + upper) / 2], abs=1e-6)
 
 
-def test_loss_in_chunks_equals_a_plain_loop_and_autograd(monkeypatch) -> None:
+def test_loss_in_chunks_equals_a_plain_loop_and_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "CHUNK_ROWS", 7)
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(30, generator=generator, requires_grad=True)
@@ -118,6 +118,24 @@ def test_logit_scale_undoes_a_scale_of_the_scores() -> None:
     scores = truth + torch.randn(80, generator=generator)
     scale, loss = best_logit_scale(scores, truth)
     assert loss < min(bradley_terry(scores * factor, truth).value for factor in (0.9 * scale, 1.1 * scale))
-    doubled, same_loss = best_logit_scale(2 * scores, truth)
-    assert doubled == pytest.approx(scale / 2)
-    assert same_loss == pytest.approx(loss, abs=1e-6)
+    for factor in (2.0, 1 / 64, 1 / 1024):
+        found, same_loss = best_logit_scale(factor * scores, truth)
+        assert found == pytest.approx(scale / factor)
+        assert same_loss == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_strong_penalty_is_calibrated_too() -> None:
+    """It leaves scores of 1/100 of those without, and the best factor makes good for it."""
+    features, ratings = planted(200, 0)
+    noisy = ratings + 2 * torch.randn(200, generator=torch.Generator().manual_seed(1))
+    moments = standardise(features)
+    scores = moments.apply(features) @ fit_weight(moments.apply(features), noisy, 100.0, 50)
+    scale, loss = best_logit_scale(scores, noisy)
+    assert scale > 100
+    assert loss < min(bradley_terry(scores * factor, noisy).value for factor in (0.9 * scale, 1.1 * scale, 8.0))
+
+
+def test_scores_that_order_all_pairs_have_a_finite_scale() -> None:
+    scale, loss = best_logit_scale(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([1.0, 2.0, 3.0]))
+    # Margins of 1/2 twice and 1 once, times 8.
+    assert (scale, loss) == (8.0, pytest.approx((2 * log1p(exp(-4)) + log1p(exp(-8))) / 3))

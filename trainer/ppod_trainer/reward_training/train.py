@@ -18,8 +18,12 @@ import torch
 CHUNK_ROWS = 512
 """Rows of the N x N matrix of differences that exist at a time: 8 MB at N = 4,000."""
 
-SCALE_GRID = 2.0 ** torch.arange(-3, 3.01, 0.05, dtype=torch.float64)
-"""Candidates for the factor that calibrates the logits: 1/8 to 8 in steps of 3.5 %."""
+SCALE_GRID = 2.0 ** torch.arange(-3, 12.01, 0.05, dtype=torch.float64)
+"""Candidates for the factor that calibrates the logits: 1/8 to 4096 in steps of 3.5 %. A strong penalty leaves scores
+that are small, and their factor large."""
+
+BOUNDLESS_SCALE = 8.0
+"""The factor of scores that order all pairs as people do: the larger it is, the better it fits them."""
 
 
 class NothingToLearnError(Exception):
@@ -143,9 +147,14 @@ def fit_weight(features: torch.Tensor, ratings: torch.Tensor, l2: float, max_ite
 
 
 def best_logit_scale(scores: torch.Tensor, ratings: torch.Tensor) -> tuple[float, float]:
-    """The factor on scores [N] that minimises the Bradley-Terry loss on pairs not fitted on, and that loss."""
+    """The factor on scores [N] that minimises the Bradley-Terry loss on pairs not fitted on, and that loss.
+
+    Where no factor is large enough, it is `BOUNDLESS_SCALE`.
+    """
     losses = [bradley_terry(scores * float(scale), ratings).value for scale in SCALE_GRID]
     best = min(range(len(losses)), key=losses.__getitem__)
+    if losses[best] == losses[-1]:
+        return BOUNDLESS_SCALE, bradley_terry(scores * BOUNDLESS_SCALE, ratings).value
     return float(SCALE_GRID[best]), losses[best]
 
 
