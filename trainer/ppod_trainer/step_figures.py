@@ -14,13 +14,14 @@ from ppod_trainer.rounding import alike
 
 def rollout_figures(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
     """Outcomes, groups and lengths."""
-    outcomes = np.array([one.outcome for one in rollouts])
+    paid = [one.outcome for one in rollouts]
+    outcomes = np.array(paid)
     groups: dict[int, list[float]] = {}
     for one in rollouts:
         groups.setdefault(one.rollout.group, []).append(one.outcome)
     return {
         "score/mean": float(outcomes.mean()),
-        "score/std": float(outcomes.std()),
+        "score/std": 0.0 if alike(paid) else float(outcomes.std()),
         "groups/uniform": float(np.mean([alike(group) for group in groups.values()])),
         "sampler/temperature": common_temperature([one.rollout for one in rollouts]),
         "response/length": float(np.mean([one.rollout.sampled for one in rollouts])),

@@ -56,6 +56,16 @@ def test_figures_of_rollouts() -> None:
     assert rollout_figures(made[2:4])["response/distinct_2"] == 1.0, "there is no bigram that stood there before"
 
 
+@pytest.mark.parametrize(("whole", "parts"), [(0.7, (0.6, 0.1)), (1000.3, (2.9, 997.4))])
+def test_outcomes_that_differ_by_rounding_alone_have_no_deviation(whole: float, parts: tuple[float, float]) -> None:
+    """Or nobody would be told that all of a step are paid the same, where some are so in parts."""
+    scores = [float(np.float32(whole)), float(np.float32(parts[0]) + np.float32(parts[1]))]
+    assert scores[0] != scores[1]
+    made = [scored([5], [1], score, 0, truncated=False) for score in scores]
+    assert rollout_figures(made)["score/std"] == 0.0
+    assert rollout_figures([*made, scored([5], [1], whole + 0.01, 0, truncated=False)])["score/std"] > 0.004
+
+
 def test_figures_of_an_update() -> None:
     names = (
         *("policy_loss", "value_loss", "kl_loss", "entropy", "clip_fraction", "dual_clip_fraction", "ratio_bounded"),
