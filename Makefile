@@ -38,7 +38,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraint
 .PHONY: help setup setup-run setup-vllm run test test-vllm test-cuda test-images test-image-generation test-replicas images \
 	format protos monitoring clean \
 	lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos lint-manifests lint-images \
-	bench-trl bench-update bench-curves bench-serving bench-generation bench-overlap bench-weights bench-fairness \
+	bench-trl bench-update bench-curves bench-grpo bench-serving bench-generation bench-overlap bench-weights bench-fairness \
 	bench-overload bench-learning bench-fuzz bench-episodes
 
 help: ## list the tasks
@@ -134,6 +134,10 @@ bench-curves: export OMP_WAIT_POLICY ?= PASSIVE
 bench-curves: setup-run ## measure what ppod and TRL learn over ten seeds, with a small model (~40 minutes; ARGS="--seeds N")
 	tests/benchmarks/beside_trl/setup.sh $(CACHE)/venv-trl $(PYTHON)
 	$(BIN)/python tests/benchmarks/beside_trl/curves.py --trl-python $(CACHE)/venv-trl/bin/python $(ARGS)
+
+bench-grpo: setup-run ## measure what ppod's and TRL's GRPO learn from verified answers, and how fast (~1 hour; ARGS="--seeds 0")
+	tests/benchmarks/beside_trl/setup_grpo.sh $(CACHE)/venv-trl-grpo $(PYTHON)
+	$(BIN)/python tests/benchmarks/beside_trl/grpo.py --trl-python $(CACHE)/venv-trl-grpo/bin/python $(ARGS)
 
 bench-serving: setup-run ## measure the reward service against its bare forward pass and its peers (~25 minutes)
 	tests/benchmarks/serving/setup.sh $(CACHE) $(PYTHON)
