@@ -21,6 +21,14 @@ from ppod_deploy.k8s.objects import Identity, K8sError, Manifest, identity_of
 _TIMEOUT_S = (5.0, 30.0)
 
 
+class _Client(DynamicClient):
+    """Bounds what the package asks by itself, to discover kinds: for that it would wait for ever."""
+
+    def request(self, method: str, path: str, body: object = None, **params: Any) -> Any:
+        """See DynamicClient."""
+        return super().request(method, path, body, **{"_request_timeout": _TIMEOUT_S, **params})
+
+
 class _Stream(Protocol):
     def stream(self, amt: int | None = None) -> Iterator[bytes]: ...
     def close(self) -> None: ...
@@ -165,9 +173,7 @@ class Cluster:
         try:
             with self._typed("discover", identity):
                 if self._found is None:
-                    self._found = DynamicClient(
-                        self._api, cache_file=str(Path(self._directory.name) / "resources.json")
-                    )
+                    self._found = _Client(self._api, cache_file=str(Path(self._directory.name) / "resources.json"))
                 return self._found.resources.get(api_version=identity.api_version, kind=identity.kind)
         except ResourceNotFoundError as error:
             raise K8sError(
