@@ -14,6 +14,7 @@ from kubernetes import client, config
 from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.exceptions import ResourceNotFoundError
 from urllib3.exceptions import HTTPError
+from yaml import YAMLError
 
 from ppod_deploy.k8s.kubectl import FIELD_MANAGER
 from ppod_deploy.k8s.objects import Identity, K8sError, Manifest, identity_of
@@ -50,9 +51,11 @@ class Cluster:
             else:
                 path = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
                 config.load_kube_config(path, context, client_configuration=configuration, persist_config=False)
-        except (config.ConfigException, OSError) as error:
+        # The package looks into what it has read as if it were a kubeconfig, whatever it is.
+        except (config.ConfigException, OSError, YAMLError, AttributeError, TypeError, ValueError) as error:
+            found = " ".join(str(error).split())
             raise K8sError(
-                f"no cluster is configured: {error}; set KUBECONFIG, name a --context, or run inside a pod"
+                f"no cluster is configured: {found}; set KUBECONFIG, name a --context, or run inside a pod"
             ) from error
         configuration.retries = 1
         # A log may be silent for longer than a load balancer on the way keeps a connection, and drops it unsaid.
@@ -196,6 +199,12 @@ class Cluster:
             raise K8sError(f"cannot {verb} {identity}{where}: {code} {message}") from error
         except (HTTPError, OSError) as error:
             raise K8sError(f"the cluster at {self._host} does not answer: {error}") from error
+        # The package looks into answers, too, as if they were an API server's.
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            found = " ".join(str(error).split())
+            raise K8sError(
+                f"cannot {verb} {identity}{where}: {self._host} answers as no API server does: {found}"
+            ) from error
 
 
 class _NotFound(K8sError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
-from ppod_deploy.k8s import cluster, status_view
+from ppod_deploy.k8s import status_view
 from ppod_trainer.config import MetricsConfig
 from ppod_trainer.metrics import MetricsLog
 from support.fake_kubernetes import FakeKubernetes
@@ -301,25 +300,3 @@ def test_numbers_that_mean_nothing_are_the_command_lines_fault(
     result = k8s(*arguments)
     assert (result.code, result.stderr) == (2, f"ppod: command line: 1 problem\n  {fault}\n")
     assert api.requests == []
-
-
-def test_a_cluster_that_says_nothing_is_not_waited_for_for_ever(
-    k8s: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As behind a load balancer that has no API server: the connection is taken, and no word comes."""
-    monkeypatch.setattr(cluster, "_TIMEOUT_S", (5.0, 0.2))
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setenv("KUBECONFIG", str(FakeKubernetes(url=url).kubeconfig(tmp_path / "silent")))
-        result = k8s("status", "--once")
-    assert result.code == 1
-    assert f"ppod: the cluster at {url} does not answer: " in result.stderr.splitlines()[-1]
-    assert "Read timed out" in result.stderr.splitlines()[-1]
-
-
-def test_a_cluster_that_does_not_answer_is_named(k8s: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dead = FakeKubernetes(url="http://127.0.0.1:1")
-    monkeypatch.setenv("KUBECONFIG", str(dead.kubeconfig(tmp_path / "dead")))
-    result = k8s("scale", "reward", "2")
-    assert result.code == 1
-    assert "ppod: the cluster at http://127.0.0.1:1 does not answer: " in result.stderr.splitlines()[-1]
