@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import signal
@@ -19,6 +20,7 @@ from ppod_deploy.k8s.commands import AnyK8s
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 _DESCRIPTION = """PPO in pods: reinforcement learning from human feedback as gRPC services.
 
@@ -33,9 +35,20 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        # `ppod run --help | head`: nobody reads on. Python would complain once more when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # `ppod run --help | head`: nobody reads on.
+        _print_no_more()
         sys.exit(EXIT_FAILED)
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        _print_no_more()
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(_fail(EXIT_FAILED, f"cannot write: {place}{error.strerror}"))
+
+
+def _print_no_more() -> None:
+    """What is still to be printed has nowhere to go: Python would complain once more when it flushes at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def execute(arguments: Sequence[str]) -> int:

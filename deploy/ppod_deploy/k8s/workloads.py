@@ -16,7 +16,7 @@ from ppod_deploy.k8s.readiness import wait_ready
 from ppod_models.configuration import ConfigError
 
 PART_OF = "app.kubernetes.io/part-of=ppod"
-_End = K8sError | BrokenPipeError | None
+_End = K8sError | OSError | UnicodeError | None
 """How the printing of a log ended."""
 _RUNS = ("Job", "JobSet")
 _KEPT = ("Namespace", "PersistentVolumeClaim")
@@ -122,8 +122,8 @@ def logs(command: K8sLogs) -> int:
         failures: list[K8sError] = []
         for _ in threads:
             end = ends.get()
-            if isinstance(end, BrokenPipeError):
-                # Nobody reads on, also not what the other pods may yet write.
+            if isinstance(end, OSError | UnicodeError):
+                # Nobody reads on, or the disk is full: also for what the other pods may yet write.
                 raise end
             failures += [] if end is None else [end]
     if failures:
@@ -137,6 +137,8 @@ def _print_log(cluster: Cluster, pod: str, follow: bool, tail: int | None, ends:
         for line in cluster.log(pod, follow=follow, tail=tail):
             sys.stdout.write(f"[{pod}] {line}\n")
             sys.stdout.flush()
-    except (K8sError, BrokenPipeError) as error:
+    except (K8sError, OSError, UnicodeError) as error:
         end = error
-    ends.put(end)
+    finally:
+        # Whatever it was: the end of each is waited for.
+        ends.put(end)

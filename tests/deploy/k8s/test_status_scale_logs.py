@@ -264,6 +264,21 @@ def test_logs_that_nobody_reads_on_end(api: FakeKubernetes) -> None:
         assert line.startswith("$ kubectl -n ppod logs ")
 
 
+@pytest.mark.parametrize("options", [("-f",), ()])
+def test_logs_for_which_a_disk_has_no_room_end(api: FakeKubernetes, options: tuple[str, ...]) -> None:
+    """As of `ppod k8s logs -f reward > /full/disk`, also where another pod is silent."""
+    for name in ("ppod-reward-a", "ppod-reward-b"):
+        api.put("v1", "pods", "ppod", pod(name, "reward"))
+    api.log("ppod-reward-a", "one")
+    command = [sys.executable, "-m", "ppod_deploy", "k8s", "logs", *options, "reward"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, env=environment(), text=True, timeout=30, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1:] == ["ppod: cannot write: No space left on device"]
+
+
 def test_troubles_are_one_line_and_an_exit_code(
     api: FakeKubernetes, k8s: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
