@@ -58,6 +58,8 @@ class FakeKubernetes:
     requests: list[Request] = field(default_factory=list)
     forbidden: set[str] = field(default_factory=set)
     """Parts of `METHOD path`s that are answered 403."""
+    no_namespaces: set[str] = field(default_factory=set)
+    """Namespaces that there are not."""
     unavailable: bool = False
     controllers: list[Callable[[Request, Place, Object], None]] = field(default_factory=list)
     """Called after each write over HTTP."""
@@ -263,6 +265,8 @@ class _Handler(BaseHTTPRequestHandler):
         state = self.state
         with state.changed:
             at = Place(place.group, place.plural, place.namespace, place.name, "")
+            if place.namespace in state.no_namespaces:
+                return self._status(404, "NotFound", f'namespaces "{place.namespace}" not found')
             if request.method == "POST":
                 name = request.body["metadata"]["name"]
                 at = Place(place.group, place.plural, place.namespace, name, "")

@@ -75,16 +75,20 @@ class Cluster:
     def apply(self, manifest: Manifest) -> Manifest:
         """Create an object, or set what the manifest says of it, by server-side apply; returns it as it is then."""
         identity = self._placed(identity_of(manifest))
-        with self._typed("patch", identity):
-            applied = self._resource(identity).server_side_apply(
-                body=dict(manifest),
-                name=identity.name,
-                namespace=identity.namespace or None,
-                field_manager=FIELD_MANAGER,
-                force_conflicts=True,
-                _request_timeout=_TIMEOUT_S,
-            )
-            return cast("Manifest", applied.to_dict())
+        try:
+            with self._typed("patch", identity):
+                applied = self._resource(identity).server_side_apply(
+                    body=dict(manifest),
+                    name=identity.name,
+                    namespace=identity.namespace or None,
+                    field_manager=FIELD_MANAGER,
+                    force_conflicts=True,
+                    _request_timeout=_TIMEOUT_S,
+                )
+                return cast("Manifest", applied.to_dict())
+        except _NotFound as error:
+            # What is missing is another object than this one, as its namespace.
+            raise K8sError(f"cannot patch {identity}: {error.said}") from error
 
     def delete(self, identity: Identity) -> bool:
         """Delete an object and what it owns; False where there was none."""
@@ -193,7 +197,7 @@ class Cluster:
         except client.ApiException as error:
             code, message = cast("int", error.status or 0), _message(error)
             if code == 404:
-                raise _NotFound(f"there is no {identity}{where}") from error
+                raise _NotFound(f"there is no {identity}{where}", message) from error
             if code in {401, 403}:
                 raise K8sError(f"the cluster does not let you {verb} {identity}{where} ({code}): {message}") from error
             raise K8sError(f"cannot {verb} {identity}{where}: {code} {message}") from error
@@ -208,7 +212,11 @@ class Cluster:
 
 
 class _NotFound(K8sError):
-    """There is no such object."""
+    """There is no such object; `said` is how the API server puts it."""
+
+    def __init__(self, message: str, said: str) -> None:
+        super().__init__(message)
+        self.said = said
 
 
 def _message(error: client.ApiException) -> str:

@@ -100,6 +100,18 @@ def test_down_keeps_what_cannot_be_had_again(api: FakeKubernetes, k8s: Command) 
     assert f"$ kubectl -n ppod delete --ignore-not-found -k {OVERLAY}" in again.stderr
 
 
+def test_a_namespace_that_is_not_there_is_what_is_missing(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    api.no_namespaces.add("ppod")
+    overlay = tmp_path / "all.yaml"
+    overlay.write_text("apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: ppod-reward}\n")
+    result = k8s("up", "--overlay", str(overlay))
+    assert result.code == 1
+    assert result.stderr.splitlines()[-1] == (
+        'ppod: cannot patch ServiceAccount/ppod-reward: namespaces "ppod" not found'
+    )
+    assert k8s("down", "--overlay", str(overlay)).stdout == "ServiceAccount/ppod-reward was not there\n"
+
+
 def test_what_never_gets_ready_is_named_with_its_reason(api: FakeKubernetes, k8s: Command) -> None:
     waiting = {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image: ppod-services"}}}
     labels = {"app.kubernetes.io/part-of": "ppod", "app.kubernetes.io/component": "reward"}
