@@ -91,8 +91,11 @@ class Cluster:
             raise K8sError(f"cannot patch {identity}: {error.said}") from error
 
     def delete(self, identity: Identity) -> bool:
-        """Delete an object and what it owns; False where there was none."""
-        placed = self._placed(identity)
+        """Delete an object and what it owns; False where there was none: of its name, or of its kind."""
+        try:
+            placed = self._placed(identity)
+        except _UnknownKind:
+            return False
         try:
             with self._typed("delete", placed):
                 self._resource(placed).delete(
@@ -183,7 +186,7 @@ class Cluster:
                     self._found = _Client(self._api, cache_file=str(Path(self._directory.name) / "resources.json"))
                 return self._found.resources.get(api_version=identity.api_version, kind=identity.kind)
         except ResourceNotFoundError as error:
-            raise K8sError(
+            raise _UnknownKind(
                 f"the cluster knows no {identity.kind} of {identity.api_version}: install what defines it, or use an "
                 "overlay without it"
             ) from error
@@ -217,6 +220,10 @@ class _NotFound(K8sError):
     def __init__(self, message: str, said: str) -> None:
         super().__init__(message)
         self.said = said
+
+
+class _UnknownKind(K8sError):
+    """The cluster knows no such kind of objects."""
 
 
 def _message(error: client.ApiException) -> str:

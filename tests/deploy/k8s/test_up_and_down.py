@@ -100,6 +100,25 @@ def test_down_keeps_what_cannot_be_had_again(api: FakeKubernetes, k8s: Command) 
     assert f"$ kubectl -n ppod delete --ignore-not-found -k {OVERLAY}" in again.stderr
 
 
+def test_what_was_applied_before_an_unknown_kind_goes_again(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    """As of an overlay with a ServiceMonitor on a cluster without its operator."""
+    overlay = tmp_path / "all.yaml"
+    overlay.write_text(
+        "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: ppod-reward}\n---\n"
+        "apiVersion: monitoring.coreos.com/v1\nkind: ServiceMonitor\nmetadata: {name: ppod-services}\n"
+    )
+    up = k8s("up", "--overlay", str(overlay))
+    assert up.code == 1
+    assert "ppod: the cluster knows no ServiceMonitor of monitoring.coreos.com/v1" in up.stderr.splitlines()[-1]
+    assert len(api.objects) == 1
+    down = k8s("down", "--overlay", str(overlay))
+    assert (down.code, down.stdout.splitlines()) == (
+        0,
+        ["ServiceMonitor/ppod-services was not there", "deleted ServiceAccount/ppod-reward"],
+    )
+    assert api.objects == {}
+
+
 def test_a_namespace_that_is_not_there_is_what_is_missing(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
     api.no_namespaces.add("ppod")
     overlay = tmp_path / "all.yaml"
