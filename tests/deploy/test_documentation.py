@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -78,6 +82,31 @@ def test_commands_name_objects_that_are_there() -> None:
     for page in PAGES:
         for kind, name in re.findall(r"\b(deploy|job)[/ ](ppod-\w+)", page.read_text()):
             assert name in names, f"{page.name}: {kind}/{name}"
+
+
+def test_logs_are_read_of_all_replicas_and_to_their_end() -> None:
+    """kubectl picks one pod of a Deployment, and shows ten lines of each pod with a label unless it is told more."""
+    for page in PAGES:
+        commands = re.findall(r"kubectl (?:-\S+ \S+ )?logs (?:[^`\n\\]|\\\n)*", page.read_text())
+        for command in commands:
+            assert " deploy/" not in command, f"{page.name}: {command}"
+            assert "--tail=-1" in command or " -l " not in command, f"{page.name}: {command}"
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+def test_what_reads_logs_goes_on_past_lines_of_plain_text() -> None:
+    """As of libraries, and of a service that cannot start."""
+    refused: dict[str, object] = {"level": "info", "event": "call", "code": "UNAUTHENTICATED"}
+    broken: dict[str, object] = {"level": "error", "event": "call_broke", "code": "INTERNAL"}
+    log = "\n".join((json.dumps(refused), "ppod reward: a line of text", json.dumps(broken)))
+    shown: list[object] = []
+    for page in PAGES:
+        for arguments in re.findall(r"\| (jq .*')", page.read_text()):
+            done = subprocess.run(
+                ["jq", "-c", *shlex.split(arguments)[1:]], input=log, capture_output=True, text=True, check=True
+            )
+            shown.append([json.loads(line) for line in done.stdout.splitlines()])
+    assert shown == [["ppod reward: a line of text", broken], [broken], [refused]]
 
 
 def test_what_is_created_by_server_side_apply_may_be_created() -> None:
