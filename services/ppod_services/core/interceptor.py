@@ -245,4 +245,6 @@ class _Call:
             "code": self._code.name,
             "request_id": self._request_id,
             "detail": self._detail,
+            # Who calls without a token that is known has no team: this is all that leads to them.
+            "peer": self._context.peer(),
         }

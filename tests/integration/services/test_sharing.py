@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -152,6 +153,16 @@ def test_metrics_name_teams_of_the_file_and_nobody_else(shared: Shared) -> None:
         "ppod_batch_fill_ratio_count",
     ):
         assert any(line.startswith(start) for line in text.splitlines()), start
+
+
+def test_the_log_says_where_callers_without_a_team_are(shared: Shared) -> None:
+    with pytest.raises(Unauthenticated):
+        shared.judge("intruder")
+    shared.service.wait_for_event("call", 10)
+    refused = [line for line in shared.service.log() if line.get("code") == "UNAUTHENTICATED"]
+    assert refused
+    assert {line["team"] for line in refused} == {""}
+    assert all(re.fullmatch(r"ipv[46]:.*127\.0\.0\.1.*:\d+", str(line["peer"])) for line in refused), refused
 
 
 def test_a_changed_file_takes_effect_and_a_broken_one_does_not(shared: Shared) -> None:
