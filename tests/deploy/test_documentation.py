@@ -84,6 +84,14 @@ def test_commands_name_objects_that_are_there() -> None:
             assert name in names, f"{page.name}: {kind}/{name}"
 
 
+def test_a_run_is_over_when_the_command_that_ends_it_returns() -> None:
+    """By itself kubectl waits for the Job alone, and not for its pods, beside which no other trainer may begin."""
+    for page in PAGES:
+        text = " ".join(page.read_text().split())
+        commands = re.findall(r"`[^`]*delete (?:job|jobset) [^`]*`", text)
+        assert [one for one in commands if "--cascade=foreground" not in one] == [], page.name
+
+
 def test_logs_are_read_of_all_replicas_and_to_their_end() -> None:
     """kubectl picks one pod of a Deployment, and shows ten lines of each pod with a label unless it is told more."""
     for page in PAGES:

@@ -65,7 +65,7 @@ def submit(command: K8sTrain) -> int:
         if cluster.get(identity) is not None:
             raise K8sError(
                 f"{identity} is there already: give another --name, or remove it by "
-                f"`{kubectl.line(where, 'delete', f'job/{command.name}')}`"
+                f"`{kubectl.line(where, 'delete', f'job/{command.name}', '--cascade=foreground')}`"
             )
         try:
             output.mkdir(parents=True, exist_ok=True)

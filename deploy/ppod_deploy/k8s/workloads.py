@@ -64,6 +64,9 @@ def down(command: K8sDown) -> int:
     for one in identities:
         if one not in going:
             print(f"kept {one}; --everything deletes it too")
+    if any(one.kind in _RUNS for one in going):
+        wait = ("wait", "--for=delete", "pod", "-l", f"{PART_OF},app.kubernetes.io/component=trainer", "--timeout=20m")
+        print(f"a trainer that ran still writes its checkpoint; before another starts: {kubectl.line(where, *wait)}")
     return 0
 
 

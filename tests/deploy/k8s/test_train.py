@@ -337,7 +337,7 @@ def test_a_manifest_of_ones_own(api: FakeKubernetes, k8s: Command, tmp_path: Pat
     assert again.code == 1
     assert again.stderr.splitlines()[-1] == (
         "ppod: Job/ppod-trainer is there already: give another --name, or remove it by "
-        "`kubectl -n ppod delete job/ppod-trainer`"
+        "`kubectl -n ppod delete job/ppod-trainer --cascade=foreground`"
     )
 
 

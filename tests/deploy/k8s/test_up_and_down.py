@@ -100,6 +100,19 @@ def test_down_keeps_what_cannot_be_had_again(api: FakeKubernetes, k8s: Command) 
     assert f"$ kubectl -n ppod delete --ignore-not-found -k {OVERLAY}" in again.stderr
 
 
+def test_down_tells_how_to_wait_for_a_trainers_last_checkpoint(
+    api: FakeKubernetes, k8s: Command, tmp_path: Path
+) -> None:
+    overlay = tmp_path / "all.yaml"
+    overlay.write_text("apiVersion: batch/v1\nkind: Job\nmetadata: {name: ppod-trainer}\n")
+    api.put("batch/v1", "jobs", "ppod", {"metadata": {"name": "ppod-trainer"}})
+    assert k8s("down", "--overlay", str(overlay)).stdout.splitlines() == [
+        "deleted Job/ppod-trainer",
+        "a trainer that ran still writes its checkpoint; before another starts: kubectl -n ppod wait --for=delete pod "
+        "-l app.kubernetes.io/part-of=ppod,app.kubernetes.io/component=trainer --timeout=20m",
+    ]
+
+
 def test_what_was_applied_before_an_unknown_kind_goes_again(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
     """As of an overlay with a ServiceMonitor on a cluster without its operator."""
     overlay = tmp_path / "all.yaml"
