@@ -105,6 +105,14 @@ def test_compose_leaves_no_process_more_than_it_needs(services: dict[str, Values
         assert not {"privileged", "cap_add", "user", "network_mode", "pid"} & service.keys()
 
 
+def test_the_trainers_metrics_are_published_by_the_command_that_starts_it(services: dict[str, Values]) -> None:
+    """By itself `compose run` publishes no port."""
+    assert services["trainer"]["ports"] == ["127.0.0.1:9104:9104"]
+    for page in ("README.md", "compose.yaml"):
+        [command] = re.findall(r"compose \S+ \S+ run .* trainer\b", (DOCKER / page).read_text())
+        assert " --service-ports " in command, page
+
+
 def test_what_triton_compiles_can_be_loaded(services: dict[str, Values]) -> None:
     """Its shared objects lie below HOME, and Docker mounts a tmpfs noexec where nothing else is said."""
     home = re.findall(r"\bHOME=(\S+)", (DOCKER / "generation.Dockerfile").read_text())

@@ -84,7 +84,7 @@ def test_the_whole_system_takes_a_step_of_ppo(compose: Compose) -> None:
         assert client.score_texts(["A joy from start to end."]).state.model == "reviews-reward"
     assert unreachable("127.0.0.1", 50062), "an admin port must not be published"
 
-    said = compose.run("--profile", "train", "run", "--rm", "--no-deps", "trainer")
+    said = compose.run("--profile", "train", "run", "--rm", "--no-deps", "--service-ports", "trainer")
     assert "step 1/1" in said
 
     runs = Path(must(podman("volume", "inspect", "--format", "{{.Mountpoint}}", f"{PROJECT}_runs")))
