@@ -152,8 +152,9 @@ def _follow(cluster: Cluster, pod: str, output: Path) -> None:
                     failures = 0
                     if (line := place.read(stamped)) is None:
                         continue
-                    if line.startswith(_RESULT_MARK):
-                        _, name, part = line.split(" ", 2)
+                    name, _, part = line.removeprefix(_RESULT_MARK).partition(" ")
+                    # A pod may be killed while it writes the line.
+                    if line.startswith(_RESULT_MARK) and part:
                         parts.setdefault(name, []).append(part)
                     else:
                         log.write(line + "\n")

@@ -67,6 +67,17 @@ def test_a_log_that_was_rotated_while_its_connection_was_broken_goes_on(
     assert not (out / "report.txt").exists()
 
 
+def test_a_pod_that_was_killed_while_it_wrote_a_result_has_its_exit_code(
+    api: FakeKubernetes, k8s: Command, tmp_path: Path
+) -> None:
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    with job_controller(api, ["one", "ppod-result report.t"], 137):
+        result = k8s("train", "--config", str(config), "--output", str(tmp_path / "out"))
+    assert result.code == 137
+    assert (tmp_path / "out" / "trainer.log").read_text() == "one\nppod-result report.t\n"
+    assert not (tmp_path / "out" / "report.t").exists()
+
+
 @pytest.mark.parametrize(
     ("lines", "new"),
     [
