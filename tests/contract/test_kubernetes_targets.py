@@ -172,6 +172,40 @@ def test_an_api_that_is_away_is_named_and_what_was_known_stands(
         stranger.score([[1]])
 
 
+@pytest.mark.parametrize(
+    "answer", ["{}", "[]", '{"items": null, "metadata": {"resourceVersion": "1"}}', "null", "<html>"]
+)
+def test_who_answers_in_the_place_of_the_api_is_asked_again(api: FakeKubernetes, answer: str) -> None:
+    """As a proxy on the way may, while the API server is replaced."""
+    api.answer = answer
+    watch = open_service_watch("ppod-reward", None)
+    try:
+        wait_until(lambda: lists(api) >= 2)
+        with pytest.raises(Unavailable, match=r"the Kubernetes API at http://.* does not answer: "):
+            watch.wait_for(lambda endpoints: len(endpoints) == 1, 0.1)
+        api.answer = None
+        EndpointController(api, "ppod-reward", {"grpc": 1}).ready("a", "127.0.0.11")
+        watch.wait_for(lambda endpoints: len(endpoints) == 1, 10)
+    finally:
+        close_service_watch(watch)
+
+
+@pytest.mark.parametrize("line", ["{}", "null", '{"type": "ADDED"}', '{"type": "ADDED", "object": null}'])
+def test_a_watch_outlasts_events_that_are_none(api: FakeKubernetes, line: str) -> None:
+    watch = open_service_watch("ppod-reward", None)
+    try:
+        watch.wait_for(lambda endpoints: not endpoints, 10)
+        api.answer = line + "\n"
+        before = len(api.requests)
+        api.cut_watches()
+        wait_until(lambda: len(api.requests) >= before + 2)
+        api.answer = None
+        EndpointController(api, "ppod-reward", {"grpc": 1}).ready("a", "127.0.0.11")
+        watch.wait_for(lambda endpoints: len(endpoints) == 1, 10)
+    finally:
+        close_service_watch(watch)
+
+
 def test_a_service_without_pods_is_named(api: FakeKubernetes) -> None:
     EndpointController(api, "ppod-reward", {"grpc": 1}).ready("a", "127.0.0.11")
     pods = EndpointController(api, "ppod-reward", {"grpc": 1})

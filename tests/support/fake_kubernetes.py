@@ -60,6 +60,8 @@ class FakeKubernetes:
     """Parts of `METHOD path`s that are answered 403."""
     no_namespaces: set[str] = field(default_factory=set)
     """Namespaces that there are not."""
+    answer: str | None = None
+    """What every request is answered with 200, in place of what was asked for."""
     unavailable: bool = False
     controllers: list[Callable[[Request, Place, Object], None]] = field(default_factory=list)
     """Called after each write over HTTP."""
@@ -192,6 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
         state = self.state
         if state.unavailable:
             return self._status(503, "ServiceUnavailable", "down")
+        if state.answer is not None:
+            return self._text(state.answer)
         if any(part in f"{request.method} {request.path}" for part in state.forbidden):
             return self._status(403, "Forbidden", f"{request.method} {request.path} is forbidden")
         if (document := discovery(request.path)) is not None:
@@ -332,12 +336,14 @@ class _Handler(BaseHTTPRequestHandler):
         text = self.state.metrics.get(place.name)
         if text is None:
             return self._status(503, "ServiceUnavailable", f"error trying to reach service: {place.name}")
+        return self._text(text)
+
+    def _text(self, text: str) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/plain")
         self.send_header("Content-Length", str(len(text.encode())))
         self.end_headers()
         self.wfile.write(text.encode())
-        return None
 
     def _chunk(self, event: Object) -> None:
         data = json.dumps(event).encode() + b"\n"

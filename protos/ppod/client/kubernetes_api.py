@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +151,7 @@ class EndpointSliceApi:
                     _request_timeout=(_CONNECT_TIMEOUT_S, _LIST_TIMEOUT_S),
                 ),
             )
-            return cast("SliceList", json.loads(response.data))
+            return _list_of(json.loads(response.data))
 
     @contextmanager
     def watch(self, resource_version: str) -> Generator[EventStream]:
@@ -222,7 +222,29 @@ class EventStream:
         rest = b""
         for chunk in self._response.stream():
             *lines, rest = (rest + chunk).split(b"\n")
-            yield from (cast("WatchEvent", json.loads(line)) for line in lines if line.strip())
+            yield from (_event_of(json.loads(line)) for line in lines if line.strip())
+
+
+def _list_of(answer: object) -> SliceList:
+    """Raises ValueError: it is another's answer than an API server's, as of a proxy on the way."""
+    given = _mapping(answer)
+    if not isinstance(given.get("items"), list) or not isinstance(
+        _mapping(given.get("metadata")).get("resourceVersion"), str
+    ):
+        raise ValueError(f"expected a list of EndpointSlices, found {str(answer)[:100]}")
+    return cast("SliceList", answer)
+
+
+def _event_of(line: object) -> WatchEvent:
+    """Raises ValueError: as `_list_of`."""
+    given = _mapping(line)
+    if not isinstance(given.get("type"), str) or not isinstance(given.get("object"), dict):
+        raise ValueError(f"expected an event of a watch, found {str(line)[:100]}")
+    return cast("WatchEvent", line)
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return cast("Mapping[str, object]", value) if isinstance(value, dict) else {}
 
 
 def change_of(event: WatchEvent) -> tuple[Change, SliceObject] | None:
