@@ -206,6 +206,22 @@ def test_a_watch_outlasts_events_that_are_none(api: FakeKubernetes, line: str) -
         close_service_watch(watch)
 
 
+def test_watches_that_end_at_once_are_opened_at_intervals(api: FakeKubernetes) -> None:
+    """As of an API server that is shutting down: it is asked the more seldom the longer it does so."""
+    watch = open_service_watch("ppod-reward", None)
+    try:
+        watch.wait_for(lambda endpoints: not endpoints, 10)
+        api.answer = ""
+        before = len(api.requests)
+        api.cut_watches()
+        wait_until(lambda: len(api.requests) >= before + 3)
+        begun = time.monotonic()
+        wait_until(lambda: len(api.requests) >= before + 5)
+        assert time.monotonic() - begun > 0.5
+    finally:
+        close_service_watch(watch)
+
+
 def test_a_service_without_pods_is_named(api: FakeKubernetes) -> None:
     EndpointController(api, "ppod-reward", {"grpc": 1}).ready("a", "127.0.0.11")
     pods = EndpointController(api, "ppod-reward", {"grpc": 1})

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from ppod.client.endpoint_slices import Endpoint, SliceTable
@@ -28,6 +29,8 @@ Listener = Callable[[Sequence[Endpoint]], None]
 _FIRST_BACKOFF_S = 0.2
 _LAST_BACKOFF_S = 5.0
 _STOP_S = 2.0
+_SHORT_S = 1.0
+"""A watch that is shorter, and tells nothing, was not worth its opening."""
 
 
 class ServiceWatch:
@@ -109,8 +112,14 @@ class ServiceWatch:
             try:
                 if not self._seen:
                     self._list()
-                self._watch()
-                failures = 0
+                begun = time.monotonic()
+                told = self._watch()
+                if told or time.monotonic() - begun > _SHORT_S:
+                    failures = 0
+                else:
+                    # As of a server that is shutting down, which would be asked a thousand times a second.
+                    failures += 1
+                    self._pause(failures)
             except GoneError:
                 self._seen = ""
                 # Straight to a new list, unless the server says so time and again.
@@ -129,14 +138,16 @@ class ServiceWatch:
         self._seen = found["metadata"]["resourceVersion"]
         self._publish()
 
-    def _watch(self) -> None:
-        """Follow changes from the last version that was seen, until the server ends the watch."""
+    def _watch(self) -> bool:
+        """Follow changes from the last version that was seen, until the server ends it; returns whether it told any."""
+        told = False
         with self._api.watch(self._seen) as stream:
             with self._changed:
                 self._stream = stream
                 self._answered()
             try:
                 for event in stream if not self._stopping.is_set() else ():
+                    told = True
                     change = change_of(event)
                     self._seen = version_of(event) or self._seen
                     if change is not None:
@@ -145,6 +156,7 @@ class ServiceWatch:
             finally:
                 with self._changed:
                     self._stream = None
+        return told
 
     def _publish(self) -> None:
         endpoints = self._table.endpoints()
