@@ -113,6 +113,14 @@ def test_the_trainers_metrics_are_published_by_the_command_that_starts_it(servic
         assert " --service-ports " in command, page
 
 
+def test_each_service_has_the_time_to_start_that_its_image_gives_it(services: dict[str, Values]) -> None:
+    """compose's healthcheck takes the place of the image's."""
+    vllm = cast("dict[str, Values]", read(DOCKER / "compose.vllm.yaml")["services"])["generation"]
+    for service, image in ((services["generation"], "services"), (services["generation"] | vllm, "generation")):
+        [given] = re.findall(r"--start-period=(\S+)", (DOCKER / f"{image}.Dockerfile").read_text())
+        assert cast(Values, service["healthcheck"])["start_period"] == given
+
+
 def test_what_triton_compiles_can_be_loaded(services: dict[str, Values]) -> None:
     """Its shared objects lie below HOME, and Docker mounts a tmpfs noexec where nothing else is said."""
     home = re.findall(r"\bHOME=(\S+)", (DOCKER / "generation.Dockerfile").read_text())

@@ -112,6 +112,8 @@ def test_the_other_compose_files_fit_on_the_first() -> None:
     assert services["generation"]["image"].startswith("localhost/ppod-generation:")
     assert services["generation"]["command"][-1] == "/etc/ppod/generation-vllm.yaml"
     assert services["generation"]["read_only"] is True
+    health = services["generation"]["healthcheck"]
+    assert (health["start_period"], health["test"][-1]) == ("900s", "ppod.v1.GenerationService")
     for service in services.values():
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
         assert device["capabilities"] == ["gpu"]
