@@ -121,7 +121,7 @@ def _next_pod(cluster: Cluster, command: K8sTrain, identity: Identity, seen: set
             raise K8sError(f"{identity} is gone: somebody deleted it")
         for pod in _answer(lambda: cluster.list("v1", "Pod", f"job-name={command.name}")):
             name = text_at(pod, "metadata", "name")
-            if name in seen:
+            if name in seen or _is_of_another_job(pod, job_now):
                 continue
             if text_at(pod, "status", "phase") in {"Running", "Succeeded", "Failed"}:
                 return name
@@ -130,6 +130,12 @@ def _next_pod(cluster: Cluster, command: K8sTrain, identity: Identity, seen: set
             return None
         time.sleep(_POLL_S)
     raise K8sError(f"{identity} did not start within {command.timeout_s:g} s: {trouble}")
+
+
+def _is_of_another_job(pod: Manifest, job_now: Manifest) -> bool:
+    """Whether it was started by an earlier Job of the same name, which was deleted and whose pods still end."""
+    owners = [text_at(one, "uid") for one in items_at(pod, "metadata", "ownerReferences")]
+    return bool(owners) and text_at(job_now, "metadata", "uid") not in owners
 
 
 def _ended(job_now: Manifest) -> bool:

@@ -67,6 +67,24 @@ def test_a_log_that_was_rotated_while_its_connection_was_broken_goes_on(
     assert not (out / "report.txt").exists()
 
 
+def test_a_pod_of_an_earlier_job_of_the_name_is_not_followed(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
+    """A Job that is deleted is gone before its pods, which write a checkpoint yet."""
+    earlier = pod("ppod-trainer-x", "trainer", port=9104)
+    earlier["metadata"] |= {
+        "labels": {**earlier["metadata"]["labels"], "job-name": "ppod-trainer"},
+        "ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": "ppod-trainer", "uid": "gone"}],
+        "deletionTimestamp": "2026-01-01T00:00:00Z",
+    }
+    earlier["status"]["containerStatuses"][0]["state"] = {"terminated": {"exitCode": 143}}
+    api.put("v1", "pods", "ppod", earlier)
+    api.log("ppod-trainer-x", "of the earlier run", ended=True)
+    config = write(tmp_path / "t.yaml", {"steps": 1})
+    with job_controller(api, ["one"], 0):
+        result = k8s("train", "--config", str(config), "--output", str(tmp_path / "out"))
+    assert result.code == 0, result.stderr
+    assert (tmp_path / "out" / "trainer.log").read_text() == "one\n"
+
+
 def test_a_pod_that_was_killed_while_it_wrote_a_result_has_its_exit_code(
     api: FakeKubernetes, k8s: Command, tmp_path: Path
 ) -> None:

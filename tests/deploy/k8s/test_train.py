@@ -41,6 +41,7 @@ def job_controller(
         for number, exit_code in enumerate(exit_codes):
             made = pod(f"{name}-{number}", "trainer", port=9104)
             made["metadata"]["labels"]["job-name"] = name
+            made["metadata"]["ownerReferences"] = [api.get("batch/v1", "jobs", "ppod", name)["metadata"]]
             api.put("v1", "pods", "ppod", made)
             api.log_cuts[f"{name}-{number}"] = 4
             api.log(f"{name}-{number}", *lines, ended=True)
