@@ -84,6 +84,12 @@ def test_commands_name_objects_that_are_there() -> None:
             assert name in names, f"{page.name}: {kind}/{name}"
 
 
+def test_what_is_left_behind_is_looked_for_among_all_kinds() -> None:
+    """`kubectl get all` is workloads and Services, and lists nothing else."""
+    for page in PAGES:
+        assert not re.search(r"kubectl (?:-\S+ \S+ )?get all\b", page.read_text()), page.name
+
+
 def test_a_run_is_over_when_the_command_that_ends_it_returns() -> None:
     """By itself kubectl waits for the Job alone, and not for its pods, beside which no other trainer may begin."""
     for page in PAGES:
