@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import threading
 
 
 def configure_tracing(endpoint: str | None, service_name: str, sample_ratio: float = 1.0) -> bool:
@@ -40,4 +41,7 @@ def flush_tracing(timeout_s: float) -> None:
 
     flush = getattr(trace.get_tracer_provider(), "force_flush", None)
     if flush is not None:
-        flush(int(timeout_s * 1_000))
+        # The SDK does not look at a bound that it is given: with a collector that is gone it takes half a minute.
+        flushing = threading.Thread(target=flush, daemon=True)
+        flushing.start()
+        flushing.join(timeout_s)
