@@ -44,6 +44,9 @@ TRAINER_GRACE_S = 300.0
 FOLLOWER_GRACE_S = 10.0
 """Time for the trainer's other ranks to notice that rank 0 has ended."""
 
+LAST_REPLIES_S = 5.0
+"""Time for a service's last replies and spans, after it has drained."""
+
 RUN_FILE = "run.yaml"
 """The resolved run file, kept in the run directory: what `--resume` starts from."""
 
@@ -293,8 +296,8 @@ class Launcher:
             killed += stop_all([self._trainer], TRAINER_GRACE_S, self._interrupts.repeated)
             killed += stop_all(self._followers, FOLLOWER_GRACE_S, self._interrupts.repeated)
         graces = [service.drain_grace_s for _, service in self._config.services.items()]
-        # A second more than a service gives itself, so that its own clean end comes first.
-        killed += stop_all(self._services, max(graces) + 1.0, self._interrupts.repeated)
+        # More than a service gives itself, so that its own clean end comes first.
+        killed += stop_all(self._services, max(graces) + LAST_REPLIES_S, self._interrupts.repeated)
         if killed:
             _say(f"killed: {', '.join(killed)}")
 

@@ -9,9 +9,10 @@ from typing import cast
 import pytest
 import yaml
 
-from ppod_deploy.launcher import HEALTH_NAMES
+from ppod_deploy.launcher import HEALTH_NAMES, LAST_REPLIES_S
 from ppod_models.configuration import load_config
 from ppod_services.core.config import ServiceConfig
+from ppod_services.core.server import _FLUSH_TIMEOUT_S  # pyright: ignore[reportPrivateUsage]
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.reference.config import ReferenceServiceConfig
 from ppod_services.reward.config import RewardServiceConfig
@@ -85,7 +86,9 @@ def test_compose_asks_publishes_and_stops_as_configured(services: dict[str, Valu
     published = [f"127.0.0.1:{port}:{port}" for port in (listen.port, listen.metrics_port)]
     assert service["ports"] == published
     assert service["command"] == [f"ppod_services.{name}", "--config", f"/etc/ppod/{name}.yaml"]
-    assert int(cast(str, service["stop_grace_period"]).removesuffix("s")) > config.drain_grace_s
+    last_replies_s = 0.2 + _FLUSH_TIMEOUT_S
+    assert int(cast(str, service["stop_grace_period"]).removesuffix("s")) > config.drain_grace_s + last_replies_s
+    assert last_replies_s < LAST_REPLIES_S
 
 
 def test_images_built_as_the_page_says_are_those_that_compose_runs(services: dict[str, Values]) -> None:
