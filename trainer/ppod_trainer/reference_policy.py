@@ -49,12 +49,24 @@ class ReferencePolicy:
         # It computes nothing here: with this attention no model is refused.
         cpu = torch.device("cpu")
         model = load_causal_lm(self._path(version), device=cpu, dtype=torch.float32, attention="eager")
-        dtype = wire_dtype(self._client, "the reference")
+        dtype = self._wire_dtype()
         # A reference that outlived an earlier run may be further on; versions only ever grow.
         pushed = max(version, *(serving + 1 for serving in self._weights.serving_versions()))
         self._weights.push(model, dtype, pushed)
         self._client.pin = replace(self._client.pin, weight_version=pushed)
         self._pushed = pushed
+
+    def _wire_dtype(self) -> torch.dtype:
+        """What weights travel in, whichever version serves: one that was started again would not tell a pinned client.
+
+        No rollouts are scored meanwhile.
+        """
+        pinned = self._client.pin
+        self._client.pin = replace(pinned, weight_version=None)
+        try:
+            return wire_dtype(self._client, "the reference")
+        finally:
+            self._client.pin = pinned
 
     def lost(self) -> bool:
         """Whether a replica lost the reference that it was given, as one that was started again has."""

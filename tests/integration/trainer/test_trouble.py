@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from support.processes import free_ports
+from ppod import WeightClient
+from support.processes import free_ports, running_service
+from support.services import tiny_model_config
 from support.tiny_head import save_tiny_head
 from support.tiny_model import save_nan_model
 
@@ -85,6 +87,28 @@ def test_a_service_that_dies_is_named(fragile: System) -> None:
     assert "resume from" in stdout, "the last whole step is kept"
     assert f"ppod.v1.ReferenceService at {fragile.reference.target}" in stderr
     assert "Traceback" not in stderr
+
+
+def test_a_refreshed_reference_that_is_started_again_gets_the_runs_reference(fragile: System, tmp_path: Path) -> None:
+    """It comes back as the model that it was deployed with, and the run goes on with the one that it was given."""
+    services = {**without_judge(fragile), "recovery_timeout_s": 30}
+    rollout = {"batch_size": 8, "max_tokens": 7, "on_bad_sample": "skip"}
+    config = fragile.config("returns", steps=59, reference_refresh_steps=30, services=services, rollout=rollout)
+    process = fragile.start(config)
+    run_dir = Path(str(config["run_dir"]))
+    wait_for_step(process, run_dir, 31)
+    gone = fragile.reference
+    gone.signal(signal.SIGKILL)
+    gone.wait()
+    listen = {"port": gone.port, "admin_port": gone.admin_port, "metrics_port": gone.metrics_port}
+    values = {"model": tiny_model_config(fragile.model_dir), "listen": listen}
+    with running_service("ppod_services.reference", tmp_path, values), WeightClient(gone.admin_target) as weights:
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0, stderr
+        assert "waiting up to 30 s for the services" in stderr
+        assert weights.status().state.weight_version > 0
+    steps = [one["step"] for one in records_of(run_dir) if "kl/reference" in one]
+    assert steps == list(range(1, 60))
 
 
 def test_a_service_that_is_not_there_is_named(system: System) -> None:

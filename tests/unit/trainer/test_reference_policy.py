@@ -11,14 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ppod import FailedPrecondition, Unavailable
 from ppod.client import Pin
 from ppod_models.loading import load_causal_lm, load_tokenizer
 from ppod_trainer.checkpoint import TrainerState
+from ppod_trainer.errors import WeightPushError
 from ppod_trainer.quantisation import dense_copy
 from ppod_trainer.reference_policy import ReferencePolicy, save_policy
 from support.capped_models import gemma2
 from support.pushed_runs import Generation, run_of
-from support.tiny_model import save_tiny_model
+from support.tiny_model import build_model, save_tiny_model
 
 CPU = torch.device("cpu")
 
@@ -75,25 +77,60 @@ class Reference:
 
     def __init__(self) -> None:
         self.pin = Pin()
+        self.serves = 0
+        self.away = False
         self.pushed: dict[str, torch.Tensor] = {}
 
     def describe(self) -> object:
+        if self.away:
+            raise Unavailable("gone")
+        if self.pin.weight_version not in (None, self.serves):
+            raise FailedPrecondition("weight_version", str(self.serves), str(self.pin.weight_version))
         return SimpleNamespace(limits=SimpleNamespace(dtype="float32"))
 
     def serving_versions(self) -> set[int]:
-        return {0}
+        return {self.serves}
 
     def push(self, model: PreTrainedModel, dtype: torch.dtype, weight_version: int) -> None:
         self.pushed = {name: tensor.to(dtype).clone() for name, tensor in model.state_dict().items()}
-        assert weight_version == 4
+        assert weight_version > self.serves
+        self.serves = weight_version
+
+
+def served(service: Reference, directory: Path, model: PreTrainedModel) -> ReferencePolicy:
+    """A reference of version 4, in service."""
+    connections = SimpleNamespace(reference=service, reference_weights=service)
+    reference = ReferencePolicy(directory / "reference", cast(Any, connections))
+    reference.keep(model, 4, ())
+    reference.serve(4)
+    return reference
 
 
 def test_a_reference_whose_attention_is_capped_is_served(tmp_path: Path) -> None:
     """Such a policy is trained with eager attention; of its reference the weights alone are read here."""
     model, service = gemma2(), Reference()
-    connections = SimpleNamespace(reference=service, reference_weights=service)
-    reference = ReferencePolicy(tmp_path / "reference", cast(Any, connections))
-    reference.keep(model, 4, ())
-    reference.serve(4)
+    served(service, tmp_path, model)
     assert service.pin.weight_version == 4
     assert all(torch.equal(service.pushed[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("serves", "again"), [(0, 4), (5, 6)], ids=["started again", "its commit was not heard of"])
+def test_a_reference_with_another_version_than_the_pinned_one_is_given_its_weights(
+    tmp_path: Path, serves: int, again: int
+) -> None:
+    service = Reference()
+    reference = served(service, tmp_path, build_model())
+    service.serves = serves
+    assert reference.lost()
+    reference.serve(4)
+    assert (service.serves, service.pin.weight_version) == (again, again)
+    assert not reference.lost()
+
+
+def test_a_reference_that_is_away_stays_pinned(tmp_path: Path) -> None:
+    service = Reference()
+    reference = served(service, tmp_path, build_model())
+    service.away = True
+    with pytest.raises(WeightPushError, match="gone"):
+        reference.serve(4)
+    assert service.pin.weight_version == 4
