@@ -17,7 +17,7 @@ import numpy as np
 from opentelemetry import trace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ppod import FailedPrecondition, Unavailable
+from ppod import DeadlineExceeded, FailedPrecondition, Unavailable
 from ppod_trainer.checkpoint import TrainerState, kept_references
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import TrainerConfig
@@ -243,11 +243,11 @@ class TrainingRun:
             self.restore_reference()
 
     def _insist(self, attempt: Callable[[], ResultT]) -> ResultT:
-        """Do what only asks the services; where one went away for a while, do it again."""
+        """Do what only asks the services; where one went away or hung for a while, do it again."""
         for _ in range(_RECOVERIES):
             try:
                 return attempt()
-            except (Unavailable, FailedPrecondition) as error:
+            except (Unavailable, DeadlineExceeded, FailedPrecondition) as error:
                 self._recovery.come_back(error, self._restore)
         return attempt()
 

@@ -111,6 +111,28 @@ def test_a_refreshed_reference_that_is_started_again_gets_the_runs_reference(fra
     assert steps == list(range(1, 60))
 
 
+def test_a_service_that_hangs_for_longer_than_a_call_is_waited_for_and_changes_nothing(system: System) -> None:
+    services = {**without_judge(system), "timeout_s": 1, "recovery_timeout_s": 30}
+    straight, hung = (system.config(name, steps=60, services=services) for name in ("straight", "hung"))
+    assert system.train(straight).returncode == 0
+    process = system.start(hung)
+    run_dir = Path(str(hung["run_dir"]))
+    wait_for_step(process, run_dir, 2)
+    system.reward.signal(signal.SIGSTOP)
+    try:
+        until = time.monotonic() + 30
+        while "waiting up to 30 s for the services" not in (system.directory / "hung.stderr").read_text():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        system.reward.signal(signal.SIGCONT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert f"from ppod.v1.RewardService at {system.reward.target}" in stderr
+    assert records_of(run_dir) == records_of(Path(str(straight["run_dir"])))
+
+
 def test_a_service_that_is_not_there_is_named(system: System) -> None:
     (port,) = free_ports(1)
     services = {**system.config("x")["services"], "reward": f"127.0.0.1:{port}", "ready_timeout_s": 1}  # type: ignore[dict-item]

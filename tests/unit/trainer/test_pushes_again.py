@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from ppod import FailedPrecondition, ResourceExhausted, Unavailable
+from ppod import DeadlineExceeded, FailedPrecondition, PpodError, ResourceExhausted, Unavailable
 from ppod.client import LoraAdapter, ModelState, WeightPush, WeightStatus
 from ppod_trainer.assembly import presample_for
 from ppod_trainer.checkpoint import TrainerState
@@ -253,23 +253,25 @@ def test_a_policy_never_has_the_version_of_a_base_that_some_replica_may_serve(tm
 
 
 class AwayOnce:
-    """A judge's client."""
+    """A judge's client, whose first call ends with this error."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: PpodError) -> None:
+        self._error = error
         self.calls = 0
 
     def score(self, sequences: list[object], **_: object) -> object:
         self.calls += 1
         if self.calls == 1:
-            raise Unavailable("the judge's pod is moved")
+            raise self._error
         return SimpleNamespace(values=np.zeros(len(sequences), np.float32), state=ModelState("judge", 0, ""))
 
 
-def test_a_judge_that_is_away_for_a_moment_is_asked_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [Unavailable("the judge's pod is moved"), DeadlineExceeded("no answer within 120 s")])
+def test_a_judge_that_is_away_for_a_moment_is_asked_again(tmp_path: Path, error: PpodError) -> None:
     def learn(*_: object) -> None:
         raise TrainedError
 
-    judge = AwayOnce()
+    judge = AwayOnce(error)
     run = run_of(
         tmp_path,
         SimpleNamespace(serving_versions=lambda: {0}),
