@@ -112,6 +112,8 @@ class WeightRelay:
                 await self._close(target)
                 typed = Unavailable(f"{target}: {typed.detail}")
             raise typed from error
+        finally:
+            hop.leave()
         return _read_reply(target, data)
 
     async def _close(self, target: str) -> None:
@@ -230,6 +232,12 @@ class _Hop:
 
     def end(self) -> None:
         """Nothing follows the first message."""
+        self._parts.put_nowait(None)
+
+    def leave(self) -> None:
+        """The call is over. gRPC's task that asks for messages would wait for the next one for ever."""
+        while not self._parts.empty():
+            self._parts.get_nowait()
         self._parts.put_nowait(None)
 
     async def messages(self, first: bytes) -> AsyncIterator[bytes]:

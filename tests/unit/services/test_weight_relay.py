@@ -203,6 +203,42 @@ def test_a_sender_that_goes_away_leaves_no_chunk_waiting() -> None:
     asyncio.run(run())
 
 
+def test_a_hop_that_refuses_leaves_no_task_that_waits_for_messages() -> None:
+    """asyncio would complain of it, as of an error, whenever its memory is looked through."""
+
+    async def run() -> None:
+        refused = asyncio.Event()
+
+        async def refuse(parts: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+            await anext(aiter(parts))
+            refused.set()
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another version")
+
+        async def slowly(hop: str) -> AsyncIterator[bytes]:
+            first, *rest = messages((RelayHop(hop),))
+            yield first
+            await refused.wait()
+            # So that the hop's answer is there before there is anything more for it.
+            await asyncio.sleep(0.2)
+            for message in rest:
+                yield message
+
+        server = grpc.aio.server()
+        service, method = PREPARE.strip("/").split("/")
+        handler = grpc.stream_unary_rpc_method_handler(refuse)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+        hop = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        async with served() as leader, grpc.aio.insecure_channel(leader) as channel, asyncio.timeout(10):
+            reply = await prepare_of(channel)(slowly(hop))
+        assert [bool(one.code) for one in reply.replicas] == [False, True]
+        left = [task.get_coro().__qualname__ for task in asyncio.all_tasks()]
+        assert not [name for name in left if name.endswith("_consume_request_iterator")]
+        await server.stop(0)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("kind", ["adapter", "changes", "file"])
 def test_what_is_no_whole_version_in_chunks_is_passed_on_as_it_comes(kind: str, tmp_path: Path) -> None:
     model = build_model()
