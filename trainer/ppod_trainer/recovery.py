@@ -36,7 +36,8 @@ class Recovery:
         """Return when all services are ready and `restore` worked.
 
         Raises:
-            The error that was given: it is none that time heals, time ran out, or a signal came in.
+            The error that was given: it is none that time heals, time ran out, or a signal came in. A note tells what
+            the services answered last.
         """
         until = time.monotonic() + self._timeout_s
         if not _heals(error) or not self._timeout_s:
@@ -48,6 +49,9 @@ class Recovery:
                 restore()
             except (PpodError, WeightPushError) as latest:
                 if not _heals(latest) or time.monotonic() >= until or self._stop.received is not None:
+                    # The first trouble may be over by then, and another one in its place.
+                    if str(latest) != str(error):
+                        error.add_note(f"at last: {with_notes(latest)}")
                     raise error from latest
                 time.sleep(_PAUSE_S)
             else:

@@ -11,7 +11,7 @@ import torch
 
 from ppod import DeadlineExceeded, InvalidArgument, PermissionDenied, PpodError, ResourceExhausted, Unavailable
 from ppod_trainer.checkpoint import TrainerState
-from ppod_trainer.errors import WeightPushError
+from ppod_trainer.errors import WeightPushError, with_notes
 from ppod_trainer.training import TrainingRun
 from support.pushed_runs import Generation, run_of
 
@@ -89,3 +89,20 @@ def test_a_step_is_kept_before_whose_push_generation_does_not_tell_its_data_type
     assert run.state.policy_version == 2
     with pytest.raises(WeightPushError, match=r"which data type its weights have: the token was replaced"):
         run._after_step()
+
+
+def test_what_keeps_a_service_that_is_back_from_its_weights_is_told(tmp_path: Path) -> None:
+    """It was away first, and then is another model."""
+
+    class Other(Generation):
+        def push(self, model: object, dtype: torch.dtype, weight_version: int) -> None:
+            del model, dtype, weight_version
+            error = InvalidArgument("tensors", "no lm_head.weight", "the tensors of this model")
+            raise WeightPushError(f"prepare failed on 2 of 2: {error}") from error
+
+    run = run_of(tmp_path, Other(), TrainerState(0, 0, 0, ""), {})
+    describing(run, Unavailable("connection refused"))
+    with pytest.raises(WeightPushError, match="connection refused") as raised:
+        run.push_policy(2)
+    told = "prepare failed on 2 of 2: tensors: found no lm_head.weight, expected the tensors of this model"
+    assert with_notes(raised.value).endswith(f"connection refused; at last: {told}")
