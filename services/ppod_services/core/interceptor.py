@@ -155,6 +155,8 @@ class _Call:
         self._gate = gate
         self._metrics = metrics
         self._refusals = refusals
+        # Now: of a call whose connection broke it would be asked with a null pointer, which ends the process.
+        self._peer = context.peer()
         self._start_s = time.monotonic()
         self._entered = False
         self._team = ""
@@ -246,5 +248,5 @@ class _Call:
             "request_id": self._request_id,
             "detail": self._detail,
             # Who calls without a token that is known has no team: this is all that leads to them.
-            "peer": self._context.peer(),
+            "peer": self._peer,
         }
