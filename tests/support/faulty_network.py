@@ -96,7 +96,9 @@ class FaultyProxy:
     def _reset(self, task: asyncio.Task[None]) -> None:
         self.cuts += 1
         for writer in self._pairs.pop(task):
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_BY_RESET)
+            end: socket.socket = writer.get_extra_info("socket")
+            if end.fileno() >= 0:  # else it is closed already
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_BY_RESET)
             writer.transport.abort()
 
     async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
