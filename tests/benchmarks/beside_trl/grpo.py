@@ -1,11 +1,12 @@
 """Measures ppod's GRPO and TRL's GRPOTrainer on verified answers, one after the other in turns, on this machine.
 
-usage: python grpo.py --trl-python PYTHON [--seeds N ...] [--steps N] [--speed-steps N] [--out DIRECTORY]
+usage: python grpo.py --trl-python PYTHON [--seeds N ...] [--steps N] [--trl-dtype NAME] [--speed-steps N]
+    [--out DIRECTORY]
 
 Both start from the same weights and learn sums from the same prompts, rewards and hyperparameters, those of ppod's run
-file sums-cpu.yaml; ppod runs as `ppod run` starts it: four processes over gRPC. Each seed trains both, TRL as it comes,
-in float32; one script samples what each model answers to the prompts that were held out. For the speed alone TRL also
-runs some steps with ppod's precision and process settings. Writes result.json and result.md.
+file sums-cpu.yaml; ppod runs as `ppod run` starts it: four processes over gRPC. Each seed trains both; TRL's own
+default is autocast to bfloat16. One script samples what each model answers to the prompts that were held out. For the
+speed alone TRL also runs some steps with ppod's precision and process settings. Writes result.json and result.md.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Bench:
 
     def trl(self, seed: int, dtype: str, steps: int, *, tuned: bool) -> Trained:
         """Train by TRL; the model is judged where it made all steps."""
-        name = f"trl-{dtype}-{seed}"
+        name = f"trl-{dtype}-{seed}{'-tuned' if tuned else ''}"
         (directory := self._out / name).mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **(CHILD_ENVIRONMENT if tuned else {})}
         options = ["--seed", str(seed), "--dtype", dtype, "--out", str(directory)]
@@ -99,7 +100,7 @@ class Bench:
         result = json.loads((directory / "trl.json").read_text())
         self.versions |= {f"TRL's {name}": version for name, version in result["versions"].items()}
         right = self.judge(directory / "model", name) if steps == self._steps else None
-        side = f"TRL, {dtype}{', with the process settings of ppod' if tuned else ', as it comes'}"
+        side = f"TRL, {dtype}{', with the process settings of ppod' if tuned else ''}"
         return Trained(side, seed, result["seconds"], result["rewards"], right)
 
     def judge(self, model: Path, name: str) -> float:
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--trl-python", required=True, type=Path, help="interpreter of the environment with TRL")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--trl-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--speed-steps", type=int, default=4, help="steps of TRL with ppod's settings")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-grpo"))
     options = parser.parse_args()
@@ -159,7 +161,7 @@ def main() -> None:
     found: list[Trained] = []
     before = bench.judge(bench.model, "before")
     for seed in options.seeds:
-        for one in (bench.trl(seed, "float32", options.steps, tuned=False), bench.ppod(seed)):
+        for one in (bench.trl(seed, options.trl_dtype, options.steps, tuned=False), bench.ppod(seed)):
             found.append(one)
             seconds = statistics.median(one.seconds)
             print(f"seed {seed}, {one.side}: {before:.0%} -> {one.right:.0%} right, {seconds:.1f} s a step", flush=True)

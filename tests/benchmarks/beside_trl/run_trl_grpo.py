@@ -41,7 +41,7 @@ def main() -> None:
     if options.what == "judge":
         options.out.write_text(json.dumps({"right": judge(task, options.model)}) + "\n")
         return
-    # accelerate reads its precision from the environment; TRL's own check refuses bfloat16 without a GPU.
+    # accelerate reads its precision from here; what TRL sets it to by default is bfloat16.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if options.dtype == "bfloat16" else "no"
     train(task, options)
 
