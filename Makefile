@@ -122,21 +122,21 @@ monitoring: setup ## generate the dashboards, and the manifest of the rules, in 
 	@PYTHONPATH=deploy $(BIN)/python -m monitoring.generate
 
 bench-trl: setup-run ## measure ppod and TRL side by side (TRL in an environment of its own; ~20 minutes; ARGS="--settings ...")
-	tests/benchmarks/beside_trl/setup.sh $(CACHE)/venv-trl $(PYTHON)
+	tests/benchmarks/beside_trl/setup.sh $(CACHE)/venv-trl $(PYTHON) 1.0.0
 	$(BIN)/python tests/benchmarks/beside_trl/compare.py --trl-python $(CACHE)/venv-trl/bin/python $(ARGS)
 
 bench-update: setup-run ## measure one process's update against TRL's, in seconds and memory (~10 minutes; ARGS="--setting ...")
-	tests/benchmarks/beside_trl/setup.sh $(CACHE)/venv-trl $(PYTHON)
+	tests/benchmarks/beside_trl/setup.sh $(CACHE)/venv-trl $(PYTHON) 1.0.0
 	$(BIN)/python tests/benchmarks/beside_trl/update.py --trl-python $(CACHE)/venv-trl/bin/python $(ARGS)
 
 # Learning does not depend on time, so its processes may share the machine.
 bench-curves: export OMP_WAIT_POLICY ?= PASSIVE
 bench-curves: setup-run ## measure what ppod and TRL learn over ten seeds, with a small model (~40 minutes; ARGS="--seeds N")
-	tests/benchmarks/beside_trl/setup.sh $(CACHE)/venv-trl $(PYTHON)
+	tests/benchmarks/beside_trl/setup.sh $(CACHE)/venv-trl $(PYTHON) 1.0.0
 	$(BIN)/python tests/benchmarks/beside_trl/curves.py --trl-python $(CACHE)/venv-trl/bin/python $(ARGS)
 
 bench-grpo: setup-run ## measure what ppod's and TRL's GRPO learn from verified answers, and how fast (~1 hour; ARGS="--seeds 0")
-	tests/benchmarks/beside_trl/setup_grpo.sh $(CACHE)/venv-trl-grpo $(PYTHON)
+	tests/benchmarks/beside_trl/setup.sh $(CACHE)/venv-trl-grpo $(PYTHON) 1.16.0
 	$(BIN)/python tests/benchmarks/beside_trl/grpo.py --trl-python $(CACHE)/venv-trl-grpo/bin/python $(ARGS)
 
 bench-serving: setup-run ## measure the reward service against its bare forward pass and its peers (~25 minutes)
