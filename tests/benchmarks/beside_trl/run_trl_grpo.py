@@ -62,8 +62,7 @@ def train(task: dict[str, Any], options: argparse.Namespace) -> None:
 
     torch.manual_seed(options.seed)
     rows = [{"prompt": one["messages"], "reference": one["reference"]} for one in task["training"]]
-    minibatches: int = task["minibatches"]
-    clock = make_clock(minibatches)
+    clock = make_clock(minibatches := task["minibatches"])
 
     def reward(completions, reference, **_):
         return [right(one[0]["content"], answer) for one, answer in zip(completions, reference, strict=True)]

@@ -74,9 +74,8 @@ def train_head(config: RewardTrainingConfig, command: str, say: Say, progress: C
 
     Raises:
         ModelSourceError: the trunk is not there.
-        ReviewDataError: the ratings are missing or broken.
+        ReviewDataError: the ratings are missing or broken. NothingToLearnError: all reviews read alike.
         RewardHeadError: the trunk has no such layer.
-        NothingToLearnError: all reviews read alike.
         OSError: the output cannot be written.
     """
     ratings_file = config.data.ratings or PACKAGED_RATINGS
