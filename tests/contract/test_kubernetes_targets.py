@@ -202,6 +202,7 @@ def test_a_watch_outlasts_events_that_are_none(api: FakeKubernetes, line: str) -
         api.answer = None
         EndpointController(api, "ppod-reward", {"grpc": 1}).ready("a", "127.0.0.11")
         watch.wait_for(lambda endpoints: len(endpoints) == 1, 10)
+        assert [(one.pod, one.host, one.ready) for one in watch.endpoints] == [("a", "127.0.0.11", True)]
     finally:
         close_service_watch(watch)
 

@@ -107,7 +107,7 @@ def test_logs_are_read_of_all_replicas_and_to_their_end() -> None:
             assert "--tail=-1" in command or " -l " not in command, f"{page.name}: {command}"
 
 
-@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs Debian's package jq, which .ci/system-packages installs")
 def test_what_reads_logs_goes_on_past_lines_of_plain_text() -> None:
     """As of libraries, and of a service that cannot start."""
     refused: dict[str, object] = {"level": "info", "event": "call", "code": "UNAUTHENTICATED"}
