@@ -14,11 +14,14 @@ from torch._C._distributed_c10d import PrefixStore
 
 from ppod import WeightClient
 from ppod.client import CollectiveGroup, WeightPush
-from ppod_models.process_groups import BroadcastGroup, open_store, wait_for
+from ppod_models.process_groups import BroadcastGroup, GroupBackend, open_store, wait_for
 from support.processes import ServiceProcess
 from support.weight_tensors import weight_tensors
 
 BUCKET = 64 * 1024
+ANOTHER_HOST = {"NCCL_HOSTID": "services", "NCCL_SOCKET_IFNAME": "lo"}
+"""Environment of services that share their CUDA device with the trainer: NCCL takes two ranks of one host on one device
+for a mistake."""
 
 
 def group_of(
@@ -54,7 +57,7 @@ class Sender:
         """Broadcast the next buckets; behind the last one empty ones."""
         for _ in range(count):
             part, self.data = self.data[:BUCKET], self.data[BUCKET:]
-            bucket = torch.frombuffer(bytearray(part.ljust(BUCKET, b"\0")), dtype=torch.uint8)
+            bucket = torch.frombuffer(bytearray(part.ljust(BUCKET, b"\0")), dtype=torch.uint8).to(self.members.device)
             self.members.finish(self.members.broadcast(bucket))
 
     def send_all(self) -> None:
@@ -63,9 +66,11 @@ class Sender:
 
 
 @contextmanager
-def sending(replica: ServiceProcess, port: int, model: nn.Module, ranks: int = 1) -> Iterator[Sender]:
+def sending(
+    replica: ServiceProcess, port: int, model: nn.Module, ranks: int = 1, backend: GroupBackend = "gloo"
+) -> Iterator[Sender]:
     """A push of a model's weights of which the test sends the buckets itself."""
-    group = group_of(replica, port, name=f"by hand {secrets.token_hex(4)}", ranks=ranks)
+    group = group_of(replica, port, backend, name=f"by hand {secrets.token_hex(4)}", ranks=ranks)
     with WeightClient(replica.admin_target) as client:
         version = client.status().state.weight_version + 1
     store = open_store("127.0.0.1", port, master=True, timeout_s=5)
@@ -75,6 +80,6 @@ def sending(replica: ServiceProcess, port: int, model: nn.Module, ranks: int = 1
         for rank in group.ranks[replica.admin_target]:
             assert wait_for(prefix, f"{version}/joined/{rank}", 5) == b"0"
         prefix.set(f"{version}/go", "1")
-        members = BroadcastGroup("gloo", PrefixStore("1", prefix), 0, group.world_size, 5)
+        members = BroadcastGroup(backend, PrefixStore("1", prefix), 0, group.world_size, 5)
         yield Sender(b"".join(bytes(one.data) for one in weight_tensors(model)), asking, members)
         members.close()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import yaml
 
 from support.forked import ForkedProcess
@@ -41,6 +42,15 @@ def environment() -> dict[str, str]:
     """This environment, with our import roots."""
     roots = os.pathsep.join(str(ROOT / name) for name in IMPORT_ROOTS)
     return {**os.environ, "PYTHONPATH": roots, "PYTHONWARNINGS": "default"}
+
+
+@contextmanager
+def environment_of_services(variables: Mapping[str, str]) -> Iterator[None]:
+    """Services that are started within the context have these environment variables."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in variables.items():
+            patched.setenv(name, value)
+        yield
 
 
 @dataclass

@@ -14,6 +14,8 @@ from support.tiny_model import save_nan_model
 
 TEST_DEVICE = os.environ.get("PPOD_TEST_DEVICE", "cpu")
 """Where the services of most tests compute: `make test-cuda` names a CUDA device."""
+FLOAT32_GAP = 2e-5 if TEST_DEVICE == "cpu" else 5e-5
+"""Most nats between a logprob that a float32 service tells and the one of a full forward, which is the CPU's."""
 
 
 def tiny_model_config(directory: Path) -> dict[str, object]:

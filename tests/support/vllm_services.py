@@ -13,7 +13,7 @@ from typing import cast
 import psutil
 import pytest
 
-from support.processes import ServiceProcess, running_service
+from support.processes import ServiceProcess, environment_of_services, running_service
 from support.services import TEST_DEVICE, tiny_model_config
 
 BLOCK_SIZE = 32
@@ -56,8 +56,7 @@ def running_vllm(
 @contextmanager
 def half_loading(path: Path) -> Iterator[None]:
     """Services that are started within the context, with that worker, look for this file."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv(HALF_LOADING_VARIABLE, str(path))
+    with environment_of_services({HALF_LOADING_VARIABLE: str(path)}):
         yield
 
 

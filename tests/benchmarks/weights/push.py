@@ -40,11 +40,11 @@ def measure_grpc(place: Place) -> bool:
             "bare byte stream, blocking client": lambda: clients[1].send(chunks),
             _PUSH: lambda: _timed_push(sync, policy)[0],
         }
-        if place.subject.device == "cpu":
-            gloo = WeightTransferConfig(plane="collective", collective=CollectiveConfig(backend="gloo"))
-            group = stack.enter_context(syncing([service.admin_target], gloo))
-            name = "push by a group's broadcast (gloo), prepared, verified and committed"
-            ways[name] = lambda: _timed_push(group, policy)[0]
+        backend = "gloo" if place.subject.device == "cpu" else "nccl"
+        collective = WeightTransferConfig(plane="collective", collective=CollectiveConfig(backend=backend))
+        group = stack.enter_context(syncing([service.admin_target], collective))
+        name = f"push by a group's broadcast ({backend}), prepared, verified and committed"
+        ways[name] = lambda: _timed_push(group, policy)[0]
         for number in range(place.rounds + 1):
             seconds = {name: send() for name, send in ways.items()}
             say(f"    round {number}: " + ", ".join(f"{value:.3f} s" for value in seconds.values()))

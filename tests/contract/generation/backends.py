@@ -11,7 +11,7 @@ import torch
 
 from ppod.client import SeedPromise
 from support.processes import ServiceProcess
-from support.services import TEST_DEVICE
+from support.services import FLOAT32_GAP, TEST_DEVICE
 from support.vllm_services import VALUES, VLLM
 
 
@@ -67,8 +67,7 @@ class Gap:
     mean: float
 
 
-_FLOAT32 = Gap(largest=2e-5, mean=2e-6) if TEST_DEVICE == "cpu" else Gap(largest=5e-5, mean=5e-6)
-"""The full forward is the CPU's in any case."""
+_FLOAT32 = Gap(largest=FLOAT32_GAP, mean=FLOAT32_GAP / 10)
 GAPS = {
     ("transformers", "float32"): _FLOAT32,
     ("transformers", "bfloat16"): Gap(largest=0.25, mean=0.03),

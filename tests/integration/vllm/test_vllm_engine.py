@@ -26,7 +26,7 @@ from support.processes import ServiceProcess, free_ports, metrics_of, run_to_exi
 from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
 from support.saved_adapters import adapter_tensors
-from support.services import tiny_model_config
+from support.services import FLOAT32_GAP, tiny_model_config
 from support.tiny_adapter import build_adapted_model
 from support.tiny_model import build_model, save_tiny_model
 from support.vllm_services import (
@@ -41,7 +41,6 @@ from support.weight_checks import assert_serves
 from support.weight_tensors import weight_tensors
 
 MAX_TOKENS = 256
-GAP = 2e-5
 LONG = [60, 61, 62]
 SIGNAL = [70] * (MAX_TOKENS - 20)
 """A prompt that leaves room for 20 tokens: when its completion is here, others are in the middle of theirs."""
@@ -84,7 +83,7 @@ class Pushed:
             end = begin + span.tokens
             rows = distributions(self.models[span.weight_version], prompt, tokens, Rules())
             expected = chosen_logprobs(rows, tokens)
-            np.testing.assert_allclose(done.logprobs[begin:end], expected[begin:end], atol=GAP)
+            np.testing.assert_allclose(done.logprobs[begin:end], expected[begin:end], atol=FLOAT32_GAP)
             begin = end
         assert begin == len(tokens)
 

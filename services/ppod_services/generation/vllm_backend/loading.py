@@ -215,6 +215,9 @@ def _environment(config: GenerationServiceConfig) -> Generator[None]:
             SERVICE_VARIABLE: str(os.getpid()),
             **_threads(config.model.threads),
         }
+        if config.model.dtype == "float32":
+            # Attention's kernels would multiply in TF32, with 10 bits of precision: who asks for float32 wants 23.
+            os.environ |= {"TRITON_F32_DEFAULT": "ieee"}
         yield
 
 
