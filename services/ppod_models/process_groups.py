@@ -6,6 +6,7 @@ none, and may leave one group for another.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -123,6 +124,10 @@ def _nccl(store: Store, rank: int, world_size: int, timeout: timedelta) -> _Memb
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    # The parties meet at their first broadcast. Where one of them fails there, the others would wait for ever, unless
+    # they wait without blocking; torch reads how long once in a process.
+    options.config.blocking = 0  # pyright: ignore[reportAttributeAccessIssue]
+    os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(math.ceil(timeout.total_seconds())))
     with _blocking_nccl():
         return cast(_Members, ProcessGroupNCCL(store, rank, world_size, options))
 

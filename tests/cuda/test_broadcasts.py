@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch._C._distributed_c10d import PrefixStore
 
 from ppod import InvalidArgument, Unavailable, WeightClient
-from ppod_models.process_groups import GroupError
+from ppod.client import CollectiveGroup
+from ppod_models.process_groups import BroadcastGroup, GroupError, open_store, wait_for
 from ppod_trainer.collective_plane import CollectivePlane
 from ppod_trainer.config import CollectiveConfig, WeightTransferConfig
 from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
-from support.broadcasts import ANOTHER_HOST, BUCKET, sending
-from support.processes import ServiceProcess, environment_of_services, free_ports, running_service
+from support.broadcasts import ANOTHER_HOST, BUCKET, ask, sending
+from support.processes import ServiceProcess, free_ports, running_service
 from support.services import tiny_model_config
 from support.tiny_model import build_model
 from support.weight_checks import assert_serves, assert_takes_next
@@ -32,10 +35,8 @@ def replica(model_dir: Path, directory: Path, name: str) -> Iterator[ServiceProc
         "model": {**tiny_model_config(model_dir), "device": str(DEVICE)},
         "weights": {"collective_addresses": ["127.0.0.1:*"], "idle_timeout_s": 5},
     }
-    with (
-        environment_of_services({**ANOTHER_HOST, "NCCL_HOSTID": name}),
-        running_service("ppod_services.generation", directory, values) as service,
-    ):
+    variables = {**ANOTHER_HOST, "NCCL_HOSTID": name}
+    with running_service("ppod_services.generation", directory, values, variables=variables) as service:
         yield service
 
 
@@ -87,6 +88,33 @@ def test_a_damaged_bucket_is_named_and_the_old_version_serves(replicas: list[Ser
             sender.asking.result(20)
     assert_serves(replicas[0], version, build_model(seed=11))
     assert_takes_next(replicas[0], version + 1, seed=12)
+
+
+def test_a_party_that_does_not_come_is_given_up(replicas: list[ServiceProcess]) -> None:
+    """Its group has three ranks, of which two come: NCCL itself would wait for the third without end."""
+    assert_takes_next(replicas[0], serving(replicas[0]) + 1, seed=15)
+    version = serving(replicas[0])
+    port = free_ports(1)[0]
+    store = open_store("127.0.0.1", port, master=True, timeout_s=10)
+    target = replicas[0].admin_target
+    group = CollectiveGroup(
+        "of three", f"127.0.0.1:{port}", "nccl", {target: range(1, 2), "absent": range(2, 3)}, BUCKET
+    )
+    prefix = PrefixStore(f"ppod/{group.name}", store)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask, replicas[0], build_model(seed=9), group)
+        assert wait_for(prefix, f"{version + 1}/joined/1", 10) == b"0"
+        prefix.set(f"{version + 1}/go", "1")
+        members = BroadcastGroup("nccl", PrefixStore("1", prefix), 0, 3, 5)
+        begun = time.monotonic()
+        with pytest.raises(GroupError):
+            members.broadcast(torch.zeros(BUCKET, dtype=torch.uint8, device=DEVICE))
+        members.close()
+        with pytest.raises(Unavailable, match="the group of three"):
+            asking.result(30)
+        assert time.monotonic() - begun < 40
+    assert_serves(replicas[0], version, build_model(seed=15))
+    assert_takes_next(replicas[0], version + 1, seed=16)
 
 
 def test_a_sender_that_leaves_in_the_middle_leaves_the_old_version(replicas: list[ServiceProcess]) -> None:

@@ -15,7 +15,7 @@ from ppod_trainer.config import CollectiveConfig, WeightTransferConfig
 from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
 from support.broadcasts import ANOTHER_HOST
-from support.processes import ServiceProcess, environment_of_services, free_ports
+from support.processes import ServiceProcess, free_ports
 from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
 from support.tiny_model import MAX_TOKENS, build_model
@@ -40,10 +40,7 @@ def served(
     if request.param == "workers":
         collective = CollectiveConfig(port=free_ports(1)[0], bucket_mib=1, backend="nccl")
         config = WeightTransferConfig(pause="keep", plane="collective", collective=collective)
-    with (
-        environment_of_services(ANOTHER_HOST),
-        running_vllm(tiny_model_dir, tmp_path_factory.mktemp("vllm"), values) as service,
-    ):
+    with running_vllm(tiny_model_dir, tmp_path_factory.mktemp("vllm"), values, ANOTHER_HOST) as service:
         sync = WeightSync(FixedReplicas([WeightClient(service.admin_target, timeout_s=60)], "stop"), config)
         yield service, sync
         sync.close()

@@ -1,6 +1,6 @@
 """A vLLM worker whose transfer engine, while a file says so, loads half of what it received, and so fails.
 
-It is vLLM's own worker otherwise. Name it as vLLM's engine argument `worker_cls`; see `half_loading`.
+It is vLLM's own worker otherwise. Name it as vLLM's engine argument `worker_cls`; see `HALF_LOADING_VARIABLE`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pytest
 import yaml
 
 from support.forked import ForkedProcess
@@ -38,19 +37,10 @@ def free_ports(count: int) -> list[int]:
             sock.close()
 
 
-def environment() -> dict[str, str]:
-    """This environment, with our import roots."""
+def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This environment, with our import roots and these variables."""
     roots = os.pathsep.join(str(ROOT / name) for name in IMPORT_ROOTS)
-    return {**os.environ, "PYTHONPATH": roots, "PYTHONWARNINGS": "default"}
-
-
-@contextmanager
-def environment_of_services(variables: Mapping[str, str]) -> Iterator[None]:
-    """Services that are started within the context have these environment variables."""
-    with pytest.MonkeyPatch.context() as patched:
-        for name, value in variables.items():
-            patched.setenv(name, value)
-        yield
+    return {**os.environ, "PYTHONPATH": roots, "PYTHONWARNINGS": "default", **(variables or {})}
 
 
 @dataclass
@@ -117,12 +107,18 @@ def run_to_exit(module: str, *arguments: str, timeout_s: float = 60.0) -> subpro
     return subprocess.CompletedProcess(process.args, process.wait(), stdout, stderr)
 
 
-def start_module(module: str, *arguments: str, directory: Path, name: str = "process") -> ForkedProcess:
+def start_module(
+    module: str,
+    *arguments: str,
+    directory: Path,
+    name: str = "process",
+    variables: Mapping[str, str] | None = None,
+) -> ForkedProcess:
     """Start `python -m module arguments`; `directory` takes what it writes to stdout and stderr."""
     return ForkedProcess(
         module,
         arguments,
-        environment=environment(),
+        environment=environment(variables),
         cwd=ROOT,
         stdout_file=directory / f"{name}.stdout",
         stderr_file=directory / f"{name}.stderr",
@@ -139,10 +135,12 @@ def running_service(
     until: str = "ready",
     fresh: bool = False,
     start_timeout_s: float = START_TIMEOUT_S,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[ServiceProcess]:
     """Start `python -m module` on free ports, wait until it logs an event, and end it afterwards.
 
     With `fresh` it has an interpreter of its own, as users start it; else it is forked from one, which is faster.
+    `variables` are of its environment, besides this process's.
     """
     port, admin_port, metrics_port, health_port = free_ports(4)
     listen = {"port": port, "metrics_port": metrics_port, "health_port": health_port}
@@ -153,9 +151,11 @@ def running_service(
     if fresh:
         with (directory / f"{name}.stderr").open("wb") as stderr:
             command = [sys.executable, "-m", module, "--config", str(config)]
-            process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=stderr, stdout=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command, env=environment(variables), cwd=ROOT, stderr=stderr, stdout=subprocess.DEVNULL
+            )
     else:
-        process = start_module(module, "--config", str(config), directory=directory, name=name)
+        process = start_module(module, "--config", str(config), directory=directory, name=name, variables=variables)
     service = ServiceProcess(port, admin_port, metrics_port, process, directory / f"{name}.stderr", health_port)
     try:
         service.wait_for_event(until, start_timeout_s)

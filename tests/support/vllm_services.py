@@ -13,7 +13,7 @@ from typing import cast
 import psutil
 import pytest
 
-from support.processes import ServiceProcess, environment_of_services, running_service
+from support.processes import ServiceProcess, running_service
 from support.services import TEST_DEVICE, tiny_model_config
 
 BLOCK_SIZE = 32
@@ -28,7 +28,7 @@ VALUES: dict[str, object] = {"backend": "vllm", "vllm": VLLM}
 """Configuration of the backend for tiny models."""
 HALF_LOADING_WORKER = "support.half_loading_worker.HalfLoadingWorker"
 HALF_LOADING_VARIABLE = "PPOD_TEST_LOAD_HALF"
-"""Environment variable of that worker with the path of the file that has it load half of a version."""
+"""Environment variable of that worker with the path of a file: while it exists, they load half of a version."""
 
 
 def require_vllm() -> None:
@@ -39,7 +39,10 @@ def require_vllm() -> None:
 
 @contextmanager
 def running_vllm(
-    model_dir: Path, directory: Path, further: Mapping[str, Mapping[str, object]] | None = None
+    model_dir: Path,
+    directory: Path,
+    further: Mapping[str, Mapping[str, object]] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[ServiceProcess]:
     """A generation service on vLLM, configured with what is `further`; skipped where vLLM is not installed."""
     require_vllm()
@@ -49,15 +52,10 @@ def running_vllm(
         values[section] = {**cast("dict[str, object]", values.get(section, {})), **given}
     module = "ppod_services.generation"
     # As users start it: the engine starts processes of its own.
-    with running_service(module, directory, values, fresh=True, start_timeout_s=START_TIMEOUT_S) as service:
+    with running_service(
+        module, directory, values, fresh=True, start_timeout_s=START_TIMEOUT_S, variables=variables
+    ) as service:
         yield service
-
-
-@contextmanager
-def half_loading(path: Path) -> Iterator[None]:
-    """Services that are started within the context, with that worker, look for this file."""
-    with environment_of_services({HALF_LOADING_VARIABLE: str(path)}):
-        yield
 
 
 @contextmanager

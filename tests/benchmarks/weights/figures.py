@@ -19,7 +19,7 @@ from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
 from support.broadcasts import ANOTHER_HOST
-from support.processes import ServiceProcess, environment_of_services, running_service
+from support.processes import ServiceProcess, running_service
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,13 @@ def generation(
     }
     with (
         tempfile.TemporaryDirectory() as directory,
-        environment_of_services(ANOTHER_HOST),
         running_service(
-            "ppod_services.generation", Path(directory), values, fresh=vllm, start_timeout_s=600
+            "ppod_services.generation",
+            Path(directory),
+            values,
+            fresh=vllm,
+            start_timeout_s=600,
+            variables=ANOTHER_HOST,
         ) as service,
     ):
         yield service

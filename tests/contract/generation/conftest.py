@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ppod import GenerationClient, WeightClient
+from support.broadcasts import ANOTHER_HOST
 from support.processes import running_service
 from support.services import tiny_model_config
 from support.tiny_model import build_model
@@ -48,11 +49,19 @@ class Pool:
         }
         if backend.slow_start:
             # An engine that starts processes of its own needs a process as users start it, and ends with it.
-            running = running_service(backend.module, directory, values, fresh=True, start_timeout_s=START_TIMEOUT_S)
+            running = running_service(
+                backend.module,
+                directory,
+                values,
+                fresh=True,
+                start_timeout_s=START_TIMEOUT_S,
+                variables=ANOTHER_HOST,
+            )
             service = self._stack.enter_context(running)
             self._stack.enter_context(draining(service))
         else:
-            service = self._stack.enter_context(running_service(backend.module, directory, values))
+            running = running_service(backend.module, directory, values, variables=ANOTHER_HOST)
+            service = self._stack.enter_context(running)
         return Served(backend, dtype, service, build_model().to(getattr(torch, dtype)))
 
 

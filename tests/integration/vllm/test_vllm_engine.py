@@ -104,7 +104,8 @@ def relaying() -> Iterator[dict[str, object]]:
 def pushed(model_dir: Path, relaying: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
     directory = tmp_path_factory.mktemp("vllm")
     with (
-        running_vllm(model_dir, directory, {"weights": relaying}) as service,
+        # Weights that were staged would be whole, whatever became of the memory that they came in.
+        running_vllm(model_dir, directory, {"weights": relaying, "vllm": {"stage_weights": False}}) as service,
         WeightClient(service.admin_target) as weights,
     ):
         yield Pushed(service, weights, {0: build_model(max_tokens=MAX_TOKENS)})
@@ -195,7 +196,8 @@ def test_a_failed_load_restores_what_was_pushed_last(pushed: Pushed) -> None:
 def test_what_it_receives_into_a_file_is_there_for_others(
     pushed: Pushed, model_dir: Path, relaying: dict[str, object], tmp_path: Path
 ) -> None:
-    values = {"model": tiny_model_config(model_dir), "weights": relaying}
+    # A device has copies of a file; a CPU serves from it.
+    values = {"model": {**tiny_model_config(model_dir), "device": "cpu"}, "weights": relaying}
     with (
         running_service("ppod_services.generation", tmp_path, values, fresh=True) as other,
         WeightClient(other.admin_target) as follower,
@@ -248,7 +250,7 @@ def test_a_killed_engine_fails_its_callers_and_ends_the_service(pushed: Pushed) 
         stream = client.stream([SIGNAL, LONG], Sampling(MAX_TOKENS, ignore_eos=True))
         assert next(stream).index == 0
         processes = engine_processes(service)
-        next(process for process in processes if process.children()).kill()
+        next(process for process in processes if "EngineCore" in " ".join(process.cmdline())).kill()
         with pytest.raises(Unavailable, match="engine"):
             next(stream)
         assert service.wait(60) == 1

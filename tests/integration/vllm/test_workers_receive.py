@@ -28,7 +28,7 @@ from ppod_trainer.config import CollectiveConfig
 from ppod_trainer.policy_weights import PolicyTensors
 from ppod_trainer.weight_planes import Outgoing
 from support.broadcasts import ANOTHER_HOST, ask, group_of, sending
-from support.processes import ServiceProcess, environment_of_services, free_ports
+from support.processes import ServiceProcess, free_ports
 from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
 from support.saved_adapters import adapter_tensors
@@ -37,10 +37,10 @@ from support.tiny_adapter import build_adapted_model
 from support.tiny_model import MAX_TOKENS, build_model
 from support.vllm_services import (
     BLOCK_SIZE,
+    HALF_LOADING_VARIABLE,
     HALF_LOADING_WORKER,
     cut_weights_that_wait,
     draining,
-    half_loading,
     running_vllm,
 )
 from support.weight_tensors import weight_tensors
@@ -98,15 +98,16 @@ class Receiving:
 @pytest.fixture(scope="module")
 def receiving(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiving]:
     arguments = {"block_size": BLOCK_SIZE, "worker_cls": HALF_LOADING_WORKER}
+    own: dict[str, object] = {"weights_received_by": "workers", "tensor_parallel_size": WORKERS}
     values = {
-        "vllm": {"weights_received_by": "workers", "tensor_parallel_size": WORKERS, "engine_args": arguments},
+        # Weights that were staged would be whole, whatever became of the memory that they came in.
+        "vllm": {**own, "stage_weights": False, "engine_args": arguments},
         "weights": {"collective_addresses": ["127.0.0.1:*"], "idle_timeout_s": 3},
     }
     half_loads = tmp_path_factory.mktemp("worker") / "load-half"
+    variables = {**ANOTHER_HOST, HALF_LOADING_VARIABLE: str(half_loads)}
     with (
-        environment_of_services(ANOTHER_HOST),
-        half_loading(half_loads),
-        running_vllm(tiny_model_dir, tmp_path_factory.mktemp("vllm"), values) as service,
+        running_vllm(tiny_model_dir, tmp_path_factory.mktemp("vllm"), values, variables) as service,
         WeightClient(service.admin_target) as weights,
         draining(service),
     ):
