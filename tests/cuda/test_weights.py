@@ -13,6 +13,8 @@ from ppod_models.page_locks import page_locked
 from ppod_services.core.model_weights import ModelWeights
 from ppod_services.core.weight_manifest import IncomingTensor
 from ppod_services.core.weight_store import ReceivedWeights
+from ppod_services.generation.vllm_backend.segments import Segment
+from ppod_services.generation.vllm_backend.staging import LockedSegments, SegmentStage
 from ppod_trainer.policy_weights import PolicyTensors
 from ppod_trainer.weight_planes import HostCopy, Outgoing
 from support.tiny_model import build_model
@@ -89,6 +91,26 @@ def test_memory_is_locked_and_let_go() -> None:
     assert tensor.is_pinned()
     lock.close()
     assert not tensor.is_pinned()
+
+
+def test_a_worker_copies_a_segment_from_locked_pages() -> None:
+    values = weights_of(4)
+    segment = Segment([value.shape for value in values.values()], [value.dtype for value in values.values()])
+    tensors = [
+        (name, "float32", tuple(value.shape), offset)
+        for (name, value), offset in zip(values.items(), segment.offsets, strict=True)
+    ]
+    for tensor, value in zip(segment.tensors, values.values(), strict=True):
+        tensor.copy_(value)
+    memory = LockedSegments(DEVICE).map(segment.path)
+    assert torch.frombuffer(memory, dtype=torch.uint8).is_pinned()
+    stage = SegmentStage(DEVICE)
+    stage.begin(segment.path, tensors, 1)
+    found = stage.take(1)
+    assert found is not None
+    for name, tensor in found:
+        assert tensor.device == DEVICE
+        assert torch.equal(tensor.cpu(), values[name]), name
 
 
 def test_what_has_no_room_is_copied_at_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:

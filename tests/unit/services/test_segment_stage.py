@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ppod_services.generation.vllm_backend.segments import Segment
-from ppod_services.generation.vllm_backend.staging import SegmentStage, TensorAt, read_segment
+from ppod_services.generation.vllm_backend.staging import LockedSegments, SegmentStage, TensorAt, read_segment
 
 SHAPES = [(3, 5), (0, 2), (7,)]
 DTYPES = [torch.float32, torch.float32, torch.bfloat16]
@@ -52,6 +52,31 @@ def test_a_version_is_taken_once_and_outlives_its_segment() -> None:
             tensor.zero_()
         assert_holds(stage.take(version), expected)
         assert stage.take(version) is None, "a second time"
+
+
+def test_segments_stay_mapped_while_versions_come_in_turns() -> None:
+    segments = LockedSegments(torch.device("cpu"))
+    first, second = (Segment(SHAPES, DTYPES) for _ in range(2))
+    mapped = [segments.map(segment.path) for segment in (first, second)]
+    for segment, memory in zip((first, second, first), (*mapped, mapped[0]), strict=True):
+        assert segments.map(segment.path) is memory
+    third = Segment(SHAPES, DTYPES)
+    segments.map(third.path)
+    assert segments.map(first.path) is mapped[0], "of the last two"
+    assert segments.map(second.path) is not mapped[1]
+
+
+def test_another_segment_with_the_same_path_is_another_one() -> None:
+    """A descriptor's number is given to the next one as soon as it is closed."""
+    stage = SegmentStage(torch.device("cpu"))
+    paths: set[str] = set()
+    for version in range(1, 5):
+        segment, tensors, expected = filled(version)
+        paths.add(segment.path)
+        stage.begin(segment.path, tensors, version)
+        assert_holds(stage.take(version), expected)
+        del segment
+    assert len(paths) < 4
 
 
 def test_where_there_is_no_room_nothing_is_staged(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ppod_models.loading import DTYPES
+from ppod_models.page_locks import PageLock
 from ppod_services.core.side_stream import SideStream
 from ppod_services.generation.vllm_backend.segments import read_tensor
 
@@ -24,7 +26,44 @@ def read_segment(path: str, tensors: Sequence[TensorAt]) -> Iterator[tuple[str, 
     """Names and tensors of a segment, in its own memory; who writes to them writes to copies."""
     with Path(path).open("rb") as file:
         memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
+    return _tensors(memory, tensors)
+
+
+def _tensors(memory: mmap.mmap, tensors: Sequence[TensorAt]) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, read_tensor(memory, offset, shape, DTYPES[dtype])) for name, dtype, shape, offset in tensors)
+
+
+class LockedSegments:
+    """Maps segments, and has a device copy from their pages directly: those of the last two versions.
+
+    Which are all, as long as versions are received in turns into the memory of two: then no page is locked anew.
+
+    Args:
+        device: what copies; a CPU needs no locks.
+    """
+
+    _KEPT = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self._locks = device.type == "cuda"
+        self._mapped: dict[tuple[int, int], tuple[mmap.mmap, PageLock | None]] = {}
+
+    def map(self, path: str) -> mmap.mmap:
+        """The memory of a segment, not to be written to; it is mapped until two others have been."""
+        with Path(path).open("r+b") as file:
+            status = os.fstat(file.fileno())
+            # Not by its path, which another one may have had. The mapping keeps the number from being given away.
+            key = status.st_dev, status.st_ino
+            found = self._mapped.pop(key, None)
+            if found is None:
+                while len(self._mapped) >= self._KEPT:
+                    _, lock = self._mapped.pop(next(iter(self._mapped)))
+                    if lock is not None:
+                        lock.close()
+                memory = mmap.mmap(file.fileno(), status.st_size)
+                found = memory, PageLock(memoryview(memory)) if self._locks else None
+            self._mapped[key] = found
+        return found[0]
 
 
 class SegmentStage:
@@ -37,6 +76,7 @@ class SegmentStage:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._side = SideStream(device)
+        self._segments = LockedSegments(device)
         self._tensors: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._version: int | None = None
@@ -69,7 +109,8 @@ class SegmentStage:
     def _copy(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
         try:
             with self._side.working():
-                copied = {name: self._place(name, tensor).copy_(tensor) for name, tensor in read_segment(path, tensors)}
+                found = _tensors(self._segments.map(path), tensors)
+                copied = {name: self._place(name, tensor).copy_(tensor, non_blocking=True) for name, tensor in found}
         except torch.OutOfMemoryError:
             self._tensors = {}
             _LOGGER.warning("no room on %s for weights that wait: they are loaded at their commit", self._device)
