@@ -62,6 +62,13 @@ def tell(store: Store, key: str, value: str) -> None:
         raise GroupError(f"{key} could not be told: {_first_line(error)}") from error
 
 
+def on_host(bucket: torch.Tensor) -> torch.Tensor:
+    """The bytes of a bucket in the host's memory; those of a device by way of locked pages, which is the fast one."""
+    if bucket.device.type == "cpu":
+        return bucket
+    return torch.empty_like(bucket, device="cpu", pin_memory=True).copy_(bucket)
+
+
 class _Members(Protocol):
     """A backend of torch.distributed; its own stubs leave these out."""
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from fnmatch import fnmatchcase
 
 from ppod.errors import FailedPrecondition, PermissionDenied, Unavailable
-from ppod_models.process_groups import GroupError, usable_backends
+from ppod_models.process_groups import GroupError, on_host, usable_backends
 from ppod_services.core.group_member import GroupMember
 from ppod_services.core.weight_manifest import IncomingGroup, IncomingManifest
 from ppod_services.core.weight_store import Install
@@ -82,7 +82,7 @@ class CollectiveReceiver:
         with ExitStack() as failed:
             failed.callback(self._leave)
             for bucket in self._join(group).buckets(transfer.weight_version, transfer.manifest.wire_bytes):
-                transfer.write(bucket.cpu().numpy().data)
+                transfer.write(on_host(bucket).numpy().data)
             failed.pop_all()
 
     def _join(self, group: IncomingGroup) -> GroupMember:

@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from ppod_models.loading import DTYPES
-from ppod_models.process_groups import GroupBackend, GroupError
+from ppod_models.process_groups import GroupBackend, GroupError, on_host
 from ppod_services.core.group_member import GroupMember
 from ppod_services.core.side_stream import SideStream
 from ppod_services.core.weight_manifest import IncomingGroup
@@ -92,7 +92,7 @@ class StagedTensors:
     def write(self, bucket: torch.Tensor) -> None:
         """Take the next bytes: a flat uint8 tensor on the device. Raises ChecksumError."""
         # Also the bytes that the checksum is made of come from the device, not past it.
-        host = bucket.cpu().numpy()
+        host = on_host(bucket).numpy()
         begin = 0
         while begin < len(host):
             target = self._flat[self._index]
