@@ -68,7 +68,7 @@ class CollectivePlane:
         self._brought = None
         with self._copy.tensors(outgoing) as arriving:
             tensors = with_checksums(arriving)
-        push = WeightPush(outgoing.weight_version, tensors, collective=self._group)
+        push = WeightPush(outgoing.weight_version, tensors, collective=self._group, push_id=outgoing.push_id)
         self._refused.clear()
         # Left last to first: who is told that nobody listens, then waits for the broadcast's end.
         with ThreadPoolExecutor(1, thread_name_prefix="broadcast") as pool, ExitStack() as failed:

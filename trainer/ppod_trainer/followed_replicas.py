@@ -321,7 +321,7 @@ def _give(member: _Member, status: WeightStatus, served: ServedWeights) -> None:
     # A base of the same number may be another run's.
     if served.adapter is None or not member.ours or status.base_version != served.base.weight_version:
         client.push(served.base)
-        client.commit(served.base.weight_version)
+        client.commit(served.base.weight_version, push_id=served.base.push_id)
     if served.adapter is not None:
         client.push(served.adapter)
-        client.commit(served.adapter.weight_version)
+        client.commit(served.adapter.weight_version, push_id=served.adapter.push_id)

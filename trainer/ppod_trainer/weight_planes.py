@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -15,13 +16,22 @@ from ppod_trainer.errors import TrainerError, WeightPushError
 from ppod_trainer.policy_weights import PolicyTensors
 
 
+def new_push_id() -> str:
+    """A name that no other push has."""
+    return secrets.token_hex(8)
+
+
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """One version that is to leave; `image` is it already in the form that travels, where that is kept."""
+    """One version that is to leave; `image` is it already in the form that travels, where that is kept.
+
+    However often it is sent, all its pushes have one name.
+    """
 
     weight_version: int
     policy: PolicyTensors
     image: WireImage | None
+    push_id: str = field(default_factory=new_push_id)
 
 
 class WeightPlane(Protocol):
@@ -92,12 +102,12 @@ class GrpcPlane:
     def whole(self, outgoing: Outgoing) -> Generator[WeightPush]:
         """See `WeightPlane`."""
         with self._copy.tensors(outgoing) as tensors:
-            yield WeightPush(outgoing.weight_version, tensors)
+            yield WeightPush(outgoing.weight_version, tensors, push_id=outgoing.push_id)
 
     @contextmanager
     def changes(self, outgoing: Outgoing, base_version: int, tensors: Sequence[WeightTensor]) -> Generator[WeightPush]:
         """See `WeightPlane`."""
-        yield WeightPush(outgoing.weight_version, tensors, base_version=base_version)
+        yield WeightPush(outgoing.weight_version, tensors, base_version=base_version, push_id=outgoing.push_id)
 
     def refused(self) -> None:
         """Each replica is on its own."""
@@ -141,7 +151,8 @@ class SharedPlane:
             segment.image.copy_from(outgoing.image)
         with self._writing(outgoing):
             self._directory.publish(segment)
-        yield WeightPush(outgoing.weight_version, segment.image.tensors(), uri=segment.uri)
+        tensors = segment.image.tensors()
+        yield WeightPush(outgoing.weight_version, tensors, uri=segment.uri, push_id=outgoing.push_id)
 
     @contextmanager
     def changes(self, outgoing: Outgoing, base_version: int, tensors: Sequence[WeightTensor]) -> Generator[WeightPush]:
@@ -149,7 +160,8 @@ class SharedPlane:
         with self._writing(outgoing):
             path = self._directory.write(tensors)
         try:
-            yield WeightPush(outgoing.weight_version, tensors, base_version=base_version, uri=path.as_uri())
+            version, push_id = outgoing.weight_version, outgoing.push_id
+            yield WeightPush(version, tensors, base_version=base_version, uri=path.as_uri(), push_id=push_id)
         finally:
             self._directory.remove(path)
 

@@ -39,7 +39,7 @@ from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import WeightPushError
 from ppod_trainer.held_files import HeldFiles
 from ppod_trainer.policy_weights import KnownPolicies, PolicyTensors
-from ppod_trainer.weight_planes import GrpcPlane, Outgoing, SharedPlane, WeightPlane
+from ppod_trainer.weight_planes import GrpcPlane, Outgoing, SharedPlane, WeightPlane, new_push_id
 from ppod_trainer.weight_replicas import ServedWeights, WeightReplicas
 
 _LOGGER = logging.getLogger(__name__)
@@ -88,11 +88,12 @@ class _Committed:
 
     weight_version: int
     image: WireImage
+    push_id: str
 
     @property
     def whole(self) -> WeightPush:
         """All of it."""
-        return WeightPush(self.weight_version, self.image.tensors())
+        return WeightPush(self.weight_version, self.image.tensors(), push_id=self.push_id)
 
 
 class WeightSync:
@@ -143,16 +144,18 @@ class WeightSync:
                 image = self._free_image(policy)
                 image.fill(policy.write)
             self._sent_bytes = 0
-            outcomes = self._prepare(Outgoing(weight_version, policy, image))
+            outgoing = Outgoing(weight_version, policy, image)
+            outcomes = self._prepare(outgoing)
             lost = self._lost("prepare", weight_version, outcomes)
 
             def serve(lost: Collection[str]) -> None:
                 if image is not None:
                     self._retired = None if self._committed is None else self._committed.image
-                    self._committed = _Committed(weight_version, image)
+                    self._committed = _Committed(weight_version, image, outgoing.push_id)
                     self._replicas.serve(ServedWeights(self._committed.whole), lost)
 
-            return self._commit(weight_version, lost, started, self.fallbacks - fallbacks, serve)
+            version = weight_version, outgoing.push_id
+            return self._commit(version, lost, started, self.fallbacks - fallbacks, serve)
 
     def base_versions(self) -> set[int]:
         """The versions of whole weights that the replicas have, below their adapters."""
@@ -180,7 +183,7 @@ class WeightSync:
         with self._taking():
             base = self._common_base(weight_version) if base_version is None else base_version
             self._sent_bytes = 0
-            push = WeightPush(weight_version, tensors, base_version=base, adapter=adapter)
+            push = WeightPush(weight_version, tensors, base_version=base, adapter=adapter, push_id=new_push_id())
             lost = self._lost("prepare", weight_version, self._send(push, list(self._clients)))
 
             def serve(lost: Collection[str]) -> None:
@@ -189,7 +192,7 @@ class WeightSync:
                     kept = [replace(one, data=memoryview(bytes(one.data))) for one in tensors]
                     self._replicas.serve(ServedWeights(self._committed.whole, replace(push, tensors=kept)), lost)
 
-            return self._commit(weight_version, lost, started, 0, serve)
+            return self._commit((weight_version, push.push_id), lost, started, 0, serve)
 
     def _common_base(self, weight_version: int) -> int:
         bases = {status.base_version for status in self._statuses().values()}
@@ -282,20 +285,20 @@ class WeightSync:
 
     def _commit(
         self,
-        weight_version: int,
+        version: tuple[int, str],
         lost: Sequence[str],
         started: float,
         fallbacks: int,
         serve: Callable[[Collection[str]], None],
     ) -> PushReport:
-        """Commit on all but those that are lost; `serve` is told who is then."""
+        """Commit a version and push on all but those that are lost; `serve` is told who is then."""
         prepared = time.monotonic()
         targets = [target for target in self._clients if target not in lost]
         pause = _PAUSES[self._config.pause]
-        answers = self._ask(targets, lambda client: client.commit(weight_version, pause=pause))
-        outcomes = {target: self._commit_error(target, answers[target], weight_version) for target in targets}
+        answers = self._ask(targets, lambda client: client.commit(version[0], pause=pause, push_id=version[1]))
+        outcomes = {target: self._commit_error(target, answers[target], version) for target in targets}
         try:
-            lost = [*lost, *self._lost("commit", weight_version, outcomes)]
+            lost = [*lost, *self._lost("commit", version[0], outcomes)]
         finally:
             # Also where all failed: some may serve it that nobody hears of, and those take none before it any more.
             serve(lost)
@@ -304,7 +307,7 @@ class WeightSync:
             self._sent_bytes, prepared - started, time.monotonic() - prepared, paused_s, fallbacks, tuple(lost)
         )
 
-    def _commit_error(self, target: str, answer: float | PpodError, weight_version: int) -> PpodError | None:
+    def _commit_error(self, target: str, answer: float | PpodError, version: tuple[int, str]) -> PpodError | None:
         """What went wrong; a commit whose reply was lost may have worked."""
         if isinstance(answer, PpodError):
             try:
@@ -312,7 +315,7 @@ class WeightSync:
             except PpodError:
                 return answer
             self._held.told(target, status)
-            return None if status.state.weight_version == weight_version else answer
+            return None if (status.state.weight_version, status.push_id or version[1]) == version else answer
         self._held.committed(target)
         return None
 

@@ -133,6 +133,7 @@ class WeightPush:
         uri: a shared file that holds the bytes already; empty: they are sent.
         relay: servers that get the same from this one.
         collective: a process group that brings the bytes; None: they come otherwise.
+        push_id: the sender's name for it, by which its commit is of no other's; empty: it has none.
     """
 
     weight_version: int
@@ -142,6 +143,7 @@ class WeightPush:
     uri: str = ""
     relay: tuple[RelayHop, ...] = ()
     collective: CollectiveGroup | None = None
+    push_id: str = ""
 
     @property
     def wire_bytes(self) -> int:
@@ -183,6 +185,7 @@ class WeightStatus:
         held_uris: shared files that serve or wait; whoever writes to one damages them.
         collective_ranks: how many ranks the server takes in a `CollectiveGroup`.
         relay_directory_id: of the directory that it relays by; those with the same one see its files. Empty: none.
+        push_id: of the push that brought what serves; empty: it had none, or nothing was pushed.
     """
 
     state: ModelState
@@ -191,6 +194,7 @@ class WeightStatus:
     held_uris: tuple[str, ...] = ()
     collective_ranks: int = 1
     relay_directory_id: str = ""
+    push_id: str = ""
 
 
 def read_prepared(data: bytes, target: str, push: WeightPush) -> PreparedWeights:
@@ -210,9 +214,11 @@ def read_prepared(data: bytes, target: str, push: WeightPush) -> PreparedWeights
     return PreparedWeights(reply.received_bytes, reply.receive_s, outcomes)
 
 
-def commit(core: ClientCore, weight_version: int, pause: WeightPause, timeout_s: float | None) -> Program[float]:
+def commit(
+    core: ClientCore, weight_version: int, pause: WeightPause, push_id: str, timeout_s: float | None
+) -> Program[float]:
     """Put a prepared version into service; a repeat of a commit that worked works, too."""
-    request = weights_pb2.CommitWeightsRequest(weight_version=weight_version, pause=pause.value)
+    request = weights_pb2.CommitWeightsRequest(weight_version=weight_version, pause=pause.value, push_id=push_id)
     job = SingleJob(f"/{WEIGHT_SERVICE}/CommitWeights", request)
     yield from core.ask(job, timeout_s)
     reply = parse(weights_pb2.CommitWeightsResponse, job.reply)
@@ -236,6 +242,7 @@ def status(core: ClientCore, timeout_s: float | None) -> Program[WeightStatus]:
         tuple(reply.held_uris),
         reply.collective_ranks or 1,
         reply.relay_directory_id,
+        reply.push_id,
     )
 
 
@@ -310,6 +317,7 @@ def _manifest(push: WeightPush, target: str) -> weights_pb2.WeightManifest:
         uri=push.uri,
         relay=[_hop(hop) for hop in push.relay],
         checksums_follow=_checksums_follow(push),
+        push_id=push.push_id,
     )
     if push.adapter is not None:
         manifest.adapter.rank = push.adapter.rank

@@ -66,10 +66,19 @@ class WeightClient(ServiceClient):
         return calls.read_prepared(reply, self.target, push)
 
     def commit(
-        self, weight_version: int, *, pause: WeightPause = WeightPause.WAIT, timeout_s: float | None = None
+        self,
+        weight_version: int,
+        *,
+        pause: WeightPause = WeightPause.WAIT,
+        push_id: str = "",
+        timeout_s: float | None = None,
     ) -> float:
-        """Put the prepared version into service. Returns the seconds for which no batch could start."""
-        return self._driver.run(calls.commit(self._core, weight_version, pause, timeout_s))
+        """Put the prepared version into service. Returns the seconds for which no batch could start.
+
+        Raises:
+            FailedPrecondition: it is neither prepared nor serving, or another push than `push_id` was it.
+        """
+        return self._driver.run(calls.commit(self._core, weight_version, pause, push_id, timeout_s))
 
     def status(self, *, timeout_s: float | None = None) -> WeightStatus:
         """Ask which versions serve and wait."""
@@ -97,10 +106,15 @@ class AsyncWeightClient(AsyncServiceClient):
         return calls.read_prepared(reply, self.target, push)
 
     async def commit(
-        self, weight_version: int, *, pause: WeightPause = WeightPause.WAIT, timeout_s: float | None = None
+        self,
+        weight_version: int,
+        *,
+        pause: WeightPause = WeightPause.WAIT,
+        push_id: str = "",
+        timeout_s: float | None = None,
     ) -> float:
-        """Put the prepared version into service. Returns the seconds for which no batch could start."""
-        return await self._driver.run(calls.commit(self._core, weight_version, pause, timeout_s))
+        """Put the prepared version into service. Returns and raises as `WeightClient.commit`."""
+        return await self._driver.run(calls.commit(self._core, weight_version, pause, push_id, timeout_s))
 
     async def status(self, *, timeout_s: float | None = None) -> WeightStatus:
         """Ask which versions serve and wait."""

@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from ppod.v1 import common_pb2 as ppod_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15ppod/v1/weights.proto\x12\x07ppod.v1\x1a\x14ppod/v1/common.proto\"\x9e\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.ppod.v1.TensorDtype\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04xxh3\x18\x04 \x01(\x06\x12)\n\x08\x65ncoding\x18\x05 \x01(\x0e\x32\x17.ppod.v1.TensorEncoding\x12\x15\n\rencoded_bytes\x18\x06 \x01(\x04\"[\n\x0bLoraAdapter\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x03 \x03(\t\x12\x17\n\x0frank_stabilized\x18\x04 \x01(\x08\"U\n\x08RelayHop\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x1f\n\x04hops\x18\x02 \x03(\x0b\x32\x11.ppod.v1.RelayHop\x12\x18\n\x10shares_directory\x18\x03 \x01(\x08\"\x88\x01\n\x0f\x43ollectiveGroup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x14\n\x0c\x62ucket_bytes\x18\x06 \x01(\x04\x12\r\n\x05ranks\x18\x07 \x01(\r\"\x98\x02\n\x0eWeightManifest\x12\x16\n\x0eweight_version\x18\x01 \x01(\x04\x12$\n\x07tensors\x18\x02 \x03(\x0b\x32\x13.ppod.v1.TensorSpec\x12\x19\n\x0c\x62\x61se_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0b\n\x03uri\x18\x04 \x01(\t\x12 \n\x05relay\x18\x05 \x03(\x0b\x32\x11.ppod.v1.RelayHop\x12%\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0b\x32\x14.ppod.v1.LoraAdapter\x12,\n\ncollective\x18\x07 \x01(\x0b\x32\x18.ppod.v1.CollectiveGroup\x12\x18\n\x10\x63hecksums_follow\x18\x08 \x01(\x08\x42\x0f\n\r_base_version\"\x1f\n\x0fWeightChecksums\x12\x0c\n\x04xxh3\x18\x01 \x03(\x06\"\x8c\x01\n\x15PrepareWeightsRequest\x12+\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.ppod.v1.WeightManifestH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12-\n\tchecksums\x18\x03 \x01(\x0b\x32\x18.ppod.v1.WeightChecksumsH\x00\x42\x06\n\x04part\"\x85\x01\n\x16PrepareWeightsResponse\x12\x16\n\x0eweight_version\x18\x01 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x02 \x01(\x04\x12\x11\n\treceive_s\x18\x03 \x01(\x01\x12(\n\x08replicas\x18\x04 \x03(\x0b\x32\x16.ppod.v1.ReplicaResult\"N\n\rReplicaResult\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06status\x18\x04 \x01(\x0c\"S\n\x14\x43ommitWeightsRequest\x12\x16\n\x0eweight_version\x18\x01 \x01(\x04\x12#\n\x05pause\x18\x02 \x01(\x0e\x32\x14.ppod.v1.WeightPause\"M\n\x15\x43ommitWeightsResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x10\n\x08paused_s\x18\x02 \x01(\x01\"\x13\n\x11GetWeightsRequest\"\xcb\x01\n\x12GetWeightsResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x1d\n\x10prepared_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x04\x12\x11\n\theld_uris\x18\x04 \x03(\t\x12\x18\n\x10\x63ollective_ranks\x18\x05 \x01(\r\x12\x1a\n\x12relay_directory_id\x18\x06 \x01(\tB\x13\n\x11_prepared_version*z\n\x0bTensorDtype\x12\x1c\n\x18TENSOR_DTYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14TENSOR_DTYPE_FLOAT32\x10\x01\x12\x19\n\x15TENSOR_DTYPE_BFLOAT16\x10\x02\x12\x18\n\x14TENSOR_DTYPE_FLOAT16\x10\x03*\x82\x01\n\x0eTensorEncoding\x12\x1f\n\x1bTENSOR_ENCODING_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_ENCODING_DENSE\x10\x01\x12\x1a\n\x16TENSOR_ENCODING_BITMAP\x10\x02\x12\x18\n\x14TENSOR_ENCODING_GAPS\x10\x03*q\n\x0bWeightPause\x12\x1c\n\x18WEIGHT_PAUSE_UNSPECIFIED\x10\x00\x12\x15\n\x11WEIGHT_PAUSE_WAIT\x10\x01\x12\x15\n\x11WEIGHT_PAUSE_KEEP\x10\x02\x12\x16\n\x12WEIGHT_PAUSE_ABORT\x10\x03\x32\xfb\x01\n\rWeightService\x12S\n\x0ePrepareWeights\x12\x1e.ppod.v1.PrepareWeightsRequest\x1a\x1f.ppod.v1.PrepareWeightsResponse(\x01\x12N\n\rCommitWeights\x12\x1d.ppod.v1.CommitWeightsRequest\x1a\x1e.ppod.v1.CommitWeightsResponse\x12\x45\n\nGetWeights\x12\x1a.ppod.v1.GetWeightsRequest\x1a\x1b.ppod.v1.GetWeightsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15ppod/v1/weights.proto\x12\x07ppod.v1\x1a\x14ppod/v1/common.proto\"\x9e\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.ppod.v1.TensorDtype\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04xxh3\x18\x04 \x01(\x06\x12)\n\x08\x65ncoding\x18\x05 \x01(\x0e\x32\x17.ppod.v1.TensorEncoding\x12\x15\n\rencoded_bytes\x18\x06 \x01(\x04\"[\n\x0bLoraAdapter\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x03 \x03(\t\x12\x17\n\x0frank_stabilized\x18\x04 \x01(\x08\"U\n\x08RelayHop\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x1f\n\x04hops\x18\x02 \x03(\x0b\x32\x11.ppod.v1.RelayHop\x12\x18\n\x10shares_directory\x18\x03 \x01(\x08\"\x88\x01\n\x0f\x43ollectiveGroup\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x14\n\x0c\x62ucket_bytes\x18\x06 \x01(\x04\x12\r\n\x05ranks\x18\x07 \x01(\r\"\xa9\x02\n\x0eWeightManifest\x12\x16\n\x0eweight_version\x18\x01 \x01(\x04\x12$\n\x07tensors\x18\x02 \x03(\x0b\x32\x13.ppod.v1.TensorSpec\x12\x19\n\x0c\x62\x61se_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0b\n\x03uri\x18\x04 \x01(\t\x12 \n\x05relay\x18\x05 \x03(\x0b\x32\x11.ppod.v1.RelayHop\x12%\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0b\x32\x14.ppod.v1.LoraAdapter\x12,\n\ncollective\x18\x07 \x01(\x0b\x32\x18.ppod.v1.CollectiveGroup\x12\x18\n\x10\x63hecksums_follow\x18\x08 \x01(\x08\x12\x0f\n\x07push_id\x18\t \x01(\tB\x0f\n\r_base_version\"\x1f\n\x0fWeightChecksums\x12\x0c\n\x04xxh3\x18\x01 \x03(\x06\"\x8c\x01\n\x15PrepareWeightsRequest\x12+\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.ppod.v1.WeightManifestH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12-\n\tchecksums\x18\x03 \x01(\x0b\x32\x18.ppod.v1.WeightChecksumsH\x00\x42\x06\n\x04part\"\x85\x01\n\x16PrepareWeightsResponse\x12\x16\n\x0eweight_version\x18\x01 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x02 \x01(\x04\x12\x11\n\treceive_s\x18\x03 \x01(\x01\x12(\n\x08replicas\x18\x04 \x03(\x0b\x32\x16.ppod.v1.ReplicaResult\"N\n\rReplicaResult\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06status\x18\x04 \x01(\x0c\"d\n\x14\x43ommitWeightsRequest\x12\x16\n\x0eweight_version\x18\x01 \x01(\x04\x12#\n\x05pause\x18\x02 \x01(\x0e\x32\x14.ppod.v1.WeightPause\x12\x0f\n\x07push_id\x18\x03 \x01(\t\"M\n\x15\x43ommitWeightsResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x10\n\x08paused_s\x18\x02 \x01(\x01\"\x13\n\x11GetWeightsRequest\"\xdc\x01\n\x12GetWeightsResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.ppod.v1.ModelState\x12\x1d\n\x10prepared_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x04\x12\x11\n\theld_uris\x18\x04 \x03(\t\x12\x18\n\x10\x63ollective_ranks\x18\x05 \x01(\r\x12\x1a\n\x12relay_directory_id\x18\x06 \x01(\t\x12\x0f\n\x07push_id\x18\x07 \x01(\tB\x13\n\x11_prepared_version*z\n\x0bTensorDtype\x12\x1c\n\x18TENSOR_DTYPE_UNSPECIFIED\x10\x00\x12\x18\n\x14TENSOR_DTYPE_FLOAT32\x10\x01\x12\x19\n\x15TENSOR_DTYPE_BFLOAT16\x10\x02\x12\x18\n\x14TENSOR_DTYPE_FLOAT16\x10\x03*\x82\x01\n\x0eTensorEncoding\x12\x1f\n\x1bTENSOR_ENCODING_UNSPECIFIED\x10\x00\x12\x19\n\x15TENSOR_ENCODING_DENSE\x10\x01\x12\x1a\n\x16TENSOR_ENCODING_BITMAP\x10\x02\x12\x18\n\x14TENSOR_ENCODING_GAPS\x10\x03*q\n\x0bWeightPause\x12\x1c\n\x18WEIGHT_PAUSE_UNSPECIFIED\x10\x00\x12\x15\n\x11WEIGHT_PAUSE_WAIT\x10\x01\x12\x15\n\x11WEIGHT_PAUSE_KEEP\x10\x02\x12\x16\n\x12WEIGHT_PAUSE_ABORT\x10\x03\x32\xfb\x01\n\rWeightService\x12S\n\x0ePrepareWeights\x12\x1e.ppod.v1.PrepareWeightsRequest\x1a\x1f.ppod.v1.PrepareWeightsResponse(\x01\x12N\n\rCommitWeights\x12\x1d.ppod.v1.CommitWeightsRequest\x1a\x1e.ppod.v1.CommitWeightsResponse\x12\x45\n\nGetWeights\x12\x1a.ppod.v1.GetWeightsRequest\x1a\x1b.ppod.v1.GetWeightsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ppod.v1.weights_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TENSORDTYPE']._serialized_start=1602
-  _globals['_TENSORDTYPE']._serialized_end=1724
-  _globals['_TENSORENCODING']._serialized_start=1727
-  _globals['_TENSORENCODING']._serialized_end=1857
-  _globals['_WEIGHTPAUSE']._serialized_start=1859
-  _globals['_WEIGHTPAUSE']._serialized_end=1972
+  _globals['_TENSORDTYPE']._serialized_start=1653
+  _globals['_TENSORDTYPE']._serialized_end=1775
+  _globals['_TENSORENCODING']._serialized_start=1778
+  _globals['_TENSORENCODING']._serialized_end=1908
+  _globals['_WEIGHTPAUSE']._serialized_start=1910
+  _globals['_WEIGHTPAUSE']._serialized_end=2023
   _globals['_TENSORSPEC']._serialized_start=57
   _globals['_TENSORSPEC']._serialized_end=215
   _globals['_LORAADAPTER']._serialized_start=217
@@ -47,23 +47,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COLLECTIVEGROUP']._serialized_start=398
   _globals['_COLLECTIVEGROUP']._serialized_end=534
   _globals['_WEIGHTMANIFEST']._serialized_start=537
-  _globals['_WEIGHTMANIFEST']._serialized_end=817
-  _globals['_WEIGHTCHECKSUMS']._serialized_start=819
-  _globals['_WEIGHTCHECKSUMS']._serialized_end=850
-  _globals['_PREPAREWEIGHTSREQUEST']._serialized_start=853
-  _globals['_PREPAREWEIGHTSREQUEST']._serialized_end=993
-  _globals['_PREPAREWEIGHTSRESPONSE']._serialized_start=996
-  _globals['_PREPAREWEIGHTSRESPONSE']._serialized_end=1129
-  _globals['_REPLICARESULT']._serialized_start=1131
-  _globals['_REPLICARESULT']._serialized_end=1209
-  _globals['_COMMITWEIGHTSREQUEST']._serialized_start=1211
-  _globals['_COMMITWEIGHTSREQUEST']._serialized_end=1294
-  _globals['_COMMITWEIGHTSRESPONSE']._serialized_start=1296
-  _globals['_COMMITWEIGHTSRESPONSE']._serialized_end=1373
-  _globals['_GETWEIGHTSREQUEST']._serialized_start=1375
-  _globals['_GETWEIGHTSREQUEST']._serialized_end=1394
-  _globals['_GETWEIGHTSRESPONSE']._serialized_start=1397
-  _globals['_GETWEIGHTSRESPONSE']._serialized_end=1600
-  _globals['_WEIGHTSERVICE']._serialized_start=1975
-  _globals['_WEIGHTSERVICE']._serialized_end=2226
+  _globals['_WEIGHTMANIFEST']._serialized_end=834
+  _globals['_WEIGHTCHECKSUMS']._serialized_start=836
+  _globals['_WEIGHTCHECKSUMS']._serialized_end=867
+  _globals['_PREPAREWEIGHTSREQUEST']._serialized_start=870
+  _globals['_PREPAREWEIGHTSREQUEST']._serialized_end=1010
+  _globals['_PREPAREWEIGHTSRESPONSE']._serialized_start=1013
+  _globals['_PREPAREWEIGHTSRESPONSE']._serialized_end=1146
+  _globals['_REPLICARESULT']._serialized_start=1148
+  _globals['_REPLICARESULT']._serialized_end=1226
+  _globals['_COMMITWEIGHTSREQUEST']._serialized_start=1228
+  _globals['_COMMITWEIGHTSREQUEST']._serialized_end=1328
+  _globals['_COMMITWEIGHTSRESPONSE']._serialized_start=1330
+  _globals['_COMMITWEIGHTSRESPONSE']._serialized_end=1407
+  _globals['_GETWEIGHTSREQUEST']._serialized_start=1409
+  _globals['_GETWEIGHTSREQUEST']._serialized_end=1428
+  _globals['_GETWEIGHTSRESPONSE']._serialized_start=1431
+  _globals['_GETWEIGHTSRESPONSE']._serialized_end=1651
+  _globals['_WEIGHTSERVICE']._serialized_start=2026
+  _globals['_WEIGHTSERVICE']._serialized_end=2277
 # @@protoc_insertion_point(module_scope)

@@ -98,7 +98,7 @@ class CollectiveGroup(_message.Message):
     def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., bucket_bytes: _Optional[int] = ..., ranks: _Optional[int] = ...) -> None: ...
 
 class WeightManifest(_message.Message):
-    __slots__ = ("weight_version", "tensors", "base_version", "uri", "relay", "adapter", "collective", "checksums_follow")
+    __slots__ = ("weight_version", "tensors", "base_version", "uri", "relay", "adapter", "collective", "checksums_follow", "push_id")
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class WeightManifest(_message.Message):
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVE_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    PUSH_ID_FIELD_NUMBER: _ClassVar[int]
     weight_version: int
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     base_version: int
@@ -115,7 +116,8 @@ class WeightManifest(_message.Message):
     adapter: LoraAdapter
     collective: CollectiveGroup
     checksums_follow: bool
-    def __init__(self, weight_version: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., base_version: _Optional[int] = ..., uri: _Optional[str] = ..., relay: _Optional[_Iterable[_Union[RelayHop, _Mapping]]] = ..., adapter: _Optional[_Union[LoraAdapter, _Mapping]] = ..., collective: _Optional[_Union[CollectiveGroup, _Mapping]] = ..., checksums_follow: _Optional[bool] = ...) -> None: ...
+    push_id: str
+    def __init__(self, weight_version: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., base_version: _Optional[int] = ..., uri: _Optional[str] = ..., relay: _Optional[_Iterable[_Union[RelayHop, _Mapping]]] = ..., adapter: _Optional[_Union[LoraAdapter, _Mapping]] = ..., collective: _Optional[_Union[CollectiveGroup, _Mapping]] = ..., checksums_follow: _Optional[bool] = ..., push_id: _Optional[str] = ...) -> None: ...
 
 class WeightChecksums(_message.Message):
     __slots__ = ("xxh3",)
@@ -158,12 +160,14 @@ class ReplicaResult(_message.Message):
     def __init__(self, target: _Optional[str] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., status: _Optional[bytes] = ...) -> None: ...
 
 class CommitWeightsRequest(_message.Message):
-    __slots__ = ("weight_version", "pause")
+    __slots__ = ("weight_version", "pause", "push_id")
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
     PAUSE_FIELD_NUMBER: _ClassVar[int]
+    PUSH_ID_FIELD_NUMBER: _ClassVar[int]
     weight_version: int
     pause: WeightPause
-    def __init__(self, weight_version: _Optional[int] = ..., pause: _Optional[_Union[WeightPause, str]] = ...) -> None: ...
+    push_id: str
+    def __init__(self, weight_version: _Optional[int] = ..., pause: _Optional[_Union[WeightPause, str]] = ..., push_id: _Optional[str] = ...) -> None: ...
 
 class CommitWeightsResponse(_message.Message):
     __slots__ = ("model", "paused_s")
@@ -178,17 +182,19 @@ class GetWeightsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWeightsResponse(_message.Message):
-    __slots__ = ("model", "prepared_version", "base_version", "held_uris", "collective_ranks", "relay_directory_id")
+    __slots__ = ("model", "prepared_version", "base_version", "held_uris", "collective_ranks", "relay_directory_id", "push_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PREPARED_VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     HELD_URIS_FIELD_NUMBER: _ClassVar[int]
     COLLECTIVE_RANKS_FIELD_NUMBER: _ClassVar[int]
     RELAY_DIRECTORY_ID_FIELD_NUMBER: _ClassVar[int]
+    PUSH_ID_FIELD_NUMBER: _ClassVar[int]
     model: _common_pb2.ModelState
     prepared_version: int
     base_version: int
     held_uris: _containers.RepeatedScalarFieldContainer[str]
     collective_ranks: int
     relay_directory_id: str
-    def __init__(self, model: _Optional[_Union[_common_pb2.ModelState, _Mapping]] = ..., prepared_version: _Optional[int] = ..., base_version: _Optional[int] = ..., held_uris: _Optional[_Iterable[str]] = ..., collective_ranks: _Optional[int] = ..., relay_directory_id: _Optional[str] = ...) -> None: ...
+    push_id: str
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelState, _Mapping]] = ..., prepared_version: _Optional[int] = ..., base_version: _Optional[int] = ..., held_uris: _Optional[_Iterable[str]] = ..., collective_ranks: _Optional[int] = ..., relay_directory_id: _Optional[str] = ..., push_id: _Optional[str] = ...) -> None: ...

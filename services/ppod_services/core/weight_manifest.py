@@ -26,6 +26,7 @@ _ENCODINGS = {one.value: one for one in TensorEncoding} | {
     weights_pb2.TENSOR_ENCODING_UNSPECIFIED: TensorEncoding.DENSE
 }
 _BUCKET_BYTES = (64 * 1024, 1024**3)
+_PUSH_ID_LENGTH = 64
 
 
 class IncomingTensor(NamedTuple):
@@ -106,6 +107,7 @@ class IncomingManifest:
         adapter: what the tensors belong to; None: the model itself.
         uri: file that holds the bytes; empty where there is none.
         collective: process group that brings the bytes; with neither they come in chunks.
+        push_id: the sender's name for the push; empty where it has none.
     """
 
     weight_version: int
@@ -114,6 +116,7 @@ class IncomingManifest:
     adapter: LoraAdapter | None = None
     uri: str = ""
     collective: IncomingGroup | None = None
+    push_id: str = ""
 
     @property
     def layout(self) -> Layout:
@@ -145,7 +148,10 @@ def read_manifest(message: weights_pb2.WeightManifest) -> IncomingManifest:
         adapter=adapter,
         uri=message.uri,
         collective=_read_group(message) if message.HasField("collective") else None,
+        push_id=message.push_id,
     )
+    if len(manifest.push_id) > _PUSH_ID_LENGTH:
+        raise InvalidArgument("manifest.push_id", f"{len(manifest.push_id)} characters", f"at most {_PUSH_ID_LENGTH}")
     if adapter is not None and manifest.encoded:
         raise InvalidArgument("manifest.tensors.encoding", "changes of an adapter's tensors", "dense tensors")
     if message.checksums_follow and (manifest.uri or manifest.collective is not None):

@@ -155,9 +155,10 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             raise InvalidArgument("pause", str(request.pause), "a value of WeightPause")
         paused_s = 0.0
         # Asked first: sequences under way are not to be held up or handed back for a commit that changes nothing.
-        if target.weights.would_change(request.weight_version):
-            paused_s = await self._scheduler.exclusive(lambda: target.weights.commit(request.weight_version), pause)
-            log_event(_LOGGER, "weights_committed", {"version": request.weight_version, "seconds": round(paused_s, 6)})
+        version, push_id = request.weight_version, request.push_id
+        if target.weights.would_change(version, push_id):
+            paused_s = await self._scheduler.exclusive(lambda: target.weights.commit(version, push_id), pause)
+            log_event(_LOGGER, "weights_committed", {"version": version, "seconds": round(paused_s, 6)})
         # Not the version that was asked for: another commit may have followed.
         return weights_pb2.CommitWeightsResponse(model=target.info.state(target.weights.version), paused_s=paused_s)
 
@@ -176,6 +177,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             held_uris=weights.held_uris,
             collective_ranks=weights.collective_ranks,
             relay_directory_id=self._directory_id,
+            push_id=weights.push_id,
         )
 
     def close(self) -> None:

@@ -37,10 +37,11 @@ class ServedWeights:
         self._store = store
         self._on_version = on_version
         self._version = 0
+        self._push_id = ""  # of what serves
         self._base_version = 0
         self._hold: Hold | None = None  # of the file whose memory serves
         self._prepared: _Prepared | None = None
-        self._installing: int | None = None  # the version whose commit is under way
+        self._installing: IncomingManifest | None = None  # of the version whose commit is under way
         self._transferring = False
         self._lock = threading.Lock()
 
@@ -53,6 +54,11 @@ class ServedWeights:
     def base_version(self) -> int:
         """The version of the whole weights in service, below an adapter where one serves."""
         return self._base_version
+
+    @property
+    def push_id(self) -> str:
+        """The sender's name for the push that brought what serves; empty where it had none."""
+        return self._push_id
 
     @property
     def prepared_version(self) -> int | None:
@@ -138,35 +144,44 @@ class ServedWeights:
         finally:
             _release(dropped)
 
-    def would_change(self, weight_version: int) -> bool:
+    def would_change(self, weight_version: int, push_id: str = "") -> bool:
         """Whether a commit would put this version into service, or has begun to; False where it serves already.
 
         Raises:
             FailedPrecondition: as `commit`.
         """
         with self._lock:
-            return weight_version == self._installing or self._to_commit(weight_version) is not None
+            installing = self._installing
+            if installing is not None and installing.weight_version == weight_version:
+                _check_push(push_id, installing.push_id)
+                return True
+            return self._to_commit(weight_version, push_id) is not None
 
-    def commit(self, weight_version: int) -> float:
+    def commit(self, weight_version: int, push_id: str = "") -> float:
         """Put prepared weights into service; must run between two decoding steps. Repeating it changes nothing.
+
+        Args:
+            weight_version: which.
+            push_id: of the push that is to have prepared them; empty: whichever did.
 
         Returns:
             Seconds that it took.
 
         Raises:
-            FailedPrecondition: the version is neither prepared nor serving, or its base serves no more.
+            FailedPrecondition: the version is neither prepared nor serving, or by another push, or its base serves no
+            more.
         """
         start = time.monotonic()
         with self._lock:
-            prepared = self._to_commit(weight_version)
+            prepared = self._to_commit(weight_version, push_id)
             if prepared is None:
                 return 0.0
-            self._prepared, self._installing = None, weight_version
+            self._prepared, self._installing = None, prepared.manifest
         dropped = prepared.hold
         try:
             prepared.install()
             with self._lock:
-                self._version = weight_version
+                self._version, self._push_id = weight_version, prepared.manifest.push_id
                 if prepared.manifest.adapter is None:
                     self._base_version = weight_version
                     if self._store.borrows:
@@ -177,14 +192,16 @@ class ServedWeights:
         self._on_version(weight_version)
         return time.monotonic() - start
 
-    def _to_commit(self, weight_version: int) -> _Prepared | None:
+    def _to_commit(self, weight_version: int, push_id: str) -> _Prepared | None:
         """What a commit puts into service, None where it serves already; raises as `commit`. Call it with the lock."""
         if weight_version == self._version:
+            _check_push(push_id, self._push_id)
             return None
         prepared = self._prepared
         if prepared is None or prepared.manifest.weight_version != weight_version:
             found = "none prepared" if prepared is None else f"{prepared.manifest.weight_version} prepared"
             raise FailedPrecondition("weight_version", f"{self._version} serving, {found}", str(weight_version))
+        _check_push(push_id, prepared.manifest.push_id)
         # It may have been prepared while another version was on its way into service.
         self._check_versions(prepared.manifest)
         return prepared
@@ -199,6 +216,12 @@ class ServedWeights:
         base = manifest.base_version
         if base is not None and base != self._base_version:
             raise FailedPrecondition("base_version", str(self._base_version), str(base))
+
+
+def _check_push(wanted: str, found: str) -> None:
+    if wanted not in ("", found):
+        told = f"{found or 'none'}: another sender pushed the same version to this server"
+        raise FailedPrecondition("push_id", told, wanted)
 
 
 def _release(hold: Hold | None) -> None:
