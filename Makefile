@@ -8,6 +8,7 @@ SHELL := bash
 # Settings, each from the command line or the environment:
 #   VENV   where the virtual environment lives
 #   PYTHON the interpreter that makes it, 3.11 or newer
+#   PARTS  what `make bench-device` measures; tests/benchmarks/on_a_device.sh lists it
 #   ARGS   more arguments for `ppod run` or the benchmark, such as ARGS="--trainer.steps 5"
 #   TESTS  what `make test` runs, such as TESTS=tests/unit
 #   VLLM_VENV  where the environment with vLLM lives, which several checkouts may share
@@ -17,6 +18,7 @@ SHELL := bash
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
+PARTS ?=
 TESTS ?= tests
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ppod
 VLLM_VENV ?= $(CACHE)/venv-vllm
@@ -39,7 +41,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed-ppod-$(shell cat pyproject.toml constraint
 	format protos monitoring clean \
 	lint lint-ruff lint-format lint-types lint-imports lint-buf lint-protos lint-manifests lint-images \
 	bench-trl bench-update bench-curves bench-grpo bench-serving bench-generation bench-overlap bench-weights bench-fairness \
-	bench-overload bench-learning bench-fuzz bench-episodes
+	bench-overload bench-learning bench-fuzz bench-episodes bench-device
 
 help: ## list the tasks
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -163,6 +165,9 @@ bench-overload: setup-run ## measure the reward service at ten times the load th
 
 bench-weights: setup-run ## measure pushes of weights against a bare byte stream and a memcpy (~15 minutes)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.weights $(ARGS)
+
+bench-device: setup-run ## measure generation, weights and overlap on a CUDA device, with 1.2 billion parameters (PARTS="weights ...")
+	PYTHONPATH=tests tests/benchmarks/on_a_device.sh $(BIN)/python build/bench-device $(PARTS)
 
 bench-fuzz: setup ## send 100,000 malformed requests to the reward and reference services
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.fuzz.malformed --requests 100000 $(ARGS)
