@@ -71,6 +71,8 @@ def ask(service: ServiceProcess, workload: Workload) -> tuple[float, list[list[i
 
     async def all_requests() -> tuple[float, list[list[int]]]:
         async with AsyncGenerationClient(service.target, timeout_s=1_800) as client:
+            # Its channel is open, as a trainer's is.
+            await client.describe()
             begin = time.perf_counter()
             answers = await asyncio.gather(
                 *(
