@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ppod import GenerationClient, Internal, Sampling, WeightClient
+from ppod import Completion, GenerationClient, Internal, Sampling, WeightClient
 from support.architectures import build_architecture
 from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
@@ -78,3 +78,33 @@ def test_weights_that_vllm_would_lose_leave_the_old_ones_serving(tmp_path: Path)
         with pytest.raises(Internal, match=r"the old one serves on: .* of GptOssForCausalLM lost \d+ parameters"):
             weights.commit(1)
         check(client, model, 0)
+
+
+def test_what_vllm_makes_of_weights_that_were_pushed_is_what_it_makes_of_a_checkpoint(tmp_path: Path) -> None:
+    """It holds parts of some layers once more, as parameters that nobody loads."""
+    # The only sizes for which it has such attention on CPUs.
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    model = build_architecture("deepseek_v3", topk_method="noaux_tc", num_hidden_layers=2, **sizes)
+    first = saved(model, tmp_path / "first")
+    shuffle(model, 1)
+    second = saved(model, tmp_path / "second")
+    with running_vllm(second, tmp_path) as service, GenerationClient(service.target) as client:
+        expected = one_by_one(client)
+    with (
+        running_vllm(first, tmp_path) as service,
+        WeightClient(service.admin_target) as weights,
+        GenerationClient(service.target) as client,
+    ):
+        before = one_by_one(client)
+        weights.prepare(1, weight_tensors(model, torch.float32))
+        weights.commit(1)
+        pushed = one_by_one(client)
+    for old, found, wanted in zip(before, pushed, expected, strict=True):
+        assert found.token_ids.tolist() == wanted.token_ids.tolist() != old.token_ids.tolist()
+        np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=GAP)
+
+
+def one_by_one(client: GenerationClient) -> list[Completion]:
+    """Greedy, each alone: this attention's results on CPUs are others in company."""
+    greedy = Sampling(max_tokens=6, ignore_eos=True, temperature=0)
+    return [done for prompt in PROMPTS for done in client.generate([prompt], greedy)]

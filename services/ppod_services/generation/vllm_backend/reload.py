@@ -53,6 +53,8 @@ def reload_weights(
     left, lost = iter(weights), dict[str, bool]()
     with torch.no_grad(), set_current_vllm_config(config):
         initialize_layerwise_reload(model)
+        # Not what vLLM itself makes of others once they are loaded, as of MLA's; it does so again at the end.
+        expected &= {name for name, _ in model.named_parameters(remove_duplicate=False)}
         try:
             loaded = cast(_Loads, model).load_weights(left)
             lost = _lost(model, expected)
