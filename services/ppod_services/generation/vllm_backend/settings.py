@@ -21,17 +21,26 @@ _OWN_KEYS = {
     "max_num_seqs": "batching.max_batch_size",
 }
 """Engine arguments that have a key of their own elsewhere."""
+_SPECULATES = "logprobs of speculative decoding are not told exactly"
+_QUANTIZES = "pushed weights would be compared with, and rounded to, another model than the trainer's"
 _FIXED = {
     "tokenizer": "the model's own tokenizer makes the fingerprint that callers pin",
     "logprobs_mode": "completions carry the logprobs of the distribution that was sampled",
     "worker_extension_cls": "ppod's own loads pushed weights",
     "weight_transfer_config": "ppod's own engine receives pushed weights; see vllm.weights_received_by",
     "data_parallel_size": "run one service for each replica; clients balance over them",
-    "speculative_config": "logprobs of speculative decoding are not told exactly",
+    # vLLM makes a `speculative_config` of any of the other three.
+    "speculative_config": _SPECULATES,
+    "spec_method": _SPECULATES,
+    "spec_model": _SPECULATES,
+    "spec_tokens": _SPECULATES,
+    "watermark_config": "its key would decide draws, and not a request's seed",
+    "enable_eplb": "pushed experts would be put where they were at the start, not where they have moved since",
     "logits_processors": "logprobs would be of another distribution than the request describes",
     "trust_remote_code": "models bring safetensors, not code",
     "load_format": "models bring safetensors, not code",
-    "quantization": "pushed weights would be compared with, and rounded to, another model than the trainer's",
+    "quantization": _QUANTIZES,
+    "quantization_config": _QUANTIZES,
 }
 """Engine arguments that would break what the service promises, and why."""
 
