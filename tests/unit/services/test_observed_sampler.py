@@ -86,3 +86,9 @@ def check(found: Any, alternatives: int) -> None:
 def test_another_sampler_is_left_alone() -> None:
     runner = SimpleNamespace(sampler=object())
     assert not observe_sampler(runner)
+
+
+def test_a_part_of_a_pipeline_that_samples_nothing_hides_nothing() -> None:
+    runner = SimpleNamespace(sampler=None)
+    assert observe_sampler(runner)
+    assert runner.sampler is None

@@ -17,9 +17,12 @@ class HasSampler(Protocol):
 def observe_sampler(runner: HasSampler) -> bool:
     """Put each sampled token's unscaled logprob where its likeliest alternative's would stand.
 
-    Returns whether the runner's sampler lets itself be observed.
+    Returns whether the runner's sampler lets itself be observed, or there is none.
     """
     sampler = runner.sampler
+    if sampler is None:
+        # Where the layers are in a pipeline, the second runner of its last part alone samples.
+        return True
     if isinstance(sampler, nn.Module):
         observer = _SamplerObserver()
         sampler.register_forward_pre_hook(observer.before, with_kwargs=True)
