@@ -18,6 +18,7 @@ from ppod_models.process_groups import GroupBackend, GroupError, on_host
 from ppod_services.core.group_member import GroupMember
 from ppod_services.core.side_stream import SideStream
 from ppod_services.core.weight_manifest import IncomingGroup
+from ppod_services.generation.vllm_backend.room import need_room
 
 GROUP_BROKE = "group"
 OTHER_CHECKSUM = "checksum"
@@ -130,6 +131,8 @@ class WorkerReceiver:
         self._device = device
         self._side = SideStream(device)
         self._worker = worker
+        self.spared_bytes = 0
+        """What the engine may need of the device's memory beside what is received."""
         self._group: IncomingGroup | None = None
         self._timeout_s = 0.0
         self._member: GroupMember | None = None
@@ -191,6 +194,7 @@ class WorkerReceiver:
         try:
             with self._side.working():
                 copy = _map(version.segment) if self._worker == 0 else None
+                need_room(self._device, _size(version.tensors), self.spared_bytes)
                 staged = StagedTensors(version.tensors, self._device, copy)
                 for bucket in self._meet().buckets(version.weight_version, staged.total_bytes):
                     staged.write(bucket)
@@ -216,6 +220,10 @@ def _describe(error: Exception) -> Outcome:
     if isinstance(error, torch.OutOfMemoryError):
         return (NO_MEMORY, str(error).split("\n", maxsplit=1)[0])
     return (FAILED, f"{type(error).__name__}: {error}")
+
+
+def _size(tensors: Sequence[ReceivedTensor]) -> int:
+    return sum(torch.Size(shape).numel() * DTYPES[dtype].itemsize for _, dtype, shape, _, _ in tensors)
 
 
 def _map(path: str) -> np.ndarray:

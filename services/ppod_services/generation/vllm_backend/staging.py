@@ -14,6 +14,7 @@ import torch
 from ppod_models.loading import DTYPES
 from ppod_models.page_locks import PageLock
 from ppod_services.core.side_stream import SideStream
+from ppod_services.generation.vllm_backend.room import need_room
 from ppod_services.generation.vllm_backend.segments import read_tensor
 
 _LOGGER = logging.getLogger(__name__)
@@ -71,10 +72,12 @@ class SegmentStage:
 
     Args:
         device: the worker's.
+        spared_bytes: what the engine may need of the device's memory besides.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, spared_bytes: int = 0) -> None:
         self._device = device
+        self._spared_bytes = spared_bytes
         self._side = SideStream(device)
         self._segments = LockedSegments(device)
         self._tensors: dict[str, torch.Tensor] = {}
@@ -100,6 +103,12 @@ class SegmentStage:
         found, self._version = self._version, None
         return iter(self._tensors.items()) if found == weight_version else None
 
+    def drop(self) -> None:
+        """Free the memory on the device."""
+        self._wait()
+        self._version = None
+        self._tensors = {}
+
     def _wait(self) -> None:
         if self._thread is not None:
             self._thread.join()
@@ -109,8 +118,12 @@ class SegmentStage:
     def _copy(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
         try:
             with self._side.working():
-                found = _tensors(self._segments.map(path), tensors)
-                copied = {name: self._place(name, tensor).copy_(tensor, non_blocking=True) for name, tensor in found}
+                found = dict(_tensors(self._segments.map(path), tensors))
+                new = [tensor.nbytes for name, tensor in found.items() if not self._has_place(name, tensor)]
+                need_room(self._device, sum(new), self._spared_bytes)
+                copied = {
+                    name: self._place(name, tensor).copy_(tensor, non_blocking=True) for name, tensor in found.items()
+                }
         except torch.OutOfMemoryError:
             self._tensors = {}
             _LOGGER.warning("no room on %s for weights that wait: they are loaded at their commit", self._device)
@@ -118,8 +131,11 @@ class SegmentStage:
         self._tensors = copied
         self._version = weight_version
 
-    def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _has_place(self, name: str, tensor: torch.Tensor) -> bool:
         kept = self._tensors.get(name)
-        if kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype):
-            return kept
+        return kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype)
+
+    def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if self._has_place(name, tensor):
+            return self._tensors[name]
         return torch.empty_like(tensor, device=self._device)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ppod_services.generation.vllm_backend.observed_sampler import HasSampler, observe_sampler
 from ppod_services.generation.vllm_backend.reload import load_pushed, reload_weights
+from ppod_services.generation.vllm_backend.room import largest_layer_bytes
 from ppod_services.generation.vllm_backend.settings import TRANSFER_ENGINE
 from ppod_services.generation.vllm_backend.staging import SegmentStage, TensorAt, read_segment
 from ppod_services.generation.vllm_backend.watch import end_with_service
@@ -43,7 +44,7 @@ class PpodWorker:
     def ppod_stage_weights(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
         """Begin to copy a segment's weights to this worker's device, beside serving."""
         if self.stage is None:
-            self.stage = SegmentStage(self.device)
+            self.stage = SegmentStage(self.device, self._spared_bytes())
         self.stage.begin(path, tensors, weight_version)
 
     def ppod_staged(self) -> bool:
@@ -56,6 +57,8 @@ class PpodWorker:
 
     def _load(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
         staged = None if self.stage is None else self.stage.take(weight_version)
+        if self.stage is not None and staged is None:
+            self.stage.drop()
         found = read_segment(path, tensors) if staged is None else staged
         load_pushed(self.vllm_config, self.model_runner.get_model(), found)
         if self.device.type == "cuda":
@@ -69,6 +72,8 @@ class PpodWorker:
     def _load_checkpoint(self) -> None:
         from vllm.model_executor.model_loader import get_model_loader  # pyright: ignore  # noqa: PLC0415
 
+        if self.stage is not None:
+            self.stage.drop()
         config, model = self.vllm_config, self.model_runner.get_model()
         loader = get_model_loader(config.load_config)
         reload_weights(config, model, loader.get_all_weights(config.model_config, model), first=True)
@@ -83,8 +88,16 @@ class PpodWorker:
 
     def ppod_drop_received(self) -> None:
         """Give up an update: vLLM has no way to end one that is not finished."""
-        self.weight_transfer_engine.receiver.drop()
+        receiver = self.weight_transfer_engine.receiver
+        receiver.drop()
+        receiver.spared_bytes = self._spared_bytes()
         self._weight_update_active = False
+
+    def _spared_bytes(self) -> int:
+        """What the engine takes of its device for moments: a step's activations, or a layer that is loaded."""
+        # Where kv_cache_gib says what the KV cache takes, vLLM does not measure these, and tells so by not having them.
+        activations: int = getattr(self, "peak_activation_memory", 0)
+        return max(activations, largest_layer_bytes(self.model_runner.get_model()))
 
 
 def _offer_transfer_engine() -> None:
