@@ -18,7 +18,7 @@ import torch
 
 from ppod.errors import Internal, InvalidArgument, NonFiniteOutput
 from ppod_models.configuration import ConfigError, parse_config
-from ppod_services.generation.config import GenerationServiceConfig
+from ppod_services.generation.config import GenerationBatchingConfig, GenerationServiceConfig
 from ppod_services.generation.requests import Ending, GenerationItem, TokenFilter, VersionSpan
 from ppod_services.generation.vllm_backend.completions import (
     OutsideStops,
@@ -36,7 +36,7 @@ from support.generation_engine import item as plain_item
 from support.tiny_model import build_tokenizer, save_longrope_model
 from support.vllm_stand_in import without_vllm
 
-KNOWN = frozenset({"block_size", "swap_space"})
+KNOWN = frozenset({"block_size", "max_num_batched_tokens", "swap_space"})
 
 
 def config(**vllm: object) -> GenerationServiceConfig:
@@ -131,6 +131,16 @@ def test_engine_arguments_come_from_the_configuration(tiny_model_dir: Path) -> N
     receiving = engine_arguments(config(weights_received_by="workers"), tiny_model_dir, "cuda", KNOWN)
     assert receiving["weight_transfer_config"] == {"backend": "ppod"}
     assert "enable_chunked_prefill" not in on_gpu
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(2_048, None), (2_049, 2_049), (65_536, 65_536)])
+def test_a_step_on_a_gpu_has_a_token_for_each_sequence(
+    tiny_model_dir: Path, sequences: int, tokens: int | None
+) -> None:
+    large = config().model_copy(update={"batching": GenerationBatchingConfig(max_batch_size=sequences)})
+    assert engine_arguments(large, tiny_model_dir, "cuda", KNOWN).get("max_num_batched_tokens") == tokens
+    told = config(engine_args={"max_num_batched_tokens": 70_000}).model_copy(update={"batching": large.batching})
+    assert engine_arguments(told, tiny_model_dir, "cuda", KNOWN)["max_num_batched_tokens"] == 70_000
 
 
 def test_unknown_engine_arguments_and_devices_are_faults_of_the_configuration(tiny_model_dir: Path) -> None:

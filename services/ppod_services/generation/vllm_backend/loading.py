@@ -40,6 +40,8 @@ from ppod_services.generation.vllm_backend.watch import FORKS_VARIABLE, SERVICE_
 
 _GIB = 2**30
 _CPU_KV_CACHE_GIB = 1.0
+_STEP_TOKENS = 2_048
+"""Most tokens of one step as vLLM has it, which does not start where that many sequences are not a token each."""
 _CPU_STEP_TOKENS = 8_192
 """Most tokens of one step on CPUs, unless a prompt may be longer: memory for all of them is set aside."""
 _WORKER = "ppod_services.generation.vllm_backend.worker"
@@ -161,6 +163,8 @@ def engine_arguments(
         arguments["enable_chunked_prefill"] = False
         most = max(min(batching.max_batch_tokens, _CPU_STEP_TOKENS), longest, batching.max_batch_size)
         arguments["max_num_batched_tokens"] = most
+    elif batching.max_batch_size > _STEP_TOKENS:
+        arguments["max_num_batched_tokens"] = batching.max_batch_size
     return {**arguments, **vllm.engine_args}
 
 
