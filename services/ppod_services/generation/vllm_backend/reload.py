@@ -58,9 +58,12 @@ def reload_weights(
         try:
             loaded = cast(_Loads, model).load_weights(left)
             lost = _lost(model, expected)
-        finally:
-            # Also after a failure: the next load must not find what this one left half done.
             finalize_layerwise_reload(model, config.model_config)
+        except BaseException:
+            # The next load must not find what this one left half done.
+            _forget(model)
+            finalize_layerwise_reload(model, config.model_config)
+            raise
         _repack(model, {name.rpartition(".")[0] for name in lost})
     if (one := next(left, None)) is not None:
         raise ValueError(f"vLLM did not take {one[0]}")
@@ -92,6 +95,20 @@ def _lost(model: nn.Module, names: Iterable[str]) -> dict[str, bool]:
         if tensor is not None and tensor.is_meta and not waits:
             found[name] = info.load_numel <= 0
     return found
+
+
+def _forget(model: nn.Module) -> None:
+    """Drop what has come to layers that are not done, so that a reload's end puts them back as they were.
+
+    It would else fill them first, with too little, and where that fails, as for want of memory, leave the other layers
+    as they are: a next load would go on with what they have.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info  # pyright: ignore  # noqa: PLC0415
+
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        info.loaded_weights.clear()
+        info.load_numel = 0
 
 
 def _repack(model: nn.Module, lost: Set[str]) -> None:
