@@ -99,6 +99,7 @@ def read(output: Output, of: GenerationItem | None = None, *, tokens: int | None
         ({"engine_args": {"spec_model": "draft"}}, "vllm.engine_args: spec_model cannot be set"),
         ({"engine_args": {"spec_tokens": 2}}, "vllm.engine_args: spec_tokens cannot be set"),
         ({"engine_args": {"watermark_config": {"key": 1}}}, "vllm.engine_args: watermark_config cannot be set"),
+        ({"engine_args": {"enable_lora": True}}, "vllm.engine_args: enable_lora cannot be set: adapters are pushed"),
         ({"engine_args": {"enable_eplb": True}}, "vllm.engine_args: enable_eplb cannot be set: pushed experts"),
         ({"engine_args": {"quantization_config": {}}}, "vllm.engine_args: quantization_config cannot be set"),
         ({"weights_received_by": "nobody"}, "vllm.weights_received_by"),

@@ -34,6 +34,7 @@ _FIXED = {
     "spec_method": _SPECULATES,
     "spec_model": _SPECULATES,
     "spec_tokens": _SPECULATES,
+    "enable_lora": "adapters are pushed, and merged into a copy of the base; with vLLM's own it takes no new weights",
     "watermark_config": "its key would decide draws, and not a request's seed",
     "enable_eplb": "pushed experts would be put where they were at the start, not where they have moved since",
     "logits_processors": "logprobs would be of another distribution than the request describes",
