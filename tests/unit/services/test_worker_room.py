@@ -78,10 +78,20 @@ def test_a_version_that_waits_needs_room_where_the_one_before_it_left_none(monke
     assert asked == [(32, 30), (0, 30), (16, 30), (32, 30)]
 
 
-def test_a_version_that_workers_receive_is_refused_before_its_group_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_device: torch.device, nbytes: int, spared_bytes: int) -> None:
-        raise torch.OutOfMemoryError(f"{nbytes} beside {spared_bytes}\nand more")
+def test_no_page_is_locked_of_a_version_for_which_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "need_room", full)
+    monkeypatch.setattr(staging.LockedSegments, "map", lambda _self, path: pytest.fail(f"{path} was mapped"))
+    segment, tensors = version([(3,), (5,)])
+    stage = SegmentStage(CPU)
+    stage.begin(segment.path, tensors, 1)
+    assert stage.take(1) is None
 
+
+def full(_device: torch.device, nbytes: int, spared_bytes: int) -> None:
+    raise torch.OutOfMemoryError(f"{nbytes} beside {spared_bytes}\nand more")
+
+
+def test_a_version_that_workers_receive_is_refused_before_its_group_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receiver, "need_room", full)
     segment, tensors = version([(3,), (5,)])
     worker = WorkerReceiver(CPU, 0)

@@ -118,12 +118,15 @@ class SegmentStage:
     def _copy(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
         try:
             with self._side.working():
-                found = dict(_tensors(self._segments.map(path), tensors))
-                new = [tensor.nbytes for name, tensor in found.items() if not self._has_place(name, tensor)]
+                # Before the segment's pages are locked, which takes a while.
+                new = [
+                    torch.Size(shape).numel() * DTYPES[dtype].itemsize
+                    for name, dtype, shape, _ in tensors
+                    if not self._has_place(name, shape, DTYPES[dtype])
+                ]
                 need_room(self._device, sum(new), self._spared_bytes)
-                copied = {
-                    name: self._place(name, tensor).copy_(tensor, non_blocking=True) for name, tensor in found.items()
-                }
+                found = _tensors(self._segments.map(path), tensors)
+                copied = {name: self._place(name, tensor).copy_(tensor, non_blocking=True) for name, tensor in found}
         except torch.OutOfMemoryError:
             self._tensors = {}
             _LOGGER.warning("no room on %s for weights that wait: they are loaded at their commit", self._device)
@@ -131,11 +134,11 @@ class SegmentStage:
         self._tensors = copied
         self._version = weight_version
 
-    def _has_place(self, name: str, tensor: torch.Tensor) -> bool:
+    def _has_place(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
         kept = self._tensors.get(name)
-        return kept is not None and (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype)
+        return kept is not None and (tuple(kept.shape), kept.dtype) == (tuple(shape), dtype)
 
     def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if self._has_place(name, tensor):
+        if self._has_place(name, tensor.shape, tensor.dtype):
             return self._tensors[name]
         return torch.empty_like(tensor, device=self._device)
