@@ -36,7 +36,7 @@ from support.generation_engine import item as plain_item
 from support.tiny_model import build_tokenizer, save_longrope_model
 from support.vllm_stand_in import without_vllm
 
-KNOWN = frozenset({"block_size", "max_num_batched_tokens", "swap_space"})
+KNOWN = frozenset({"block_size", "enable_chunked_prefill", "max_num_batched_tokens", "swap_space"})
 
 
 def config(**vllm: object) -> GenerationServiceConfig:
@@ -125,6 +125,8 @@ def test_engine_arguments_come_from_the_configuration(tiny_model_dir: Path) -> N
     assert (found["logprobs_mode"], found["block_size"]) == ("processed_logprobs", 32)
     # vLLM's CPU sampler cannot take back the draw of a part of a prompt.
     assert found["enable_chunked_prefill"] is False
+    with pytest.raises(ConfigError, match=r"vllm\.engine_args\.enable_chunked_prefill: on CPUs"):
+        engine_arguments(config(engine_args={"enable_chunked_prefill": True}), tiny_model_dir, "cpu", KNOWN)
     on_gpu = engine_arguments(config(max_model_len=100, kv_cache_gib=2), tiny_model_dir, "cuda", KNOWN)
     assert (on_gpu["max_model_len"], on_gpu["kv_cache_memory_bytes"]) == (100, 2**31)
     assert on_gpu["enforce_eager"] is False

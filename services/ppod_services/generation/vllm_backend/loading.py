@@ -138,9 +138,11 @@ def engine_arguments(
     if config.model.device not in ("auto", platform):
         found = f"found {config.model.device!r}"
         problems.append(f"model.device: this vLLM runs on {platform}; choose among several by the environment, {found}")
+    on_cpu = platform == "cpu"
+    if on_cpu and vllm.engine_args.get("enable_chunked_prefill"):
+        problems.append("vllm.engine_args.enable_chunked_prefill: on CPUs a part of a prompt would end the engine")
     if problems:
         raise ConfigError("configuration", problems)
-    on_cpu = platform == "cpu"
     longest = min(_longest(vllm, path), batching.max_batch_tokens)
     cache_gib = vllm.kv_cache_gib or (_CPU_KV_CACHE_GIB if on_cpu else None)
     arguments: dict[str, JsonValue] = {
