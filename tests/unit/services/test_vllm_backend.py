@@ -100,6 +100,11 @@ def read(output: Output, of: GenerationItem | None = None, *, tokens: int | None
         ({"engine_args": {"spec_tokens": 2}}, "vllm.engine_args: spec_tokens cannot be set"),
         ({"engine_args": {"watermark_config": {"key": 1}}}, "vllm.engine_args: watermark_config cannot be set"),
         ({"engine_args": {"enable_lora": True}}, "vllm.engine_args: enable_lora cannot be set: adapters are pushed"),
+        ({"engine_args": {"kv_transfer_config": {}}}, "vllm.engine_args: kv_transfer_config cannot be set: stores of"),
+        (
+            {"engine_args": {"kv_offloading_backend": "lmcache"}},
+            "vllm.engine_args: kv_offloading_backend cannot be",
+        ),
         ({"engine_args": {"enable_eplb": True}}, "vllm.engine_args: enable_eplb cannot be set: pushed experts"),
         ({"engine_args": {"quantization_config": {}}}, "vllm.engine_args: quantization_config cannot be set"),
         ({"weights_received_by": "nobody"}, "vllm.weights_received_by"),

@@ -23,6 +23,7 @@ _OWN_KEYS = {
 """Engine arguments that have a key of their own elsewhere."""
 _SPECULATES = "logprobs of speculative decoding are not told exactly"
 _QUANTIZES = "pushed weights would be compared with, and rounded to, another model than the trainer's"
+_KEEPS = "stores of keys and values outside of the engine may keep those of old weights"
 _FIXED = {
     "tokenizer": "the model's own tokenizer makes the fingerprint that callers pin",
     "logprobs_mode": "completions carry the logprobs of the distribution that was sampled",
@@ -35,6 +36,8 @@ _FIXED = {
     "spec_model": _SPECULATES,
     "spec_tokens": _SPECULATES,
     "enable_lora": "adapters are pushed, and merged into a copy of the base; with vLLM's own it takes no new weights",
+    "kv_transfer_config": _KEEPS,
+    "kv_offloading_backend": _KEEPS,
     "watermark_config": "its key would decide draws, and not a request's seed",
     "enable_eplb": "pushed experts would be put where they were at the start, not where they have moved since",
     "logits_processors": "logprobs would be of another distribution than the request describes",
