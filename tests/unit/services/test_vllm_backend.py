@@ -151,6 +151,24 @@ def test_a_step_on_a_gpu_has_a_token_for_each_sequence(
     assert engine_arguments(told, tiny_model_dir, "cuda", KNOWN)["max_num_batched_tokens"] == 70_000
 
 
+@pytest.mark.parametrize(
+    ("platform", "vllm", "part"),
+    [
+        ("cuda", {}, 0.9),
+        ("cuda", {"gpu_memory_utilization": 0.5}, 0.5),
+        # vLLM would not start where other processes have more than a tenth of the GPU.
+        ("cuda", {"kv_cache_gib": 2}, 0.01),
+        ("cuda", {"kv_cache_gib": 2, "gpu_memory_utilization": 0.5}, 0.01),
+        ("cpu", {"kv_cache_gib": 2}, 0.9),
+    ],
+)
+def test_a_cache_of_a_given_size_asks_for_no_part_of_the_device(
+    tiny_model_dir: Path, platform: str, vllm: dict[str, object], part: float
+) -> None:
+    found = engine_arguments(config(**vllm), tiny_model_dir, platform, KNOWN)
+    assert found["gpu_memory_utilization"] == part
+
+
 def test_unknown_engine_arguments_and_devices_are_faults_of_the_configuration(tiny_model_dir: Path) -> None:
     wrong = config(engine_args={"block_sise": 32, "blocks": 1})
     wrong = wrong.model_copy(update={"model": wrong.model.model_copy(update={"device": "cuda:1"})})

@@ -42,6 +42,9 @@ _GIB = 2**30
 _CPU_KV_CACHE_GIB = 1.0
 _STEP_TOKENS = 2_048
 """Most tokens of one step as vLLM has it, which does not start where that many sequences are not a token each."""
+_UNASKED = 0.01
+"""A part of a device's memory that is always free. Where the KV cache's size is given vLLM makes nothing of the part,
+but does not start on a GPU whose other processes leave less of it free."""
 _CPU_STEP_TOKENS = 8_192
 """Most tokens of one step on CPUs, unless a prompt may be longer: memory for all of them is set aside."""
 _WORKER = "ppod_services.generation.vllm_backend.worker"
@@ -150,7 +153,7 @@ def engine_arguments(
         "dtype": _dtype(config.model, platform),
         "tensor_parallel_size": vllm.tensor_parallel_size,
         "max_model_len": longest,
-        "gpu_memory_utilization": vllm.gpu_memory_utilization,
+        "gpu_memory_utilization": _UNASKED if cache_gib and not on_cpu else vllm.gpu_memory_utilization,
         "kv_cache_memory_bytes": int(cache_gib * _GIB) if cache_gib else None,
         "enforce_eager": on_cpu if vllm.enforce_eager is None else vllm.enforce_eager,
         "max_num_seqs": batching.max_batch_size,

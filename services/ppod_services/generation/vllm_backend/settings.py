@@ -61,7 +61,11 @@ class VllmConfig(ConfigModel):
         default=None, ge=2, le=2**24, description="longest sequence; none: the model's own, at most max_batch_tokens"
     )
     gpu_memory_utilization: float = Field(
-        default=0.9, gt=0, le=1, description="part of a device's memory for weights and KV cache together"
+        default=0.9,
+        gt=0,
+        le=1,
+        description="part of a device's memory for weights and KV cache together, which must be free at the start; not "
+        "asked where kv_cache_gib is given",
     )
     kv_cache_gib: float | None = Field(
         default=None,
