@@ -133,6 +133,16 @@ def test_what_triton_compiles_can_be_loaded(services: dict[str, Values]) -> None
     assert "exec" in options.split(",")
 
 
+def test_vllm_leaves_the_gpu_that_all_share_to_the_others() -> None:
+    """By default it takes nine tenths of it, and does not start where the others have more than the rest."""
+    gpus = cast("dict[str, Values]", read(DOCKER / "compose.gpu.yaml")["services"])
+    assert list(gpus) == ["reward", "reference", "generation", "trainer"]
+    assert load_config(GenerationServiceConfig, CONFIGS / "generation-vllm.yaml").vllm.kv_cache_gib == 1
+    run = read(ROOT / "deploy/ppod_deploy/configs/smollm2-cuda.yaml")
+    generation = cast("dict[str, Values]", run["services"])["generation"]
+    assert GenerationServiceConfig.model_validate({**generation, "backend": "vllm"}).vllm.kv_cache_gib == 4
+
+
 def test_the_trainer_waits_for_every_service(services: dict[str, Values]) -> None:
     trainer = services["trainer"]
     awaited = {name: {"condition": "service_healthy"} for name in ("reward", "reference", "generation")}
