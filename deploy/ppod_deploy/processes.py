@@ -33,6 +33,9 @@ CHILD_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(2**28),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # On CUDA devices torch hands products of a column and a row, as eager attention's for one token, to Triton, which
+    # needs a C compiler and Python's headers: images and many hosts have none, and the call would fail.
+    "TORCH_DISABLE_NATIVE_JIT": "1",
     # The last words of a process that dies must not be lost in a buffer.
     "PYTHONUNBUFFERED": "1",
 }

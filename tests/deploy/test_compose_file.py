@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +13,7 @@ import pytest
 import yaml
 
 from ppod_deploy.launcher import HEALTH_NAMES, LAST_REPLIES_S
+from ppod_deploy.processes import CHILD_ENVIRONMENT
 from ppod_models.configuration import load_config
 from ppod_services.core.config import ServiceConfig
 from ppod_services.core.server import _FLUSH_TIMEOUT_S  # pyright: ignore[reportPrivateUsage]
@@ -131,6 +135,18 @@ def test_what_triton_compiles_can_be_loaded(services: dict[str, Values]) -> None
     path, _, options = mount.partition(":")
     assert home == [path]
     assert "exec" in options.split(",")
+
+
+@pytest.mark.parametrize("image", ["services", "trainer", "generation"])
+def test_processes_of_an_image_start_as_those_of_the_launcher(image: str) -> None:
+    text = (DOCKER / f"{image}.Dockerfile").read_text()
+    assert dict(re.findall(r"^(?:ENV| )\s*([A-Za-z_]+)=(\S+)", text, re.MULTILINE)).items() >= CHILD_ENVIRONMENT.items()
+
+
+def test_torch_compiles_no_kernels_at_a_call() -> None:
+    """Triton and others would, on CUDA devices, and there is no compiler in the images but in that of vLLM."""
+    question = "from torch._native.common_utils import check_native_jit_disabled as off; raise SystemExit(not off())"
+    subprocess.run([sys.executable, "-c", question], check=True, env={**os.environ, **CHILD_ENVIRONMENT})
 
 
 def test_vllm_leaves_the_gpu_that_all_share_to_the_others() -> None:
