@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, cast
 
 import torch
@@ -15,10 +16,10 @@ class _Runtime(Protocol):
     def cudaHostUnregister(self, address: int) -> int: ...  # noqa: N802
 
 
-def page_locked(nbytes: int) -> tuple[memoryview, PageLock]:
-    """New memory, locked; it stays so for as long as the lock lives."""
+def page_locked(nbytes: int, device: torch.device) -> tuple[memoryview, PageLock]:
+    """New memory, locked for a CUDA device; it stays so for as long as the lock lives."""
     memory = memoryview(mmap.mmap(-1, max(nbytes, 1)))[:nbytes]
-    return memory, PageLock(memory)
+    return memory, PageLock(memory, device)
 
 
 class PageLock:
@@ -28,14 +29,18 @@ class PageLock:
 
     Args:
         memory: of this process, or a shared mapping of a file. No private one: its pages would be copied.
+        device: the CUDA device that copies.
     """
 
-    def __init__(self, memory: memoryview) -> None:
+    def __init__(self, memory: memoryview, device: torch.device) -> None:
         self._memory = memory
         self._address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr() if len(memory) else 0
         self.locked = False
         if self._address:
-            self.locked = int(_runtime().cudaHostRegister(self._address, len(memory), 0)) == 0
+            # CUDA keeps a refusal's error for the thread that was refused: torch would find it there behind the next
+            # kernel, and raise it as that one's.
+            with ThreadPoolExecutor(1) as thread:
+                self.locked = thread.submit(_register, self._address, len(memory), device).result()
 
     def close(self) -> None:
         """Let go of the pages; whoever copies must have ended."""
@@ -47,6 +52,12 @@ class PageLock:
         # At the end of the interpreter CUDA may be gone, and the lock with it.
         if self.locked and torch.cuda is not None:
             self.close()
+
+
+def _register(address: int, nbytes: int, device: torch.device) -> bool:
+    """Whether the pages could be locked. Not on the thread's own device, which would get a context for it."""
+    with torch.cuda.device(device):
+        return int(_runtime().cudaHostRegister(address, nbytes, 0)) == 0
 
 
 def _runtime() -> _Runtime:

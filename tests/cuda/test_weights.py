@@ -85,7 +85,7 @@ def test_a_policy_on_the_device_is_sent_as_it_is(dtype: torch.dtype) -> None:
 
 
 def test_memory_is_locked_and_let_go() -> None:
-    memory, lock = page_locked(3_000_000)
+    memory, lock = page_locked(3_000_000, DEVICE)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     assert lock.locked
     assert tensor.is_pinned()

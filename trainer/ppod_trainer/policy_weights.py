@@ -56,7 +56,7 @@ class PolicyTensors:
 
     Attributes:
         layout: what travels.
-        on_device: whether they are on a CUDA device.
+        device: the CUDA device that they are on; None: the CPU.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -67,7 +67,7 @@ class PolicyTensors:
         # Not where they are written, by several threads: each operation of torch lets go of the interpreter, and waits
         # for the other threads to get it back, which for hundreds of tensors takes a third of the writing.
         self._bytes = [self._bytes_of(parameter) for parameter in self._parameters]
-        self.on_device = not self.in_place and any(parameter.device.type == "cuda" for parameter in self._parameters)
+        self.device = next((one.device for one in self._parameters if one.device.type == "cuda"), None)
         self.layout = tuple(TensorLayout(name, _WIRE[dtype], tuple(parameter.shape)) for name, parameter in named)
 
     def are_of(self, model: nn.Module, dtype: torch.dtype) -> bool:

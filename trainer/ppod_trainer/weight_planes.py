@@ -86,9 +86,9 @@ class HostCopy:
         self._image = self._lock = None
 
     def _allocate(self, policy: PolicyTensors) -> WireImage:
-        if not policy.on_device:
+        if policy.device is None:
             return WireImage(policy.layout)
-        memory, self._lock = page_locked(sum(tensor.nbytes for tensor in policy.layout))
+        memory, self._lock = page_locked(sum(tensor.nbytes for tensor in policy.layout), policy.device)
         return WireImage(policy.layout, memory)
 
 
@@ -144,8 +144,9 @@ class SharedPlane:
         # A lock holds the memory of its file, also of one that was removed.
         self._locks = {path: lock for path, lock in self._locks.items() if path.is_file()}
         if outgoing.image is None:
-            if outgoing.policy.on_device and segment.path not in self._locks:
-                self._locks[segment.path] = PageLock(memoryview(segment.memory))
+            device = outgoing.policy.device
+            if device is not None and segment.path not in self._locks:
+                self._locks[segment.path] = PageLock(memoryview(segment.memory), device)
             segment.image.fill(outgoing.policy.write)
         else:
             segment.image.copy_from(outgoing.image)

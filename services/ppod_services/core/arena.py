@@ -14,11 +14,11 @@ _ALIGNMENT = 64
 
 
 class Arena:
-    """Page-locked memory of a fixed size, which holds one version at a time."""
+    """Page-locked memory of a fixed size, which holds one version at a time, for a CUDA device."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, device: torch.device) -> None:
         self.nbytes = nbytes
-        memory, self._lock = page_locked(nbytes)
+        memory, self._lock = page_locked(nbytes, device)
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
 
     @staticmethod

@@ -146,7 +146,7 @@ class ModelWeights:
             self._arena = None
         elif self._arena is None or self._arena.nbytes < needed:
             self._arena = None
-            self._arena = Arena(needed)
+            self._arena = Arena(needed, self._device)
 
     def _replace(self, parameter: nn.Parameter, name: str, tensor: torch.Tensor) -> None:
         if tensor.device != self._device:

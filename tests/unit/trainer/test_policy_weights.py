@@ -68,7 +68,7 @@ def test_parameters_that_travel_as_they_are_are_not_copied() -> None:
     model = nn.Linear(3, 2)
     policy = PolicyTensors(model, torch.float32)
     assert policy.in_place
-    assert not policy.on_device
+    assert policy.device is None
     tensors = policy.tensors()
     with torch.no_grad():
         model.weight.fill_(2.0)

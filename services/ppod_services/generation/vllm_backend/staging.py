@@ -46,7 +46,7 @@ class LockedSegments:
     _KEPT = 2
 
     def __init__(self, device: torch.device) -> None:
-        self._locks = device.type == "cuda"
+        self._device = device
         self._mapped: dict[tuple[int, int], tuple[mmap.mmap, PageLock | None]] = {}
 
     def map(self, path: str) -> mmap.mmap:
@@ -62,7 +62,8 @@ class LockedSegments:
                     if lock is not None:
                         lock.close()
                 memory = mmap.mmap(file.fileno(), status.st_size)
-                found = memory, PageLock(memoryview(memory)) if self._locks else None
+                lock = PageLock(memoryview(memory), self._device) if self._device.type == "cuda" else None
+                found = memory, lock
             self._mapped[key] = found
         return found[0]
 
