@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Literal, Protocol, cast
 
@@ -31,6 +31,11 @@ def usable_backends() -> tuple[GroupBackend, ...]:
     if torch.cuda.is_available() and distributed.is_nccl_available():
         return ("nccl", "gloo")
     return ("gloo",)
+
+
+def on_device(device: torch.device | None) -> AbstractContextManager[object]:
+    """Makes a CUDA device the one on which the calling thread's groups are: else it is the first one in each thread."""
+    return nullcontext() if device is None or device.type != "cuda" else torch.cuda.device(device)
 
 
 def open_store(host: str, port: int, *, master: bool, timeout_s: float) -> TCPStore:

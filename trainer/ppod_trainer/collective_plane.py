@@ -19,7 +19,14 @@ import torch
 from torch._C._distributed_c10d import PrefixStore
 
 from ppod.client import CollectiveGroup, WeightPush, WeightTensor, with_checksums
-from ppod_models.process_groups import BroadcastGroup, GroupBackend, GroupError, open_store, usable_backends
+from ppod_models.process_groups import (
+    BroadcastGroup,
+    GroupBackend,
+    GroupError,
+    on_device,
+    open_store,
+    usable_backends,
+)
 from ppod_trainer.config import CollectiveConfig
 from ppod_trainer.errors import TrainerError, WeightPushError
 from ppod_trainer.weight_planes import HostCopy, Outgoing
@@ -72,7 +79,7 @@ class CollectivePlane:
         self._refused.clear()
         # Left last to first: who is told that nobody listens, then waits for the broadcast's end.
         with ThreadPoolExecutor(1, thread_name_prefix="broadcast") as pool, ExitStack() as failed:
-            sending = pool.submit(self._send, push)
+            sending = pool.submit(self._send_from, outgoing.policy.device, push)
             failed.callback(self._refused.set)
             yield push
             failed.pop_all()
@@ -112,6 +119,11 @@ class CollectivePlane:
             self._leave()
             self._epoch = 0
             self._group = replace(self._group, name=secrets.token_hex(8), ranks=ranks)
+
+    def _send_from(self, device: torch.device | None, push: WeightPush) -> None:
+        # NCCL takes two ranks of one host on one device for a mistake: the first one may be a replica's.
+        with on_device(device):
+            self._send(push)
 
     def _send(self, push: WeightPush) -> None:
         store = PrefixStore(f"ppod/{self._group.name}", self._store)

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 
+import torch
+
 from ppod.errors import FailedPrecondition, PermissionDenied, Unavailable
-from ppod_models.process_groups import GroupError, on_host, usable_backends
+from ppod_models.process_groups import GroupError, on_device, on_host, usable_backends
 from ppod_services.core.group_member import GroupMember
 from ppod_services.core.weight_manifest import IncomingGroup, IncomingManifest
 from ppod_services.core.weight_store import Install
@@ -26,11 +28,13 @@ class CollectiveReceiver:
     Args:
         addresses: patterns of the senders' stores that may be met.
         timeout_s: longest silence of the others.
+        device: the model's, on which the service itself receives by NCCL.
     """
 
-    def __init__(self, addresses: Sequence[str], timeout_s: float) -> None:
+    def __init__(self, addresses: Sequence[str], timeout_s: float, device: torch.device) -> None:
         self._addresses = addresses
         self._timeout_s = timeout_s
+        self._device = device
         self._joined: GroupMember | None = None
         self._lock = threading.Lock()
 
@@ -79,7 +83,7 @@ class CollectiveReceiver:
             raise Unavailable(f"the group {group.name} of {group.address} broke: {error}") from error
 
     def _receive_here(self, group: IncomingGroup, transfer: WeightTransfer) -> None:
-        with ExitStack() as failed:
+        with on_device(self._device), ExitStack() as failed:
             failed.callback(self._leave)
             for bucket in self._join(group).buckets(transfer.weight_version, transfer.manifest.wire_bytes):
                 transfer.write(on_host(bucket).numpy().data)

@@ -243,9 +243,12 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             return self._files
         if manifest.collective is not None:
             if self._groups is None:
+                import torch  # noqa: PLC0415
+
                 from ppod_services.core.collective_weights import CollectiveReceiver  # noqa: PLC0415
 
-                self._groups = CollectiveReceiver(config.collective_addresses, config.idle_timeout_s)
+                device = torch.device(self._target.get().info.device)
+                self._groups = CollectiveReceiver(config.collective_addresses, config.idle_timeout_s, device)
             return self._groups
         return None
 
