@@ -28,6 +28,20 @@ def run_faults(config: RunConfig) -> list[str]:
 
 def run_notes(config: RunConfig) -> list[str]:
     """What may be meant, and more often is a key that was left as it was."""
+    return [*_impatient(config), *_other_reference(config)]
+
+
+def _impatient(config: RunConfig) -> Iterator[str]:
+    """vLLM takes minutes to start on CUDA devices."""
+    generation, ready_s = config.services.generation, config.trainer.services.ready_timeout_s
+    if generation.backend == "vllm" and ready_s < generation.vllm.start_timeout_s:
+        yield (
+            f"trainer.services.ready_timeout_s is {ready_s:g}, services.generation.vllm.start_timeout_s "
+            f"{generation.vllm.start_timeout_s:g}: the run gives up before vLLM's start does"
+        )
+
+
+def _other_reference(config: RunConfig) -> list[str]:
     trainer = config.trainer
     reference, policy = config.services.reference.model.source, trainer.policy.source
     penalised = trainer.kl.coefficient or trainer.schedules.kl_coefficient is not None

@@ -13,7 +13,7 @@ from ppod_deploy.defaults import CONFIGS
 from ppod_deploy.overrides import apply_overrides, split_arguments
 from ppod_deploy.run_checks import run_faults, run_notes
 from ppod_deploy.run_command import resolve_run
-from ppod_deploy.run_config import parse_run
+from ppod_deploy.run_config import parse_run, read_run_values
 from ppod_models.configuration import ConfigError
 from support.processes import ROOT
 
@@ -135,6 +135,28 @@ def test_a_policy_that_is_not_its_reference_is_told(
             launcher.Launcher(config).run()
         found = "trainer.policy.source /models/tuned: the KL penalty holds the policy to another model"
         assert (found in capsys.readouterr().err) == noted
+
+
+def test_a_run_that_waits_for_less_than_vllm_takes_is_told(run_values: dict[str, Section]) -> None:
+    def notes(*arguments: str) -> list[str]:
+        _, overrides = split_arguments(arguments)
+        return run_notes(parse_run(apply_overrides(run_values, overrides), "test"))
+
+    vllm = "--services.generation.backend=vllm"
+    assert notes(vllm, "--trainer.services.ready_timeout_s=120") == [
+        "trainer.services.ready_timeout_s is 120, services.generation.vllm.start_timeout_s 600: the run gives up "
+        "before vLLM's start does"
+    ]
+    assert notes(vllm, "--trainer.services.ready_timeout_s=600") == []
+    assert notes("--trainer.services.ready_timeout_s=120") == []
+
+
+def test_the_run_file_for_cuda_waits_until_vllm_has_started() -> None:
+    values = read_run_values(CONFIGS / "smollm2-cuda.yaml")
+    _, overrides = split_arguments(["--services.generation.backend=vllm"])
+    run = parse_run(apply_overrides(values, overrides), "test")
+    assert run.trainer.services.ready_timeout_s == 900
+    assert run_notes(run) == []
 
 
 def test_a_reference_that_no_penalty_holds_to_is_not_told(run_values: dict[str, Section]) -> None:
