@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ppod_models.configuration import load_config
+from ppod_services.generation.config import GenerationServiceConfig
 from support.manifests import (
     KUSTOMIZE,
     OVERLAYS,
@@ -31,6 +33,15 @@ from .policies import POLICIES, Policy
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_keeps_to_the_policy(name: str, policy: Policy) -> None:
     assert list(policy(overlay(name))) == []
+
+
+def test_a_version_that_waits_has_room_on_the_devices_of_the_gpu_overlay() -> None:
+    """By default the workers copy it there while the one before it serves, beside what gpu_memory_utilization takes."""
+    config = load_config(GenerationServiceConfig, KUSTOMIZE / "overlays" / "gpu" / "config" / "generation.yaml")
+    assert (config.model.source, config.model.dtype) == ("Qwen/Qwen3-8B", "bfloat16")
+    assert config.vllm.stage_weights is None
+    device, version, context = 79 * 2**30, 8_190_735_360 * 2, 2 * 2**30
+    assert device * (1 - config.vllm.gpu_memory_utilization) > version + context
 
 
 def test_what_the_comments_of_the_gpu_overlay_offer_works(tmp_path: Path) -> None:
