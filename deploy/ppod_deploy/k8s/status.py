@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ _PART_OF = "app.kubernetes.io/part-of=ppod"
 _COMPONENT = "app.kubernetes.io/component"
 _RANK = "batch.kubernetes.io/job-completion-index"
 _ASKED_AT_ONCE = 8
+_GPU = re.compile(r"/(gpu(\.shared)?|mig-.+)$")
+"""`nvidia.com/gpu`, `amd.com/gpu`; where a plugin divides them `nvidia.com/gpu.shared`, `nvidia.com/mig-3g.40gb`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,12 +189,12 @@ def _age_s(created: str) -> int:
 
 
 def _gpus(pod: Manifest) -> int:
-    """Devices that its containers ask for, of any maker: `nvidia.com/gpu`, `amd.com/gpu`."""
+    """Devices that its containers ask for, or parts of some, of any maker: see `_GPU`."""
     total = 0
     for container in items_at(pod, "spec", "containers"):
         limits = at(container, "resources", "limits")
         for name, count in limits.items() if isinstance(limits, dict) else ():  # pyright: ignore[reportUnknownVariableType]
-            if str(name).endswith("/gpu"):  # pyright: ignore[reportUnknownArgumentType]
+            if _GPU.search(str(name)):  # pyright: ignore[reportUnknownArgumentType]
                 total += int(str(count))  # pyright: ignore[reportUnknownArgumentType]
     return total
 

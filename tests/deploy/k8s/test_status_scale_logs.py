@@ -99,6 +99,27 @@ def test_status_tells_of_pods_weights_queues_gpus_and_teams(running: FakeKuberne
     assert len(running.seen("GET", "/pods/ppod-generation-a:9101/proxy/metrics")) == 1
 
 
+@pytest.mark.parametrize(
+    ("resource", "gpus"),
+    [
+        ("amd.com/gpu", 2),
+        ("nvidia.com/gpu.shared", 2),
+        ("nvidia.com/mig-3g.40gb", 2),
+        ("nvidia.com/mig-1g.10gb.shared", 2),
+        ("nvidia.com/gpumem", 0),
+        ("memory", 0),
+    ],
+)
+def test_parts_of_gpus_count_as_those_that_are_asked_for(
+    api: FakeKubernetes, k8s: Command, resource: str, gpus: int
+) -> None:
+    asks = pod("ppod-generation-a", "generation")
+    asks["spec"]["containers"][0]["resources"]["limits"] = {"cpu": "4", resource: "2"}
+    api.put("v1", "pods", "ppod", asks)
+    result = k8s("status", "--json")
+    assert [one["gpus"] for one in json.loads(result.stdout)["pods"]] == [gpus]
+
+
 def test_the_table_shows_the_same(running: FakeKubernetes, k8s: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     del running
     monkeypatch.setenv("COLUMNS", "160")
