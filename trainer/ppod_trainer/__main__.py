@@ -39,6 +39,10 @@ _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 """A full disk, and its like: met wherever a record, a sample or a model is written."""
 _UNREAD_FAULTS = {errno.EPIPE, errno.EIO}
 """What is met where a pipe has no reader, or a terminal was closed."""
+_LESS_MEMORY = (
+    "[less is needed with a smaller ppo.micro_batch_tokens, memory.gradient_checkpointing, memory.offload, more ranks, "
+    "or nobody else on the device]"
+)
 _FLUSH_TIMEOUT_S = 2.0
 """Longest wait, at the end, for a collector to take the last spans."""
 
@@ -83,12 +87,22 @@ def _run(config: TrainerConfig, started: Callable[[], None]) -> int:
         _complain(ranks, f"run_dir: {config.run_dir} cannot be written: {error}")
         return 1
     except RuntimeError as error:
+        if _is_out_of_memory(error):
+            _complain(ranks, f"{' '.join(str(error).split())} {_LESS_MEMORY}")
+            return 1
         # What collectives raise when another rank is gone, and our own bugs: those need their traceback.
         if ranks is None or ranks.size == 1:
             raise
         traceback.print_exc()
         _complain(ranks, f"{str(error).splitlines()[0]}; all ranks end; the first that failed says why")
         return 1
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had no room for a tensor."""
+    from torch import OutOfMemoryError  # noqa: PLC0415 - the configuration was right, so torch is there
+
+    return isinstance(error, OutOfMemoryError)
 
 
 def _complain(ranks: Ranks | None, message: str) -> None:

@@ -57,7 +57,7 @@ def warm_up(
         item: makes an engine's item of a position and int32 [length].
 
     Raises:
-        ModelSourceError: the model gave no finite result.
+        ModelSourceError: the model gave no finite result, or its device has no room for one.
     """
     if not tokens:
         return
@@ -65,4 +65,16 @@ def warm_up(
     ids = np.arange(length, dtype=np.int32) % info.vocab_size
     for count in (1, max(1, tokens // length)):
         batch: Sequence[ItemT] = [item(position, ids) for position in range(count)]
-        run_batch(batch, _DiscardingSink[ItemT]())
+        try:
+            run_batch(batch, _DiscardingSink[ItemT]())
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise ModelSourceError(f"the model cannot run: {error}") from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had no room for a tensor, as where others have its memory; else it is a bug of ours."""
+    from torch import OutOfMemoryError  # noqa: PLC0415 - the model is loaded by now
+
+    return isinstance(error, OutOfMemoryError)

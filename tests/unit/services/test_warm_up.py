@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from ppod.errors import NonFiniteOutput
 from ppod_models.sources import ModelSourceError
@@ -42,6 +43,21 @@ def test_sequences_fit_a_short_model() -> None:
 
 def test_zero_tokens_run_nothing() -> None:
     assert batches(0, info()) == []
+
+
+def test_a_device_without_room_is_named_and_a_bug_keeps_its_traceback() -> None:
+    """As where other processes have the device's memory."""
+
+    def warm(error: RuntimeError) -> None:
+        def run(*_: object) -> None:
+            raise error
+
+        warm_up(run, info(), 512, lambda position, _: position)
+
+    with pytest.raises(ModelSourceError, match=r"^the model cannot run: CUDA out of memory\. Tried 2 MiB$"):
+        warm(torch.OutOfMemoryError("CUDA out of memory. Tried 2 MiB"))
+    with pytest.raises(RuntimeError, match="another"):
+        warm(RuntimeError("another"))
 
 
 def test_a_model_that_gives_nan_does_not_start() -> None:
