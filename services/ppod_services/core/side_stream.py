@@ -31,3 +31,8 @@ class SideStream:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
             self._stream.synchronize()
+
+    def give_back(self) -> None:
+        """Let go of memory that was freed here: torch would keep it for this stream, and from other processes."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
 import torch
 
+from ppod_services.core.side_stream import SideStream
 from ppod_services.generation.vllm_backend.segments import Segment
 from ppod_services.generation.vllm_backend.staging import LockedSegments, SegmentStage, TensorAt, read_segment
 
@@ -94,3 +96,37 @@ def test_where_there_is_no_room_nothing_is_staged(
     assert "no room on cpu" in caplog.text
     stage.begin(segment.path, tensors, 3)
     assert_holds(stage.take(3), expected)
+
+
+def test_what_had_room_before_the_rest_had_none_is_left_to_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps freed memory of a device, and gives back what nobody holds any more."""
+    had_room: list[weakref.ref[torch.Tensor]] = []
+    held: list[bool] = []
+    empty_like = torch.empty_like
+
+    def nearly_full(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if had_room:
+            raise torch.OutOfMemoryError("full")
+        made = empty_like(tensor, device=device)
+        had_room.append(weakref.ref(made))
+        return made
+
+    def give_back(_: SideStream) -> None:
+        held.extend(one() is not None for one in had_room)
+
+    monkeypatch.setattr(torch, "empty_like", nearly_full)
+    monkeypatch.setattr(SideStream, "give_back", give_back)
+    segment, tensors, _ = filled(3)
+    stage = SegmentStage(torch.device("cpu"))
+    stage.begin(segment.path, tensors, 3)
+    assert stage.take(3) is None
+    assert held == [False]
+
+
+def test_memory_of_a_device_is_given_back_and_of_the_host_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    SideStream(torch.device("cpu")).give_back()
+    assert calls == []
+    SideStream(torch.device("cuda:1")).give_back()
+    assert calls == ["empty"]

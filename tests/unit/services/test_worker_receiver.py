@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
@@ -15,11 +16,13 @@ from ppod.errors import InvalidArgument
 from ppod.v1 import weights_pb2
 from ppod_models.process_groups import BroadcastGroup, GroupError, open_store, wait_for
 from ppod_services.core.group_member import GroupMember
+from ppod_services.core.side_stream import SideStream
 from ppod_services.core.weight_manifest import IncomingGroup, read_manifest
 from ppod_services.core.weight_transfer import bytes_of
 from ppod_services.generation.vllm_backend.receiver import (
     FAILED,
     GROUP_BROKE,
+    NO_MEMORY,
     OTHER_CHECKSUM,
     ChecksumError,
     GroupInfo,
@@ -87,6 +90,33 @@ def test_a_damaged_byte_is_found_with_its_tensor(at: int, name: str) -> None:
     found, expected = raised.value.args[1:]
     assert raised.value.args[0] == name
     assert found != expected
+
+
+def test_a_version_that_has_no_room_leaves_what_it_had_to_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    had_room: list[weakref.ref[torch.Tensor]] = []
+    held: list[bool] = []
+    empty = torch.empty
+
+    def nearly_full(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if len(had_room) == 2:
+            raise torch.OutOfMemoryError("full")
+        made = empty(shape, dtype=dtype, device=device)
+        had_room.append(weakref.ref(made))
+        return made
+
+    def give_back(_: SideStream) -> None:
+        held.extend(one() is not None for one in had_room)
+
+    kept = segment()
+    receiver = WorkerReceiver(CPU, 1)
+    receiver.join(GroupInfo("g", "127.0.0.1:1", "gloo", 1, 3, 64, 3.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", nearly_full)
+        patch.setattr(SideStream, "give_back", give_back)
+        receiver.begin(VersionInfo(1, described(kept.offsets), kept.path))
+        receiver.wait()
+    assert receiver.outcome() == (NO_MEMORY, "full")
+    assert held == [False, False]
 
 
 class Sender:

@@ -203,6 +203,9 @@ class WorkerReceiver:
             self._leave()
         else:
             self._staged, self._outcome = staged, ()
+        if self._outcome[:1] == (NO_MEMORY,):
+            # Behind the error, which holds the tensors that had room.
+            self._side.give_back()
 
     def _meet(self) -> GroupMember:
         if self._group is None:

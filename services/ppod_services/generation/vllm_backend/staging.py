@@ -117,6 +117,7 @@ class SegmentStage:
 
     @torch.no_grad()
     def _copy(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
+        copied: dict[str, torch.Tensor] | None = None
         try:
             with self._side.working():
                 # Before the segment's pages are locked, which takes a while.
@@ -129,8 +130,11 @@ class SegmentStage:
                 found = _tensors(self._segments.map(path), tensors)
                 copied = {name: self._place(name, tensor).copy_(tensor, non_blocking=True) for name, tensor in found}
         except torch.OutOfMemoryError:
-            self._tensors = {}
             _LOGGER.warning("no room on %s for weights that wait: they are loaded at their commit", self._device)
+        if copied is None:
+            self._tensors = {}
+            # Behind the error, which holds those that had room.
+            self._side.give_back()
             return
         self._tensors = copied
         self._version = weight_version
