@@ -82,12 +82,12 @@ class VllmConfig(ConfigModel):
     weights_received_by: Literal["service", "workers"] = Field(
         default="service",
         description="who is part of the groups of weight_transfer.plane collective: the service, or each worker, onto "
-        "its own device, which then needs room for a second copy of its weights in the type that travels",
+        "its own device, which then needs room for all weights in the type that travels, not only its part",
     )
     stage_weights: bool | None = Field(
         default=None,
-        description="copy pushed weights to the devices while the old ones serve, where there is room for both beside "
-        "gpu_memory_utilization, so that a commit is short; none: on GPUs",
+        description="copy pushed weights, to each device all of them, while the old ones serve, where there is room "
+        "beside gpu_memory_utilization, so that a commit is short; none: on GPUs",
     )
     engine_args: Mapping[str, JsonValue] = Field(
         default={}, description="further arguments of vLLM's AsyncEngineArgs, by their names there"
