@@ -124,6 +124,15 @@ def test_engine_arguments_that_vllm_does_not_know_are_named_before_anything_star
     assert "vllm.engine_args.block_sise: vLLM has no such engine argument" in done.stderr
 
 
+def test_an_engine_that_takes_longer_than_it_may_is_given_up(tiny_model_dir: Path, tmp_path: Path) -> None:
+    require_vllm()
+    model = {**tiny_model_config(tiny_model_dir), "device": "auto"}
+    values = {"listen": {"port": free_ports(1)[0]}, "model": model, "backend": "vllm", "vllm": {"start_timeout_s": 1.5}}
+    done = run_to_exit("ppod_services.generation", "--config", str(write_config(tmp_path / "config.yaml", values)))
+    assert done.returncode == 1
+    assert f"model {str(tiny_model_dir)!r} with vLLM: not loaded within 1.5 s (vllm.start_timeout_s)" in done.stderr
+
+
 def fail_to_load(pushed: Pushed) -> None:
     """Commit weights of which half is gone, when the workers have loaded the other half."""
     before, serving = pushed.complete(LONG), pushed.serving

@@ -6,6 +6,7 @@ import asyncio
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -352,6 +353,22 @@ class UnbegunEngine:
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None: ...
 
     def shutdown(self, timeout_s: float) -> None: ...
+
+
+def test_an_engine_that_does_not_start_is_waited_for_no_longer_than_it_may_take() -> None:
+    with without_vllm():
+        from ppod_services.generation.vllm_backend.host import EngineHost  # noqa: PLC0415
+    go_on = threading.Event()
+
+    def start() -> UnbegunEngine:
+        go_on.wait(30)
+        return UnbegunEngine()
+
+    try:
+        with pytest.raises(TimeoutError):
+            EngineHost(start, 0.05)  # pyright: ignore
+    finally:
+        go_on.set()
 
 
 def test_whoever_insists_on_a_version_that_goes_is_handed_back_with_it() -> None:

@@ -54,9 +54,13 @@ class EngineHost:
 
     Args:
         start: makes the engine, in its own loop.
+        start_timeout_s: longest that it may take; none: for ever.
+
+    Raises:
+        TimeoutError: it took longer, and may go on: nothing else ends it than the end of this process.
     """
 
-    def __init__(self, start: Callable[[], Engine]) -> None:
+    def __init__(self, start: Callable[[], Engine], start_timeout_s: float | None = None) -> None:
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._ids = itertools.count()
@@ -64,7 +68,8 @@ class EngineHost:
         self._pinned: set[str] = set()
         self._tasks: set[Answer] = set()
         self._thread.start()
-        self._engine = self._submit(_start(start)).result()
+        # vLLM itself waits for ever for a process of the engine that does not end.
+        self._engine = self._submit(_start(start)).result(start_timeout_s)
 
     @property
     def failure(self) -> str | None:

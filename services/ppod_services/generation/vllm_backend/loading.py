@@ -90,7 +90,10 @@ def load_vllm(config: GenerationServiceConfig, on_version: Callable[[int], None]
         if api.platform() == "cpu":
             os.environ |= _cpu_environment(eager=arguments["enforce_eager"] is True)
         try:
-            host = EngineHost(lambda: api.start_engine(arguments))
+            host = EngineHost(lambda: api.start_engine(arguments), config.vllm.start_timeout_s)
+        except TimeoutError as error:
+            limit = f"{config.vllm.start_timeout_s:g} s (vllm.start_timeout_s)"
+            raise ModelSourceError(f"model {config.model.source!r} with vLLM: not loaded within {limit}") from error
         except (ValueError, RuntimeError, OSError) as error:
             raise ModelSourceError(f"model {config.model.source!r} with vLLM: {error}") from error
     host.call(lambda engine: engine.update_weight_version("0"))
