@@ -28,6 +28,10 @@ transformers.utils.logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+_BFLOAT16_CAPABILITY = (8, 0)
+"""Of CUDA devices that compute in bfloat16: T4 and V100 do not."""
+
+
 def pick_device(device: str) -> torch.device:
     """The device that a configuration names; "auto" is the first CUDA device, or else the CPU.
 
@@ -56,7 +60,15 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """
     if dtype != "auto":
         return DTYPES[dtype]
-    return torch.bfloat16 if device.type != "cpu" or _cpu_is_faster_in_bfloat16() else torch.float32
+    faster = _cpu_is_faster_in_bfloat16() if device.type == "cpu" else not _is_old_gpu(device)
+    return torch.bfloat16 if faster else torch.float32
+
+
+def _is_old_gpu(device: torch.device) -> bool:
+    """Whether a CUDA device emulates bfloat16, as those before Ampere do."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) < _BFLOAT16_CAPABILITY
 
 
 def _cpu_is_faster_in_bfloat16() -> bool:

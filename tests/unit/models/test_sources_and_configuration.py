@@ -262,6 +262,11 @@ def test_auto_is_bfloat16_only_where_the_device_is_faster_in_it(monkeypatch: pyt
     assert pick_dtype("auto", cpu) == torch.float32
     assert pick_dtype("auto", cuda) == torch.bfloat16
     assert pick_dtype("bfloat16", cpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in (((7, 0), torch.float32), ((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert pick_dtype("auto", cuda) == expected
+        assert pick_dtype("bfloat16", cuda) == torch.bfloat16
 
 
 def test_a_tokenizers_fingerprint_is_the_same_however_it_was_used_before_it_was_saved(tmp_path: Path) -> None:

@@ -153,6 +153,22 @@ def test_a_step_on_a_gpu_has_a_token_for_each_sequence(
 
 
 @pytest.mark.parametrize(
+    ("dtype", "bfloat16", "found"),
+    [
+        ("auto", True, "bfloat16"),
+        ("auto", False, "float32"),
+        ("float16", False, "float16"),
+        ("float32", True, "float32"),
+    ],
+)
+def test_a_gpu_computes_in_what_it_has(tiny_model_dir: Path, dtype: str, bfloat16: bool, found: str) -> None:
+    """vLLM does not start in bfloat16 on a T4 or a V100."""
+    asked = config()
+    asked = asked.model_copy(update={"model": asked.model.model_copy(update={"dtype": dtype})})
+    assert engine_arguments(asked, tiny_model_dir, "cuda", KNOWN, bfloat16=bfloat16)["dtype"] == found
+
+
+@pytest.mark.parametrize(
     ("platform", "vllm", "part"),
     [
         ("cuda", {}, 0.9),

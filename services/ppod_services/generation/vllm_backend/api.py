@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol, cast
 
+import torch
 from pydantic import JsonValue
 from vllm import SamplingParams as _SamplingParams  # pyright: ignore[reportMissingImports]
 from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMissingImports]
@@ -96,6 +97,11 @@ class Engine(Protocol):
 def platform() -> str:
     """The kind of device that this build of vLLM runs on: "cpu", "cuda", ..."""
     return cast(str, current_platform.device_type)
+
+
+def has_bfloat16() -> bool:
+    """Whether its devices compute in bfloat16. They are not begun to be used for that: they are the workers'."""
+    return torch.bfloat16 in cast("Sequence[torch.dtype]", current_platform.supported_dtypes)
 
 
 def engine_argument_names() -> frozenset[str]:

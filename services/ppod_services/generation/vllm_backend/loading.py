@@ -85,7 +85,8 @@ def load_vllm(config: GenerationServiceConfig, on_version: Callable[[int], None]
         from ppod_services.generation.vllm_backend.worker_transfer import WorkerTransfer  # noqa: PLC0415
 
         path = resolve(config.model.source).path
-        arguments = engine_arguments(config, path, api.platform(), api.engine_argument_names())
+        known = api.engine_argument_names()
+        arguments = engine_arguments(config, path, api.platform(), known, bfloat16=api.has_bfloat16())
         described = _describe(config, path, api.platform(), str(arguments["dtype"]))
         if api.platform() == "cpu":
             os.environ |= _cpu_environment(eager=arguments["enforce_eager"] is True)
@@ -125,7 +126,7 @@ class LoadedVllm:
 
 
 def engine_arguments(
-    config: GenerationServiceConfig, path: Path, platform: str, known: frozenset[str]
+    config: GenerationServiceConfig, path: Path, platform: str, known: frozenset[str], *, bfloat16: bool = True
 ) -> Mapping[str, JsonValue]:
     """The arguments of vLLM's AsyncEngineArgs for a configuration.
 
@@ -134,6 +135,7 @@ def engine_arguments(
         path: directory of the model.
         platform: kind of device that vLLM runs on.
         known: names of all engine arguments.
+        bfloat16: whether its devices, where they are no CPUs, compute in that.
 
     Raises:
         ConfigError: an engine argument is unknown, or a device is asked for that this vLLM has not.
@@ -153,7 +155,7 @@ def engine_arguments(
     cache_gib = vllm.kv_cache_gib or (_CPU_KV_CACHE_GIB if on_cpu else None)
     arguments: dict[str, JsonValue] = {
         "model": str(path),
-        "dtype": _dtype(config.model, platform),
+        "dtype": _dtype(config.model, platform, bfloat16=bfloat16),
         "tensor_parallel_size": vllm.tensor_parallel_size,
         "max_model_len": longest,
         "gpu_memory_utilization": _UNASKED if cache_gib and not on_cpu else vllm.gpu_memory_utilization,
@@ -181,9 +183,10 @@ def _longest(vllm: VllmConfig, path: Path) -> int:
     return own if vllm.max_model_len is None else min(own, vllm.max_model_len)
 
 
-def _dtype(model: ModelConfig, platform: str) -> str:
-    device = torch.device("cpu" if platform == "cpu" else "cuda")
-    return str(pick_dtype(model.dtype, device)).removeprefix("torch.")
+def _dtype(model: ModelConfig, platform: str, *, bfloat16: bool) -> str:
+    if platform != "cpu" and model.dtype == "auto":
+        return "bfloat16" if bfloat16 else "float32"
+    return str(pick_dtype(model.dtype, torch.device("cpu"))).removeprefix("torch.")
 
 
 def _describe(config: GenerationServiceConfig, path: Path, platform: str, dtype: str) -> _Described:
