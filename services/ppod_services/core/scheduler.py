@@ -24,6 +24,7 @@ from ppod.errors import DeadlineExceeded, Unavailable
 from ppod_services.core.admission import Admission, Request
 from ppod_services.core.batch_run import BatchRun, Entry, JoinableSink, Mailbox, Pause, RunBatch, Sink, Stretch
 from ppod_services.core.batching import BatchBounds, computed_tokens
+from ppod_services.core.broken import broken_device
 from ppod_services.core.callers import ANONYMOUS_CALLER, Caller, current_request_id
 from ppod_services.core.claims import Claims
 from ppod_services.core.company import Company
@@ -87,6 +88,7 @@ class Scheduler(Generic[ItemT, ResultT]):
         self._run: BatchRun[ItemT, ResultT] | None = None
         self._waiting: asyncio.TimerHandle | None = None
         self._mailbox: Mailbox | None = None
+        self._broken: asyncio.Future[None] | None = None  # is done where no batch can be run any more
 
     def submit(
         self, submissions: Sequence[Submission[ItemT]], deadline_s: float, caller: Caller = ANONYMOUS_CALLER
@@ -156,13 +158,14 @@ class Scheduler(Generic[ItemT, ResultT]):
         return self._claims.abort
 
     async def run(self) -> None:
-        """Run batches until cancelled."""
+        """Run batches until cancelled. Raises ServiceBroken: the engine's device is lost."""
         loop = asyncio.get_running_loop()
+        self._broken = loop.create_future()
         self._mailbox = Mailbox(loop)
         self._serving = True
         self._start()
         try:
-            await loop.create_future()
+            await self._broken
         finally:
             with self._lock:
                 self._stopped = True
@@ -292,6 +295,8 @@ class Scheduler(Generic[ItemT, ResultT]):
         run.mailbox.post(lambda: self._record_soon(stretch, error))
 
     def _record_soon(self, stretch: Stretch[ItemT, ResultT], error: BaseException | None) -> None:
+        if (broken := broken_device(error)) is not None and self._broken is not None and not self._broken.done():
+            self._broken.set_exception(broken)
         asyncio.get_running_loop().call_later(_RECORD_DELAY_S, self._record, stretch, error)
 
     def _record(self, stretch: Stretch[ItemT, ResultT], error: BaseException | None) -> None:

@@ -26,6 +26,7 @@ from ppod_models.ending import ECHO_S, exit_now
 from ppod_models.garbage import uncollected_start
 from ppod_models.sources import ModelSourceError
 from ppod_models.tracing import flush_tracing
+from ppod_services.core.broken import ServiceBroken
 from ppod_services.core.config import ServiceConfig, TlsConfig
 from ppod_services.core.gate import CallGate
 from ppod_services.core.interceptor import CallInterceptor, Identify
@@ -45,10 +46,6 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 class StartError(Exception):
     """A service cannot start; the message says in one line what to do about it."""
-
-
-class ServiceBroken(Exception):
-    """A service that was ready can serve no more; the message says why, in one line."""
 
 
 class HostedService(Protocol):

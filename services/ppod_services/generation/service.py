@@ -10,10 +10,11 @@ import grpc.aio
 
 from ppod.tensors import TokenArray
 from ppod.v1 import generation_pb2_grpc
+from ppod_services.core.broken import ServiceBroken
 from ppod_services.core.causal_service import CausalService, LoadedModel
 from ppod_services.core.described import Deferred
 from ppod_services.core.scheduler import RunBatch
-from ppod_services.core.server import Host, ServiceBroken, StartError
+from ppod_services.core.server import Host, StartError
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.output_filtering import Decode, OutputFilters
 from ppod_services.generation.requests import GeneratedSample, GenerationItem, SeedPromise, TokenFilter

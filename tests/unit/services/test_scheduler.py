@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 
 import pytest
+import torch
 
 from ppod.errors import (
     Cancelled,
@@ -20,6 +21,7 @@ from ppod.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from ppod_services.core.broken import ServiceBroken
 from ppod_services.core.callers import Caller, Team
 from ppod_services.core.config import BatchingConfig
 from ppod_services.core.metrics import ServiceMetrics
@@ -252,6 +254,32 @@ async def test_an_engine_that_breaks_fails_its_batch_and_serves_on() -> None:
         assert caught.value.__cause__ is engine.error
         engine.error = None
         assert [outcome.result for outcome in await scheduler.submit(submissions(2), LONG_S).gather()] == [4]
+
+
+@pytest.mark.parametrize(("number", "lost"), [(700, True), (719, True), (214, True), (2, False), (9, False)])
+async def test_a_device_that_is_lost_ends_the_service_and_another_error_does_not(number: int, lost: bool) -> None:
+    """CUDA's number: behind an illegal access all else fails, too, and only another process helps."""
+    engine = Engine()
+    engine.error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore of it")
+    engine.error.error_code = number  # pyright: ignore
+    with ThreadPoolExecutor(1) as executor:
+        scheduler: Scheduler[int, int] = Scheduler(engine.run, BatchingConfig(), executor, ServiceMetrics())
+        task = asyncio.create_task(scheduler.run())
+        await asyncio.sleep(0)
+        with pytest.raises(PpodError) as caught:
+            await scheduler.submit(submissions(1), LONG_S).gather()
+        assert caught.value.code is Internal.code
+        if lost:
+            with pytest.raises(ServiceBroken, match=r"for this process: CUDA error: an illegal memory access was .*d$"):
+                await asyncio.wait_for(task, 10)
+            with pytest.raises(Unavailable):
+                scheduler.submit(submissions(2), LONG_S)
+            return
+        engine.error = None
+        assert [outcome.result for outcome in await scheduler.submit(submissions(2), LONG_S).gather()] == [4]
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 async def test_an_engine_that_forgets_an_entry_is_an_error_and_no_hang() -> None:
