@@ -142,50 +142,6 @@ def test_engine_arguments_come_from_the_configuration(tiny_model_dir: Path) -> N
     assert "enable_chunked_prefill" not in on_gpu
 
 
-@pytest.mark.parametrize(("sequences", "tokens"), [(2_048, None), (2_049, 2_049), (65_536, 65_536)])
-def test_a_step_on_a_gpu_has_a_token_for_each_sequence(
-    tiny_model_dir: Path, sequences: int, tokens: int | None
-) -> None:
-    large = config().model_copy(update={"batching": GenerationBatchingConfig(max_batch_size=sequences)})
-    assert engine_arguments(large, tiny_model_dir, "cuda", KNOWN).get("max_num_batched_tokens") == tokens
-    told = config(engine_args={"max_num_batched_tokens": 70_000}).model_copy(update={"batching": large.batching})
-    assert engine_arguments(told, tiny_model_dir, "cuda", KNOWN)["max_num_batched_tokens"] == 70_000
-
-
-@pytest.mark.parametrize(
-    ("dtype", "bfloat16", "found"),
-    [
-        ("auto", True, "bfloat16"),
-        ("auto", False, "float32"),
-        ("float16", False, "float16"),
-        ("float32", True, "float32"),
-    ],
-)
-def test_a_gpu_computes_in_what_it_has(tiny_model_dir: Path, dtype: str, bfloat16: bool, found: str) -> None:
-    """vLLM does not start in bfloat16 on a T4 or a V100."""
-    asked = config()
-    asked = asked.model_copy(update={"model": asked.model.model_copy(update={"dtype": dtype})})
-    assert engine_arguments(asked, tiny_model_dir, "cuda", KNOWN, bfloat16=bfloat16)["dtype"] == found
-
-
-@pytest.mark.parametrize(
-    ("platform", "vllm", "part"),
-    [
-        ("cuda", {}, 0.9),
-        ("cuda", {"gpu_memory_utilization": 0.5}, 0.5),
-        # vLLM would not start where other processes have more than a tenth of the GPU.
-        ("cuda", {"kv_cache_gib": 2}, 0.01),
-        ("cuda", {"kv_cache_gib": 2, "gpu_memory_utilization": 0.5}, 0.01),
-        ("cpu", {"kv_cache_gib": 2}, 0.9),
-    ],
-)
-def test_a_cache_of_a_given_size_asks_for_no_part_of_the_device(
-    tiny_model_dir: Path, platform: str, vllm: dict[str, object], part: float
-) -> None:
-    found = engine_arguments(config(**vllm), tiny_model_dir, platform, KNOWN)
-    assert found["gpu_memory_utilization"] == part
-
-
 def test_unknown_engine_arguments_and_devices_are_faults_of_the_configuration(tiny_model_dir: Path) -> None:
     wrong = config(engine_args={"block_sise": 32, "blocks": 1})
     wrong = wrong.model_copy(update={"model": wrong.model.model_copy(update={"device": "cuda:1"})})

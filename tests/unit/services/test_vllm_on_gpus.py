@@ -1,0 +1,62 @@
+"""What vLLM is asked for on GPUs: their data types, and their memory where others use it, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ppod_models.configuration import parse_config
+from ppod_services.generation.config import GenerationServiceConfig
+from ppod_services.generation.vllm_backend.loading import engine_arguments
+
+
+def config(vllm: dict[str, object], dtype: str = "float32") -> GenerationServiceConfig:
+    values = {"listen": {"port": 1}, "model": {"source": "x", "dtype": dtype}, "backend": "vllm", "vllm": vllm}
+    return parse_config(GenerationServiceConfig, values, "test")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bfloat16", "found"),
+    [
+        ("auto", True, "bfloat16"),
+        ("auto", False, "float32"),
+        ("float16", False, "float16"),
+        ("float32", True, "float32"),
+    ],
+)
+def test_a_gpu_computes_in_what_it_has(tiny_model_dir: Path, dtype: str, bfloat16: bool, found: str) -> None:
+    """vLLM does not start in bfloat16 on a T4 or a V100."""
+    arguments = engine_arguments(config({}, dtype), tiny_model_dir, "cuda", frozenset(), bfloat16=bfloat16)
+    assert arguments["dtype"] == found
+
+
+@pytest.mark.parametrize(
+    ("platform", "vllm", "part"),
+    [
+        ("cuda", {}, 0.9),
+        ("cuda", {"gpu_memory_utilization": 0.5}, 0.5),
+        # vLLM would not start where other processes have more than a tenth of the GPU.
+        ("cuda", {"kv_cache_gib": 2}, 0.01),
+        ("cuda", {"kv_cache_gib": 2, "gpu_memory_utilization": 0.5}, 0.01),
+        ("cpu", {"kv_cache_gib": 2}, 0.9),
+    ],
+)
+def test_a_cache_of_a_given_size_asks_for_no_part_of_the_device(
+    tiny_model_dir: Path, platform: str, vllm: dict[str, object], part: float
+) -> None:
+    found = engine_arguments(config(vllm), tiny_model_dir, platform, frozenset())
+    assert found["gpu_memory_utilization"] == part
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(2_048, None), (2_049, 2_049), (65_536, 65_536)])
+def test_a_step_has_a_token_for_each_sequence(tiny_model_dir: Path, sequences: int, tokens: int | None) -> None:
+    def step_tokens(engine_args: dict[str, object]) -> object:
+        asked = config({"engine_args": engine_args})
+        batching = asked.batching.model_copy(update={"max_batch_size": sequences})
+        asked = asked.model_copy(update={"batching": batching})
+        known = frozenset({"max_num_batched_tokens"})
+        return engine_arguments(asked, tiny_model_dir, "cuda", known).get("max_num_batched_tokens")
+
+    assert step_tokens({}) == tokens
+    assert step_tokens({"max_num_batched_tokens": 70_000}) == 70_000
