@@ -1,4 +1,4 @@
-"""What vLLM is asked for on GPUs: their data types, and their memory where others use it, too."""
+"""What vLLM is asked for: what it does not know, and on GPUs their data types, their memory and their steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ppod_models.configuration import parse_config
+from ppod_models.configuration import ConfigError, parse_config
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.vllm_backend.loading import engine_arguments
 
@@ -60,3 +60,15 @@ def test_a_step_has_a_token_for_each_sequence(tiny_model_dir: Path, sequences: i
 
     assert step_tokens({}) == tokens
     assert step_tokens({"max_num_batched_tokens": 70_000}) == 70_000
+
+
+def test_unknown_engine_arguments_and_devices_are_faults_of_the_configuration(tiny_model_dir: Path) -> None:
+    wrong = config({"engine_args": {"block_sise": 32, "blocks": 1}})
+    wrong = wrong.model_copy(update={"model": wrong.model.model_copy(update={"device": "cuda:1"})})
+    with pytest.raises(ConfigError) as caught:
+        engine_arguments(wrong, tiny_model_dir, "cpu", frozenset({"block_size"}))
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "vllm.engine_args.block_sise",
+        "vllm.engine_args.blocks",
+        "model.device",
+    ]
