@@ -60,9 +60,12 @@ async def complete(engine: Any, name: str, one: Wanted) -> list[int]:
 async def answer(values: dict[str, Any]) -> None:
     """Answer until the input ends."""
     from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
+    from vllm.usage.usage_lib import UsageContext  # noqa: PLC0415
     from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments(values)))
+    # By which vLLM decides how large a step is.
+    context = UsageContext.LLM_CLASS
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments(values)), usage_context=context)
     known = workloads()
     while line := await asyncio.to_thread(sys.stdin.readline):
         workload = known[json.loads(line)["workload"]]

@@ -49,7 +49,7 @@ def test_a_cache_of_a_given_size_asks_for_no_part_of_the_device(
     assert found["gpu_memory_utilization"] == part
 
 
-@pytest.mark.parametrize(("sequences", "tokens"), [(2_048, None), (2_049, 2_049), (65_536, 65_536)])
+@pytest.mark.parametrize(("sequences", "tokens"), [(8_192, None), (8_193, 8_193), (65_536, 65_536)])
 def test_a_step_has_a_token_for_each_sequence(tiny_model_dir: Path, sequences: int, tokens: int | None) -> None:
     def step_tokens(engine_args: dict[str, object]) -> object:
         asked = config({"engine_args": engine_args})

@@ -115,8 +115,9 @@ def start_engine(arguments: Mapping[str, JsonValue]) -> Engine:
     Raises:
         ValueError, RuntimeError: the arguments do not fit each other, or a process of the engine ended.
     """
-    engine_args = AsyncEngineArgs(**arguments)
-    return cast(Engine, AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.ENGINE_CONTEXT))
+    # It decides how many tokens a step takes where nobody says: as offline 8,192 or more, else 2,048.
+    context = UsageContext.LLM_CLASS
+    return cast(Engine, AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=context))
 
 
 def make_sampling(values: Mapping[str, object], *, stepwise: bool) -> Sampling:

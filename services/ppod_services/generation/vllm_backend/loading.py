@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,8 @@ from ppod_services.generation.vllm_backend.watch import FORKS_VARIABLE, SERVICE_
 
 _GIB = 2**30
 _CPU_KV_CACHE_GIB = 1.0
-_STEP_TOKENS = 2_048
-"""Most tokens of one step as vLLM has it, which does not start where that many sequences are not a token each."""
+_STEP_TOKENS = 8_192
+"""Most tokens of one step as vLLM has it, or more; it does not start where more sequences than that are at once."""
 _UNASKED = 0.01
 """A part of a device's memory that is always free. Where the KV cache's size is given vLLM makes nothing of the part,
 but does not start on a GPU whose other processes leave less of it free."""
@@ -140,17 +140,9 @@ def engine_arguments(
     Raises:
         ConfigError: an engine argument is unknown, or a device is asked for that this vLLM has not.
     """
-    vllm, batching = config.vllm, config.batching
-    unknown = sorted(set(vllm.engine_args) - known)
-    problems = [f"vllm.engine_args.{name}: vLLM has no such engine argument" for name in unknown]
-    if config.model.device not in ("auto", platform):
-        found = f"found {config.model.device!r}"
-        problems.append(f"model.device: this vLLM runs on {platform}; choose among several by the environment, {found}")
-    on_cpu = platform == "cpu"
-    if on_cpu and vllm.engine_args.get("enable_chunked_prefill"):
-        problems.append("vllm.engine_args.enable_chunked_prefill: on CPUs a part of a prompt would end the engine")
-    if problems:
+    if problems := list(_problems(config, platform, known)):
         raise ConfigError("configuration", problems)
+    vllm, batching, on_cpu = config.vllm, config.batching, platform == "cpu"
     longest = min(_longest(vllm, path), batching.max_batch_tokens)
     cache_gib = vllm.kv_cache_gib or (_CPU_KV_CACHE_GIB if on_cpu else None)
     arguments: dict[str, JsonValue] = {
@@ -176,6 +168,17 @@ def engine_arguments(
     elif batching.max_batch_size > _STEP_TOKENS:
         arguments["max_num_batched_tokens"] = batching.max_batch_size
     return {**arguments, **vllm.engine_args}
+
+
+def _problems(config: GenerationServiceConfig, platform: str, known: frozenset[str]) -> Iterator[str]:
+    arguments = config.vllm.engine_args
+    for name in sorted(set(arguments) - known):
+        yield f"vllm.engine_args.{name}: vLLM has no such engine argument"
+    if config.model.device not in ("auto", platform):
+        found = f"found {config.model.device!r}"
+        yield f"model.device: this vLLM runs on {platform}; choose among several by the environment, {found}"
+    if platform == "cpu" and arguments.get("enable_chunked_prefill"):
+        yield "vllm.engine_args.enable_chunked_prefill: on CPUs a part of a prompt would end the engine"
 
 
 def _longest(vllm: VllmConfig, path: Path) -> int:
