@@ -32,7 +32,7 @@ def run_notes(config: RunConfig) -> list[str]:
 
 
 def _impatient(config: RunConfig) -> Iterator[str]:
-    """vLLM takes minutes to start on CUDA devices."""
+    """vLLM may take minutes to start."""
     generation, ready_s = config.services.generation, config.trainer.services.ready_timeout_s
     if generation.backend == "vllm" and ready_s < generation.vllm.start_timeout_s:
         yield (

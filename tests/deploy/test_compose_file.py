@@ -145,8 +145,11 @@ def test_processes_of_an_image_start_as_those_of_the_launcher(image: str) -> Non
 
 def test_torch_compiles_no_kernels_at_a_call() -> None:
     """Triton and others would, on CUDA devices, and there is no compiler in the images but in that of vLLM."""
-    question = "from torch._native.common_utils import check_native_jit_disabled as off; raise SystemExit(not off())"
-    subprocess.run([sys.executable, "-c", question], check=True, env={**os.environ, **CHILD_ENVIRONMENT})
+    question = "from torch._native.common_utils import check_native_jit_disabled as off; print(off())"
+    own = {name: value for name, value in os.environ.items() if name != "TORCH_DISABLE_NATIVE_JIT"}
+    for environment, off in ({**own, **CHILD_ENVIRONMENT}, "True"), (own, "False"):
+        asked = subprocess.run([sys.executable, "-c", question], check=True, env=environment, stdout=subprocess.PIPE)
+        assert asked.stdout.decode().strip() == off
 
 
 def test_vllm_leaves_the_gpu_that_all_share_to_the_others() -> None:

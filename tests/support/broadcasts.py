@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import nn
 from torch._C._distributed_c10d import PrefixStore
 
-from ppod import WeightClient
+from ppod import Unavailable, WeightClient
 from ppod.client import CollectiveGroup, WeightPush
-from ppod_models.process_groups import BroadcastGroup, GroupBackend, open_store, wait_for
+from ppod_models.process_groups import BroadcastGroup, GroupBackend, GroupError, open_store, wait_for
 from support.processes import ServiceProcess
 from support.weight_tensors import weight_tensors
 
@@ -63,6 +65,20 @@ class Sender:
     def send_all(self) -> None:
         """Broadcast all that is left."""
         self.send(-(-len(self.data) // BUCKET))
+
+    def damage(self, at: int) -> None:
+        """Turn a bit of a byte that is left."""
+        self.data = self.data[:at] + bytes([self.data[at] ^ 1]) + self.data[at + 1 :]
+
+    def assert_hears_that_nobody_is_there(self, within_s: float) -> None:
+        """What is sent now breaks the group in time."""
+        begun = time.monotonic()
+        with pytest.raises(GroupError):
+            # The first ones may still fit into the buffer of a socket that nobody reads any more.
+            self.send(1_000)
+        assert time.monotonic() - begun < within_s
+        with pytest.raises(Unavailable):
+            self.asking.result(20)
 
 
 @contextmanager

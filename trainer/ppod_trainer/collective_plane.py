@@ -168,13 +168,13 @@ class CollectivePlane:
 
 def _broadcast(members: BroadcastGroup, tensors: Sequence[WeightTensor], bucket_bytes: int) -> None:
     """Send all bytes; the next bucket is filled while one is on its way."""
-    on_device = members.device.type != "cpu"
+    copies = members.device.type != "cpu"
     # A device copies from locked pages beside us; they are filled again when what they held has been sent.
-    filled = [torch.zeros(bucket_bytes, dtype=torch.uint8, pin_memory=on_device) for _ in range(2)]
+    filled = [torch.zeros(bucket_bytes, dtype=torch.uint8, pin_memory=copies) for _ in range(2)]
     host, buckets = [one.numpy() for one in filled], [one.to(members.device) for one in filled]
     pending = None
     for _ in _fill(host, [np.frombuffer(tensor.data, np.uint8) for tensor in tensors]):
-        if on_device:
+        if copies:
             buckets[0].copy_(torch.from_numpy(host[0]), non_blocking=True)
         if pending is not None:
             members.finish(pending)

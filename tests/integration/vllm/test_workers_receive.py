@@ -158,7 +158,7 @@ def test_serving_goes_on_while_bytes_arrive_and_a_commit_may_keep_what_runs(rece
 def test_what_breaks_on_the_way_leaves_the_old_version_and_the_next_one_comes(receiving: Receiving) -> None:
     before = receiving.serving
     with sending(receiving.service, free_ports(1)[0], build_model(seed=802), WORKERS) as sender:
-        sender.data = sender.data[:99_999] + bytes([sender.data[99_999] ^ 1]) + sender.data[100_000:]
+        sender.damage(99_999)
         with suppress(GroupError):
             sender.send_all()
         with pytest.raises(InvalidArgument, match=r"tensors\..*\.xxh3"):
@@ -183,7 +183,7 @@ def test_what_waits_may_be_committed_although_the_next_one_broke(receiving: Rece
     """The workers have forgotten it by then; the service has not."""
     waiting = receiving.prepare()
     with sending(receiving.service, free_ports(1)[0], build_model(seed=802), WORKERS) as sender:
-        sender.data = bytes([sender.data[0] ^ 1]) + sender.data[1:]
+        sender.damage(0)
         with suppress(GroupError):
             sender.send_all()
         with pytest.raises(InvalidArgument, match="xxh3"):

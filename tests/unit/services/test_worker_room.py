@@ -46,9 +46,15 @@ def test_an_allocation_that_would_take_what_the_engine_needs_is_not_tried(monkey
         need_room(CUDA, 100, 30)
 
 
-def test_a_device_that_needs_nothing_new_is_not_asked() -> None:
+def test_a_device_that_needs_nothing_new_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (0, 0))
     need_room(CUDA, 0, 30)
     need_room(CPU, 2**60, 30)
+    assert asked == []
+    with pytest.raises(torch.OutOfMemoryError):
+        need_room(CUDA, 1, 0)
+    assert set(asked) == {CUDA}
 
 
 def test_the_largest_layer_is_of_its_own_parameters() -> None:

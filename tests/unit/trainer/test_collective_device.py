@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Generator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import nn
 
-from ppod_models.process_groups import GroupError
 from ppod_trainer import collective_plane
 from ppod_trainer.collective_plane import CollectivePlane
 from ppod_trainer.config import CollectiveConfig
 from ppod_trainer.errors import WeightPushError
 from ppod_trainer.policy_weights import PolicyTensors
 from ppod_trainer.weight_planes import Outgoing
+from support.joined_devices import note_joins
 from support.processes import free_ports
 
 
 def test_the_trainers_rank_is_on_the_policys_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads = threading.local()
-    found: list[torch.device | None] = []
-
-    @contextmanager
-    def on(device: torch.device) -> Generator[None]:
-        threads.device = device
-        yield
-        del threads.device
-
-    def join(*_: object) -> None:
-        found.append(getattr(threads, "device", None))
-        raise GroupError("nobody came")
-
-    monkeypatch.setattr(torch.cuda, "device", on)
-    monkeypatch.setattr(collective_plane, "BroadcastGroup", join)
+    found = note_joins(monkeypatch, collective_plane, "BroadcastGroup")
     policy = PolicyTensors(nn.Linear(2, 2), torch.float32)
     plane = CollectivePlane(CollectiveConfig(port=free_ports(1)[0], timeout_s=5), dict)
     try:
@@ -45,4 +27,4 @@ def test_the_trainers_rank_is_on_the_policys_device(monkeypatch: pytest.MonkeyPa
                 pass
     finally:
         plane.close()
-    assert found == [torch.device("cuda:1"), None]
+    assert found == ["cuda:1", None]

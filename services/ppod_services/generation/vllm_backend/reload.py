@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Set
+from contextlib import ExitStack
 from typing import Any, Protocol, cast
 
 import torch
@@ -55,15 +56,14 @@ def reload_weights(
         initialize_layerwise_reload(model)
         # Not what vLLM itself makes of others once they are loaded, as of MLA's; it does so again at the end.
         expected &= {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        try:
+        with ExitStack() as failed:
+            # Left last to first: the next load must not find what this one left half done.
+            failed.callback(finalize_layerwise_reload, model, config.model_config)
+            failed.callback(_forget, model)
             loaded = cast(_Loads, model).load_weights(left)
             lost = _lost(model, expected)
             finalize_layerwise_reload(model, config.model_config)
-        except BaseException:
-            # The next load must not find what this one left half done.
-            _forget(model)
-            finalize_layerwise_reload(model, config.model_config)
-            raise
+            failed.pop_all()
         _repack(model, {name.rpartition(".")[0] for name in lost})
     if (one := next(left, None)) is not None:
         raise ValueError(f"vLLM did not take {one[0]}")
