@@ -14,7 +14,7 @@ from ppod_services.core.model_weights import ModelWeights
 from ppod_services.core.weight_manifest import IncomingTensor
 from ppod_services.core.weight_store import ReceivedWeights
 from ppod_services.generation.vllm_backend.segments import Segment
-from ppod_services.generation.vllm_backend.staging import LockedSegments, SegmentStage
+from ppod_services.generation.vllm_backend.staging import Copies, LockedSegments, Stage
 from ppod_trainer.policy_weights import PolicyTensors
 from ppod_trainer.weight_planes import HostCopy, Outgoing
 from support.tiny_model import build_model
@@ -104,11 +104,12 @@ def test_a_worker_copies_a_segment_from_locked_pages() -> None:
         tensor.copy_(value)
     memory = LockedSegments(DEVICE).map(segment.path)
     assert torch.frombuffer(memory, dtype=torch.uint8).is_pinned()
-    stage = SegmentStage(DEVICE)
+    loaded: dict[str, torch.Tensor] = {}
+    stage = Stage(DEVICE, Copies(DEVICE, loaded.update))
     stage.begin(segment.path, tensors, 1)
-    found = stage.take(1)
-    assert found is not None
-    for name, tensor in found:
+    assert stage.install(1)
+    assert loaded.keys() == values.keys()
+    for name, tensor in loaded.items():
         assert tensor.device == DEVICE
         assert torch.equal(tensor.cpu(), values[name]), name
 

@@ -12,7 +12,7 @@ import torch
 from ppod.client import SeedPromise
 from support.processes import ServiceProcess
 from support.services import FLOAT32_GAP, TEST_DEVICE
-from support.vllm_services import VALUES, VLLM
+from support.vllm_services import VALUES
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ BACKENDS = [
     Backend("transformers"),
     Backend(
         "vllm",
-        values={**VALUES, "vllm": {**VLLM, "stage_weights": True}},
+        values=VALUES,
         device="auto",
         requires="vllm",
         seed_promise=SeedPromise.UNINTERRUPTED,

@@ -39,7 +39,7 @@ def test_a_version_that_waits_has_room_on_the_devices_of_the_gpu_overlay() -> No
     """By default the workers copy it there while the one before it serves, beside what gpu_memory_utilization takes."""
     config = load_config(GenerationServiceConfig, KUSTOMIZE / "overlays" / "gpu" / "config" / "generation.yaml")
     assert (config.model.source, config.model.dtype) == ("Qwen/Qwen3-8B", "bfloat16")
-    assert config.vllm.stage_weights is None
+    assert config.vllm.stage_weights
     device, version, context = 79 * 2**30, 8_190_735_360 * 2, 2 * 2**30
     assert device * (1 - config.vllm.gpu_memory_utilization) > version + context
 

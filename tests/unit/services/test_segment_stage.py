@@ -10,11 +10,19 @@ import torch
 
 from ppod_services.core.side_stream import SideStream
 from ppod_services.generation.vllm_backend.segments import Segment
-from ppod_services.generation.vllm_backend.staging import LockedSegments, SegmentStage, TensorAt, read_segment
+from ppod_services.generation.vllm_backend.staging import (
+    Copies,
+    LockedSegments,
+    Stage,
+    TensorAt,
+    Weights,
+    read_segment,
+)
 
 SHAPES = [(3, 5), (0, 2), (7,)]
 DTYPES = [torch.float32, torch.float32, torch.bfloat16]
 NAMES = ("a", "empty", "b")
+CPU = torch.device("cpu")
 
 
 def filled(seed: int) -> tuple[Segment, list[TensorAt], dict[str, torch.Tensor]]:
@@ -36,28 +44,46 @@ def assert_holds(found: object, expected: dict[str, torch.Tensor]) -> None:
         assert torch.equal(tensors[name], tensor), name
 
 
+class Loader:
+    """What a worker's stage lets serve."""
+
+    def __init__(self) -> None:
+        self.stage = Stage(CPU, Copies(CPU, self.load))
+        self.loaded: dict[str, torch.Tensor] | None = None
+
+    def load(self, weights: Weights) -> None:
+        self.loaded = dict(weights)
+
+    def install(self, version: int) -> dict[str, torch.Tensor] | None:
+        """What serves then; None: the version is not there."""
+        self.loaded = None
+        assert self.stage.install(version) is (self.loaded is not None)
+        return self.loaded
+
+
 def test_a_segment_is_read_by_its_path() -> None:
     segment, tensors, expected = filled(0)
     assert_holds(read_segment(segment.path, tensors), expected)
 
 
 def test_a_version_is_taken_once_and_outlives_its_segment() -> None:
-    stage = SegmentStage(torch.device("cpu"))
+    loader = Loader()
+    stage = loader.stage
     assert stage.done
     for version in (1, 2):
         segment, tensors, expected = filled(version)
         stage.begin(segment.path, tensors, version)
-        assert stage.take(version + 5) is None, "another version"
+        assert loader.install(version + 5) is None, "another version"
         stage.begin(segment.path, tensors, version)
         stage._wait()
         for tensor in segment.tensors:
             tensor.zero_()
-        assert_holds(stage.take(version), expected)
-        assert stage.take(version) is None, "a second time"
+        assert_holds(loader.install(version), expected)
+        assert loader.install(version) is None, "a second time"
 
 
 def test_segments_stay_mapped_while_versions_come_in_turns() -> None:
-    segments = LockedSegments(torch.device("cpu"))
+    segments = LockedSegments(CPU)
     first, second = (Segment(SHAPES, DTYPES) for _ in range(2))
     mapped = [segments.map(segment.path) for segment in (first, second)]
     for segment, memory in zip((first, second, first), (*mapped, mapped[0]), strict=True):
@@ -70,13 +96,14 @@ def test_segments_stay_mapped_while_versions_come_in_turns() -> None:
 
 def test_another_segment_with_the_same_path_is_another_one() -> None:
     """A descriptor's number is given to the next one as soon as it is closed."""
-    stage = SegmentStage(torch.device("cpu"))
+    loader = Loader()
+    stage = loader.stage
     paths: set[str] = set()
     for version in range(1, 5):
         segment, tensors, expected = filled(version)
         paths.add(segment.path)
         stage.begin(segment.path, tensors, version)
-        assert_holds(stage.take(version), expected)
+        assert_holds(loader.install(version), expected)
         del segment
     assert len(paths) < 4
 
@@ -88,14 +115,15 @@ def test_where_there_is_no_room_nothing_is_staged(
         raise torch.OutOfMemoryError("full")
 
     segment, tensors, expected = filled(3)
-    stage = SegmentStage(torch.device("cpu"))
+    loader = Loader()
+    stage = loader.stage
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(torch, "empty_like", full)
         stage.begin(segment.path, tensors, 3)
-        assert stage.take(3) is None
+        assert loader.install(3) is None
     assert "no room on cpu" in caplog.text
     stage.begin(segment.path, tensors, 3)
-    assert_holds(stage.take(3), expected)
+    assert_holds(loader.install(3), expected)
 
 
 def test_what_had_room_before_the_rest_had_none_is_left_to_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,16 +145,17 @@ def test_what_had_room_before_the_rest_had_none_is_left_to_other_processes(monke
     monkeypatch.setattr(torch, "empty_like", nearly_full)
     monkeypatch.setattr(SideStream, "give_back", give_back)
     segment, tensors, _ = filled(3)
-    stage = SegmentStage(torch.device("cpu"))
+    loader = Loader()
+    stage = loader.stage
     stage.begin(segment.path, tensors, 3)
-    assert stage.take(3) is None
+    assert loader.install(3) is None
     assert held == [False]
 
 
 def test_memory_of_a_device_is_given_back_and_of_the_host_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
-    SideStream(torch.device("cpu")).give_back()
+    SideStream(CPU).give_back()
     assert calls == []
     SideStream(torch.device("cuda:1")).give_back()
     assert calls == ["empty"]

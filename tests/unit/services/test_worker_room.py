@@ -12,7 +12,7 @@ from ppod_services.generation.vllm_backend import receiver, staging
 from ppod_services.generation.vllm_backend.receiver import NO_MEMORY, VersionInfo, WorkerReceiver
 from ppod_services.generation.vllm_backend.room import largest_layer_bytes, need_room
 from ppod_services.generation.vllm_backend.segments import Segment
-from ppod_services.generation.vllm_backend.staging import SegmentStage
+from ppod_services.generation.vllm_backend.staging import Copies, Stage
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
@@ -71,16 +71,16 @@ def version(shapes: Sequence[tuple[int, ...]]) -> tuple[Segment, list[tuple[str,
 def test_a_version_that_waits_needs_room_where_the_one_before_it_left_none(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(staging, "need_room", lambda _device, nbytes, spared: asked.append((nbytes, spared)))
-    stage = SegmentStage(CPU, spared_bytes=30)
+    stage = Stage(CPU, Copies(CPU, lambda _: None), spared_bytes=30)
     for shapes in ([(3,), (5,)], [(3,), (5,)], [(4,), (5,)]):
         segment, tensors = version(shapes)
         stage.begin(segment.path, tensors, 1)
-        assert stage.take(1) is not None
+        assert stage.install(1)
     stage.drop()
-    assert stage.take(1) is None
+    assert not stage.install(1)
     segment, tensors = version([(3,), (5,)])
     stage.begin(segment.path, tensors, 2)
-    assert stage.take(2) is not None
+    assert stage.install(2)
     assert asked == [(32, 30), (0, 30), (16, 30), (32, 30)]
 
 
@@ -88,9 +88,9 @@ def test_no_page_is_locked_of_a_version_for_which_there_is_no_room(monkeypatch: 
     monkeypatch.setattr(staging, "need_room", full)
     monkeypatch.setattr(staging.LockedSegments, "map", lambda _self, path: pytest.fail(f"{path} was mapped"))
     segment, tensors = version([(3,), (5,)])
-    stage = SegmentStage(CPU)
+    stage = Stage(CPU, Copies(CPU, lambda _: None))
     stage.begin(segment.path, tensors, 1)
-    assert stage.take(1) is None
+    assert not stage.install(1)
 
 
 def full(_device: torch.device, nbytes: int, spared_bytes: int) -> None:

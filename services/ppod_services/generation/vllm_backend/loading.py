@@ -100,7 +100,7 @@ def load_vllm(config: GenerationServiceConfig, on_version: Callable[[int], None]
     host.call(lambda engine: engine.update_weight_version("0"))
     told = host.call(lambda engine: engine.collective_rpc("ppod_tell_both_logprobs"))
     workers = WorkerTransfer(host, len(told)) if config.vllm.weights_received_by == "workers" else None
-    stages = api.platform() != "cpu" if config.vllm.stage_weights is None else config.vllm.stage_weights
+    stages = config.vllm.stage_weights
     store = VllmWeights(host, described.shapes, described.linear, Checkpoint(path), workers, stages=stages)
     weights = ServedWeights(store, on_version)
     engine = VllmEngine(host, weights, described.tokenizer, both_logprobs=all(told))

@@ -139,6 +139,8 @@ class WorkerReceiver:
         self._thread: threading.Thread | None = None
         self._staged: StagedTensors | None = None
         self._outcome: Outcome = ()
+        self.weight_version = 0
+        """Of what was begun last."""
 
     def join(self, info: GroupInfo) -> None:
         """Receive from this group from now on; it is met when a version comes."""
@@ -151,6 +153,7 @@ class WorkerReceiver:
     def begin(self, version: VersionInfo) -> None:
         """Receive a version while the worker goes on."""
         self.drop()
+        self.weight_version = version.weight_version
         self._thread = threading.Thread(target=self._receive, args=(version,), name="weights", daemon=True)
         self._thread.start()
 

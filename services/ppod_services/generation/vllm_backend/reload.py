@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from ppod_services.generation.vllm_backend.checkpoint_form import checkpoint_form
+from ppod_services.generation.vllm_backend.checkpoint_form import CheckpointForm, checkpoint_form
 
 
 class _Loads(Protocol):
@@ -19,12 +19,16 @@ class _Loads(Protocol):
 
 def load_pushed(config: Any, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """As `reload_weights`, of weights as transformers holds them."""
+    reload_weights(config, model, form_of(config).of(weights))
+
+
+def form_of(config: Any) -> CheckpointForm:
+    """What turns weights as transformers holds them into what the engine's loader takes."""
     from vllm.config import set_current_vllm_config  # pyright: ignore  # noqa: PLC0415
 
     # vLLM may have changed the model's class to one that asks for this: it runs what it does not know by transformers.
     with set_current_vllm_config(config):
-        form = checkpoint_form(config.model_config.model)
-    reload_weights(config, model, form.of(weights))
+        return checkpoint_form(config.model_config.model)
 
 
 def reload_weights(

@@ -84,10 +84,10 @@ class VllmConfig(ConfigModel):
         description="who is part of the groups of weight_transfer.plane collective: the service, or each worker, onto "
         "its own device, which then needs room for all weights in the type that travels, not only its part",
     )
-    stage_weights: bool | None = Field(
-        default=None,
-        description="copy pushed weights, to each device all of them, while the old ones serve, where there is room "
-        "beside gpu_memory_utilization, so that a commit is short; none: on GPUs",
+    stage_weights: bool = Field(
+        default=True,
+        description="load pushed weights into a second set of parameters while the old ones serve, where there is room "
+        "beside gpu_memory_utilization, so that a commit is short",
     )
     engine_args: Mapping[str, JsonValue] = Field(
         default={}, description="further arguments of vLLM's AsyncEngineArgs, by their names there"

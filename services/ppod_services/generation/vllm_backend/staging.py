@@ -6,8 +6,9 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -21,6 +22,8 @@ _LOGGER = logging.getLogger(__name__)
 
 TensorAt = tuple[str, str, tuple[int, ...], int]
 """Name, data type, shape and offset of a tensor in a segment."""
+Weights = Iterable[tuple[str, torch.Tensor]]
+"""Names and tensors, on any device."""
 
 
 def read_segment(path: str, tensors: Sequence[TensorAt]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -68,76 +71,58 @@ class LockedSegments:
         return found[0]
 
 
-class SegmentStage:
-    """Copies one segment at a time to a device; the memory there is kept for the next one.
+class Waiting(Protocol):
+    """Where a version waits on a device; the memory there is kept for the next one."""
+
+    def wanted_bytes(self, tensors: Sequence[TensorAt]) -> int:
+        """What a version would take of the device besides what is kept."""
+        ...
+
+    def fill(self, weights: Weights) -> None:
+        """Take a version. Raises OutOfMemoryError: there is no room; part of it may be there."""
+        ...
+
+    def install(self) -> None:
+        """Let what was taken serve. Between two steps."""
+        ...
+
+    def drop(self) -> None:
+        """Free the memory."""
+        ...
+
+
+class Copies:
+    """A version as it was pushed.
 
     Args:
         device: the worker's.
-        spared_bytes: what the engine may need of the device's memory besides.
+        load: puts one into the model.
     """
 
-    def __init__(self, device: torch.device, spared_bytes: int = 0) -> None:
+    def __init__(self, device: torch.device, load: Callable[[Weights], None]) -> None:
         self._device = device
-        self._spared_bytes = spared_bytes
-        self._side = SideStream(device)
-        self._segments = LockedSegments(device)
+        self._load = load
         self._tensors: dict[str, torch.Tensor] = {}
-        self._thread: threading.Thread | None = None
-        self._version: int | None = None
 
-    def begin(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
-        """Copy a version while the worker goes on; of one before it nothing is left."""
-        self._wait()
-        self._version = None
-        arguments = (path, list(tensors), weight_version)
-        self._thread = threading.Thread(target=self._copy, args=arguments, name="weights", daemon=True)
-        self._thread.start()
+    def wanted_bytes(self, tensors: Sequence[TensorAt]) -> int:
+        """See `Waiting`."""
+        return sum(
+            torch.Size(shape).numel() * DTYPES[dtype].itemsize
+            for name, dtype, shape, _ in tensors
+            if not self._has_place(name, shape, DTYPES[dtype])
+        )
 
-    @property
-    def done(self) -> bool:
-        """Whether nothing is being copied."""
-        return self._thread is None or not self._thread.is_alive()
+    def fill(self, weights: Weights) -> None:
+        """See `Waiting`."""
+        self._tensors = {name: self._place(name, tensor).copy_(tensor, non_blocking=True) for name, tensor in weights}
 
-    def take(self, weight_version: int) -> Iterator[tuple[str, torch.Tensor]] | None:
-        """Names and tensors of a version, once; None: it is not here, and has to be read from its segment."""
-        self._wait()
-        found, self._version = self._version, None
-        return iter(self._tensors.items()) if found == weight_version else None
+    def install(self) -> None:
+        """See `Waiting`."""
+        self._load(self._tensors.items())
 
     def drop(self) -> None:
-        """Free the memory on the device."""
-        self._wait()
-        self._version = None
+        """See `Waiting`."""
         self._tensors = {}
-
-    def _wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    @torch.no_grad()
-    def _copy(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
-        copied: dict[str, torch.Tensor] | None = None
-        try:
-            with self._side.working():
-                # Before the segment's pages are locked, which takes a while.
-                new = [
-                    torch.Size(shape).numel() * DTYPES[dtype].itemsize
-                    for name, dtype, shape, _ in tensors
-                    if not self._has_place(name, shape, DTYPES[dtype])
-                ]
-                need_room(self._device, sum(new), self._spared_bytes)
-                found = _tensors(self._segments.map(path), tensors)
-                copied = {name: self._place(name, tensor).copy_(tensor, non_blocking=True) for name, tensor in found}
-        except torch.OutOfMemoryError:
-            _LOGGER.warning("no room on %s for weights that wait: they are loaded at their commit", self._device)
-        if copied is None:
-            self._tensors = {}
-            # Behind the error, which holds those that had room.
-            self._side.give_back()
-            return
-        self._tensors = copied
-        self._version = weight_version
 
     def _has_place(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
         kept = self._tensors.get(name)
@@ -147,3 +132,81 @@ class SegmentStage:
         if self._has_place(name, tensor.shape, tensor.dtype):
             return self._tensors[name]
         return torch.empty_like(tensor, device=self._device)
+
+
+class Stage:
+    """Brings one version at a time to where it waits on a device, beside serving.
+
+    Args:
+        device: the worker's.
+        waiting: where it waits there.
+        spared_bytes: what the engine may need of the device's memory besides.
+    """
+
+    def __init__(self, device: torch.device, waiting: Waiting, spared_bytes: int = 0) -> None:
+        self._device = device
+        self._waiting = waiting
+        self._spared_bytes = spared_bytes
+        self._side = SideStream(device)
+        self._segments = LockedSegments(device)
+        self._thread: threading.Thread | None = None
+        self._version: int | None = None
+
+    def begin(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
+        """Bring a segment's weights there while the worker goes on; of a version before them nothing is left."""
+        self.begin_with(lambda: _tensors(self._segments.map(path), tensors), tensors, weight_version)
+
+    def begin_with(self, read: Callable[[], Weights], tensors: Sequence[TensorAt], weight_version: int) -> None:
+        """As `begin`, weights from anywhere."""
+        self._wait()
+        self._version = None
+        arguments = (read, list(tensors), weight_version)
+        self._thread = threading.Thread(target=self._bring, args=arguments, name="weights", daemon=True)
+        self._thread.start()
+
+    def holds(self, weight_version: int) -> bool:
+        """Whether this version waits there."""
+        self._wait()
+        return self._version == weight_version
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is on its way."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def install(self, weight_version: int) -> bool:
+        """Let a version serve, once; False: it is not here, and has to be read from its segment."""
+        there = self.holds(weight_version)
+        self._version = None
+        if there:
+            self._waiting.install()
+        return there
+
+    def drop(self) -> None:
+        """Free the memory on the device."""
+        self._wait()
+        self._version = None
+        self._waiting.drop()
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    @torch.no_grad()
+    def _bring(self, read: Callable[[], Weights], tensors: Sequence[TensorAt], weight_version: int) -> None:
+        room = False
+        try:
+            with self._side.working():
+                # Before the segment's pages are locked, which takes a while.
+                need_room(self._device, self._waiting.wanted_bytes(tensors), self._spared_bytes)
+                self._waiting.fill(read())
+                room = True
+        except torch.OutOfMemoryError:
+            _LOGGER.warning("no room on %s for weights that wait: they are loaded at their commit", self._device)
+        if not room:
+            self._waiting.drop()
+            # Behind the error, which holds those that had room.
+            self._side.give_back()
+            return
+        self._version = weight_version

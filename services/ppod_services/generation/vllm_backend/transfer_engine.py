@@ -7,6 +7,7 @@ from `update_weights` at once and receives beside serving, as vLLM allows with `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class StagedTransferEngine(WeightTransferEngine):  # pyright: ignore[reportUntyp
         self.receiver = WorkerReceiver(device, self.parallel_config.rank)
         self.failure: str | None = None
         """What went wrong in the last `finish_weight_update`."""
+        self.install: Callable[[int], bool] = lambda _: False
+        """Lets a version serve that was received, and loaded beside what serves; whether it was."""
 
     def init_transfer_engine(self, init_info: GroupInfo) -> None:
         """Receive from this group from now on."""
@@ -56,11 +59,20 @@ class StagedTransferEngine(WeightTransferEngine):  # pyright: ignore[reportUntyp
 
     def finish_weight_update(self) -> None:
         """Load what was received; `failure` tells where that is not whole, or the model does not take it."""
-        self.failure = failure_of(lambda: load_pushed(self.vllm_config, self.model, self.receiver.take()))
-        if self.device.type == "cuda":
-            # The receiver's stream may get this memory next.
-            torch.cuda.synchronize(self.device)
+        # A step may still be under way on the device.
+        self._synchronize()
+        self.failure = failure_of(self._load)
+        # The receiver's stream may get this memory next.
+        self._synchronize()
         self.receiver.drop()
+
+    def _load(self) -> None:
+        if not self.install(self.receiver.weight_version):
+            load_pushed(self.vllm_config, self.model, self.receiver.take())
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def shutdown(self) -> None:
         """Leave the group."""

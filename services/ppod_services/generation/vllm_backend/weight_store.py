@@ -53,10 +53,15 @@ class _Image:
         await self.label(engine)
 
     async def stage(self, engine: Engine) -> None:
-        """Have all workers copy it to their devices, and wait until that has ended."""
+        """Have all workers bring it to their devices, and wait until that has ended."""
         await engine.collective_rpc("ppod_stage_weights", args=(self.segment.path, self.layout, self.weight_version))
-        while not all(await engine.collective_rpc("ppod_staged")):
-            await asyncio.sleep(_POLL_S)
+        await _staged(engine)
+
+    async def stage_received(self, engine: Engine) -> None:
+        """As `stage`, where they have received it themselves."""
+        await engine.collective_rpc("ppod_stage_received", args=(self.layout, self.weight_version))
+        await _staged(engine)
+        await engine.collective_rpc("ppod_keep_staged", args=(self.weight_version,))
 
     async def label(self, engine: Engine) -> None:
         """Label the tokens that come, now that it is loaded."""
@@ -159,8 +164,8 @@ class VllmWeights:
     def _staged(self, image: _Image) -> _Image:
         """The version, on its way to the workers' devices where it is to wait there and has not come there already."""
         there = self._workers is not None and self._workers.version == image.weight_version
-        if self._stages and not there:
-            self._host.call(image.stage)
+        if self._stages:
+            self._host.call(image.stage_received if there else image.stage)
         return image
 
     def _forget_received(self) -> None:
@@ -247,6 +252,11 @@ def _shared(weight_version: int, tensors: Mapping[str, torch.Tensor], segment: S
 
 def _address(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr() if tensor.numel() else 0, tensor.numel() * tensor.element_size()
+
+
+async def _staged(engine: Engine) -> None:
+    while not all(await engine.collective_rpc("ppod_staged")):
+        await asyncio.sleep(_POLL_S)
 
 
 async def _resume(engine: Engine) -> None:

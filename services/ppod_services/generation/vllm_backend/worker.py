@@ -9,10 +9,16 @@ import torch
 from torch import nn
 
 from ppod_services.generation.vllm_backend.observed_sampler import HasSampler, observe_sampler
-from ppod_services.generation.vllm_backend.reload import load_pushed, reload_weights
+from ppod_services.generation.vllm_backend.reload import form_of, load_pushed, reload_weights
 from ppod_services.generation.vllm_backend.room import largest_layer_bytes
 from ppod_services.generation.vllm_backend.settings import TRANSFER_ENGINE
-from ppod_services.generation.vllm_backend.staging import SegmentStage, TensorAt, read_segment
+from ppod_services.generation.vllm_backend.staging import (
+    Copies,
+    Stage,
+    TensorAt,
+    read_segment,
+)
+from ppod_services.generation.vllm_backend.standby import standby_of
 from ppod_services.generation.vllm_backend.watch import end_with_service
 from ppod_services.generation.vllm_backend.worker_calls import failure_of
 
@@ -31,7 +37,9 @@ class PpodWorker:
     device: torch.device
     model_runner: _ModelRunner
     vllm_config: Any
-    stage: SegmentStage | None = None
+    stage: Stage | None = None
+    loads_beside = False
+    """Whether what waits is loaded already."""
     weight_transfer_engine: StagedTransferEngine
 
     def ppod_tell_both_logprobs(self) -> bool:
@@ -42,28 +50,53 @@ class PpodWorker:
         return observe_sampler(self.model_runner)
 
     def ppod_stage_weights(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
-        """Begin to copy a segment's weights to this worker's device, beside serving."""
-        if self.stage is None:
-            self.stage = SegmentStage(self.device, self._spared_bytes())
-        self.stage.begin(path, tensors, weight_version)
+        """Begin to bring a segment's weights to this worker's device, beside serving."""
+        self._stage(tensors).begin(path, tensors, weight_version)
+
+    def ppod_stage_received(self, tensors: Sequence[TensorAt], weight_version: int) -> None:
+        """Begin to bring what the transfer engine has received to where it waits, if that is another form of it."""
+        stage, engine = self._stage(tensors), self.weight_transfer_engine
+        if self.loads_beside:
+            engine.install = stage.install
+            stage.begin_with(engine.receiver.take, tensors, weight_version)
 
     def ppod_staged(self) -> bool:
         """Whether that has ended."""
         return self.stage is None or self.stage.done
+
+    def ppod_keep_staged(self, weight_version: int) -> None:
+        """Forget what the transfer engine has received, if it is loaded beside what serves."""
+        if self.stage is not None and self.stage.holds(weight_version):
+            self.weight_transfer_engine.receiver.drop()
 
     def ppod_load_weights(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> str | None:
         """Load all weights, staged or from their segment, in the layout and precision of this worker."""
         return failure_of(lambda: self._load(path, tensors, weight_version))
 
     def _load(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
-        staged = None if self.stage is None else self.stage.take(weight_version)
-        if self.stage is not None and staged is None:
-            self.stage.drop()
-        found = read_segment(path, tensors) if staged is None else staged
-        load_pushed(self.vllm_config, self.model_runner.get_model(), found)
+        # A step may still be under way on the device.
+        self._synchronize()
+        if self.stage is None or not self.stage.install(weight_version):
+            if self.stage is not None:
+                self.stage.drop()
+            load_pushed(self.vllm_config, self.model_runner.get_model(), read_segment(path, tensors))
+        # The next version is brought to where this one was read.
+        self._synchronize()
+
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
-            # The next version is copied to where this one was read.
             torch.cuda.synchronize(self.device)
+
+    def _stage(self, tensors: Sequence[TensorAt]) -> Stage:
+        from vllm.platforms import current_platform  # pyright: ignore  # noqa: PLC0415
+
+        if self.stage is None:
+            config, model = self.vllm_config, self.model_runner.get_model()
+            standby = standby_of(model, self.device, form_of(config), tensors, current_platform.device_type)
+            self.loads_beside = standby is not None
+            waiting = standby or Copies(self.device, lambda weights: load_pushed(config, model, weights))
+            self.stage = Stage(self.device, waiting, self._spared_bytes())
+        return self.stage
 
     def ppod_load_checkpoint(self) -> str | None:
         """Load the weights again that the engine started with."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ppod_services.generation.vllm_backend.api import Engine
 
 _LOGGER = logging.getLogger(__name__)
-_LOADING = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, OSError)
+LOADING_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, OSError)
 """What vLLM's loaders raise for weights that they do not take, and torch for memory that is not there."""
 
 
@@ -26,7 +26,7 @@ def failure_of(do: Callable[[], None]) -> str | None:
     """In a worker: load something; what went wrong, or None."""
     try:
         do()
-    except _LOADING as error:
+    except LOADING_ERRORS as error:
         _LOGGER.exception("a call of the service failed")
         return f"{type(error).__name__}: {error}"
     return None

@@ -1,0 +1,280 @@
+"""A second set of a model's parameters, which the next version is loaded into while the first one serves.
+
+vLLM's loaders split and merge what they are given, and its reload takes the layers that serve apart for that. Most
+models need no more than copies, so their loader runs on a double of the model here: the same modules, with parameters
+of their own. What a CPU packs is packed there, too. A commit then copies from one set to the other, each worker's part
+only, into the memory that captured graphs read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ppod_models.loading import DTYPES
+from ppod_services.generation.vllm_backend.staging import TensorAt, Weights
+from ppod_services.generation.vllm_backend.worker_calls import LOADING_ERRORS
+
+_LOGGER = logging.getLogger(__name__)
+_PACKED = "cpu_linear"
+"""What vLLM's CPU build computes a layer with; it may hold the only copy of the layer's weight."""
+_REGISTERED = ("_modules", "_parameters", "_buffers")
+
+
+class NotPlainError(Exception):
+    """Loading this model takes more than copies."""
+
+
+class Form(Protocol):
+    """Of a checkpoint."""
+
+    def of(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors as a checkpoint has them."""
+        ...
+
+
+class _Loads(Protocol):
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Parameter:
+    """One parameter of the double, and all modules that have it.
+
+    Attributes:
+        live: the one that serves; where a CPU has packed it, it is empty.
+        form: on no device, as its loader wants it.
+        places: modules of the double, and its name there.
+        real: what is loaded into.
+    """
+
+    live: torch.Tensor
+    form: torch.Tensor
+    places: list[tuple[nn.Module, str]] = field(default_factory=list[tuple[nn.Module, str]])
+    real: torch.Tensor | None = None
+
+    @property
+    def copied(self) -> bool:
+        """Whether a commit copies it; else its layer has it packed."""
+        return self.live.shape == self.form.shape
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Let the double's modules have this."""
+        for module, name in self.places:
+            vars(module)["_parameters"][name] = tensor
+
+
+class Standby:
+    """The second set of one worker's parameters.
+
+    Args:
+        model: the one that serves.
+        device: its own.
+        form: turns what is pushed into what a checkpoint has.
+
+    Raises:
+        NotPlainError: it takes more than copies to load it.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, form: Form) -> None:
+        self._device = device
+        self._form = form
+        self._doubles: dict[nn.Module, nn.Module] = {}
+        self._parameters: dict[int, _Parameter] = {}
+        self._twin = self._double(model)
+        self._expected = {name for name, _ in model.named_parameters()}
+        for parameter in self._parameters.values():
+            parameter.put(parameter.form)
+        self._packs = [(live, twin) for live, twin in self._doubles.items() if _PACKED in vars(live)]
+
+    def wanted_bytes(self, tensors: Sequence[TensorAt]) -> int:
+        """See `Waiting`: however a version travels, it waits in the model's own types."""
+        del tensors
+        return sum(one.form.nbytes for one in self._parameters.values() if one.real is None)
+
+    def rehearse(self, weights: Weights) -> None:
+        """Load tensors that are on no device, which shows that nothing but the double is written to.
+
+        Raises:
+            NotPlainError: it is otherwise. Others: as the loader tells that it is.
+        """
+        with _OnDouble():
+            self._load(weights)
+        for live, twin in self._doubles.items():
+            if changed := _changed(live, twin):
+                raise NotPlainError(f"{type(live).__name__} keeps {changed[0]} of its weights")
+
+    def fill(self, weights: Weights) -> None:
+        """See `Waiting`. Raises ValueError: vLLM did not take a tensor, or some parameters got none."""
+        for parameter in self._parameters.values():
+            # One that a layer packs is kept by nobody else, unless its kernel reads it where it lies.
+            if parameter.real is None or not parameter.copied:
+                parameter.real = _on(self._device, parameter.form)
+            parameter.put(parameter.real)
+        self._load(weights)
+        for _, twin in self._packs:
+            cast(Any, twin).quant_method.process_weights_after_loading(twin)
+        for parameter in self._parameters.values():
+            if not parameter.copied:
+                parameter.real = None
+
+    def install(self) -> None:
+        """See `Waiting`."""
+        with torch.no_grad():
+            for parameter in self._parameters.values():
+                if parameter.copied:
+                    assert parameter.real is not None
+                    parameter.live.data.copy_(parameter.real.data, non_blocking=True)
+        for live, twin in self._packs:
+            # The old one goes where the next version is packed, and not while everything stands still.
+            vars(live)[_PACKED], vars(twin)[_PACKED] = vars(twin)[_PACKED], vars(live)[_PACKED]
+
+    def drop(self) -> None:
+        """See `Waiting`."""
+        for parameter in self._parameters.values():
+            parameter.real = None
+            parameter.put(parameter.form)
+        for live, twin in self._packs:
+            vars(twin)[_PACKED] = vars(live)[_PACKED]
+
+    def _load(self, weights: Weights) -> None:
+        left = iter(self._form.of(weights))
+        with torch.no_grad():
+            loaded = cast(_Loads, self._twin).load_weights(left)
+        if (one := next(left, None)) is not None:
+            raise ValueError(f"vLLM did not take {one[0]}")
+        if loaded is None:
+            raise ValueError("vLLM's loader does not tell what it loaded")
+        if missing := sorted(self._expected - loaded):
+            raise ValueError(f"{len(missing)} parameters of vLLM's model got no weights, the first {missing[0]}")
+
+    def _double(self, module: nn.Module) -> nn.Module:
+        if (found := self._doubles.get(module)) is not None:
+            return found
+        _need_plain(module)
+        twin = object.__new__(type(module))
+        self._doubles[module] = twin
+        attributes = vars(module)
+        # What is registered as None stays so.
+        own = {name: dict(attributes[name]) for name in _REGISTERED}
+        vars(twin).update({**attributes, **own})
+        own["_modules"] |= {name: self._double(child) for name, child in own["_modules"].items() if child is not None}
+        for name, live in module.named_parameters(recurse=False, remove_duplicate=False):
+            known = self._parameters.get(id(live))
+            if known is None:
+                known = self._parameters[id(live)] = _Parameter(live, _form(module, twin, name, live))
+            known.places.append((twin, name))
+        return twin
+
+
+def standby_of(
+    model: nn.Module, device: torch.device, form: Form, tensors: Sequence[TensorAt], platform: str
+) -> Standby | None:
+    """A second set of a model's parameters; None where its loader does more than to copy.
+
+    Args:
+        model: the one that serves.
+        device: its own.
+        form: turns what is pushed into what a checkpoint has.
+        tensors: of a push.
+        platform: vLLM's name of the kind of device.
+    """
+    if platform not in ("cpu", "cuda"):
+        # What vLLM makes of weights for others has not been looked at.
+        return None
+    nowhere = ((name, torch.empty(shape, dtype=DTYPES[dtype], device="meta")) for name, dtype, shape, _ in tensors)
+    try:
+        standby = Standby(model, device, form)
+        standby.rehearse(nowhere)
+    except (NotPlainError, *LOADING_ERRORS) as reason:
+        _LOGGER.info("versions that wait are loaded at their commit: %s", reason)
+        return None
+    return standby
+
+
+class _OnDouble(TorchDispatchMode):
+    """Refuses to write to what is on a device."""
+
+    def __torch_dispatch__(  # pyright: ignore
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        if func._schema.is_mutable and not args[0].is_meta:
+            raise RuntimeError(f"{func} writes to what serves")
+        return func(*args, **(kwargs or {}))
+
+
+def _need_plain(module: nn.Module) -> None:
+    """Raise NotPlainError where vLLM makes more of a module's weights than what its kernels take them by."""
+    from vllm.model_executor.layers.attention import Attention  # pyright: ignore  # noqa: PLC0415
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # pyright: ignore  # noqa: PLC0415
+    from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore  # noqa: PLC0415
+        UnquantizedEmbeddingMethod,
+    )
+
+    kind = type(module).__name__
+    if type(module) is Attention and not list(module.parameters(recurse=False)):
+        # It has scales of its cache, which nobody pushes.
+        return
+    method = getattr(module, "quant_method", None)
+    if method is not None and type(method) not in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+        raise NotPlainError(f"{kind} has its weights by {type(method).__name__}")
+    if callable(getattr(module, "process_weights_after_loading", None)):
+        raise NotPlainError(f"{kind} makes something of its weights")
+    if kept := vars(module)["_buffers"].keys() - vars(module)["_non_persistent_buffers_set"]:
+        raise NotPlainError(f"{kind} has {min(kept)} beside its parameters")
+
+
+def _form(module: nn.Module, twin: nn.Module, name: str, live: torch.Tensor) -> torch.Tensor:
+    """A parameter as its loader wants it, on no device."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info  # pyright: ignore  # noqa: PLC0415
+
+    # vLLM has noted what it has before its first load. Biases come later, and stay as they are.
+    noted = get_layerwise_info(module).restore_metadata[0].get(name, live)
+    packed = _PACKED in vars(module) and not live.numel() and noted.ndim == 2
+    if noted.shape != live.shape and not packed:
+        raise NotPlainError(f"{type(module).__name__} has its {name} in another shape than it was loaded in")
+    if noted.dtype != live.dtype or (noted.shape == live.shape and noted.stride() != live.stride()):
+        raise NotPlainError(f"{type(module).__name__} has its {name} in another layout than it was loaded in")
+    form = torch.empty_strided(noted.shape, noted.stride(), dtype=noted.dtype, device="meta")
+    return _like(noted, form, {key: _of_twin(value, module, twin) for key, value in vars(noted).items()})
+
+
+def _on(device: torch.device, form: torch.Tensor) -> torch.Tensor:
+    """A parameter's memory; what no loader writes, as padding, is 0."""
+    memory = torch.empty_strided(form.shape, form.stride(), dtype=form.dtype, device=device).zero_()
+    return _like(form, memory, vars(form))
+
+
+def _like(parameter: torch.Tensor, memory: torch.Tensor, attributes: Mapping[str, object]) -> torch.Tensor:
+    memory.__class__ = parameter.__class__
+    vars(memory).update(attributes)
+    return memory
+
+
+def _of_twin(value: object, module: nn.Module, twin: nn.Module) -> object:
+    """A parameter's attribute; a loader without what a reload has put around it, and bound to the double."""
+    from vllm.model_executor.model_loader.reload.sanitize import layer_ref_sentinel  # pyright: ignore  # noqa: PLC0415
+
+    while getattr(value, "__name__", "") == "online_process_loader":
+        value = cast(Any, value).__wrapped__
+    if isinstance(value, MethodType) and (value.__self__ is module or value.__self__ is layer_ref_sentinel):
+        return MethodType(value.__func__, twin)
+    return value
+
+
+def _changed(live: nn.Module, twin: nn.Module) -> list[str]:
+    """Attributes that loading gave the double, other than parameters."""
+    ours, theirs = ({**vars(one), **vars(one)["_buffers"]} for one in (live, twin))
+    names = (ours.keys() | theirs.keys()).difference(_REGISTERED)
+    return sorted(name for name in names if ours.get(name) is not theirs.get(name))

@@ -1,0 +1,264 @@
+"""The second set of parameters beside vLLM's own models: what it is filled with serves from an install on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ppod_services.generation.vllm_backend.reload import form_of, load_pushed
+from ppod_services.generation.vllm_backend.staging import TensorAt, Weights
+from ppod_services.generation.vllm_backend.standby import Standby, standby_of
+from support.architectures import build_architecture
+from support.services import TEST_DEVICE
+from support.tiny_model import build_tokenizer
+from support.vllm_services import require_vllm
+
+# vLLM's own, of what it imports.
+pytestmark = pytest.mark.filterwarnings("ignore")
+DEVICE = torch.device(TEST_DEVICE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_worker() -> Iterator[None]:
+    """The process groups of an engine of one worker, in this process."""
+    require_vllm()
+    from vllm.config import VllmConfig, set_current_vllm_config  # pyright: ignore  # noqa: PLC0415
+    from vllm.distributed import parallel_state  # pyright: ignore  # noqa: PLC0415
+
+    with set_current_vllm_config(VllmConfig()):
+        parallel_state.init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, "gloo")
+        parallel_state.initialize_model_parallel(1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.accelerator.is_available():
+            # As vLLM's worker does on a CPU: its loaders call it there, too.
+            patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+        yield
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+
+
+def engine_model(directory: Path, dtype: str) -> tuple[Any, nn.Module]:
+    """vLLM's configuration and model of a checkpoint, loaded as an engine does."""
+    from vllm.config import set_current_vllm_config  # pyright: ignore  # noqa: PLC0415
+    from vllm.engine.arg_utils import EngineArgs  # pyright: ignore  # noqa: PLC0415
+    from vllm.model_executor.model_loader import get_model  # pyright: ignore  # noqa: PLC0415
+
+    config = EngineArgs(model=str(directory), dtype=dtype, enforce_eager=True, max_model_len=64).create_engine_config()
+    with set_current_vllm_config(config):
+        return config, get_model(vllm_config=config)
+
+
+def saved(model: PreTrainedModel, directory: Path) -> Path:
+    model.save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def pushed(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, parameter.data) for name, parameter in model.named_parameters()]
+
+
+def standby(config: Any, serving: nn.Module, model: nn.Module) -> Standby | None:
+    tensors: list[TensorAt] = [
+        (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), 0) for name, tensor in pushed(model)
+    ]
+    return standby_of(serving, DEVICE, form_of(config), tensors, DEVICE.type)
+
+
+@torch.no_grad()
+def computed(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters, and what the layers that a CPU packs make of some input."""
+    found = {name: parameter.detach().clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, module in model.named_modules():
+        linear = module.__dict__.get("cpu_linear")
+        if linear is not None:
+            width = getattr(module, "input_size", None) or getattr(module, "embedding_dim")  # noqa: B009
+            dtype = next(one.dtype for one in model.parameters())
+            some = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+            found[f"{name}()"] = linear(some, module.weight, None)
+    return found
+
+
+def assert_computes(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    found = computed(model)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def shuffle(model: PreTrainedModel, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # One-dimensional ones may be all alike.
+            parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+
+
+@pytest.mark.parametrize(
+    ("kind", "further", "dtype"),
+    [
+        ("llama", {}, "bfloat16"),
+        ("llama", {"tie_word_embeddings": True}, "float32"),
+        ("qwen2", {"tie_word_embeddings": True}, "bfloat16"),
+        ("qwen3", {}, "float32"),
+        ("gemma2", {}, "bfloat16"),
+        ("phi3", {}, "float32"),
+        ("gpt2", {}, "bfloat16"),
+    ],
+)
+def test_a_version_that_was_filled_serves_from_its_install_on(
+    tmp_path: Path, kind: str, further: dict[str, object], dtype: str
+) -> None:
+    policy = build_architecture(kind, **further)
+    config, serving = engine_model(saved(policy, tmp_path / "0"), dtype)
+    second = standby(config, serving, policy)
+    assert second is not None
+    expected = computed(serving)
+    for version in range(1, 4):
+        shuffle(policy, version)
+        if version == 3:
+            # As where there was no room for it. The one after it finds its place again.
+            second.drop()
+            load_pushed(config, serving, pushed(policy))
+        else:
+            second.fill(pushed(policy))
+            assert_computes(serving, expected)
+            second.install()
+        # What an engine has that starts with these.
+        expected = computed(engine_model(saved(policy, tmp_path / str(version)), dtype)[1])
+        assert_computes(serving, expected)
+    shuffle(policy, 4)
+    second.fill(pushed(policy))
+    assert_computes(serving, expected)
+    second.install()
+    assert_computes(serving, computed(engine_model(saved(policy, tmp_path / "4"), dtype)[1]))
+
+
+def test_memory_is_taken_once_and_given_back(tmp_path: Path) -> None:
+    policy = build_architecture("llama")
+    config, serving = engine_model(saved(policy, tmp_path), "bfloat16")
+    second = standby(config, serving, policy)
+    assert second is not None
+    whole = sum(parameter.numel() * 2 for parameter in policy.parameters())
+    assert second.wanted_bytes([]) == whole
+    second.fill(pushed(policy))
+    places = {one.real.data_ptr() for one in second._parameters.values() if one.real is not None}
+    second.install()
+    second.fill(pushed(policy))
+    assert places == {one.real.data_ptr() for one in second._parameters.values() if one.real is not None}
+    packed = [one for one in second._parameters.values() if not one.copied]
+    # Of what is packed nothing is kept beside that.
+    assert second.wanted_bytes([]) == sum(one.form.nbytes for one in packed)
+    second.drop()
+    assert second.wanted_bytes([]) == whole
+
+
+def test_a_version_that_is_not_whole_does_not_wait(tmp_path: Path) -> None:
+    policy = build_architecture("llama")
+    config, serving = engine_model(saved(policy, tmp_path), "float32")
+    second = standby(config, serving, policy)
+    assert second is not None
+    expected = computed(serving)
+    rest = [(name, tensor) for name, tensor in pushed(policy) if name != "model.norm.weight"]
+    with pytest.raises(ValueError, match=r"1 parameters of .* got no weights, the first model\.norm\.weight"):
+        second.fill(rest)
+    with pytest.raises(ValueError, match=r"no module or parameter named"):
+        second.fill([*pushed(policy), ("another.weight", torch.zeros(2))])
+    assert_computes(serving, expected)
+
+
+@pytest.mark.parametrize(("kind", "further"), [("mixtral", {}), ("deepseek_v3", {"topk_method": "noaux_tc"})])
+def test_a_model_whose_loader_does_more_than_to_copy_has_none(
+    tmp_path: Path, kind: str, further: dict[str, object]
+) -> None:
+    """Experts are packed together, and latent attention keeps parts of its weights once more."""
+    policy = build_architecture(kind, **further)
+    config, serving = engine_model(saved(policy, tmp_path), "float32")
+    expected = computed(serving)
+    assert standby(config, serving, policy) is None
+    assert_computes(serving, expected)
+
+
+class Layer(nn.Module):
+    """One parameter, and what loading it may do besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(4.0), requires_grad=False)
+        self.weight.weight_loader = self.load  # pyright: ignore[reportAttributeAccessIssue]
+        self.hidden = [nn.Parameter(torch.arange(4.0), requires_grad=False)]
+        self.way = "plain"
+
+    def load(self, param: torch.Tensor, loaded: torch.Tensor) -> None:
+        param.data.copy_(loaded)
+        if self.way == "elsewhere":
+            self.hidden[0].data.copy_(loaded)
+        elif self.way == "filled":
+            self.hidden[0].data.fill_(7)
+        elif self.way == "derived":
+            self.total = float(len(loaded))
+
+
+class Model(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layer = Layer()
+        self.layer.way = way
+        if way == "buffer":
+            self.register_buffer("scale", torch.ones(1))
+        elif way == "processed":
+            self.process_weights_after_loading = lambda: None
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        found = set[str]()
+        for name, tensor in weights:
+            parameter: Any = self.layer.weight
+            parameter.weight_loader(parameter, tensor)
+            found.add(name)
+        return found
+
+
+class Same:
+    def of(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(weights)
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("plain", ""),
+        ("elsewhere", "writes to what serves"),
+        ("filled", "writes to what serves"),
+        ("derived", "Layer keeps total of its weights"),
+        ("buffer", "Model has scale beside its parameters"),
+        ("processed", "Model makes something of its weights"),
+    ],
+)
+def test_no_loader_runs_beside_what_serves_that_would_touch_it(
+    caplog: pytest.LogCaptureFixture, way: str, reason: str
+) -> None:
+    from vllm.model_executor.model_loader.reload import (  # pyright: ignore  # noqa: PLC0415
+        record_metadata_for_reloading,
+    )
+
+    model = Model(way)
+    record_metadata_for_reloading(model)
+    with caplog.at_level("INFO"):
+        second = standby_of(model, DEVICE, Same(), [("layer.weight", "float32", (4,), 0)], DEVICE.type)
+    for tensor in (model.layer.weight, model.layer.hidden[0]):
+        assert torch.equal(tensor, torch.arange(4.0))
+    assert not hasattr(model.layer, "total")
+    assert (second is None) == bool(reason)
+    if second is None:
+        assert reason in caplog.text
+        return
+    second.fill([("layer.weight", torch.full((4,), 3.0))])
+    assert torch.equal(model.layer.weight, torch.arange(4.0))
+    second.install()
+    assert torch.equal(model.layer.weight, torch.full((4,), 3.0))
