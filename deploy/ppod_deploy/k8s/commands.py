@@ -18,6 +18,8 @@ LaidOver = Annotated[
 """Files, each laid over those before it. That one must be given says the program that reads them."""
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="STR")]
 Service = Literal["reward", "reference", "generation"]
+START_S = 1_800.0
+"""As long as the manifests' probes give a service to load its model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,8 @@ class K8sUp:
     wait: bool = True
     """Wait until everything is ready."""
 
-    timeout_s: float = 900.0
-    """Longest wait in seconds: models are downloaded in it."""
+    timeout_s: float = START_S
+    """Longest wait in seconds: models are downloaded in it. As long as a service's probes give it to start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ class K8sScale:
     wait: bool = True
     """Wait until all are ready."""
 
-    timeout_s: float = 900.0
+    timeout_s: float = START_S
     """Longest wait in seconds."""
 
 

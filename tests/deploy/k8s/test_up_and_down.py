@@ -34,7 +34,7 @@ def test_up_applies_the_rendered_overlay_and_waits(api: FakeKubernetes, k8s: Com
     assert container["envFrom"][0]["configMapRef"]["name"] == config_map.rsplit("/", 1)[1]
     assert result.stdout.splitlines()[-1] == "ready: ppod-reward"
     assert f"$ {APPLY} -k {OVERLAY}" in result.stderr
-    assert "$ kubectl -n ppod rollout status deployment/ppod-reward --timeout=900s" in result.stderr
+    assert "$ kubectl -n ppod rollout status deployment/ppod-reward --timeout=1800s" in result.stderr
 
 
 def test_services_alone_leave_the_run_to_be_submitted(api: FakeKubernetes, k8s: Command, tmp_path: Path) -> None:
