@@ -203,9 +203,8 @@ class _Server:
         limits = self._config.limits
         options: ChannelOptions = [
             *server_options(limits.max_message_bytes),
+            # No grace is named, so that calls that run then may end: each has a deadline, whatever its caller chose.
             ("grpc.max_connection_age_ms", int(limits.max_connection_age_s * 1_000)),
-            # Calls that run when the connection's age is up may still end.
-            ("grpc.max_connection_age_grace_ms", int(limits.default_deadline_s * 1_000)),
         ]
         interceptors = [*self._tracing, CallInterceptor(self._gate, self._metrics, identify)]
         server = grpc.aio.server(interceptors=interceptors, options=options)
