@@ -97,6 +97,18 @@ def resolve(source: str, cache_dir: Path | None = None) -> ResolvedModel:
     return ResolvedModel(source=source, name=name, path=path, fingerprint=_fingerprint(path))
 
 
+def name_elsewhere(source: str) -> tuple[str, str | None]:
+    """What other libraries find a model by: a hub id and its revision, or a directory, from wherever it is asked for.
+
+    Args:
+        source: as for `resolve`, which finds it.
+    """
+    if source.startswith(PACKAGED_PREFIX) or Path(source).expanduser().is_dir():
+        return str(resolve(source).path), None
+    repository, _, revision = source.partition("@")
+    return repository, revision or None
+
+
 def resolve_adapter(source: str) -> Path:
     """Find a LoRA adapter as PEFT saves it; returns its directory.
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ppod.client import LoraAdapter
+from ppod_models.sources import name_elsewhere
 from ppod_trainer.config import LoraConfig
 from ppod_trainer.errors import TrainerError
 
@@ -101,9 +102,9 @@ class PolicyAdapter:
         }
 
     def save(self, directory: Path, tensors: Mapping[str, torch.Tensor], base: str) -> None:
-        """Write what `saved` gave as PEFT loads it, for the base that `base` names."""
+        """Write what `saved` gave as PEFT loads it, with the base, whose source `base` is, or onto it."""
         config = self.peft.peft_config[_NAME]
-        config.base_model_name_or_path = base
+        config.base_model_name_or_path, config.revision = name_elsewhere(base)
         config.save_pretrained(str(directory))
         save_file(dict(tensors), directory / "adapter_model.safetensors", metadata={"format": "pt"})
 

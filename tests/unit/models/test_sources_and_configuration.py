@@ -32,7 +32,7 @@ from ppod_models.loading import (
     token_id_bound,
     tokenizer_fingerprint,
 )
-from ppod_models.sources import ModelSourceError, resolve, write_once
+from ppod_models.sources import ModelSourceError, name_elsewhere, resolve, write_once
 from support.tiny_model import build_model, build_tokenizer
 from support.tiny_trunk import save_tiny_trunk
 
@@ -51,6 +51,15 @@ def test_unknown_packaged_model_names_the_known_ones(tmp_path) -> None:
 def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(source) -> None:
     with pytest.raises(ModelSourceError, match="no such directory"):
         resolve(source)
+
+
+def test_a_packaged_model_is_the_directory_that_it_was_unpacked_to_elsewhere(
+    tmp_path: Path,
+) -> None:
+    kept = tmp_path / "cache" / "models" / "smollm2-135m-instruct"
+    kept.mkdir(parents=True)
+    build_model().save_pretrained(kept)
+    assert name_elsewhere("packaged:smollm2-135m-instruct") == (str(kept), None)
 
 
 @pytest.mark.parametrize(("error", "reason"), [(HTTPError(""), "HTTPError"), (HTTPError("peer\nclosed"), "peer")])

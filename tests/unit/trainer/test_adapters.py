@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
@@ -170,3 +170,30 @@ def test_a_quantised_base_is_what_its_dense_weights_say(tiny_model_dir: Path, ma
     name = "model.layers.0.mlp.up_proj.weight"
     error = (base[name] - original[name]).abs().mean() / original[name].abs().mean()
     assert 0.01 < float(error.detach()) < 0.15
+
+
+def test_peft_finds_the_base_of_a_saved_adapter_by_itself(
+    model: PreTrainedModel,
+    make_rollouts: Make,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is asked for in another working directory than the run's."""
+    adapter = PolicyAdapter(model, LoraConfig(rank=4, target_modules=("q_proj",)))
+    turned(model)
+    monkeypatch.chdir(tiny_model_dir.parent)
+    adapter.save(tmp_path, adapter.saved(parameters_of(model)), tiny_model_dir.name)
+    monkeypatch.chdir(tmp_path)
+    whole = AutoPeftModelForCausalLM.from_pretrained(tmp_path).merge_and_unload()
+    torch.testing.assert_close(logprobs(whole, make_rollouts()), logprobs(model, make_rollouts()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("source", "named"), [("org/name@v1", ("org/name", "v1")), ("org/name", ("org/name", None))])
+def test_a_saved_adapter_names_its_base_as_the_hub_does(
+    model: PreTrainedModel, tmp_path: Path, source: str, named: tuple[str, str | None]
+) -> None:
+    adapter = PolicyAdapter(model, LoraConfig(rank=4, target_modules=("q_proj",)))
+    adapter.save(tmp_path, adapter.saved(parameters_of(model)), source)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert (config.base_model_name_or_path, config.revision) == named
