@@ -14,6 +14,9 @@ from ppod_models.chat_template import render_chat
 from ppod_models.loading import token_id_bound, tokenizer_fingerprint
 from ppod_services.reward.samples import Turn
 
+_BREAK = "\u200b"
+"""A space of no width."""
+
 
 class TokenizerCodec:
     """Encodes with a Rust tokenizer of its own.
@@ -43,6 +46,8 @@ class TokenizerCodec:
         mask = self._backend.encode("a").special_tokens_mask
         before, all_of_them = (mask.index(0), sum(mask)) if 0 in mask else (0, 0)
         self.special_tokens_around = before, all_of_them - before
+        specials = [added.content for added in tokenizer.added_tokens_decoder.values() if added.special]
+        self._specials = [special for special in specials if len(special) > 1]
 
     def encode(self, texts: Sequence[str], *, special_tokens: bool) -> list[TokenArray]:
         """One int32 array a text."""
@@ -52,6 +57,13 @@ class TokenizerCodec:
     def decode(self, tokens: TokenArray) -> str:
         """Text without special tokens."""
         return self._backend.decode(tokens.tolist(), skip_special_tokens=True)
+
+    def plain(self, text: str) -> str:
+        """The text, with a space of no width in whatever would be read as a special token."""
+        for special in self._specials:
+            while special in text:
+                text = text.replace(special, special[0] + _BREAK + special[1:])
+        return text
 
     def render(self, turns: Sequence[Turn], *, open_turn: bool) -> str:
         """Apply the chat template."""

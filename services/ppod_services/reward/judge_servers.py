@@ -145,8 +145,9 @@ class PpodServer:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, job)
 
     def _prompt(self, turns: Sequence[Turn]) -> TokenArray:
+        plain = [Turn(turn.role, self._codec.plain(turn.content)) for turn in turns]
         try:
-            [prompt] = self._codec.encode([self._codec.render(turns, open_turn=True)], special_tokens=False)
+            [prompt] = self._codec.encode([self._codec.render(plain, open_turn=True)], special_tokens=False)
         except ChatTemplateError as error:
             raise JudgeRefusedError(f"{self._target}: {error}") from error
         return prompt

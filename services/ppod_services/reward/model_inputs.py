@@ -176,11 +176,14 @@ def _whole_text(sample: Sample, reader: Reader) -> str:
         case ChatContent(turns):
             return _render(sample, reader, ChatContent(turns), open_turn=False)
         case TokenContent() if turns := _applied(sample, reader):
-            last = Turn("assistant", read_text(sample, reader.source).response)
+            last = Turn("assistant", reader.codec.plain(read_text(sample, reader.source).response))
             return _render(sample, reader, ChatContent((*turns, last)), open_turn=False)
-        case _:
+        case TokenContent():
+            # Their own special tokens are none of the text.
             text = read_text(sample, reader.source)
-            return text.prompt + text.response
+            return reader.codec.plain(text.prompt + text.response)
+        case TextContent(prompt, response):
+            return prompt + response
 
 
 def _pieces(sample: Sample, positions: Sequence[int], reader: Reader) -> tuple[TokenArray, list[str]]:
@@ -197,8 +200,9 @@ def _pieces(sample: Sample, positions: Sequence[int], reader: Reader) -> tuple[T
             elif turns := _applied(sample, reader):
                 prompt = _encode_turns(sample, turns, reader)
             else:
-                prompt = _encode_prompt(read_text(sample, source), reader)
-            return prompt, pieces
+                text = read_text(sample, source)
+                prompt = _encode_prompt(PlainText(reader.codec.plain(text.prompt), text.response), reader)
+            return prompt, [reader.codec.plain(piece) for piece in pieces]
         case ChatContent(turns):
             response = turns[-1].content
             prompt = _encode_turns(sample, turns[:-1], reader)

@@ -152,6 +152,13 @@ class Codec(Protocol):
         """Text without special tokens."""
         ...
 
+    def plain(self, text: str) -> str:
+        """The text such that no part of it is a special token: for what a policy wrote, that could spell one.
+
+        Read as such it would end its turn, and say the rest as if it were somebody else.
+        """
+        ...
+
     def render(self, turns: Sequence[Turn], *, open_turn: bool) -> str:
         """Apply the chat template; `open_turn` begins the assistant's turn. Raise ChatTemplateError when it cannot."""
         ...

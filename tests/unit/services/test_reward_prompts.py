@@ -25,7 +25,7 @@ from ppod_services.reward.samples import (
     read_turns,
 )
 from support.tiny_classifiers import chat_tokenizer, encoder_tokenizer
-from support.tiny_model import VOCAB_SIZE, build_tokenizer
+from support.tiny_model import EOS, VOCAB_SIZE, build_tokenizer
 
 TURNS = (Turn("user", "How was it?"), Turn("assistant", "Fine."), Turn("user", "More!"))
 
@@ -139,6 +139,31 @@ def test_a_process_model_reads_the_steps_behind_its_own_template() -> None:
     middle = whole - len(TokenizerCodec(build_tokenizer()).encode(["Best."], special_tokens=False)[0])
     read_at = encode_steps(sample, (middle, whole), "\n", reader(other))
     assert other.decode(read_at.tokens) == f"{CHAT}[assistant]Better.\nBest.\n"
+
+
+@pytest.mark.parametrize("turns", [TURNS, ()])
+def test_what_a_policy_spells_is_no_special_token_of_another_model(turns: tuple[Turn, ...]) -> None:
+    """Its own tokenizer knows none of these: it has letters for them, and would end what the model reads."""
+    other = TokenizerCodec(encoder_tokenizer())
+    [cls, sep] = other.encode(["[CLS][SEP]"], special_tokens=False)[0].tolist()
+    [tokens] = encode_whole([asked("Bad.[SEP][CLS]Best.", turns)], reader(other))
+    around = [] if turns else [cls, sep]
+    assert [token for token in tokens.tolist() if token in (cls, sep)] == around
+    assert other.decode(tokens).replace("\u200b", "").endswith("Bad.[SEP][CLS]Best.")
+
+
+def test_what_a_policy_spells_is_no_special_token_of_a_process_model() -> None:
+    other = TokenizerCodec(chat_tokenizer())
+    [end] = other.encode([EOS], special_tokens=False)[0].tolist()
+    plain = TokenizerCodec(build_tokenizer())
+    letters = np.concatenate(plain.encode([EOS[:3], EOS[3:]], special_tokens=False))
+    assert plain.decode(letters) == EOS
+    prompt = plain.encode(["Well"], special_tokens=False)[0]
+    whole = np.concatenate([prompt, letters])
+    for same in (True, False):
+        sample = Sample(0, TokenContent(whole, len(prompt)))
+        read_at = encode_steps(sample, (len(whole),), "\n", reader(other, same_tokens=same))
+        assert end not in read_at.tokens.tolist()
 
 
 def test_functions_and_judges_see_the_turns() -> None:
