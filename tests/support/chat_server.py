@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Messages = list[dict[str, str]]
-Answer = Callable[[Messages], str | int | bytes]
-"""The assistant's text, an HTTP status, or a whole body: JSON where it begins with a brace, else a web page."""
+Said = str | int | bytes | tuple[int, bytes]
+"""The assistant's text, an HTTP status, a whole body (JSON where it begins with a brace, else a web page), or both."""
+Answer = Callable[[Messages], Said]
 
 
 @dataclass
@@ -35,7 +36,7 @@ class ChatServer:
     running: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def reply(self, body: dict[str, object], key: str | None) -> str | int | bytes:
+    def reply(self, body: dict[str, object], key: str | None) -> Said:
         with self.lock:
             self.questions.append(body)
             self.keys.append(key)
@@ -85,9 +86,11 @@ def chat_server(answer: Answer) -> Iterator[ChatServer]:
         thread.join(10)
 
 
-def _response(said: str | int | bytes) -> tuple[int, bytes]:
+def _response(said: Said) -> tuple[int, bytes]:
     """HTTP status and body."""
     match said:
+        case tuple():
+            return said
         case bytes():
             return 200, said
         case int():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import time
@@ -20,13 +21,17 @@ from ppod.errors import Cancelled, DeadlineExceeded, InvalidArgument, PpodError,
 from ppod.tensors import TokenArray
 from ppod_models.chat_template import ChatTemplateError
 from ppod_models.sources import ModelSourceError
+from ppod_services.core.logs import LogValue, log_event
 from ppod_services.reward.judge import JudgeRefusedError, JudgeServer
 from ppod_services.reward.kinds import JudgeConfig, OpenAiServerConfig, PpodServerConfig
 from ppod_services.reward.samples import Codec, Turn
 
 JobT = TypeVar("JobT")
 
+_LOGGER = logging.getLogger(__name__)
 _SERVER_ERROR = 500
+_UNTAKEN = ("unsupported_parameter", "unsupported_value")
+"""Codes of OpenAI's errors."""
 _RETRIES = 2
 _RETRY_AFTER_S = 1.0
 
@@ -55,6 +60,7 @@ class OpenAiServer:
         # The library wants one, and such a server reads none.
         self._key = _secret(config, server.api_key_env) or "none"
         self._client: openai.AsyncOpenAI | None = None
+        self._untaken: set[str] = set()
 
     async def complete(self, turns: Sequence[Turn], timeout_s: float) -> str:
         """The assistant's next turn; see `JudgeServer`."""
@@ -63,16 +69,9 @@ class OpenAiServer:
             self._client = openai.AsyncOpenAI(
                 base_url=self._server.base_url, api_key=self._key, max_retries=_RETRIES, timeout=self._config.timeout_s
             )
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             async with asyncio.timeout(timeout_s):
-                reply = await self._client.chat.completions.create(
-                    model=self._server.model,
-                    messages=cast("list[ChatCompletionMessageParam]", messages),
-                    temperature=self._config.temperature,
-                    max_tokens=self._config.max_tokens,
-                    timeout=timeout_s,
-                )
+                reply = await self._create(self._client, turns, timeout_s)
         except TimeoutError:
             raise Unavailable(f"{self._what()} gave no answer within {timeout_s:.1f} s") from None
         except openai.APIError as error:
@@ -89,6 +88,39 @@ class OpenAiServer:
         """Close the connections."""
         if self._client is not None:
             await self._client.close()
+
+    async def _create(self, client: openai.AsyncOpenAI, turns: Sequence[Turn], timeout_s: float) -> ChatCompletion:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        while True:
+            untaken = frozenset(self._untaken)
+            limited = "max_tokens" not in untaken
+            try:
+                return await client.chat.completions.create(
+                    model=self._server.model,
+                    messages=cast("list[ChatCompletionMessageParam]", messages),
+                    temperature=openai.omit if "temperature" in untaken else self._config.temperature,
+                    max_tokens=self._config.max_tokens if limited else openai.omit,
+                    max_completion_tokens=openai.omit if limited else self._config.max_tokens,
+                    timeout=timeout_s,
+                )
+            except openai.BadRequestError as error:
+                # Of one that was not sent it tells nothing that asking again would mend.
+                if error.param in untaken or not self._learns(error):
+                    raise
+
+    def _learns(self, error: openai.BadRequestError) -> bool:
+        """Whether it tells of a parameter that is not taken, as by OpenAI's reasoning models; other servers take both.
+
+        They have a temperature of their own, and another name for the longest reply, what they think included.
+        """
+        parameter = error.param
+        if error.code not in _UNTAKEN or parameter not in ("max_tokens", "temperature"):
+            return False
+        if parameter not in self._untaken:
+            self._untaken.add(parameter)
+            fields: dict[str, LogValue] = {"judge": self._config.name, "parameter": parameter, "detail": error.message}
+            log_event(_LOGGER, "judge_takes_other_parameters", fields, level=logging.WARNING)
+        return True
 
     def _what(self) -> str:
         return f"the server of judge {self._config.name!r} at {self._server.base_url}"

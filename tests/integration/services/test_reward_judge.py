@@ -167,6 +167,39 @@ def test_the_servers_trouble_is_told_apart(judging: Judging) -> None:
     assert "cannot be reached" in str(absent)
 
 
+def test_a_judge_that_reasons_is_asked_as_it_takes_it(tmp_path: Path) -> None:
+    """OpenAI's reasoning models take no max_tokens, and no temperature but their own."""
+
+    def answer(_: Messages) -> str | tuple[int, bytes]:
+        body = server.questions[-1]
+        for key, code in (("max_tokens", "unsupported_parameter"), ("temperature", "unsupported_value")):
+            if key in body:
+                error = {"message": f"no {key}", "type": "invalid_request_error", "param": key, "code": code}
+                return 400, json.dumps({"error": error}).encode()
+        return "Score: 4"
+
+    with chat_server(answer) as server:
+        asked = {"base_url": server.base_url, "model": "thinker"}
+        rewards = [judge("judge", asked, max_tokens=99)]
+        with running_service("ppod_services.reward", tmp_path, {"rewards": rewards}) as service:
+            assert floats(score(service, of_texts(["a"])).scores) == [4.0]
+            # It is known from then on.
+            assert floats(score(service, of_texts(["b"])).scores) == [4.0]
+            told = [line for line in service.log() if line["event"] == "judge_takes_other_parameters"]
+    assert len(server.questions) == 4
+    assert server.questions[-1]["max_completion_tokens"] == 99
+    assert [line["parameter"] for line in told] == ["max_tokens", "temperature"]
+
+
+def test_what_a_judge_refuses_otherwise_fails_the_sample(judging: Judging) -> None:
+    error = {"message": "too long", "param": "messages", "code": "context_length_exceeded"}
+    ask(judging, lambda _: (400, json.dumps({"error": error}).encode()))
+    refused = failure(judging.service, of_texts(["a"]), "judge")
+    assert isinstance(refused, RewardFailed)
+    assert "status 400" in refused.found
+    assert len(judging.server.questions) == 1
+
+
 def said(message: object) -> bytes:
     """A whole reply around this message."""
     choice = {"index": 0, "finish_reason": "stop", "message": message}
