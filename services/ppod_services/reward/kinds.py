@@ -196,8 +196,15 @@ class JudgeConfig(NamedReward):
     attempts: int = Field(default=3, ge=1, le=10, description="questions at most, until a reply holds a valid score")
     concurrency: int = Field(default=8, ge=1, le=1_024, description="questions under way at a time")
     timeout_s: float = Field(default=60.0, gt=0, le=3_600, description="longest wait for one reply")
-    max_tokens: int = Field(default=512, ge=8, le=32_768, description="longest reply")
-    temperature: float = Field(default=0.0, ge=0, le=2, description="0 is greedy, which makes repeated scores equal")
+    max_tokens: int = Field(
+        default=512, ge=8, le=32_768, description="longest reply, what a model that reasons thinks included"
+    )
+    temperature: float = Field(
+        default=0.0,
+        ge=0,
+        le=2,
+        description="0 is greedy, which makes repeated scores equal; servers that take none have their own",
+    )
     max_waiting: int = Field(default=4_096, ge=1, description="most texts that wait; beyond it callers come back later")
 
 
