@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -42,11 +46,28 @@ class Scripted:
                 return 0.0
             case "prompt":
                 return self._factor * len(sample.prompt)
+            case "fork" | "leave":
+                multiprocessing.get_context("fork").Process(target=_stay, args=(rest,)).start()
+                while word == "fork" or not Path(rest).is_file() or not Path(rest).read_text():
+                    time.sleep(0.01)
+                return 0.0
+            case "run":
+                code = f"import os, time; open({rest!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+                subprocess.run([sys.executable, "-c", code], check=False)
+                return 0.0
+            case "ask":
+                asked = subprocess.run([sys.executable, "-c", "print(input())"], check=False, capture_output=True)
+                return float(len(asked.stdout))
             case "print":
                 print("a line that must not be taken for an answer")
                 return 1.0
             case _:
                 return self._factor * float(sample.response)
+
+
+def _stay(file: str) -> None:
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(60)
 
 
 class NoFunction:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from ppod.errors import RewardFailed
 from ppod_services.core.callers import ANONYMOUS_CALLER
 from ppod_services.reward.functions import FunctionSample
 from ppod_services.reward.functions.pool import FunctionPool, NumberedSample
@@ -114,3 +118,60 @@ async def test_a_process_that_ended_while_it_was_idle_is_no_fault_of_the_next_re
     finally:
         await pool.close()
     assert children() == before
+
+
+@pytest.mark.parametrize("how", ["fork", "run"])
+async def test_what_a_late_function_started_ends_with_it(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the code of a response that loops for ever. A child that was forked has the function's pipes, too."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    pool = FunctionPool(FunctionConfig(name="late", kind="function", function="test_scripted", timeout_s=2))
+    try:
+        late = pool.score([NumberedSample(0, FunctionSample("", f"{how} {tmp_path / 'pid'}"))], ANONYMOUS_CALLER)
+        with pytest.raises(RewardFailed, match="no score after 2 s"):
+            await asyncio.wait_for(late, 20)
+        started = int((tmp_path / "pid").read_text())
+        until = time.monotonic() + 5
+        while Path(f"/proc/{started}").exists() and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        assert not Path(f"/proc/{started}").exists()
+        # The place is free, and another process is in it.
+        assert await pool.score([NumberedSample(0, FunctionSample("", "2"))], ANONYMOUS_CALLER) == [2.0]
+    finally:
+        await pool.close()
+
+
+async def test_what_a_function_runs_does_not_read_the_next_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    pool = FunctionPool(FunctionConfig(name="asking", kind="function", function="test_scripted"))
+    texts = ["ask", *map(str, range(20))]
+    samples = [NumberedSample(index, FunctionSample("", text)) for index, text in enumerate(texts)]
+    try:
+        assert await pool.score(samples, ANONYMOUS_CALLER) == [0.0, *map(float, range(20))]
+    finally:
+        await pool.close()
+
+
+async def test_what_a_function_started_ends_with_the_service(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    worker = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "ppod_services.reward.functions.worker"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    leave = {"samples": [["", f"leave {tmp_path / 'pid'}", None]], "limit_s": 20}
+    for message in ({"function": "test_scripted", "parameters": {}}, leave):
+        worker.stdin.write(json.dumps(message).encode() + b"\n")
+        assert await worker.stdout.readline()
+    started = int((tmp_path / "pid").read_text())
+    worker.stdin.close()
+    await asyncio.wait_for(worker.wait(), 20)
+    until = time.monotonic() + 5
+    while Path(f"/proc/{started}").exists() and time.monotonic() < until:
+        await asyncio.sleep(0.05)
+    assert not Path(f"/proc/{started}").exists()

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -125,6 +126,7 @@ class _Worker:
                 "ppod_services.reward.functions.worker",
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,
             )
             config = self._config
             async with self._stopped_unless_done():
@@ -145,12 +147,12 @@ class _Worker:
         return scores
 
     async def stop(self) -> None:
-        """Kill the process."""
+        """Kill the process, and whatever the function started in its session, as to run the code of a response."""
         process, self._process = self._process, None
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError):
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
         # Closes the pipes too; what is left in them is of no use.
         await process.communicate()
 

@@ -11,6 +11,7 @@ import numbers
 import os
 import signal
 import sys
+from functools import partial
 from types import TracebackType
 from typing import IO
 
@@ -22,15 +23,18 @@ _LONGEST_ERROR = 500
 
 def main() -> None:
     """Serve until stdin ends."""
-    replies = _take_stdout()
+    requests, replies = _take_pipes()
     _report_the_end(replies)
-    setup = json.loads(sys.stdin.buffer.readline())
+    setup = json.loads(requests.readline())
     function = make_function(setup["function"], setup["parameters"])
     _answer(replies, {"ready": True})
-    while line := sys.stdin.buffer.readline():
+    while line := requests.readline():
         batch = json.loads(line)
         for prompt, response, reference in batch["samples"]:
             _answer(replies, {"score": _score(function, FunctionSample(prompt, response, reference), batch["limit_s"])})
+    if os.getpgrp() == os.getpid():
+        # The service is gone: nobody else ends what the function has started.
+        os.killpg(0, signal.SIGKILL)
 
 
 def _score(function: RewardFunction, sample: FunctionSample, limit_s: float) -> float:
@@ -44,11 +48,25 @@ def _score(function: RewardFunction, sample: FunctionSample, limit_s: float) -> 
     return float(score)
 
 
-def _take_stdout() -> IO[bytes]:
-    """Keep stdout for the answers, and send what a function prints to stderr."""
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
+    """Keep stdin and stdout for requests and answers.
+
+    A function, and what it starts, reads nothing there, and what it prints goes to stderr. Processes that it forks do
+    not keep the pipes open: the service would wait for the last of them.
+    """
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    _close(0)
     os.dup2(2, 1)
-    return replies
+    os.register_at_fork(after_in_child=partial(_close, requests.fileno(), replies.fileno()))
+    return requests, replies
+
+
+def _close(*descriptors: int) -> None:
+    """Let them lead nowhere; whoever holds them may go on to close them."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _answer(replies: IO[bytes], answer: dict[str, bool | float | str]) -> None:
