@@ -141,6 +141,7 @@ class ClientCore:
             settings.rng or random.Random(),
         )
         self._max_sequences: int | None = None
+        self._max_tokens: int | None = None
         self._source = settings.replicas
         if self._source is None and kubernetes is not None:
             self._source = KubernetesReplicas(kubernetes)
@@ -210,25 +211,30 @@ class ClientCore:
     ) -> Program[None]:
         """Deliver a job in as many parts as it takes; `describe` is given the seconds that are left.
 
-        The server's limit is asked for only once a request was refused for its number of sequences: a caller that
-        stays within it pays for no further RPC.
+        The server's limits are found out only once a request was refused for them: a caller that stays within them pays
+        for no further RPC.
         """
         deadline = self.deadline(timeout_s)
         yield from self.lookup(deadline)
         parts = self._split(job)
-        try:
-            yield Exchange(job, parts, self.shared, deadline)
-            return
-        except InvalidArgument as error:
-            if error.sample is not None or error.field != job.input_field or max(map(len, parts)) < 2:
-                raise
-            refusal = error
-        yield from describe(max(0.0, deadline - time.monotonic()))
-        smaller = self._split(job)
-        if len(smaller) == len(parts):
-            raise refusal
-        job.forget()
-        yield Exchange(job, smaller, self.shared, deadline)
+        while True:
+            try:
+                yield Exchange(job, parts, self.shared, deadline)
+                return
+            except InvalidArgument as error:
+                divisible = [part for part in parts if len(part) > 1]
+                if error.sample is not None or not divisible:
+                    raise
+                refusal = error
+            if refusal.field == job.input_field:
+                yield from describe(max(0.0, deadline - time.monotonic()))
+            elif _is_too_much(refusal):
+                self._max_tokens = max(map(job.sizes.total_tokens, divisible)) // 2
+            smaller = self._split(job)
+            if len(smaller) == len(parts):
+                raise refusal
+            job.forget()
+            parts = smaller
 
     def wait_ready(self, timeout_s: float, service: str | None) -> Program[None]:
         """Wait until a replica reports SERVING.
@@ -277,7 +283,15 @@ class ClientCore:
 
     def _split(self, job: Job) -> list[range]:
         replicas = len(self.shared.replicas)
-        return split_rows(job.sizes, replicas, self._max_sequences, self.settings.delivery.split)
+        return split_rows(job.sizes, replicas, self._max_sequences, self.settings.delivery.split, self._max_tokens)
+
+
+def _is_too_much(refusal: InvalidArgument) -> bool:
+    """Whether less of it at a time may be taken: of tokens, or of positions to score at, than a queue or a quota has.
+
+    How many those are no description tells, and some depend on who asks.
+    """
+    return refusal.field in ("request", "process") and refusal.expected.startswith("at most")
 
 
 def parse(kind: type[MessageT], data: bytes) -> MessageT:

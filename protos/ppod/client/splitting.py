@@ -25,12 +25,16 @@ class RowSizes:
         return sum(self.tokens[rows.start : rows.stop])
 
 
-def split_rows(sizes: RowSizes, replicas: int, max_sequences: int | None, policy: SplitPolicy) -> list[range]:
+def split_rows(
+    sizes: RowSizes, replicas: int, max_sequences: int | None, policy: SplitPolicy, most_tokens: int | None = None
+) -> list[range]:
     """Cut the sequences of a request into consecutive parts; one part where that will do.
 
     Args:
         replicas: how many can work on the request.
         max_sequences: the server's limit for one request; None: not known.
+        policy: how parts are cut.
+        most_tokens: more in one request were refused; None: none were.
     """
     count = len(sizes.tokens)
     max_tokens = sum(sizes.tokens)
@@ -38,6 +42,8 @@ def split_rows(sizes: RowSizes, replicas: int, max_sequences: int | None, policy
         # Twice as many parts as replicas, so that a slow one holds up less than half of its share.
         even = -(-max_tokens // (2 * replicas))
         max_tokens = min(max(even, policy.min_part_tokens), policy.max_part_tokens)
+    if most_tokens is not None:
+        max_tokens = min(max_tokens, most_tokens)
     max_rows = max_sequences or count
     parts: list[range] = []
     start = tokens = wire = 0

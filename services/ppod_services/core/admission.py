@@ -188,12 +188,12 @@ class Admission:
 
     def _check_possible(self, request: Request) -> None:
         config, team = self._config, request.caller.team
-        for unit, asked, most in (
-            ("tokens in all", request.tokens, most_held(team, config.max_queue_tokens)),
-            ("sequences", request.sequences, most_held(team, config.max_queue_sequences)),
+        for unit, asked, key, bound in (
+            ("tokens in all", request.tokens, "max_queue_tokens", config.max_queue_tokens),
+            ("sequences", request.sequences, "max_queue_sequences", config.max_queue_sequences),
         ):
-            if asked > most:
-                expected = f"at most {most:.0f}, which is what one team may have in the queue"
+            if asked > (most := most_held(team, bound)):
+                expected = f"at most {most:.0f}, which is what one team may have in the queue (batching.{key})"
                 raise InvalidArgument("request", f"{asked} {unit}", expected)
         self._quotas.check_possible(team, request.tokens)
 
