@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
+from ppod_deploy.overrides import Override, apply_overrides
 from ppod_services.core.config import CausalServiceConfig
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.reward.config import RewardServiceConfig
-from ppod_trainer.config import TrainerConfig, configuration_fingerprint
+from ppod_trainer.config import AdvantagesConfig, TrainerConfig, configuration_fingerprint
+from ppod_trainer.config.advantages import LEAVES_OUT_KL, NEEDS_CRITIC, NEEDS_GROUPS
 from support.manifests import COMPONENTS, KUSTOMIZE, OVERLAYS, SCALERS
 from support.processes import ROOT
 
@@ -156,3 +159,54 @@ def test_the_runbook_asks_for_no_resume_that_the_trainer_refuses() -> None:
     assert len(changing) > 3
     assert [done for done in changing if re.search(r"\bgo on\s+from\b", done)] == []
     assert re.search(r"\bnew\s+run\b", introduction)
+
+
+ALGORITHMS = ROOT / "trainer" / "ppod_trainer" / "algorithms" / "README.md"
+
+
+def _rows(page: Path, header: str) -> list[list[str]]:
+    """The cells of the rows of a table."""
+    table = page.read_text().split(header)[1].split("\n\n")[0]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+
+
+def _recipes() -> dict[str, list[Override]]:
+    """The keys of each paper's recipe, behind those of the one that it builds on."""
+    found: dict[str, list[Override]] = {}
+    for name, keys in _rows(ALGORITHMS, "| recipe | keys |"):
+        base = re.match(r"as (\w+)", keys)
+        found[name] = list(found[base[1]]) if base else []
+        for key in re.findall(r"`([^`]+)`", keys):
+            path, _, text = key.replace("<rollout.max_tokens>", "24").partition(": ")
+            value = yaml.safe_load(text) if text else {"name": "calculator"} if path == "environment" else {}
+            inner = value if isinstance(value, dict) and text else {"": value}
+            found[name] += [Override((*path.split("."), *filter(None, [one])), inner[one]) for one in inner]
+    return found
+
+
+@pytest.mark.parametrize("keys", [pytest.param(keys, id=name) for name, keys in _recipes().items()])
+def test_each_paper_s_recipe_is_one_that_the_trainer_takes(keys: list[Override]) -> None:
+    assert keys
+    TrainerConfig.model_validate(apply_overrides({}, keys))
+
+
+def test_tables_of_algorithms_tell_what_each_needs() -> None:
+    kinds = set(get_args(AdvantagesConfig.model_fields["kind"].annotation))
+    algorithms = {row[0].strip("`"): row for row in _rows(ALGORITHMS, "| whitened by default |")}
+    assert algorithms.keys() == kinds
+    for kind, (_, _, critic, samples, penalty, whitened) in algorithms.items():
+        needs = (
+            kind in NEEDS_CRITIC,
+            kind in NEEDS_GROUPS,
+            kind in LEAVES_OUT_KL,
+            AdvantagesConfig.model_validate({"kind": kind}).whiten,
+        )
+        assert (critic == "yes", samples == "2 or more", penalty != "any", whitened == "yes") == needs, kind
+    trainer = {
+        kind: needs
+        for cells, needs, _ in _rows(ROOT / "trainer" / "README.md", "| kind | needs | keys |")
+        for kind in re.findall(r"`(\w+)`", cells)
+    }
+    assert trainer.keys() == kinds
+    for kind, needs in trainer.items():
+        assert ("critic" in needs, "samples_per_prompt" in needs) == (kind in NEEDS_CRITIC, kind in NEEDS_GROUPS), kind
