@@ -1,6 +1,7 @@
 """ppod's contract and thin client: reward scores, reference logprobs and generations over gRPC."""
 
 from ppod.client import (
+    NO_RETRY,
     AsyncGenerationClient,
     AsyncReferenceClient,
     AsyncRewardAdminClient,
@@ -8,16 +9,20 @@ from ppod.client import (
     AsyncWeightClient,
     ChatTurn,
     ClientSecurity,
+    CollectiveGroup,
     Completion,
     Delivery,
     FinishReason,
     GenerationClient,
     Granularity,
     HedgePolicy,
+    LoraAdapter,
     Pin,
     Priority,
     ReferenceClient,
     ReferenceLogprobs,
+    RelayHop,
+    Replacement,
     RetryPolicy,
     RewardAdminClient,
     RewardClient,
@@ -25,8 +30,12 @@ from ppod.client import (
     Sampling,
     Scores,
     SplitPolicy,
+    TensorDtype,
     Truncation,
     WeightClient,
+    WeightPause,
+    WeightPush,
+    WeightTensor,
 )
 from ppod.errors import (
     Cancelled,
@@ -47,6 +56,7 @@ from ppod.errors import (
 )
 
 __all__ = [
+    "NO_RETRY",
     "AsyncGenerationClient",
     "AsyncReferenceClient",
     "AsyncRewardAdminClient",
@@ -55,6 +65,7 @@ __all__ = [
     "Cancelled",
     "ChatTurn",
     "ClientSecurity",
+    "CollectiveGroup",
     "Completion",
     "DeadlineExceeded",
     "Delivery",
@@ -67,6 +78,7 @@ __all__ = [
     "Internal",
     "InvalidArgument",
     "InvalidReply",
+    "LoraAdapter",
     "NonFiniteOutput",
     "NotFound",
     "PermissionDenied",
@@ -75,6 +87,8 @@ __all__ = [
     "Priority",
     "ReferenceClient",
     "ReferenceLogprobs",
+    "RelayHop",
+    "Replacement",
     "ResourceExhausted",
     "RetryPolicy",
     "RewardAdminClient",
@@ -84,8 +98,12 @@ __all__ = [
     "Sampling",
     "Scores",
     "SplitPolicy",
+    "TensorDtype",
     "Truncation",
     "Unauthenticated",
     "Unavailable",
     "WeightClient",
+    "WeightPause",
+    "WeightPush",
+    "WeightTensor",
 ]
