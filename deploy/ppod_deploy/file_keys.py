@@ -25,5 +25,5 @@ def print_file_keys(arguments: Sequence[str]) -> None:
     """Print every key of the file that a command line such as `train ppo --help` is about, if it is about one."""
     schema = SCHEMAS.get((arguments[0], arguments[1])) if len(arguments) > 1 else None
     if schema is not None:
-        print(f"keys of the file: {(schema.__doc__ or '').strip().splitlines()[0]}")
+        print(f"keys of the file, N a place in a list: {(schema.__doc__ or '').strip().splitlines()[0]}")
         print("\n".join(describe_keys(schema, flags=False)))

@@ -41,19 +41,24 @@ def takes_texts(kinds: Kinds) -> bool:
     return not {str, Path}.isdisjoint(kinds) and {str, Path, type(None)}.issuperset(kinds)
 
 
-def _inside(kind: object, key: str) -> Iterator[object]:
-    if get_origin(kind) is tuple:
-        yield from _alternatives(get_args(kind)[0])
-    elif isinstance(kind, type) and issubclass(kind, ConfigModel) and key in kind.model_fields:
-        yield from _alternatives(kind.model_fields[key].annotation)
+def items_of(kinds: Kinds) -> Kinds:
+    """The types of what stands in the lists among them."""
+    return tuple(one for kind in kinds if get_origin(kind) is tuple for one in alternatives(get_args(kind)[0]))
 
 
-def _alternatives(annotation: object) -> Iterator[object]:
+def alternatives(annotation: object) -> Iterator[object]:
+    """The types of which a value of this annotation has one."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        yield from _alternatives(get_args(annotation)[0])
+        yield from alternatives(get_args(annotation)[0])
     elif origin in (Union, types.UnionType):
         for one in get_args(annotation):
-            yield from _alternatives(one)
+            yield from alternatives(one)
     else:
         yield annotation
+
+
+def _inside(kind: object, key: str) -> Iterator[object]:
+    yield from items_of((kind,))
+    if isinstance(kind, type) and issubclass(kind, ConfigModel) and key in kind.model_fields:
+        yield from alternatives(kind.model_fields[key].annotation)

@@ -15,7 +15,16 @@ from typing import Literal, Union, cast, get_args, get_origin
 import yaml
 from pydantic_core import PydanticUndefined
 
-from ppod_deploy.key_types import Kinds, choices, kinds_at, takes_list, takes_texts, takes_truth
+from ppod_deploy.key_types import (
+    Kinds,
+    alternatives,
+    choices,
+    items_of,
+    kinds_at,
+    takes_list,
+    takes_texts,
+    takes_truth,
+)
 from ppod_deploy.run_config import RunConfig
 from ppod_models.configuration import ConfigError, ConfigModel, parse_yaml
 
@@ -107,43 +116,44 @@ def _set(values: object, override: Override, depth: int) -> object:
     return {**mapping, key: _set(mapping.get(key), override, depth + 1)}
 
 
-def describe_keys(
-    model: type[ConfigModel], prefix: str = "", *, flags: bool = True, without: str = ""
-) -> Iterator[str]:
+def describe_keys(*models: type[ConfigModel], prefix: str = "", flags: bool = True, without: str = "") -> Iterator[str]:
     """Lines that list every key of a configuration with its type, default and meaning, section by section.
 
+    N in a path is a place in a list, from 0.
+
     Args:
-        model: the configuration.
+        models: the configuration; several: the kinds that a section may be of. What they share is listed once.
         prefix: dotted path before its keys.
         flags: keys are written as options of the command line, with dashes; otherwise as they stand in a file.
         without: of a section that may be left out, what is then.
     """
-    dashes, word = ("--", "-") if flags else ("", "_")
-    sections: list[tuple[str, type[ConfigModel], str]] = []
-    leaves: list[str] = []
-    for name, field in model.model_fields.items():
-        path = f"{prefix}{name}".replace("_", word)
-        inner = _section_type(field.annotation)
-        default: object = field.get_default(call_default_factory=True, validated_data={})
-        meaning = f"{field.description}; " if field.description else ""
-        if inner is not None:
-            sections.append((path, inner, f" ({meaning}default none)" if default is None else ""))
-            continue
-        shown = "required" if default is PydanticUndefined else f"default {_short(default)}"
-        leaves.append(f"  {dashes}{path} {_type_name(field.annotation)}\n        {meaning}{shown}")
-    if prefix and leaves:
-        yield f"\n{prefix.rstrip('.')}: {(model.__doc__ or '').strip().splitlines()[0]}{without}"
-    yield from leaves
-    for path, inner, left_out in sections:
-        yield from describe_keys(inner, f"{path}.", flags=flags, without=left_out)
+    below: dict[str, dict[type[ConfigModel], str]] = {}
+    for model in models:
+        leaves: list[str] = []
+        for name, field in model.model_fields.items():
+            path = f"{prefix}{name}".replace("_", "-") if flags else f"{prefix}{name}"
+            kinds = tuple(alternatives(field.annotation))
+            default: object = field.get_default(call_default_factory=True, validated_data={})
+            meaning = f"{field.description}; " if field.description else ""
+            left_out = f" ({meaning}default none)" if default is None else ""
+            sections = _sections(kinds)
+            for place, found in ((path, sections), (f"{path}.N", _sections(items_of(kinds)))):
+                below.setdefault(place, {}).update(dict.fromkeys(found, left_out))
+            if not sections:
+                shown = "required" if default is PydanticUndefined else f"default {_short(default)}"
+                option = f"--{path}" if flags else path
+                leaves.append(f"  {option} {_type_name(field.annotation)}\n        {meaning}{shown}")
+        if prefix and leaves:
+            yield f"\n{prefix.rstrip('.')}: {(model.__doc__ or '').strip().splitlines()[0]}{without}"
+        yield from leaves
+    for place, found in below.items():
+        if found:
+            yield from describe_keys(*found, prefix=f"{place}.", flags=flags, without=next(iter(found.values())))
 
 
-def _section_type(annotation: object) -> type[ConfigModel] | None:
-    """The configuration model behind an annotation, which may be optional."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, ConfigModel):
-            return candidate if get_origin(annotation) in (None, Union, types.UnionType) else None
-    return None
+def _sections(kinds: Kinds) -> list[type[ConfigModel]]:
+    """Those that have keys of their own."""
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ConfigModel)]
 
 
 def _type_name(annotation: object) -> str:
@@ -162,4 +172,6 @@ def _type_name(annotation: object) -> str:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, str):
+        return (value if value.isprintable() else repr(value)) or "empty"
     return "none" if value is None else str(value)

@@ -68,7 +68,7 @@ def resolve_run(command: Run | Up, overrides: Sequence[Override]) -> RunConfig:
 
 def print_keys() -> None:
     """Print every key of a run file, for --help."""
-    print("keys of the run file, each an override:")
+    print("keys of the run file, each an override; N is a place in a list, from 0:")
     print("\n".join(describe_keys(RunConfig)))
 
 

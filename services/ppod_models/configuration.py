@@ -96,7 +96,9 @@ class ModelConfig(ConfigModel):
     device: str = Field(
         default="auto", description="auto, cpu, cuda:0, ...; auto takes a CUDA device where there is one"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: bfloat16 where the device is faster in it, else float32"
+    )
     attention: Literal["sdpa", "eager"] = Field(
         default="sdpa",
         description="eager is faster on CPUs up to some hundred tokens; its memory grows with the square of the length",

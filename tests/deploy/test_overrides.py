@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ppod_deploy.overrides import Override, apply_overrides, split_arguments
-from ppod_models.configuration import ConfigError
+from ppod_deploy.file_keys import SCHEMAS
+from ppod_deploy.key_types import kinds_at
+from ppod_deploy.overrides import Override, apply_overrides, describe_keys, split_arguments
+from ppod_deploy.run_config import RunConfig
+from ppod_models.configuration import ConfigError, ConfigModel
 
 
 def test_overrides_are_yaml_values_under_dotted_paths() -> None:
@@ -94,3 +97,43 @@ def test_overrides_reach_into_lists_and_leave_the_file_values_alone() -> None:
         apply_overrides(values, [Override(("services", "reward", "rewards", "2", "name"), "c")])
     with pytest.raises(ConfigError, match="which has no keys"):
         apply_overrides({"trainer": {"steps": 3}}, [Override(("trainer", "steps", "more"), 1)])
+
+
+def _listed(model: type[ConfigModel]) -> list[tuple[str, str]]:
+    """The keys that --help lists, with what it says of each."""
+    lines = "\n".join(describe_keys(model, flags=False)).splitlines()
+    return [
+        (line.split()[0], lines[place + 1].strip())
+        for place, line in enumerate(lines)
+        if line[:2] == "  " and line[2] != " "
+    ]
+
+
+@pytest.mark.parametrize("model", [RunConfig, *SCHEMAS.values()])
+def test_help_tells_the_meaning_and_the_default_of_every_key(model: type[ConfigModel]) -> None:
+    listed = _listed(model)
+    assert len(listed) > 15
+    for key, text in listed:
+        assert kinds_at(model, key.replace("N", "0").split(".")), key
+        meaning, _, default = text.rpartition("; ")
+        # Which section it is, is told above it.
+        assert meaning or key.endswith(".kind"), key
+        assert text == "required" or default == "required" or default.removeprefix("default ").strip(), key
+
+
+def test_help_lists_the_keys_of_each_kind_of_section_in_a_list_once() -> None:
+    listed = [key for key, _ in _listed(RunConfig)]
+    of_rewards = "services.reward.rewards.N"
+    for key in ("concurrency", "pessimism", "clip.low", "model.threads", "server.token_env", "terms.N.weight"):
+        assert listed.count(f"{of_rewards}.{key}") == 1, key
+    assert listed.count(f"{of_rewards}.kind") == 7
+    assert "services.reference.adapters.N.source" in listed
+    assert "services.generation.output_filters.N.parameters" in listed
+
+
+def test_help_tells_defaults_that_are_nothing_to_see() -> None:
+    told = dict(_listed(RunConfig))
+    assert told["services.reward.rewards.N.steps.separator"].endswith(r"default '\n'")
+    assert told["trainer.services.reward_model"].endswith("default empty")
+    assert told["trainer.prompts.first_tokens"].endswith("default 6")
+    assert "runs/FILE-DATE-TIME" in told["trainer.run_dir"]

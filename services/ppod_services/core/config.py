@@ -17,7 +17,12 @@ class ListenConfig(ConfigModel):
 
     host: str = Field(default="127.0.0.1", min_length=1, description="address of every port; 0.0.0.0 in a container")
     port: int = Field(ge=1, le=65535, description="gRPC port of the service")
-    admin_port: int | None = Field(default=None, ge=1, le=65535, description="port of WeightService; none: not served")
+    admin_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="port of WeightService, or of the reward service's RewardAdminService; none: not served",
+    )
     metrics_port: int | None = Field(default=None, ge=1, le=65535, description="port of /metrics; none: not served")
     health_port: int | None = Field(
         default=None,
@@ -58,7 +63,10 @@ class BatchingConfig(ConfigModel):
     """How waiting sequences of all callers become batches."""
 
     max_batch_tokens: int = Field(
-        default=16_384, ge=1, le=2**24, description="most tokens of a batch, padding included; bounds memory"
+        default=16_384,
+        ge=1,
+        le=2**24,
+        description="most tokens of a batch, padding included, and so of a sequence; bounds memory",
     )
     max_batch_size: int = Field(default=64, ge=1, le=65_536, description="most sequences of a batch")
     shared_batch_tokens: int | None = Field(
@@ -162,7 +170,9 @@ class ServiceConfig(ConfigModel):
     warm_up_tokens: int = Field(
         default=512, ge=0, le=2**24, description="tokens of the batches that are run before the service is ready"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least that is logged; debug: calls that succeed, too"
+    )
     drain_grace_s: float = Field(default=30.0, ge=0, le=3_600, description="longest time to finish work after SIGTERM")
 
     @model_validator(mode="after")

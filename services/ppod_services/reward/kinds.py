@@ -124,8 +124,8 @@ class FunctionConfig(NamedReward):
 class ScaleConfig(ConfigModel):
     """The numbers that a judge may give."""
 
-    low: float = 1.0
-    high: float = 10.0
+    low: float = Field(default=1.0, description="the worst")
+    high: float = Field(default=10.0, description="the best")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -227,7 +227,7 @@ class SumConfig(NamedReward):
     """A weighted sum of rewards."""
 
     kind: Literal["sum"]
-    terms: tuple[TermConfig, ...] = Field(min_length=1)
+    terms: tuple[TermConfig, ...] = Field(min_length=1, description="what is added up")
 
 
 ModelRewardConfig = HeadConfig | SequenceClassificationConfig | TokenClassificationConfig

@@ -61,8 +61,8 @@ class GigpoConfig(ConfigModel):
 class SpaConfig(ConfigModel):
     """Of kind spa: the progress estimator."""
 
-    hidden_units: int = Field(default=64, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    hidden_units: int = Field(default=64, ge=1, description="of its one hidden layer")
+    learning_rate: float = Field(default=1e-3, gt=0, description="its own")
     updates: int = Field(default=4, ge=1, description="optimizer steps on each step's episodes")
 
 

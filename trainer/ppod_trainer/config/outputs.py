@@ -12,7 +12,7 @@ class EvaluationConfig(ConfigModel):
 
     interval: int | None = Field(default=None, ge=1, description="steps between evaluations; none: before and after")
     judge_interval: int = Field(default=5, ge=1, description="steps between judgements of the training samples")
-    shown_samples: int = Field(default=3, ge=0)
+    shown_samples: int = Field(default=3, ge=0, description="held-out samples in the report")
 
 
 class CheckpointConfig(ConfigModel):
@@ -26,5 +26,5 @@ class MetricsConfig(ConfigModel):
     """Where metrics go, beside metrics.jsonl."""
 
     port: int | None = Field(default=9104, ge=1, le=65535, description="Prometheus port; none: no exporter")
-    host: str = "127.0.0.1"
-    tensorboard: bool = True
+    host: str = Field(default="127.0.0.1", description="address of the port; 0.0.0.0 in a container")
+    tensorboard: bool = Field(default=True, description="write tensorboard/ in run_dir, too")

@@ -12,7 +12,7 @@ from ppod_models.configuration import ConfigModel, ModelConfig
 class LoraConfig(ConfigModel):
     """A LoRA adapter (Hu et al. 2021): W + scaling B A is trained instead of W; the base is its reference."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, description="of A and B")
     alpha: float = Field(default=32.0, gt=0, description="scaling is alpha / rank")
     rank_stabilized: bool = Field(default=False, description="scaling is alpha / sqrt(rank) (Kalajdzievski 2023)")
     target_modules: tuple[str, ...] = Field(

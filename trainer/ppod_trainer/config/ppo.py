@@ -12,8 +12,8 @@ from ppod_models.configuration import ConfigModel
 class RatioMaskConfig(ConfigModel):
     """Leaves out of the loss what trainer and sampler disagree about: ratio trainer / sampler outside [low, high]."""
 
-    low: float = Field(default=0.5, ge=0, le=1)
-    high: float = Field(default=5.0, ge=1)
+    low: float = Field(default=0.5, ge=0, le=1, description="lowest ratio that is trained on")
+    high: float = Field(default=5.0, ge=1, description="highest ratio that is trained on")
     level: Literal["token", "sequence", "geometric"] = Field(
         default="token",
         description="tokens by their own ratio; whole sequences by the product, or the geometric mean, of theirs",
@@ -23,7 +23,7 @@ class RatioMaskConfig(ConfigModel):
 class PpoConfig(ConfigModel):
     """The clipped update."""
 
-    epochs: int = Field(default=2, ge=1)
+    epochs: int = Field(default=2, ge=1, description="times that a step trains on its samples")
     minibatches: int = Field(default=2, ge=1, description="optimizer steps in an epoch")
     micro_batch_size: int | None = Field(
         default=None, ge=1, description="samples in a forward pass; gradients accumulate; none: the minibatch"
@@ -47,15 +47,15 @@ class PpoConfig(ConfigModel):
     value_clip: float | None = Field(
         default=0.2, gt=0, description="bound on the move from the old value; none: no clip"
     )
-    value_coefficient: float = Field(default=0.1, ge=0)
-    entropy_coefficient: float = Field(default=0.0, ge=0)
+    value_coefficient: float = Field(default=0.1, ge=0, description="c1, of the value loss")
+    entropy_coefficient: float = Field(default=0.0, ge=0, description="c2, of the entropy bonus")
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
         default="token_mean", description="constant: sum over tokens / (sequences * constant_tokens) (Dr. GRPO)"
     )
     constant_tokens: int | None = Field(
         default=None, ge=1, description="for aggregation constant, such as rollout.max_tokens"
     )
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, description="larger gradients are scaled down to it")
     stop_kl: float | None = Field(
         default=None, gt=0, description="end the step's update when KL(old, new) exceeds this, nats a token"
     )
@@ -96,7 +96,7 @@ class PpoConfig(ConfigModel):
 class OptimizerConfig(ConfigModel):
     """Adam with linear warm-up and linear decay."""
 
-    learning_rate: float = Field(default=2e-5, gt=0)
+    learning_rate: float = Field(default=2e-5, gt=0, description="at its peak")
     value_learning_rate: float | None = Field(default=None, gt=0, description="of the value head; none: the same")
     warmup_steps: int = Field(
         default=0,
@@ -105,7 +105,7 @@ class OptimizerConfig(ConfigModel):
         "for a policy that begins behind them name more",
     )
     final_fraction: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end, of the peak's")
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    epsilon: float = Field(default=1e-5, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the mean of their squares")
+    epsilon: float = Field(default=1e-5, gt=0, description="added to the root of that mean")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled, as AdamW's")

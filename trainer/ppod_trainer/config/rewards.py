@@ -12,8 +12,8 @@ from ppod_models.configuration import ConfigModel
 class LengthPenaltyConfig(ConfigModel):
     """Taken off the score for each token above a budget."""
 
-    budget_tokens: int = Field(ge=0)
-    per_token: float = Field(gt=0)
+    budget_tokens: int = Field(ge=0, description="longest response that costs nothing")
+    per_token: float = Field(gt=0, description="what each token above it costs")
 
 
 class OverlongConfig(ConfigModel):
@@ -21,7 +21,7 @@ class OverlongConfig(ConfigModel):
 
     max_tokens: int = Field(ge=1, description="such as rollout.max_tokens")
     cache_tokens: int = Field(ge=1, description="length of the slope")
-    penalty: float = Field(default=1.0, gt=0)
+    penalty: float = Field(default=1.0, gt=0, description="taken off at max_tokens and beyond")
 
     @model_validator(mode="after")
     def _slope_fits(self) -> Self:
@@ -44,7 +44,7 @@ class FiltersConfig(ConfigModel):
     max_repetition: float | None = Field(
         default=None, ge=0, lt=1, description="responses of which a larger share of n-grams stood in them before"
     )
-    repetition_ngram: int = Field(default=4, ge=1)
+    repetition_ngram: int = Field(default=4, ge=1, description="tokens of such an n-gram")
     safety: SafetyFilterConfig | None = None
 
 
@@ -105,8 +105,13 @@ class KlConfig(ConfigModel):
     """KL penalty to the reference."""
 
     coefficient: float = Field(default=0.05, ge=0, description="starting, or fixed, coefficient")
-    placement: Literal["reward", "loss"] = "reward"
-    estimator: Literal["k1", "k2", "k3"] = "k1"
+    placement: Literal["reward", "loss"] = Field(
+        default="reward", description="reward: taken off each token's reward; loss: a term of the loss"
+    )
+    estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k1",
+        description="by d = log policy - log reference of a token: k1: d, k2: d^2 / 2, k3: exp(-d) - 1 + d",
+    )
     importance_weighted: bool = Field(
         default=False,
         description="in the loss: weigh the estimate with policy / old policy, so that its gradient is KL's for every "

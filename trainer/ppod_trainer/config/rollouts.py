@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
 from ppod_models.configuration import ConfigModel
 
 _REVIEW_TOKENS = 6
+
+
+def _first_tokens(values: Mapping[str, object]) -> int | None:
+    """Reviews are no prompts; prompts of one's own are whole."""
+    return _REVIEW_TOKENS if values.get("path") is None else None
 
 
 class PromptsConfig(ConfigModel):
@@ -25,22 +30,14 @@ class PromptsConfig(ConfigModel):
         "always 26 July 2024",
     )
     first_tokens: int | None = Field(
-        default=None, ge=1, description="tokens kept of each text; none: all; not given: all, of the reviews 6"
+        default_factory=_first_tokens,
+        ge=1,
+        description="tokens kept of each text; none: all, as of a path's by default",
     )
     heldout: int = Field(default=64, ge=1, description="prompts kept aside for evaluation")
     curriculum_steps: int = Field(
         default=0, ge=0, description="first steps with short prompts, to which each adds longer ones; 0: all at once"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _reviews_are_cut(cls, values: object) -> object:
-        """Prompts of one's own are whole where nothing else is said."""
-        if not isinstance(values, Mapping):
-            return values
-        given = cast("Mapping[str, object]", values)
-        own = given.get("path") is not None or "first_tokens" in given
-        return given if own else {**given, "first_tokens": _REVIEW_TOKENS}
 
 
 class DynamicSamplingConfig(ConfigModel):

@@ -12,7 +12,7 @@ from ppod_models.configuration import ConfigModel
 class LinearSchedule(ConfigModel):
     """From the value that is configured at its own place, at the first step, to `end`, and constant from there on."""
 
-    end: float = Field(ge=0)
+    end: float = Field(ge=0, description="the last value")
     steps: int | None = Field(default=None, ge=1, description="after so many steps it is `end`; none: the run's last")
 
 

@@ -17,6 +17,7 @@ LONGEST_S = 1e9
 
 _KUBERNETES = re.compile(r"k8s:///[a-z0-9][-a-z0-9]*(\.[a-z0-9][-a-z0-9]*)?:[a-z0-9][-a-z0-9]*")
 _PORT = re.compile(r".*:(\d{1,5})")
+_BY_LISTEN = "of a run file: where that service listens, so leave it out"
 _OTHER_SCHEMES = ("ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 """Of targets that are gRPC's own to read."""
 
@@ -48,9 +49,9 @@ class ServicesConfig(ConfigModel):
     and PPOD_ADMIN_TOKEN_FILE name.
     """
 
-    reward: Target = "127.0.0.1:50051"
-    reference: Target = "127.0.0.1:50052"
-    generation: Target = "127.0.0.1:50053"
+    reward: Target = Field(default="127.0.0.1:50051", description=f"rewards and the held-out judge; {_BY_LISTEN}")
+    reference: Target = Field(default="127.0.0.1:50052", description=f"the reference's logprobs; {_BY_LISTEN}")
+    generation: Target = Field(default="127.0.0.1:50053", description=f"the policy's samples; {_BY_LISTEN}")
     reference_admin: Target = Field(
         default="127.0.0.1:50062",
         description="ports on which the replicas of the reference take weights, where it is refreshed or the policy's "

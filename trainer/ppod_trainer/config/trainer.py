@@ -32,14 +32,17 @@ from ppod_trainer.config.watch import WatchConfig
 class TrainerConfig(ConfigModel):
     """One PPO run."""
 
-    run_dir: Path = Path("runs/ppo")
+    run_dir: Path = Field(
+        default=Path("runs/ppo"),
+        description="where all goes that the run makes; not given to `ppod run` or `up`: runs/FILE-DATE-TIME",
+    )
     resume: Literal[False, True, "if_possible"] = Field(
         default=False,
         description="go on from the newest checkpoint of run_dir; if_possible: or begin where there is none, as a Job "
         "that is started again; false: begin, and refuse a run_dir that holds checkpoints",
     )
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    steps: int = Field(default=30, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32, description="decides all that is drawn")
+    steps: int = Field(default=30, ge=1, description="each samples, scores, trains and pushes new weights")
     policy: PolicyConfig = PolicyConfig(source="packaged:smollm2-135m-instruct")
     critic: CriticConfig = CriticConfig()
     services: ServicesConfig = ServicesConfig()

@@ -17,7 +17,7 @@ class DataConfig(ConfigModel):
     ratings: Path | None = Field(default=None, description="ratings file; none: the reviews that ppod ships")
     split_seed: int = Field(default=1, description="the same for every head that shares the held-out reviews")
     half: Literal["a", "b"] = Field(description="the half that trains this head; a judge takes the other half")
-    held_out_share: float = Field(default=1 / 9, gt=0, lt=1)
+    held_out_share: float = Field(default=1 / 9, gt=0, lt=1, description="of all reviews; trains no half")
     validation_share: float = Field(default=1 / 6, gt=0, lt=1, description="of the half; picks the penalty")
 
 
