@@ -87,6 +87,12 @@ def test_commands_name_objects_that_are_there() -> None:
             assert name in names, f"{page.name}: {kind}/{name}"
 
 
+def test_rollouts_are_of_an_object() -> None:
+    for page in PAGES:
+        for command in re.findall(r"kubectl (?:-\S+ \S+ )?rollout \w+([^`\n]*)", page.read_text()):
+            assert re.match(r" deploy(ment)?/ppod-\w+", command), f"{page.name}: {command}"
+
+
 def test_what_is_left_behind_is_looked_for_among_all_kinds() -> None:
     """`kubectl get all` is workloads and Services, and lists nothing else."""
     for page in PAGES:
