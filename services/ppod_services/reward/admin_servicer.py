@@ -67,7 +67,7 @@ class RewardAdminServicer(reward_admin_pb2_grpc.RewardAdminServiceServicer):
                 await _to_its_end(self._scheduler.exclusive(lambda: self._swap(rewards, new, load_s)))
             except ModelSourceError as error:
                 expected = "a model that loads and gives finite scores"
-                raise InvalidArgument("source", " ".join(str(error).split()), expected) from error
+                raise InvalidArgument(_at_fault(request, error), " ".join(str(error).split()), expected) from error
         return reward_admin_pb2.ReplaceModelResponse(model=write_state(new.identity), load_s=load_s)
 
     async def _load(self, config: ModelRewardConfig, rewards: RewardSet) -> ServedModel:
@@ -99,6 +99,13 @@ async def _to_its_end(job: Coroutine[None, None, JobT]) -> JobT:
     finally:
         if not task.done():
             await asyncio.wait({task})
+
+
+def _at_fault(request: reward_admin_pb2.ReplaceModelRequest, error: ModelSourceError) -> str:
+    """The field that names what could not be loaded."""
+    from ppod_models.reward_heads import RewardHeadError  # noqa: PLC0415 - imports torch, which is there by now
+
+    return "head" if request.head and isinstance(error.__cause__, RewardHeadError) else "source"
 
 
 def _model(rewards: RewardSet, name: str) -> ServedModel:
