@@ -58,7 +58,8 @@ class WeightServiceServicer:
 
     def PrepareWeights(self, request_iterator, context):
         """Receives a manifest and then all tensors in chunks, verifies them and keeps them aside. Serving is untouched.
-        A broken stream or a failed check leaves nothing behind.
+        A broken stream or a failed check leaves nothing behind. While another transfer is under way: RESOURCE_EXHAUSTED. A
+        sender that falls silent: DEADLINE_EXCEEDED. A process group that breaks: UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

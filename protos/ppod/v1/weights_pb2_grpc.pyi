@@ -35,7 +35,8 @@ class WeightServiceStub:
     def __new__(cls, channel: _aio.Channel) -> WeightServiceAsyncStub: ...
     PrepareWeights: _grpc.StreamUnaryMultiCallable[_weights_pb2.PrepareWeightsRequest, _weights_pb2.PrepareWeightsResponse]
     """Receives a manifest and then all tensors in chunks, verifies them and keeps them aside. Serving is untouched.
-    A broken stream or a failed check leaves nothing behind.
+    A broken stream or a failed check leaves nothing behind. While another transfer is under way: RESOURCE_EXHAUSTED. A
+    sender that falls silent: DEADLINE_EXCEEDED. A process group that breaks: UNAVAILABLE.
     """
     CommitWeights: _grpc.UnaryUnaryMultiCallable[_weights_pb2.CommitWeightsRequest, _weights_pb2.CommitWeightsResponse]
     """Puts prepared weights into service between two batches. Committing the version that serves already succeeds."""
@@ -49,7 +50,8 @@ class WeightServiceAsyncStub(WeightServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     PrepareWeights: _aio.StreamUnaryMultiCallable[_weights_pb2.PrepareWeightsRequest, _weights_pb2.PrepareWeightsResponse]  # type: ignore[assignment]
     """Receives a manifest and then all tensors in chunks, verifies them and keeps them aside. Serving is untouched.
-    A broken stream or a failed check leaves nothing behind.
+    A broken stream or a failed check leaves nothing behind. While another transfer is under way: RESOURCE_EXHAUSTED. A
+    sender that falls silent: DEADLINE_EXCEEDED. A process group that breaks: UNAVAILABLE.
     """
     CommitWeights: _aio.UnaryUnaryMultiCallable[_weights_pb2.CommitWeightsRequest, _weights_pb2.CommitWeightsResponse]  # type: ignore[assignment]
     """Puts prepared weights into service between two batches. Committing the version that serves already succeeds."""
@@ -66,7 +68,8 @@ class WeightServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_weights_pb2.PrepareWeightsResponse, _abc.Awaitable[_weights_pb2.PrepareWeightsResponse]]:
         """Receives a manifest and then all tensors in chunks, verifies them and keeps them aside. Serving is untouched.
-        A broken stream or a failed check leaves nothing behind.
+        A broken stream or a failed check leaves nothing behind. While another transfer is under way: RESOURCE_EXHAUSTED. A
+        sender that falls silent: DEADLINE_EXCEEDED. A process group that breaks: UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
