@@ -49,7 +49,9 @@ class DynamicSamplingConfig(ConfigModel):
 class HistoryResamplingConfig(ConfigModel):
     """History resampling (SRPO): prompts that were solved in an epoch are left out of the next."""
 
-    solved_outcome: float = Field(default=1.0, description="a prompt is solved if all its samples were paid this much")
+    solved_outcome: float = Field(
+        default=1.0, description="a prompt is solved if all its samples were paid this much or more"
+    )
 
 
 class RolloutConfig(ConfigModel):
