@@ -31,7 +31,10 @@ _PHASE = "seconds/"
 GAUGES = {
     "score/mean": ("ppod_reward_score_mean", "Mean reward-model score of the step's samples"),
     "score/std": ("ppod_reward_score_std", "Standard deviation of the step's scores"),
-    "groups/uniform": ("ppod_groups_uniform_ratio", "Share of prompts whose samples were all paid the same"),
+    "groups/uniform": (
+        "ppod_groups_uniform_ratio",
+        "Share of prompts whose samples, two or more, were all paid the same",
+    ),
     "score/running_mean": ("ppod_reward_score_running_mean", "Mean of all scores of the run so far"),
     "score/running_std": ("ppod_reward_score_running_std", "Standard deviation of all scores of the run so far"),
     "selection/rounds": ("ppod_selection_rounds", "Rounds of sampling in the step, with dynamic sampling"),

@@ -13,16 +13,16 @@ from ppod_trainer.rounding import alike
 
 
 def rollout_figures(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
-    """Outcomes, groups and lengths."""
+    """Outcomes, groups and lengths; nothing of groups where no prompt has two samples, which then say nothing."""
     paid = [one.outcome for one in rollouts]
     outcomes = np.array(paid)
     groups: dict[int, list[float]] = {}
     for one in rollouts:
         groups.setdefault(one.rollout.group, []).append(one.outcome)
-    return {
+    uniform = [alike(group) for group in groups.values() if len(group) > 1]
+    return ({"groups/uniform": float(np.mean(uniform))} if uniform else {}) | {
         "score/mean": float(outcomes.mean()),
         "score/std": 0.0 if alike(paid) else float(outcomes.std()),
-        "groups/uniform": float(np.mean([alike(group) for group in groups.values()])),
         "sampler/temperature": common_temperature([one.rollout for one in rollouts]),
         "response/length": float(np.mean([one.rollout.sampled for one in rollouts])),
         "response/distinct_2": distinct_bigrams(rollouts),

@@ -47,13 +47,15 @@ def test_figures_of_rollouts() -> None:
     assert rollout_figures(made) == {
         "score/mean": 2.0,
         "score/std": pytest.approx(2.4**0.5),
-        "groups/uniform": pytest.approx(2 / 3),
+        # A single sample is paid as itself, and nothing is seen by that.
+        "groups/uniform": 0.5,
         "sampler/temperature": 0.7,
         "response/length": 2.0,
         "response/distinct_2": 0.6,
         "response/truncated": 0.2,
     }
     assert rollout_figures(made[2:4])["response/distinct_2"] == 1.0, "there is no bigram that stood there before"
+    assert "groups/uniform" not in rollout_figures(made[3:]), "as where all prompts are sampled once"
 
 
 @pytest.mark.parametrize(("whole", "parts"), [(0.7, (0.6, 0.1)), (1000.3, (2.9, 997.4))])
