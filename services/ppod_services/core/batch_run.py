@@ -11,7 +11,7 @@ import enum
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from ppod.errors import PpodError
@@ -118,10 +118,11 @@ class Mailbox:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ran(Generic[ItemT, ResultT]):
-    """An entry that was run, and when it joined its batch, on the monotonic clock."""
+    """An entry that was run, when it joined its batch, on the monotonic clock, and the tokens that it took at most."""
 
     entry: Entry[ItemT, ResultT]
     joined_s: float
+    taken: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,8 +137,13 @@ class Stretch(Generic[ItemT, ResultT]):
 
     @property
     def tokens(self) -> int:
-        """Tokens of those that were answered, padding left out."""
+        """Tokens of those that were answered, padding left out, as they were submitted."""
         return sum(ran.entry.tokens for ran in self.answered)
+
+    @property
+    def taken(self) -> int:
+        """Tokens that they took: fewer, where they had room for more."""
+        return sum(ran.taken for ran in self.answered)
 
 
 class RunHost(Protocol[ItemT, ResultT]):
@@ -149,6 +155,10 @@ class RunHost(Protocol[ItemT, ResultT]):
 
     def between_steps(self) -> bool:
         """See `JoinableSink`."""
+        ...
+
+    def taken(self, entry: Entry[ItemT, ResultT], result: ResultT) -> int:
+        """Tokens that an entry took."""
         ...
 
 
@@ -204,7 +214,8 @@ class BatchRun(Generic[ItemT, ResultT]):
 
     def emit(self, position: int, result: ResultT) -> None:
         """See `Sink`."""
-        ran = self._answer(position)
+        entry = self._active[position].entry
+        ran = self._answer(position, self._host.taken(entry, result))
         outcome = Outcome(
             index=ran.entry.index,
             result=result,
@@ -244,11 +255,12 @@ class BatchRun(Generic[ItemT, ResultT]):
     def _join(self, entries: Sequence[Entry[ItemT, ResultT]]) -> None:
         now_s = time.monotonic()
         for entry in entries:
-            self._active[self._count] = Ran(entry, now_s)
+            self._active[self._count] = Ran(entry, now_s, entry.tokens)
             self._count += 1
 
-    def _answer(self, position: int) -> Ran[ItemT, ResultT]:
+    def _answer(self, position: int, taken: int | None = None) -> Ran[ItemT, ResultT]:
         ran = self._active.pop(position)
+        ran = ran if taken is None else replace(ran, taken=taken)
         self._answered.append(ran)
         return ran
 

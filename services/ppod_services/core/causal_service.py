@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -43,13 +43,15 @@ class CausalService(ABC, Generic[ItemT, ResultT]):
     packs = False
     """Whether the engine takes packed sequences from models that can."""
 
-    def __init__(self, config: CausalServiceConfig, host: Host) -> None:
+    def __init__(
+        self, config: CausalServiceConfig, host: Host, taken: Callable[[ItemT, ResultT], int] | None = None
+    ) -> None:
         self._config = config
         self._metrics = host.metrics
         self._engine: Deferred[RunBatch[ItemT, ResultT]] = Deferred()
         self.target: Deferred[WeightTarget] = Deferred()
         self._weight_servicer: WeightServicer | None = None
-        self.scheduler = Scheduler(self._run_batch, config.batching, host.executor, host.metrics)
+        self.scheduler = Scheduler(self._run_batch, config.batching, host.executor, host.metrics, taken=taken)
 
     @abstractmethod
     def build_engine(self, model: CausalModel, weights: ServedWeights) -> RunBatch[ItemT, ResultT]:

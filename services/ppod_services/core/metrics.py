@@ -18,12 +18,12 @@ _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class BatchFigures:
-    """One finished batch: tokens without and with padding, the most that it might have had, seconds of compute."""
+    """One finished batch: tokens, padding besides, its share of the largest that there may be, seconds of compute."""
 
     sequences: int
     tokens: int
-    padded_tokens: int
-    max_tokens: int
+    padding_tokens: int
+    fill: float
     seconds: float
 
 
@@ -72,7 +72,9 @@ class ServiceMetrics:
             return Counter(name, text, labels, registry=self.registry)
 
         self._team_rpcs = counter("ppod_team_rpc", "Calls by team and status code", ["team", "code"])
-        self._accepted = counter("ppod_team_accepted_tokens", "Tokens that entered the queue", ["team"])
+        self._accepted = counter(
+            "ppod_team_accepted_tokens", "Tokens that entered the queue, with room for completions", ["team"]
+        )
         self._served = counter("ppod_team_served_tokens", "Tokens that the model processed", ["team"])
         self._refused = counter("ppod_team_refused", "Requests refused by quota or overload", ["team", "reason"])
         self._team_queue = Gauge("ppod_team_queue_tokens", "Tokens that wait", ["team"], registry=self.registry)
@@ -135,8 +137,8 @@ class ServiceMetrics:
         """Record a finished batch."""
         self._batch_sequences.observe(batch.sequences)
         self._batch_tokens.observe(batch.tokens)
-        self._batch_fill.observe(batch.padded_tokens / batch.max_tokens)
-        self._padding_tokens.inc(batch.padded_tokens - batch.tokens)
+        self._batch_fill.observe(batch.fill)
+        self._padding_tokens.inc(batch.padding_tokens)
         self._compute_seconds.observe(batch.seconds)
 
     def dropped(self, sequences: int, reason: str) -> None:

@@ -58,6 +58,7 @@ class Scheduler(Generic[ItemT, ResultT]):
         executor: an executor with a single thread, which also loaded the model.
         metrics: where the queue and the batches are counted.
         quotas: what the teams' quotas have left; schedulers of one process may share it.
+        taken: tokens that an item and its result took, for metrics; None: those that it was submitted with.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Scheduler(Generic[ItemT, ResultT]):
         executor: Executor,
         metrics: ServiceMetrics,
         quotas: Quotas | None = None,
+        taken: Callable[[ItemT, ResultT], int] | None = None,
     ) -> None:
         self._run_batch = run_batch
+        self._taken = taken
         self._config = config
         self._executor = executor
         self._metrics = metrics
@@ -156,6 +159,10 @@ class Scheduler(Generic[ItemT, ResultT]):
             return False
         self._claims.run(_STANDING)
         return self._claims.abort
+
+    def taken(self, entry: Entry[ItemT, ResultT], result: ResultT) -> int:
+        """Tokens that an entry took; in the model's thread."""
+        return entry.tokens if self._taken is None else self._taken(entry.item, result)
 
     async def run(self) -> None:
         """Run batches until cancelled. Raises ServiceBroken: the engine's device is lost."""
@@ -304,7 +311,7 @@ class Scheduler(Generic[ItemT, ResultT]):
         served: dict[str, int] = {}
         for ran in stretch.answered:
             entry = ran.entry
-            served[entry.team] = served.get(entry.team, 0) + entry.tokens
+            served[entry.team] = served.get(entry.team, 0) + ran.taken
             if not entry.ticket.begun:
                 entry.ticket.begun = True
                 metrics.waited(entry.team, ran.joined_s - entry.ticket.arrived_s)
@@ -312,7 +319,8 @@ class Scheduler(Generic[ItemT, ResultT]):
         if error is None and stretch.answered:
             entries = [ran.entry for ran in stretch.answered]
             padded, most = computed_tokens(entries), self._config.max_batch_tokens
-            metrics.batch(BatchFigures(len(entries), stretch.tokens, padded, most, stretch.seconds))
+            padding = padded - stretch.tokens
+            metrics.batch(BatchFigures(len(entries), stretch.taken, padding, padded / most, stretch.seconds))
             for team, tokens in served.items():
                 metrics.served(team, tokens)
         self._count_queue(served)

@@ -107,3 +107,8 @@ class GeneratedSample:
     ending: Ending
     weight_version: int
     spans: tuple[VersionSpan, ...]
+
+
+def tokens_taken(item: GenerationItem, sample: GeneratedSample) -> int:
+    """Tokens that a completion took: those of its prompt and its own, however much room there was."""
+    return len(item.prompt) + len(sample.tokens)

@@ -17,7 +17,13 @@ from ppod_services.core.scheduler import RunBatch
 from ppod_services.core.server import Host, StartError
 from ppod_services.generation.config import GenerationServiceConfig
 from ppod_services.generation.output_filtering import Decode, OutputFilters
-from ppod_services.generation.requests import GeneratedSample, GenerationItem, SeedPromise, TokenFilter
+from ppod_services.generation.requests import (
+    GeneratedSample,
+    GenerationItem,
+    SeedPromise,
+    TokenFilter,
+    tokens_taken,
+)
 from ppod_services.generation.servicer import GENERATION_SERVICE, GenerationServicer
 
 if TYPE_CHECKING:
@@ -34,7 +40,7 @@ class GenerationService(CausalService[GenerationItem, GeneratedSample]):
     service_name = GENERATION_SERVICE
 
     def __init__(self, config: GenerationServiceConfig, host: Host) -> None:
-        super().__init__(config, host)
+        super().__init__(config, host, tokens_taken)
         self._own_config = config
         self._failure: Callable[[], str | None] = _never
         self._close: Callable[[], None] = _nothing

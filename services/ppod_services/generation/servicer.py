@@ -15,7 +15,7 @@ from ppod_services.core.scheduler import Outcome, Scheduler, Submission
 from ppod_services.core.weight_servicer import WeightTarget
 from ppod_services.generation.output_filtering import Decode, OutputFilters
 from ppod_services.generation.reading import read_items
-from ppod_services.generation.requests import Ending, GeneratedSample, GenerationItem, SeedPromise
+from ppod_services.generation.requests import Ending, GeneratedSample, GenerationItem, SeedPromise, tokens_taken
 
 GENERATION_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 _REASONS = {
@@ -133,7 +133,7 @@ def _envelope(
         timing=common_pb2.Timing(
             queue_s=outcome.queue_s,
             compute_s=outcome.compute_s,
-            tokens=len(item.prompt) + len(outcome.result.tokens),
+            tokens=tokens_taken(item, outcome.result),
         ),
         seed=item.seed,
     )

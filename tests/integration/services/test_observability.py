@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import grpc
@@ -10,10 +11,11 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
 
+from ppod import GenerationClient, Sampling
 from ppod.tensors import pack_sequences
 from ppod.v1 import reference_pb2, reference_pb2_grpc
 from support.otlp_collector import collecting
-from support.processes import ServiceProcess, running_service
+from support.processes import ServiceProcess, metrics_of, running_service
 from support.services import tiny_model_config
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -70,3 +72,22 @@ def test_channelz_is_for_administrators_only(reference_service: ServiceProcess) 
     with grpc.insecure_channel(reference_service.target) as channel, pytest.raises(grpc.RpcError) as caught:
         channelz_pb2_grpc.ChannelzStub(channel).GetServers(channelz_pb2.GetServersRequest(), timeout=5)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_tokens_that_were_sampled_are_counted_and_not_the_room_for_more(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A completion that ends at once leaves most of its `max_tokens` unused, which dashboards would show as work."""
+    with (
+        running_service("ppod_services.generation", tmp_path, {"model": tiny_model_config(tiny_model_dir)}) as service,
+        GenerationClient(service.target) as client,
+    ):
+        # Sent alone, so that no metric is of a batch that others joined.
+        ended = client.generate([[5, 6, 7]], Sampling(40, n=2, stop_token_ids=(9,), logit_bias={9: 1000.0}))
+        took = sum(completion.timing.tokens for completion in ended)
+        assert took == 2 * (3 + 1)
+        wanted = [f'ppod_team_served_tokens_total{{team="anonymous"}} {took}.0', f"ppod_batch_tokens_sum {took}.0"]
+        until = time.monotonic() + 10
+        while not all(one in (text := metrics_of(service)) for one in wanted):
+            assert time.monotonic() < until, text
+            time.sleep(0.05)
+        # Quotas and the queue have to know before, and count the room.
+        assert f'ppod_team_accepted_tokens_total{{team="anonymous"}} {2.0 * (3 + 40)}' in text
