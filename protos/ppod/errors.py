@@ -88,14 +88,17 @@ class FailedPrecondition(PpodError):
 
 @dataclass(eq=False)
 class ResourceExhausted(PpodError):
-    """A queue or a quota is full; the same request may be sent again after `retry_after_s` seconds."""
+    """A queue or a quota is full; the same request may be sent again after `retry_after_s` seconds.
+
+    Zero: no wait would help, as with a message that is too large for gRPC.
+    """
 
     what: str
     retry_after_s: float
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.RESOURCE_EXHAUSTED
 
     def __str__(self) -> str:
-        return f"{self.what}; try again in {self.retry_after_s:.3f} s"
+        return f"{self.what}; try again in {self.retry_after_s:.3f} s" if self.retry_after_s else self.what
 
 
 @dataclass(eq=False)

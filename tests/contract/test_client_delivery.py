@@ -115,7 +115,7 @@ def test_a_message_too_large_for_grpc_is_not_repeated(score: ScoreOnce) -> None:
     with (
         scripted_server() as server,
         RewardClient(server.target, observer=lambda *call: observed.append(call[2])) as client,
-        pytest.raises(ResourceExhausted, match="larger than max"),
+        pytest.raises(ResourceExhausted, match=r"larger than max \([^;]*$"),
     ):
         client.score([[1] * (MAX_MESSAGE_BYTES // 4 + 1)])
     assert observed == ["RESOURCE_EXHAUSTED"]

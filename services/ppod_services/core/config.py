@@ -143,7 +143,10 @@ class LimitsConfig(ConfigModel):
 
     max_request_sequences: int = Field(default=1_024, ge=1, le=1_000_000, description="most sequences of a request")
     max_message_bytes: int = Field(
-        default=MAX_MESSAGE_BYTES, ge=2 * WEIGHT_CHUNK_BYTES, le=2**30, description="largest message, either way"
+        default=MAX_MESSAGE_BYTES,
+        ge=2 * WEIGHT_CHUNK_BYTES,
+        le=2**30,
+        description="largest message, either way; ppod's own client cuts what it sends to 16 MiB, whatever stands here",
     )
     max_concurrent_calls: int = Field(
         default=4_096, ge=1, le=1_000_000, description="most calls under way; beyond it callers are told to come back"
