@@ -47,6 +47,16 @@ class Refusal(StrEnum):
     QUEUE = "queue"
     DEADLINE = "deadline"
     CALLS = "calls"
+    BACKLOG = "backlog"
+    """Of a function or a judge, whose `max_waiting` texts wait."""
+
+
+OnRefused = Callable[[str, Refusal], None]
+"""Told of each refusal, by team, for metrics."""
+
+
+def untold(team: str, reason: Refusal) -> None:
+    """Tell nobody of a refusal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +137,7 @@ class Admission:
         backlog: Backlog,
         rate: ComputeRate,
         quotas: Quotas,
-        on_refused: Callable[[str, Refusal], None],
+        on_refused: OnRefused,
     ) -> None:
         self._config = config
         self._backlog = backlog

@@ -107,7 +107,7 @@ class ServiceMetrics:
         self._served.labels(team).inc(tokens)
 
     def refused(self, team: str, reason: str) -> None:
-        """Record a refusal: "quota", "in_flight", "queue", "deadline" or "calls"."""
+        """Record a refusal, for a reason of `admission.Refusal`."""
         self._refused.labels(team, reason).inc()
 
     def waited(self, team: str, seconds: float) -> None:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from ppod.errors import InvalidArgument, ResourceExhausted
-from ppod_services.core.admission import most_held, overflow
+from ppod_services.core.admission import OnRefused, Refusal, most_held, overflow, untold
 from ppod_services.core.batching import BatchBounds
 from ppod_services.core.callers import Caller
 from ppod_services.core.fair_queue import FairQueue
@@ -30,9 +30,11 @@ class Backlog:
     Args:
         what: whose backlog it is, for errors.
         most: most texts at a time.
+        on_refused: told of each refusal.
     """
 
-    def __init__(self, what: str, most: int) -> None:
+    def __init__(self, what: str, most: int, on_refused: OnRefused = untold) -> None:
+        self._on_refused = on_refused
         self._what = what
         self._most = most
         self._held: Counter[str] = Counter()
@@ -53,6 +55,7 @@ class Backlog:
         self._parts[team.name] = team.part
         waiting = self._held.total()
         if overflow(team, texts, self._most, self._held, self._parts):
+            self._on_refused(team.name, Refusal.BACKLOG)
             retry_s = waiting / self._texts_per_s if self._texts_per_s else _FIRST_GUESS_S
             raise ResourceExhausted(
                 f"{self._what}: {waiting} texts wait, {self._held[team.name]} of them of team {team.name}, and "

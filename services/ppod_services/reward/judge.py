@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ppod.errors import DeadlineExceeded, RewardFailed
+from ppod_services.core.admission import OnRefused, untold
 from ppod_services.reward.backlog import Backlog, Turns
 from ppod_services.reward.kinds import JudgeConfig, RubricConfig
 from ppod_services.reward.samples import PlainText, Query, Sample, Turn
@@ -43,13 +44,19 @@ class JudgeServer(Protocol):
 
 
 class Judge:
-    """Asks a server for verdicts, `concurrency` at a time."""
+    """Asks a server for verdicts, `concurrency` at a time.
 
-    def __init__(self, config: JudgeConfig, server: JudgeServer) -> None:
+    Args:
+        config: of the reward.
+        server: whom to ask.
+        on_refused: told of each request for which there is no room.
+    """
+
+    def __init__(self, config: JudgeConfig, server: JudgeServer, on_refused: OnRefused = untold) -> None:
         self._config = config
         self._server = server
         self._turns = Turns(config.concurrency)
-        self._backlog = Backlog(f"reward {config.name!r}", config.max_waiting)
+        self._backlog = Backlog(f"reward {config.name!r}", config.max_waiting, on_refused)
 
     async def score(self, samples: Sequence[Sample], texts: Sequence[PlainText], query: Query) -> list[float]:
         """One verdict a text, on the rubric's scale; the first that fails cancels the others.

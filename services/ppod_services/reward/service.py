@@ -11,6 +11,7 @@ import grpc.aio
 from ppod.tensors import FloatArray
 from ppod.v1 import reward_admin_pb2_grpc, reward_pb2_grpc
 from ppod_models.sources import resolve, resolve_tokenizer
+from ppod_services.core.admission import OnRefused
 from ppod_services.core.described import Deferred
 from ppod_services.core.scheduler import Scheduler
 from ppod_services.core.server import Host
@@ -47,7 +48,10 @@ class RewardService:
             run_batch, config.batching, host.executor, host.metrics
         )
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
-        self._pools = {one.name: FunctionPool(one) for one in config.rewards if isinstance(one, FunctionConfig)}
+        refused = host.metrics.refused
+        self._pools = {
+            one.name: FunctionPool(one, refused) for one in config.rewards if isinstance(one, FunctionConfig)
+        }
         self._judges: dict[str, Judge] = {}
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -106,11 +110,11 @@ class RewardService:
                 needed = FUNCTIONS.find(config.function).needs_references
                 scorers[config.name] = FunctionScorer(self._pools[config.name], needed)
             elif isinstance(config, JudgeConfig):
-                self._judges[config.name] = scorers[config.name] = _make_judge(config)
+                self._judges[config.name] = scorers[config.name] = _make_judge(config, self._host.metrics.refused)
         return scorers
 
 
-def _make_judge(config: JudgeConfig) -> Judge:
+def _make_judge(config: JudgeConfig, on_refused: OnRefused) -> Judge:
     from ppod_services.reward.judge_servers import make_server  # noqa: PLC0415 - seconds of import; see the class
 
     codec = None
@@ -118,4 +122,4 @@ def _make_judge(config: JudgeConfig) -> Judge:
         from ppod_services.reward.loading import load_tokenizer_source  # noqa: PLC0415
 
         codec = load_tokenizer_source(config.server.tokenizer).codec
-    return Judge(config, make_server(config, codec))
+    return Judge(config, make_server(config, codec), on_refused)

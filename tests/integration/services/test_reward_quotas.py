@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import yaml
 
-from ppod import ClientSecurity, InvalidArgument, Pin, RewardClient
+from ppod import NO_RETRY, ClientSecurity, Delivery, InvalidArgument, Pin, ResourceExhausted, RewardClient
 from support.processes import ServiceProcess, metrics_of, running_service
 from support.services import tiny_model_config
 from support.tiny_classifiers import save_decoder
@@ -57,3 +60,25 @@ def test_what_all_members_together_exceed_is_told_at_once(service: ServiceProces
         pytest.raises(InvalidArgument, match=r"800 tokens.*at most 799"),
     ):
         client.score(SEQUENCES)
+
+
+def test_refusals_of_a_function_that_is_asked_too_much_are_counted(tmp_path: Path) -> None:
+    """They are refusals for load as those of the models' queue, which alerts and dashboards would else not show."""
+    slow = {"name": "slow", "kind": "function", "function": "test_scripted", "max_waiting": 4}
+    with (
+        running_service("ppod_services.reward", tmp_path, {"rewards": [slow]}) as service,
+        RewardClient(service.target, timeout_s=20) as first,
+        RewardClient(service.target, timeout_s=20, delivery=Delivery(retry=NO_RETRY)) as second,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        waiting = pool.submit(first.score_texts, ["sleep 1"] * 3)
+        until = time.monotonic() + 10
+        refused: ResourceExhausted | None = None
+        while refused is None and time.monotonic() < until:
+            try:
+                second.score_texts(["1", "2"])
+            except ResourceExhausted as error:
+                refused = error
+        assert refused is not None, "four texts are the most"
+        assert len(waiting.result().values) == 3
+        assert 'ppod_team_refused_total{reason="backlog",team="anonymous"} 1.0' in metrics_of(service)

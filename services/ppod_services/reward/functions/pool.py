@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from ppod.errors import RewardFailed
+from ppod_services.core.admission import OnRefused, untold
 from ppod_services.core.callers import Caller
 from ppod_services.core.logs import log_event
 from ppod_services.reward.backlog import Backlog, Turns
@@ -40,15 +41,19 @@ class FunctionPool:
     """Runs a function in `workers` processes, and replaces those that fail or take too long.
 
     Must be used in one event loop. Raises on use, never gives a value that the function did not return.
+
+    Args:
+        config: of the reward.
+        on_refused: told of each request for which there is no room.
     """
 
-    def __init__(self, config: FunctionConfig) -> None:
+    def __init__(self, config: FunctionConfig, on_refused: OnRefused = untold) -> None:
         self._config = config
         self._workers = [_Worker(config) for _ in range(config.workers)]
         self._idle = list(self._workers)
         self._turns = Turns(len(self._workers))
         self._jobs: set[asyncio.Task[list[float]]] = set()
-        self._backlog = Backlog(f"reward {config.name!r}", config.max_waiting)
+        self._backlog = Backlog(f"reward {config.name!r}", config.max_waiting, on_refused)
 
     async def score(self, samples: Sequence[NumberedSample], caller: Caller) -> list[float]:
         """Score samples in their order; values are as the function returned them, perhaps not finite.
