@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -100,6 +101,7 @@ def generate(query: GenerateQuery) -> None:
     count = len(ids) * max(query.sampling.n, 1)
     seeds = [] if query.seed is None else [query.seed + index for index in range(count)]
     with GenerationClient(query.target, timeout_s=query.timeout_s, security=query.security) as client:
+        _tell_other_tokenizer(query.tokenizer, tokenizer, client.describe().state.tokenizer_fingerprint)
         completions = client.generate(ids, query.sampling, seeds=seeds)
     for completion in completions:
         prompt = query.prompts[completion.index]
@@ -108,6 +110,20 @@ def generate(query: GenerateQuery) -> None:
             print_json(_record(prompt, text, completion))
         else:
             print_completion(prompt, text, completion.filter_reason)
+
+
+def _tell_other_tokenizer(source: str, tokenizer: Tokenizer, served: str) -> None:
+    """Say on stderr that the ids may stand for other text to the service's model.
+
+    No error: the service may read the same file into another tokenizer, as transformers does for some models.
+    """
+    found = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+    if served not in ("", found):
+        print(
+            f"ppod: note: the tokenizer of {source} is not the service's (fingerprint {found}, not {served}): prompts "
+            "and completions may be other text than is shown; --tokenizer names the model that is served",
+            file=sys.stderr,
+        )
 
 
 def print_completion(prompt: str, text: str, withheld: str) -> None:

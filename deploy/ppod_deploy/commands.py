@@ -163,7 +163,8 @@ class Generate:
     """host:port of the generation service."""
 
     tokenizer: str = "packaged:smollm2-135m-instruct"
-    """Model whose tokenizer the service's policy uses: packaged:NAME, a directory, or a hub id."""
+    """Model whose tokenizer the service's policy uses: packaged:NAME, a directory, or a hub id. A note on stderr tells
+    where it is another one."""
 
     max_tokens: int = 48
     """Longest completion in tokens."""

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import trustme
 import yaml
+from tokenizers import Tokenizer
 
 from deploy.conftest import (
     Section,
@@ -265,7 +266,7 @@ def test_a_trainer_that_outlives_its_launcher_keeps_the_run_directory(
 
 
 def test_up_serves_score_and_generate(
-    start_ppod: StartPpod, run_file: Path, run_dir: Path, tiny_model_dir: Path
+    start_ppod: StartPpod, run_file: Path, run_dir: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     services = yaml.safe_load(run_file.read_text())["services"]
     up = start_ppod("up", "--config", str(run_file))
@@ -289,6 +290,15 @@ def test_up_serves_score_and_generate(
     completions = [yaml.safe_load(line) for line in first.stdout.splitlines()]
     assert [(one["prompt"], one["seed"]) for one in completions] == [("hi", 3), ("hi", 4)]
     assert all(1 <= len(one["logprobs"]) <= 5 for one in completions)
+    assert first.stderr == ""
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    vocabulary = Tokenizer.from_file(str(tiny_model_dir / "tokenizer.json"))
+    vocabulary.add_tokens(["one more"])
+    vocabulary.save(str(other / "tokenizer.json"))
+    taken_for = ask("generate", "--target", target, "--tokenizer", str(other), *options[2:])
+    assert taken_for.returncode == 0
+    assert f"the tokenizer of {other} is not the service's" in taken_for.stderr
 
     unknown = ask("score", "--target", f"127.0.0.1:{services['reward']['listen']['port']}", "--model", "nobody", "x")
     assert unknown.returncode == 1
