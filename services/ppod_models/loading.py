@@ -188,6 +188,12 @@ def token_id_bound(tokenizer: PreTrainedTokenizerFast) -> int:
     return 1 + max(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).values())
 
 
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the tokens that decoding leaves out as special ones, by what stands for them in prompts."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {one.content: token for token, one in added.items() if one.special and one.content}
+
+
 def vocab_size(model: PreTrainedModel) -> int:
     """Number of token ids that the model's embedding takes."""
     return int(cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0])

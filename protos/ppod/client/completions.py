@@ -44,7 +44,7 @@ class Sampling:
         repetition_penalty: divides positive logits of tokens that are there already, and multiplies negative ones; 1 is
             none.
         logit_bias: added to the logits, by token id; minus infinity forbids a token.
-        stop: texts that end a completion.
+        stop: texts that end a completion; a special token's name alone stands for the token.
         n: completions of each prompt.
         unscaled_logprobs: whether to ask for logprobs under the model's untouched distribution too.
     """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from ppod.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
@@ -31,6 +31,7 @@ class ModelInfo:
         device: "cpu", "cuda:0" and so on.
         eos_token_ids: the model's own end-of-sequence ids.
         packs: whether it runs sequences one after the other, without padding.
+        special_tokens: ids of the tokens that have no text, by what stands for them in prompts.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ModelInfo:
     device: str
     eos_token_ids: tuple[int, ...] = ()
     packs: bool = False
+    special_tokens: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def state(self, weight_version: int) -> common_pb2.ModelState:
         """Identity as the message that travels."""

@@ -31,6 +31,14 @@ class _Wanted:
     weight_version: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Stops:
+    """What stop texts ask for: special tokens that were named, and texts to look for."""
+
+    ids: frozenset[int]
+    texts: tuple[str, ...]
+
+
 def read_items(
     request: generation_pb2.GenerateRequest, info: ModelInfo, serving_version: int, max_sequences: int
 ) -> list[GenerationItem]:
@@ -48,7 +56,8 @@ def read_items(
         if len(prompt) >= info.max_sequence_tokens:
             expected = f"at most {info.max_sequence_tokens - 1} tokens, to leave room for one"
             raise InvalidArgument("prompts.lengths", f"{len(prompt)} tokens", expected, sample)
-    wanted = _Wanted(_read_filter(request, info), _read_stop_ids(request.sampling, info), _read_stops(request), version)
+    token_filter, stops = _read_filter(request, info), _read_stops(request, info)
+    wanted = _Wanted(token_filter, _read_stop_ids(request.sampling, info) | stops.ids, stops.texts, version)
     count = _read_n(request, max_sequences)
     resumed = _read_resumed(request, prompts, count)
     seeds = _read_seeds(request, count)
@@ -120,13 +129,20 @@ def _read_stop_ids(sampling: generation_pb2.SamplingParams, info: ModelInfo) -> 
     return frozenset([*sampling.stop_token_ids, *own])
 
 
-def _read_stops(request: generation_pb2.GenerateRequest) -> tuple[str, ...]:
+def _read_stops(request: generation_pb2.GenerateRequest, info: ModelInfo) -> _Stops:
     stops = tuple(request.sampling.stop)
     if len(stops) > _MOST_STOP_STRINGS:
         raise InvalidArgument("sampling.stop", f"{len(stops)} texts", f"at most {_MOST_STOP_STRINGS}")
     if "" in stops:
         raise InvalidArgument("sampling.stop", "an empty text", "texts of at least one character")
-    return stops
+    # A special token has no text: a stop text that names one would never be complete, and nobody would know.
+    special = info.special_tokens
+    texts = tuple(text for text in stops if text not in special)
+    for text in texts:
+        if (token := next((token for token in special if token in text), None)) is not None:
+            expected = f"texts without special tokens, or {token} alone, which is token {special[token]}"
+            raise InvalidArgument("sampling.stop", repr(text), expected)
+    return _Stops(frozenset(special[text] for text in stops if text in special), texts)
 
 
 def _read_n(request: generation_pb2.GenerateRequest, max_sequences: int) -> int:

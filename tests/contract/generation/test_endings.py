@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from ppod import FinishReason, GenerationClient, Sampling
+from ppod import FinishReason, GenerationClient, InvalidArgument, Sampling
 from support.generation_requests import PROMPTS, SEEDS
-from support.tiny_model import MAX_TOKENS, build_tokenizer
+from support.tiny_model import MAX_TOKENS, PAD, build_tokenizer
 
 TOKENIZER = build_tokenizer().backend_tokenizer
 
@@ -48,6 +48,16 @@ def spelled(client: GenerationClient, text: str, sampling: Sampling, resumed: in
         if reason is not FinishReason.LENGTH:
             break
     return text_of(written), reason
+
+
+def test_a_special_token_that_is_named_as_a_stop_text_ends_a_completion(client: GenerationClient) -> None:
+    """It has no text, so that no text of a completion would ever hold it."""
+    pad: int = TOKENIZER.token_to_id(PAD)
+    sampling = Sampling(20, logit_bias={pad: 1e4}, stop=("zzz", PAD), ignore_eos=True)
+    [done] = client.generate([[9]], sampling)
+    assert (done.finish_reason, done.token_ids.tolist()) == (FinishReason.STOP, [pad])
+    with pytest.raises(InvalidArgument, match=rf"sampling.stop: .* alone, which is token {pad}"):
+        client.generate([[9]], replace(sampling, stop=(f"{PAD}a",)))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ class RolloutConfig(ConfigModel):
         default=(),
         max_length=16,
         description="texts that end a response, or with an environment a turn besides its own; the token that "
-        "completes one is the last, and what it completes is read by rewards",
+        "completes one is the last, and what it completes is read by rewards; a special token that is named stands for "
+        "itself, as in stop_token_ids",
     )
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(),

@@ -25,6 +25,7 @@ from ppod_models.loading import (
     longest_sequence,
     max_sequence_tokens,
     pick_dtype,
+    special_tokens,
     tokenizer_fingerprint,
     vocab_size,
 )
@@ -211,6 +212,7 @@ def _describe(config: GenerationServiceConfig, path: Path, platform: str, dtype:
         dtype=dtype,
         device=platform,
         eos_token_ids=eos_token_ids(model, tokenizer),
+        special_tokens=special_tokens(tokenizer.backend_tokenizer),
     )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
