@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 
 from ppod.client import ClientSecurity, Completion, GenerationClient, Pin, RewardClient, Sampling, Truncation
 from ppod.client.texts import check_texts
+from ppod_models.decoding import decode_parts
 from ppod_models.sources import resolve_tokenizer
 
 
@@ -104,8 +106,9 @@ def generate(query: GenerateQuery) -> None:
         _tell_other_tokenizer(query.tokenizer, tokenizer, client.describe().state.tokenizer_fingerprint)
         completions = client.generate(ids, query.sampling, seeds=seeds)
     for completion in completions:
-        prompt = query.prompts[completion.index]
-        text = tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
+        prompt, begin = query.prompts[completion.index], len(ids[completion.index])
+        tokens = np.array([*ids[completion.index], *completion.token_ids], dtype=np.int32)
+        _, text = decode_parts(lambda part: tokenizer.decode(part.tolist()), tokens, (begin, len(tokens)))
         if query.as_json:
             print_json(_record(prompt, text, completion))
         else:

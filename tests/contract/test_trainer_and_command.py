@@ -21,6 +21,7 @@ from ppod_models.configuration import parse_config
 from ppod_trainer.config import RolloutConfig, TrainerConfig
 from ppod_trainer.connections import check_references, check_services, connect
 from ppod_trainer.errors import ServiceMismatchError
+from support.joined_words import joined_words
 from support.scripted_services import LIMITS, Script, scripted_server
 
 FINGERPRINT = "f" * 16
@@ -184,3 +185,22 @@ def test_texts_are_shown_as_they_are(text: str, tiny_model_dir: Path, capsys: py
         assert execute(["score", "--target", server.target, text.strip()]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in text.split())
+
+
+def test_a_completion_is_shown_with_the_space_before_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decoded by itself it would lack that, and run into the prompt."""
+    joined_words("The", "film", "was", "great").save(str(tmp_path / "tokenizer.json"))
+
+    def say(reply: Message, number: int) -> None:
+        del number
+        if isinstance(reply, generation_pb2.GenerateResponse):
+            reply.token_ids = pack_tokens(np.array([4], dtype=np.int32))
+            reply.logprobs = pack_floats(np.zeros(1, dtype=np.float32))
+
+    with scripted_server(Script(change=say)) as server:
+        options = ("--target", server.target, "--tokenizer", str(tmp_path))
+        assert execute(["generate", *options, "The film was"]) == 0
+        assert execute(["generate", *options, "--json", "The film was"]) == 0
+    shown, record = capsys.readouterr().out.splitlines()
+    assert shown == "The film was great"
+    assert json.loads(record)["completion"] == " great"

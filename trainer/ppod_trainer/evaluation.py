@@ -11,6 +11,7 @@ import numpy as np
 
 from ppod import RewardClient
 from ppod.tensors import TokenArray
+from ppod_models.decoding import decode_parts
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.errors import TrainerError
@@ -168,9 +169,11 @@ class Evaluator:
 
     def _sample(self, scored: ScoredRollout, judge: float | None) -> Sample:
         rollout = scored.rollout
+        ends = len(rollout.prompt.token_ids), len(rollout.tokens)
+        prompt, continuation = decode_parts(self._decode, rollout.tokens, ends)
         return Sample(
-            prompt=self._decode(rollout.prompt.token_ids),
-            continuation=self._decode(rollout.response),
+            prompt=prompt,
+            continuation=continuation,
             score=scored.outcome,
             judge=judge,
             tokens=rollout.sampled,

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, cast
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter
 
 from ppod.errors import FilterFailed
+from ppod_models.decoding import decode_parts
 from ppod_services.generation.config import OutputFilterConfig
 from ppod_services.generation.filters import FilteredText, OutputFilter
 from ppod_services.generation.filters.registry import make_filter
@@ -70,9 +72,8 @@ class OutputFilters:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._judge, item, sample, decode)
 
     def _judge(self, item: GenerationItem, sample: GeneratedSample, decode: Decode) -> str | None:
-        begin = len(item.prompt) - item.resumed
-        completion = [*item.prompt[begin:].tolist(), *sample.tokens.tolist()]
-        text = FilteredText(decode(item.prompt[:begin].tolist()), decode(completion))
+        begin, tokens = len(item.prompt) - item.resumed, np.concatenate([item.prompt, sample.tokens])
+        text = FilteredText(*decode_parts(lambda part: decode(part.tolist()), tokens, (begin, len(tokens))))
         for each in self._filters:
             with _Told(each.name, item.prompt_index, self._checked):
                 # What a package of somebody else's returns is not what it says.

@@ -10,6 +10,7 @@ import numpy as np
 from ppod.errors import InvalidArgument
 from ppod.tensors import TokenArray
 from ppod_models.chat_template import ChatTemplateError
+from ppod_models.decoding import decode_parts
 from ppod_services.core.described import check_length
 from ppod_services.reward.requests import ModelInput
 from ppod_services.reward.samples import (
@@ -24,7 +25,6 @@ from ppod_services.reward.samples import (
     TokenContent,
     Truncation,
     Turn,
-    decode_parts,
     read_text,
 )
 
@@ -194,7 +194,7 @@ def _pieces(sample: Sample, positions: Sequence[int], reader: Reader) -> tuple[T
             if reader.source is None:
                 read_text(sample, None)
             source = reader.source or reader.codec
-            _, *pieces = decode_parts(source, tokens, (prompt_length, *positions))
+            _, *pieces = decode_parts(source.decode, tokens, (prompt_length, *positions))
             if reader.same_tokens:
                 prompt = tokens[:prompt_length]
             elif turns := _applied(sample, reader):

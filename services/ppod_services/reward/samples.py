@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ppod.errors import InvalidArgument
 from ppod.tensors import FloatArray, TokenArray
+from ppod_models.decoding import decode_parts
 from ppod_services.core.callers import Caller
 from ppod_services.reward.rendezvous import Rendezvous
 
@@ -217,7 +218,7 @@ def read_text(sample: Sample, codec: Codec | None) -> PlainText:
         case TokenContent(tokens, prompt_length):
             if codec is None:
                 raise InvalidArgument("input", "tokens", "texts or conversations: this service has no tokenizer")
-            return PlainText(*decode_parts(codec, tokens, (prompt_length, len(tokens))))
+            return PlainText(*decode_parts(codec.decode, tokens, (prompt_length, len(tokens))))
         case TextContent(prompt, response):
             return PlainText(prompt, response)
         case ChatContent(turns):
@@ -236,26 +237,6 @@ def read_turns(sample: Sample, codec: Codec | None) -> PlainText:
 
 def _lines(turns: Sequence[Turn]) -> str:
     return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
-
-
-def decode_parts(codec: Codec, tokens: TokenArray, ends: Sequence[int]) -> list[str]:
-    """The text of each part of a sequence, so that all of them joined are the text of the sequence.
-
-    A part that is decoded by itself may lack something: many decoders drop the space before the first word.
-
-    Args:
-        codec: whose ids they are.
-        tokens: int32 [length].
-        ends: where each part ends and the next one begins, growing.
-    """
-    parts: list[str] = []
-    start, before = 0, ""
-    for end in ends:
-        text = codec.decode(tokens[:end])
-        # Not so where a part ends within a character.
-        parts.append(text[len(before) :] if text.startswith(before) else codec.decode(tokens[start:end]))
-        start, before = end, text
-    return parts
 
 
 def with_prefixes(samples: Sequence[Sample], steps: Steps | None) -> tuple[Sample, ...]:

@@ -18,6 +18,7 @@ from ppod_services.generation.filters.regular_expression import RegularExpressio
 from ppod_services.generation.output_filtering import OutputFilters
 from ppod_services.generation.requests import Ending, GeneratedSample, VersionSpan
 from support.generation_engine import item
+from support.joined_words import joined_words
 from support.processes import ROOT
 from support.tiny_model import build_tokenizer
 
@@ -124,3 +125,20 @@ async def test_what_a_filter_cannot_judge_is_an_error(text: str, found: str) -> 
 
 def count(verdict: str) -> dict[str, str]:
     return {"filter": "test_scripted", "verdict": verdict}
+
+
+async def test_a_completion_is_judged_with_the_space_before_it() -> None:
+    """Many decoders drop it before the first word, and with it what a pattern may look for."""
+    tokenizer = joined_words("The", "film", "was", "great")
+    config = {"filter": "regular_expression", "parameters": {"patterns": {"praise": r"\sgreat"}}}
+    filters = OutputFilters([OutputFilterConfig.model_validate(config)], CollectorRegistry())
+    said = GeneratedSample(
+        np.array([4], np.int32), np.zeros(1, np.float32), None, Ending.LENGTH, 0, (VersionSpan(0, 1),)
+    )
+
+    def read(tokens: Sequence[int]) -> str:
+        return tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    assert await filters.reason(item([1, 2, 3]), said, read) == "praise"
+    # What was sampled before the completion was resumed is a part of it.
+    assert await filters.reason(item([1, 2, 3, 4], resumed=1), said, read) == "praise"

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ppod import DeadlineExceeded, InvalidArgument, NonFiniteOutput
 from ppod.tensors import FloatArray
+from ppod_models.decoding import decode_parts
 from ppod_services.core.callers import ANONYMOUS_CALLER
 from ppod_services.core.scheduler import Scheduler
 from ppod_services.reward.codec import TokenizerCodec
@@ -34,7 +35,6 @@ from ppod_services.reward.samples import (
     TextContent,
     TokenContent,
     Truncation,
-    decode_parts,
     read_text,
 )
 from ppod_services.reward.scored import Adjustment, Kind, Scored, Work, total_work
@@ -103,7 +103,7 @@ def test_prompt_and_response_of_token_ids_are_together_the_text_of_the_whole() -
 def test_a_character_in_two_parts_spoils_no_other_part() -> None:
     codec = TokenizerCodec(build_tokenizer())
     [tokens] = codec.encode(["aß b"], special_tokens=False)
-    assert decode_parts(codec, tokens, (2, 3, 5)) == ["a\ufffd", "\ufffd", " b"]
+    assert decode_parts(codec.decode, tokens, (2, 3, 5)) == ["a\ufffd", "\ufffd", " b"]
 
 
 def test_a_step_of_token_ids_ends_behind_its_last_character_not_within_it() -> None:

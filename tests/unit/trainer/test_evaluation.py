@@ -99,8 +99,8 @@ def test_an_evaluation_by_hand(tmp_path: Path) -> None:
     seeds = [sample_seed(7, "heldout", 0, index) for index in range(2)]
     assert collector.asked == [(seeds, 5)]
     samples = [
-        {"prompt": "c", "continuation": "a b c a", "score": 1.5, "judge": 3.0, "tokens": 3, "seed": seeds[0]},
-        {"prompt": "a c", "continuation": "b", "score": 0.5, "judge": 7.0, "tokens": 1, "seed": seeds[1]},
+        {"prompt": "c", "continuation": " a b c a", "score": 1.5, "judge": 3.0, "tokens": 3, "seed": seeds[0]},
+        {"prompt": "a c", "continuation": " b", "score": 0.5, "judge": 7.0, "tokens": 1, "seed": seeds[1]},
     ]
     write_samples(tmp_path / "samples" / "step.jsonl", evaluation)
     lines = (tmp_path / "samples" / "step.jsonl").read_text().splitlines()
