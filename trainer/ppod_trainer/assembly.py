@@ -95,7 +95,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             served = check_services(connections, config.rollout, len(prompts.heldout), *ids)
         _check_prompts(prompts, tokenizer, connections, served, config.rollout)
         bad_samples = BadSamples(config.rollout.on_bad_sample)
-        sampler = _build_sampler(config, connections.generation, served.sequence_tokens, environments, codec)
+        sampler = _build_sampler(config, connections.generation, served, environments, codec)
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
         opened.callback(collector.close)
         parts = Parts(
@@ -207,16 +207,17 @@ def _warn_of_endless_turns(
 def _build_sampler(
     config: TrainerConfig,
     generation: GenerationClient,
-    max_sequence_tokens: int,
+    served: ServedModels,
     environments: EnvironmentCalls | None,
     codec: TextCodec,
 ) -> Sampler:
     bad_samples = BadSamples(config.rollout.on_bad_sample)
+    stop = () if environments is None else environments.stop
+    turns = TurnSampler(generation, config.rollout, stop, served.generation.limits.max_request_sequences or None)
     if config.environment is None or environments is None:
-        return ResponseSampler(TurnSampler(generation, config.rollout), bad_samples)
-    turns = TurnSampler(generation, config.rollout, environments.stop)
+        return ResponseSampler(turns, bad_samples)
     # A turn that has less room than it may ask for would be cut off for no fault of the policy's.
-    max_context_tokens = max_sequence_tokens - config.rollout.max_tokens + 1
+    max_context_tokens = served.sequence_tokens - config.rollout.max_tokens + 1
     independent = config.environment.turns == "independent"
     rules = EpisodeRules(config.environment.max_turns, max_context_tokens, independent)
     return EpisodeSampler(turns, environments, codec, rules, bad_samples)

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import numpy as np
 
-from ppod import FilterFailed, GenerationClient, NonFiniteOutput, PpodError, Sampling
+from ppod import FilterFailed, GenerationClient, NonFiniteOutput, PpodError, Sampling, SplitPolicy
 from ppod.client import Completion, FinishReason
 from ppod.tensors import FloatArray, TokenArray
 from ppod_trainer.bad_samples import BadSamples
@@ -20,6 +20,10 @@ from ppod_trainer.config import RolloutConfig
 from ppod_trainer.errors import WithheldError
 from ppod_trainer.prompts import Prompt
 from ppod_trainer.rollouts import Rollout, Turn, VersionArray
+
+_MOST_BYTES = SplitPolicy().max_part_bytes
+_SEQUENCE_BYTES = 32
+"""What a sequence takes of a request beside its tokens: length, seed and the number of resumed tokens, at most."""
 
 
 class Sampler(Protocol):
@@ -57,10 +61,18 @@ class TurnSampler:
         client: of generation.
         config: how tokens are drawn.
         stop: texts that end a turn besides the configuration's.
+        most_sequences: generation's limit for one request; None: it is not known.
     """
 
-    def __init__(self, client: GenerationClient, config: RolloutConfig, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        client: GenerationClient,
+        config: RolloutConfig,
+        stop: tuple[str, ...] = (),
+        most_sequences: int | None = None,
+    ) -> None:
         self._client = client
+        self._most_sequences = most_sequences
         self._sampling = Sampling(
             max_tokens=config.max_tokens,
             temperature=config.temperature,
@@ -81,7 +93,9 @@ class TurnSampler:
         withheld: dict[int, WithheldError] = {}
         left = list(range(len(contexts)))
         while left:
-            parts = equal_parts(contexts, left, self._client.replica_count)
+            shares = equal_parts(contexts, left, self._client.replica_count)
+            # A replica that left makes the others' shares larger, and so does each turn of a conversation.
+            parts = [part for share in shares for part in self._within_limits(contexts, begun, share)]
             asked = [partial(self._ask, contexts, begun, part, policy_version, sampling) for part in parts]
             completions = [each for part in _together(asked) for each in part]
             for index, completion in zip(left, completions, strict=True):
@@ -92,6 +106,25 @@ class TurnSampler:
                     begun[index].add(completion)
             left = [index for index in left if index not in withheld and begun[index].ending is FinishReason.ABORTED]
         return [withheld.get(index) or one.turn(sampling.temperature) for index, one in enumerate(begun)]
+
+    def _within_limits(
+        self, contexts: Sequence[Context], begun: Sequence[_Begun], share: Sequence[int]
+    ) -> list[Sequence[int]]:
+        """A share in parts of which each is one request; equal neighbours stay together."""
+        tokens = [contexts[index].tokens for index in share]
+        # As `_ask` asks for them. Of a part they are as many, or it asks for them one by one.
+        copies = 1 if any(begun[index].length for index in share) else equal_runs(tokens)
+        sizes = [
+            _SEQUENCE_BYTES + 4 * (len(own) + begun[index].length) / copies
+            for index, own in zip(share, tokens, strict=True)
+        ]
+        ends = list(accumulate(sizes, initial=0.0))
+        cuts = [0]
+        for start, end in pairwise([*run_starts(tokens), len(share)]):
+            many = self._most_sequences is not None and end - cuts[-1] > self._most_sequences
+            if start > cuts[-1] and (many or ends[end] - ends[cuts[-1]] > _MOST_BYTES):
+                cuts.append(start)
+        return [share[start:end] for start, end in pairwise([*cuts, len(share)])]
 
     def _ask(
         self,
@@ -169,11 +202,7 @@ class _Begun:
 
 def equal_parts(contexts: Sequence[Context], left: Sequence[int], count: int) -> list[Sequence[int]]:
     """The positions that are left in at most `count` parts of about equal size; equal neighbours stay together."""
-    starts = [
-        at
-        for at, index in enumerate(left)
-        if at == 0 or not np.array_equal(contexts[index].tokens, contexts[left[at - 1]].tokens)
-    ]
+    starts = run_starts([contexts[index].tokens for index in left])
     count = min(max(count, 1), len(starts))
     cuts = [starts[len(starts) * part // count] for part in range(count)] + [len(left)]
     return [left[begin:end] for begin, end in pairwise(cuts)]
@@ -193,13 +222,18 @@ def _together(asked: Sequence[Callable[[], list[Completion]]]) -> list[list[Comp
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def equal_runs(sequences: Sequence[TokenArray]) -> int:
-    """Length of the runs of equal neighbours, where all have the same; else 1."""
-    starts = [
+def run_starts(sequences: Sequence[TokenArray]) -> list[int]:
+    """Where runs of equal neighbours begin."""
+    return [
         index
         for index, sequence in enumerate(sequences)
         if index == 0 or not np.array_equal(sequence, sequences[index - 1])
     ]
+
+
+def equal_runs(sequences: Sequence[TokenArray]) -> int:
+    """Length of the runs of equal neighbours, where all have the same; else 1."""
+    starts = run_starts(sequences)
     lengths = {end - start for start, end in zip(starts, [*starts[1:], len(sequences)], strict=True)}
     return lengths.pop() if len(lengths) == 1 else 1
 

@@ -13,6 +13,7 @@ from ppod.client.completions import WeightSpan
 from ppod.client.identity import ModelState, Timing
 from ppod.tensors import TokenArray
 from ppod_models.configuration import ConfigError, parse_config
+from ppod_trainer import sampling
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.config import RolloutConfig, TrainerConfig
 from ppod_trainer.errors import WithheldError, with_notes
@@ -151,6 +152,36 @@ def test_replicas_share_a_call_and_the_order_stays() -> None:
     with pytest.raises(InvalidArgument) as caught:
         spread.sample(contexts(7, 7, 9, 9, 8, 8), 3)
     assert caught.value.sample == 4
+
+
+def test_a_request_has_no_more_sequences_than_generation_takes() -> None:
+    """As where a replica left since the run began: the share of another is larger then."""
+    generation = Generation()
+    limited = TurnSampler(generation, RolloutConfig(), (), 4)  # pyright: ignore[reportArgumentType]
+    turns = limited.sample(contexts(7, 7, 9, 9, 8, 8), 3)
+    assert sorted(generation.asked) == [(1, 2), (2, 2)], "groups are not cut"
+    assert [turn.tokens.tolist() for turn in turns] == [[7, 50], [7, 51], [9, 52], [9, 53], [8, 54], [8, 55]]
+
+
+def test_a_request_is_no_larger_than_a_message_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_MOST_BYTES", 1_000)
+
+    def asked(*parts: tuple[int, int], aborted: frozenset[int] = frozenset()) -> list[tuple[int, int]]:
+        """Requests for samples of prompts of these first tokens and lengths."""
+        generation = Generation(aborted=aborted)
+        long = [Context(np.full(length, first, np.int32), 50 + at) for at, (first, length) in enumerate(parts)]
+        turns_of(generation).sample(long, 3)
+        return sorted(generation.asked)
+
+    assert asked((1, 100), (2, 100), (3, 100), (4, 100)) == [(2, 1), (2, 1)]
+    assert asked((1, 100), (2, 200), (3, 20), (4, 100)) == [(1, 1), (1, 1), (2, 1)]
+    # A prompt that several samples share is sent once.
+    assert asked((1, 100), (1, 100), (2, 100), (2, 100)) == [(2, 2)]
+    # One that is too long by itself is asked for all the same: whoever refuses it tells why.
+    assert asked((1, 300), (2, 10)) == [(1, 1), (1, 1)]
+    # Handed back, each has tokens of its own, and is asked for with all of them.
+    again = asked((1, 100), (1, 100), (2, 100), (2, 100), aborted=frozenset({50, 51, 52, 53}))
+    assert again == [(2, 1), (2, 1), (2, 2)]
 
 
 def test_what_was_begun_goes_on_one_by_one() -> None:
