@@ -36,6 +36,7 @@ from ppod_trainer.kl import AdaptiveKl, FixedKl, KlController
 from ppod_trainer.leader import Leader
 from ppod_trainer.learner import build_learner
 from ppod_trainer.metrics import MetricsLog
+from ppod_trainer.patience import Patience
 from ppod_trainer.policy_loading import load_policy
 from ppod_trainer.presampling import PreEstimates, keep_estimates, planned_prompts, presample
 from ppod_trainer.prompt_files import Render
@@ -94,8 +95,8 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             ids = loading.vocab_size(leader.learner.policy.model), loading.token_id_bound(tokenizer)
             served = check_services(connections, config.rollout, len(prompts.heldout), *ids)
         _check_prompts(prompts, tokenizer, connections, served, config.rollout)
-        bad_samples = BadSamples(config.rollout.on_bad_sample)
-        sampler = _build_sampler(config, connections.generation, served, environments, codec)
+        bad_samples = BadSamples(config.rollout.on_bad_sample, Patience(config.services.recovery_timeout_s, stop))
+        sampler = _build_sampler(config, connections.generation, served, environments, codec, bad_samples)
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
         opened.callback(collector.close)
         parts = Parts(
@@ -210,8 +211,8 @@ def _build_sampler(
     served: ServedModels,
     environments: EnvironmentCalls | None,
     codec: TextCodec,
+    bad_samples: BadSamples,
 ) -> Sampler:
-    bad_samples = BadSamples(config.rollout.on_bad_sample)
     stop = () if environments is None else environments.stop
     turns = TurnSampler(generation, config.rollout, stop, served.generation.limits.max_request_sequences or None)
     if config.environment is None or environments is None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol, TypeVar
 
 from ppod import PpodError
 from ppod_trainer.errors import with_notes
+from ppod_trainer.patience import Patience
 from ppod_trainer.prompts import Prompt
 
 log = logging.getLogger(__name__)
@@ -33,9 +35,11 @@ class BadSamples:
 
     Attributes:
         mode: which of the two; a sample that is left out is logged.
+        patience: with a service that refuses all of them for now.
     """
 
     mode: Literal["stop", "skip"]
+    patience: Patience = field(default_factory=Patience)
 
     def call(
         self, samples: Sequence[SampleT], call: Callable[[Sequence[SampleT]], Sequence[ResultT | PpodError]]
@@ -55,7 +59,7 @@ class BadSamples:
         kept = list(samples)
         while kept:
             try:
-                results = call(kept)
+                results = self.patience.ask(partial(call, kept))
             except PpodError as error:
                 sample: int | None = getattr(error, "sample", None)
                 if sample is None or not 0 <= sample < len(kept):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
@@ -62,3 +64,25 @@ def test_one_token_does_not_do_for_both(shared: System, monkeypatch: pytest.Monk
     result = shared.train(shared.config(missing, steps=1))
     assert result.returncode != 0
     assert "token" in result.stderr
+
+
+def test_a_run_waits_until_its_teams_quota_has_room(
+    shared: System, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that takes longer than a call may: the service tells when to come back."""
+    for variable, name in {"PPOD_TOKEN": "policy", "PPOD_ADMIN_TOKEN": "operations"}.items():
+        monkeypatch.setenv(variable, name)
+    teams = tmp_path / "teams.yaml"
+    quota = {**holder("policy"), "tokens_per_s": 25, "burst_s": 12}
+    teams.write_text(yaml.safe_dump({"teams": [quota], "administrators": [holder("operations")]}))
+    model, heads = tiny_model_config(tiny_model_dir), (shared.directory / "reward", shared.directory / "judge")
+    values = {
+        "rewards": [{"name": head.name, "model": model, "head": str(head)} for head in heads],
+        "tenancy": {"teams_file": str(teams)},
+    }
+    with running_service("ppod_services.reward", tmp_path, values) as reward:
+        config = replace(shared, reward=reward).config("quota", steps=1)
+        services = {**cast("dict[str, object]", config["services"]), "timeout_s": 3, "recovery_timeout_s": 60}
+        result = shared.train({**config, "services": services})
+    assert result.returncode == 0, result.stderr
+    assert "quota" in result.stderr, "it was never refused"

@@ -70,7 +70,8 @@ class ServicesConfig(ConfigModel):
         default=300.0,
         ge=0,
         le=LONGEST_S,
-        description="how long to wait for a service that went away in the run; 0: stop at once",
+        description="how long to wait for a service that went away in the run, or refuses for now, as for a quota; 0: "
+        "stop at once",
     )
     tls: ClientTlsConfig | None = Field(default=None, description="none: plain text")
     plain_text_token: bool = Field(
