@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,23 @@ def test_a_version_that_was_filled_serves_from_its_install_on(
     assert_computes(serving, expected)
     second.install()
     assert_computes(serving, computed(engine_model(saved(policy, tmp_path / "4"), dtype)[1]))
+
+
+def test_tensors_of_another_type_than_the_models_are_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM's loaders warn of each of them, which would be hundreds of lines a push."""
+    policy = build_architecture("llama")
+    config, serving = engine_model(saved(policy, tmp_path), "bfloat16")
+    logger = logging.getLogger("vllm.model_executor.models.utils")
+    # As in a worker that has loaded nothing else yet.
+    logger.setLevel(logging.NOTSET)
+    logger.addHandler(caplog.handler)
+    try:
+        second = standby(config, serving, policy)
+        assert second is not None
+        second.fill(pushed(policy))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_memory_is_taken_once_and_given_back(tmp_path: Path) -> None:

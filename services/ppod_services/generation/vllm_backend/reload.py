@@ -31,6 +31,11 @@ def form_of(config: Any) -> CheckpointForm:
         return checkpoint_form(config.model_config.model)
 
 
+def hush_loaders() -> None:
+    """Have vLLM's loaders not warn of each tensor that travels in another type than the model computes in."""
+    logging.getLogger("vllm.model_executor.models.utils").setLevel(logging.ERROR)
+
+
 def reload_weights(
     config: Any, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], *, first: bool = False
 ) -> None:
@@ -53,8 +58,7 @@ def reload_weights(
 
     # One that is tied to another goes by the first name.
     expected = {name for name, _ in model.named_parameters()}
-    # It warns of each tensor that travels in another type than the model computes in.
-    logging.getLogger("vllm.model_executor.models.utils").setLevel(logging.ERROR)
+    hush_loaders()
     left, lost = iter(weights), dict[str, bool]()
     with torch.no_grad(), set_current_vllm_config(config):
         initialize_layerwise_reload(model)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppod_models.loading import DTYPES
+from ppod_services.generation.vllm_backend.reload import hush_loaders
 from ppod_services.generation.vllm_backend.staging import TensorAt, Weights
 from ppod_services.generation.vllm_backend.worker_calls import LOADING_ERRORS
 
@@ -189,6 +190,7 @@ def standby_of(
     if platform not in ("cpu", "cuda"):
         # What vLLM makes of weights for others has not been looked at.
         return None
+    hush_loaders()
     nowhere = ((name, torch.empty(shape, dtype=DTYPES[dtype], device="meta")) for name, dtype, shape, _ in tensors)
     try:
         standby = Standby(model, device, form)
