@@ -158,6 +158,43 @@ def test_tensors_of_another_type_than_the_models_are_no_news(tmp_path: Path, cap
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+class Attends:
+    """What is kept of the sinks by attention that computes with them in float32, as FlashInfer's does."""
+
+    def __init__(self, sinks: torch.Tensor) -> None:
+        self._sinks = sinks
+        self.sinks = sinks.to(torch.float32, copy=True)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        assert act_dtype == torch.bfloat16
+        self.sinks.copy_(self._sinks)
+
+
+def test_what_attention_keeps_of_its_sinks_is_of_the_version_that_serves(tmp_path: Path) -> None:
+    policy = build_architecture("granite_swa")
+    config, serving = engine_model(saved(policy, tmp_path), "bfloat16")
+    attention: list[Any] = [module for module in serving.modules() if hasattr(module, "impl")]
+    assert len(attention) == 4
+    for layer in attention:
+        layer.impl = Attends(layer.impl.sinks)
+    places = [layer.impl.sinks.data_ptr() for layer in attention]
+    second = standby(config, serving, policy)
+    assert second is not None
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_()
+    second.fill(pushed(policy))
+    second.install()
+    expected = {name: one for name, one in pushed(policy) if name.endswith("sinks")}
+    for index, layer in enumerate(attention):
+        sinks = expected[f"model.layers.{index}.self_attn.sinks"].bfloat16().float()
+        assert torch.equal(layer.impl.sinks, sinks)
+    # Captured graphs read them there.
+    assert [layer.impl.sinks.data_ptr() for layer in attention] == places
+
+
 def test_memory_is_taken_once_and_given_back(tmp_path: Path) -> None:
     policy = build_architecture("llama")
     config, serving = engine_model(saved(policy, tmp_path), "bfloat16")

@@ -93,6 +93,7 @@ class Standby:
         self._expected = {name for name, _ in model.named_parameters()}
         for parameter in self._parameters.values():
             parameter.put(parameter.form)
+        self._attention = [cast(Any, live) for live in self._doubles if _is_attention(live)]
         self._packs = [(live, twin) for live, twin in self._doubles.items() if _PACKED in vars(live)]
 
     def wanted_bytes(self, tensors: Sequence[TensorAt]) -> int:
@@ -133,6 +134,9 @@ class Standby:
                 if parameter.copied:
                     assert parameter.real is not None
                     parameter.live.data.copy_(parameter.real.data, non_blocking=True)
+            for layer in self._attention:
+                # Some keep their sinks in another type, as FlashInfer's; a reload's end would renew that, too.
+                layer.impl.process_weights_after_loading(layer.dtype)
         for live, twin in self._packs:
             # The old one goes where the next version is packed, and not while everything stands still.
             vars(live)[_PACKED], vars(twin)[_PACKED] = vars(twin)[_PACKED], vars(live)[_PACKED]
@@ -218,14 +222,13 @@ class _OnDouble(TorchDispatchMode):
 
 def _need_plain(module: nn.Module) -> None:
     """Raise NotPlainError where vLLM makes more of a module's weights than what its kernels take them by."""
-    from vllm.model_executor.layers.attention import Attention  # pyright: ignore  # noqa: PLC0415
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # pyright: ignore  # noqa: PLC0415
     from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore  # noqa: PLC0415
         UnquantizedEmbeddingMethod,
     )
 
     kind = type(module).__name__
-    if type(module) is Attention and not list(module.parameters(recurse=False)):
+    if _is_attention(module) and not list(module.parameters(recurse=False)):
         # It has scales of its cache, which nobody pushes.
         return
     method = getattr(module, "quant_method", None)
@@ -235,6 +238,12 @@ def _need_plain(module: nn.Module) -> None:
         raise NotPlainError(f"{kind} makes something of its weights")
     if kept := vars(module)["_buffers"].keys() - vars(module)["_non_persistent_buffers_set"]:
         raise NotPlainError(f"{kind} has {min(kept)} beside its parameters")
+
+
+def _is_attention(module: nn.Module) -> bool:
+    from vllm.model_executor.layers.attention import Attention  # pyright: ignore  # noqa: PLC0415
+
+    return type(module) is Attention
 
 
 def _form(module: nn.Module, twin: nn.Module, name: str, live: torch.Tensor) -> torch.Tensor:
