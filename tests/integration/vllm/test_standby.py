@@ -228,6 +228,20 @@ def test_a_version_that_is_not_whole_does_not_wait(tmp_path: Path) -> None:
     assert_computes(serving, expected)
 
 
+def test_a_convolution_that_is_read_beside_its_parameter_is_loaded_again(tmp_path: Path) -> None:
+    """CPUs with instructions for bfloat16 pack it elsewhere, and Mamba 2 computes with what was there before."""
+    policy = build_architecture("falcon_h1")
+    config, serving = engine_model(saved(policy, tmp_path / "0"), "bfloat16")
+    shuffle(policy, 1)
+    load_pushed(config, serving, pushed(policy))
+    expected = dict(engine_model(saved(policy, tmp_path / "1"), "bfloat16")[1].named_buffers())
+    found = dict(serving.named_buffers())
+    assert found.keys() == expected.keys()
+    assert len([name for name in found if name.endswith("conv_weights")]) == 4
+    for name, buffer in expected.items():
+        assert torch.equal(found[name], buffer), name
+
+
 @pytest.mark.parametrize(("kind", "further"), [("mixtral", {}), ("deepseek_v3", {"topk_method": "noaux_tc"})])
 def test_a_model_whose_loader_does_more_than_to_copy_has_none(
     tmp_path: Path, kind: str, further: dict[str, object]

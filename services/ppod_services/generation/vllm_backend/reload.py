@@ -122,8 +122,9 @@ def _forget(model: nn.Module) -> None:
 def _repack(model: nn.Module, lost: Set[str]) -> None:
     """Pack what a CPU computes with in a layout of its own, and vLLM's reload leaves as it was; not layers it lost.
 
-    A head that shares the embedding's weight has a packed copy of its own, which would go on with old weights. And the
-    experts of a layer lie as they came, where the kernel reads them as packed.
+    A head that shares the embedding's weight has a packed copy of its own, which would go on with old weights. The
+    experts of a layer lie as they came, where the kernel reads them as packed. And Mamba 2 computes with the weight of
+    a convolution where that was before it was packed.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore  # noqa: PLC0415
         ParallelLMHead,
@@ -138,3 +139,7 @@ def _repack(model: nn.Module, lost: Set[str]) -> None:
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
         if kernel is not None and path not in lost:
             kernel.fused_experts.process_weights_after_loading(module)
+        unpacked = getattr(getattr(module, "conv1d", None), "_cpu_unpacked_conv_weight", None)
+        before = cast("torch.Tensor | None", getattr(module, "conv_weights", None))
+        if unpacked is not None and before is not None:
+            before.copy_(unpacked)
