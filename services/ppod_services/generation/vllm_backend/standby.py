@@ -115,17 +115,21 @@ class Standby:
 
     def fill(self, weights: Weights) -> None:
         """See `Waiting`. Raises ValueError: vLLM did not take a tensor, or some parameters got none."""
+        for _, twin in self._packs:
+            # That of a version before goes first, or there would be three of them, and what is packed.
+            vars(twin)[_PACKED] = None
         for parameter in self._parameters.values():
             # One that a layer packs is kept by nobody else, unless its kernel reads it where it lies.
             if parameter.real is None or not parameter.copied:
                 parameter.real = _on(self._device, parameter.form)
             parameter.put(parameter.real)
         self._load(weights)
-        for _, twin in self._packs:
-            cast(Any, twin).quant_method.process_weights_after_loading(twin)
         for parameter in self._parameters.values():
             if not parameter.copied:
+                # Its layer has it, and lets go of it when it is packed.
                 parameter.real = None
+        for _, twin in self._packs:
+            cast(Any, twin).quant_method.process_weights_after_loading(twin)
 
     def install(self) -> None:
         """See `Waiting`."""
