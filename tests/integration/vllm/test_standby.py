@@ -159,6 +159,25 @@ def test_tensors_of_another_type_than_the_models_are_no_news(tmp_path: Path, cap
     assert not [record for record in caplog.records if record.name == logger.name]
 
 
+def test_kernels_that_read_weights_where_they_were_loaded_get_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZenDNN's, where they are told not to pack: the next version would be loaded into what serves."""
+    from vllm.platforms import current_platform  # pyright: ignore  # noqa: PLC0415
+
+    if DEVICE.type != "cpu":
+        pytest.skip("they are of CPUs")
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **_: object) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(type(current_platform), "is_zen_cpu", lambda _: True)
+    monkeypatch.setattr(torch.ops.zentorch, "zentorch_linear_unary", linear, raising=False)
+    policy = build_architecture("llama")
+    config, serving = engine_model(saved(policy, tmp_path), "float32")
+    assert standby(config, serving, policy) is None
+
+
 class Attends:
     """What is kept of the sinks by attention that computes with them in float32, as FlashInfer's does."""
 

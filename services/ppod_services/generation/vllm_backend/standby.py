@@ -195,8 +195,10 @@ def standby_of(
         tensors: of a push.
         platform: vLLM's name of the kind of device.
     """
-    if platform not in ("cpu", "cuda"):
-        # What vLLM makes of weights for others has not been looked at.
+    from vllm.platforms import current_platform  # pyright: ignore  # noqa: PLC0415
+
+    if platform not in ("cpu", "cuda") or current_platform.is_zen_cpu():
+        # What vLLM makes of weights for others has not been looked at, and ZenDNN may read them where they were loaded.
         return None
     hush_loaders()
     nowhere = ((name, torch.empty(shape, dtype=DTYPES[dtype], device="meta")) for name, dtype, shape, _ in tensors)
