@@ -126,6 +126,29 @@ def test_where_there_is_no_room_nothing_is_staged(
     assert_holds(loader.install(3), expected)
 
 
+def test_what_goes_wrong_on_the_way_is_told_and_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the host has no memory, or a loader takes no such weights: their commit will tell who pushed them."""
+
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("can't allocate memory")
+
+    segment, tensors, expected = filled(3)
+    loader = Loader()
+    stage = loader.stage
+    stage.begin(segment.path, tensors, 2)
+    stage._wait()
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(Copies, "fill", refuse)
+        stage.begin(segment.path, tensors, 3)
+        assert loader.install(3) is None
+    assert "could not be brought to cpu (RuntimeError: can't allocate memory): they are loaded at" in caplog.text
+    assert stage._waiting.wanted_bytes(tensors) == sum(tensor.nbytes for tensor in expected.values())
+    stage.begin(segment.path, tensors, 3)
+    assert_holds(loader.install(3), expected)
+
+
 def test_what_had_room_before_the_rest_had_none_is_left_to_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch keeps freed memory of a device, and gives back what nobody holds any more."""
     had_room: list[weakref.ref[torch.Tensor]] = []

@@ -17,6 +17,7 @@ from ppod_models.page_locks import PageLock
 from ppod_services.core.side_stream import SideStream
 from ppod_services.generation.vllm_backend.room import need_room
 from ppod_services.generation.vllm_backend.segments import read_tensor
+from ppod_services.generation.vllm_backend.worker_calls import LOADING_ERRORS
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -195,16 +196,19 @@ class Stage:
 
     @torch.no_grad()
     def _bring(self, read: Callable[[], Weights], tensors: Sequence[TensorAt], weight_version: int) -> None:
-        room = False
+        failure: str | None = None
         try:
             with self._side.working():
                 # Before the segment's pages are locked, which takes a while.
                 need_room(self._device, self._waiting.wanted_bytes(tensors), self._spared_bytes)
                 self._waiting.fill(read())
-                room = True
         except torch.OutOfMemoryError:
-            _LOGGER.warning("no room on %s for weights that wait: they are loaded at their commit", self._device)
-        if not room:
+            failure = f"no room on {self._device} for weights that wait"
+        except LOADING_ERRORS as error:
+            # At the commit it is told to who pushed them, if it is about the weights.
+            failure = f"weights could not be brought to {self._device} ({type(error).__name__}: {error})"
+        if failure is not None:
+            _LOGGER.warning("%s: they are loaded at their commit", failure)
             self._waiting.drop()
             # Behind the error, which holds those that had room.
             self._side.give_back()
