@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ppod_services.generation.vllm_backend.receiver import WorkerReceiver
 from ppod_services.generation.vllm_backend.reload import form_of, load_pushed
-from ppod_services.generation.vllm_backend.staging import TensorAt, Weights
+from ppod_services.generation.vllm_backend.segments import Segment
+from ppod_services.generation.vllm_backend.staging import Copies, Stage, TensorAt, Weights
 from ppod_services.generation.vllm_backend.standby import Standby, standby_of
+from ppod_services.generation.vllm_backend.watch import SERVICE_VARIABLE
 from support.architectures import build_architecture
 from support.services import TEST_DEVICE
 from support.tiny_model import build_tokenizer
@@ -193,10 +198,11 @@ class Attends:
 def test_what_attention_keeps_of_its_sinks_is_of_the_version_that_serves(tmp_path: Path) -> None:
     policy = build_architecture("granite_swa")
     config, serving = engine_model(saved(policy, tmp_path), "bfloat16")
-    attention: list[Any] = [module for module in serving.modules() if hasattr(module, "impl")]
+    blocks: list[Any] = [module for module in serving.modules() if hasattr(module, "sinks")]
+    attention = [block.attn for block in blocks]
     assert len(attention) == 4
-    for layer in attention:
-        layer.impl = Attends(layer.impl.sinks)
+    for block in blocks:
+        block.attn.impl = Attends(block.sinks)
     places = [layer.impl.sinks.data_ptr() for layer in attention]
     second = standby(config, serving, policy)
     assert second is not None
@@ -308,80 +314,20 @@ def test_a_model_whose_loader_does_more_than_to_copy_has_none(
     assert_computes(serving, expected)
 
 
-class Layer(nn.Module):
-    """One parameter, and what loading it may do besides."""
+def test_workers_that_load_what_they_receive_forget_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have the same number, of a push that was given up, and would serve where that number is restored."""
+    # The module ends its process with this one.
+    monkeypatch.setenv(SERVICE_VARIABLE, str(os.getpid()))
+    from ppod_services.generation.vllm_backend.worker import PpodWorker  # noqa: PLC0415
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.arange(4.0), requires_grad=False)
-        self.weight.weight_loader = self.load  # pyright: ignore[reportAttributeAccessIssue]
-        self.hidden = [nn.Parameter(torch.arange(4.0), requires_grad=False)]
-        self.way = "plain"
-
-    def load(self, param: torch.Tensor, loaded: torch.Tensor) -> None:
-        param.data.copy_(loaded)
-        if self.way == "elsewhere":
-            self.hidden[0].data.copy_(loaded)
-        elif self.way == "filled":
-            self.hidden[0].data.fill_(7)
-        elif self.way == "derived":
-            self.total = float(len(loaded))
-
-
-class Model(nn.Module):
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.layer = Layer()
-        self.layer.way = way
-        if way == "buffer":
-            self.register_buffer("scale", torch.ones(1))
-        elif way == "processed":
-            self.process_weights_after_loading = lambda: None
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        found = set[str]()
-        for name, tensor in weights:
-            parameter: Any = self.layer.weight
-            parameter.weight_loader(parameter, tensor)
-            found.add(name)
-        return found
-
-
-class Same:
-    def of(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(weights)
-
-
-@pytest.mark.parametrize(
-    ("way", "reason"),
-    [
-        ("plain", ""),
-        ("elsewhere", "writes to what serves"),
-        ("filled", "writes to what serves"),
-        ("derived", "Layer keeps total of its weights"),
-        ("buffer", "Model has scale beside its parameters"),
-        ("processed", "Model makes something of its weights"),
-    ],
-)
-def test_no_loader_runs_beside_what_serves_that_would_touch_it(
-    caplog: pytest.LogCaptureFixture, way: str, reason: str
-) -> None:
-    from vllm.model_executor.model_loader.reload import (  # pyright: ignore  # noqa: PLC0415
-        record_metadata_for_reloading,
-    )
-
-    model = Model(way)
-    record_metadata_for_reloading(model)
-    with caplog.at_level("INFO"):
-        second = standby_of(model, DEVICE, Same(), [("layer.weight", "float32", (4,), 0)], DEVICE.type)
-    for tensor in (model.layer.weight, model.layer.hidden[0]):
-        assert torch.equal(tensor, torch.arange(4.0))
-    assert not hasattr(model.layer, "total")
-    assert (second is None) == bool(reason)
-    if second is None:
-        assert reason in caplog.text
-        return
-    second.fill([("layer.weight", torch.full((4,), 3.0))])
-    assert torch.equal(model.layer.weight, torch.arange(4.0))
-    second.install()
-    assert torch.equal(model.layer.weight, torch.full((4,), 3.0))
+    worker: Any = PpodWorker()
+    worker.device = DEVICE
+    # As `standby` is None.
+    worker.stage = Stage(DEVICE, Copies(DEVICE, lambda _: pytest.fail("what was given up serves")))
+    worker.weight_transfer_engine = SimpleNamespace(receiver=WorkerReceiver(DEVICE, 0))
+    segment = Segment([(3,)], [torch.float32])
+    tensors = [("a", "float32", (3,), 0)]
+    worker.ppod_stage_weights(segment.path, tensors, 5)
+    worker.ppod_stage_received(tensors, 5)
+    assert worker.ppod_staged()
+    assert not worker.stage.install(5)

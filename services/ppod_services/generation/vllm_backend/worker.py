@@ -59,6 +59,9 @@ class PpodWorker:
         if self.loads_beside:
             engine.install = stage.install
             stage.begin_with(engine.receiver.take, tensors, weight_version)
+        else:
+            # What waits there is of another push, which was given up, and may have the same number.
+            stage.drop()
 
     def ppod_staged(self) -> bool:
         """Whether that has ended."""
