@@ -272,6 +272,10 @@ def test_what_is_packed_is_held_in_one_form_at_a_time(tmp_path: Path, monkeypatc
     second.fill(weights())
     # Four in each of four layers.
     assert left == list(range(15, -1, -1))
+    second.drop()
+    before = [weakref.ref(vars(live)["cpu_linear"]) for live, _ in second._packs]
+    load_pushed(config, serving, pushed(policy))
+    assert not [one for one in before if one() is not None]
 
 
 def test_a_version_that_is_not_whole_does_not_wait(tmp_path: Path) -> None:

@@ -150,8 +150,9 @@ class Standby:
         for parameter in self._parameters.values():
             parameter.real = None
             parameter.put(parameter.form)
-        for live, twin in self._packs:
-            vars(twin)[_PACKED] = vars(live)[_PACKED]
+        for _, twin in self._packs:
+            # Not what serves: a reload would pack that anew, and it would be held here.
+            vars(twin)[_PACKED] = None
 
     def _load(self, weights: Weights) -> None:
         left = iter(self._form.of(weights))
