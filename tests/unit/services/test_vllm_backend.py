@@ -298,6 +298,7 @@ class UnbegunEngine:
 
     def __init__(self) -> None:
         self._ends: dict[str, asyncio.Event] = {}
+        self.engine_core = self
 
     async def get_supported_tasks(self) -> None: ...
 
@@ -310,7 +311,7 @@ class UnbegunEngine:
         for request_id in request_ids:
             self._ends[request_id].set()
 
-    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None: ...
+    async def pause_scheduler_async(self, mode: str, clear_cache: bool) -> None: ...
 
     def shutdown(self, timeout_s: float) -> None: ...
 

@@ -36,10 +36,19 @@ class Sampling(Protocol):
     """vLLM's SamplingParams; opaque to us once they are made."""
 
 
+class EngineCore(Protocol):
+    """AsyncLLM's way to the process that schedules."""
+
+    async def pause_scheduler_async(self, mode: str, clear_cache: bool) -> None:
+        """Let sequences stand still ("keep"); with `clear_cache` they are computed anew when they go on."""
+        ...
+
+
 class Engine(Protocol):
     """vLLM's AsyncLLM. Everything runs in the event loop that it was made in."""
 
     errored: bool
+    engine_core: EngineCore
 
     def generate(self, prompt: object, params: Sampling, request_id: str) -> AsyncIterator[RequestOutput]:
         """Complete a prompt."""
@@ -53,12 +62,8 @@ class Engine(Protocol):
         """What the model can do; remembered by the engine from the first call on."""
         ...
 
-    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
-        """Let sequences stand still ("keep"); with `clear_cache` they are computed anew when they go on."""
-        ...
-
     async def resume_generation(self) -> None:
-        """Let them go on."""
+        """Let sequences that stand still go on."""
         ...
 
     async def reset_prefix_cache(self) -> bool:

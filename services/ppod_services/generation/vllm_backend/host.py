@@ -105,7 +105,9 @@ class EngineHost:
         Those that go on are computed anew: what they and the prefix cache hold was made by the old weights.
         """
         await engine.abort(list(self._pinned))
-        await engine.pause_generation(mode="keep", clear_cache=True)
+        # Its `pause_generation` does no more for text, and then sleeps for 20 ms, for callers who want to have all
+        # outputs of before by then. Which version made a token is noted where it is made.
+        await engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
 
     def wait(self, make: Callable[[Engine], Coroutine[object, object, ResultT]]) -> concurrent.futures.Future[ResultT]:
         """Run a coroutine of the engine, and wait until it has its result or its error.

@@ -196,8 +196,7 @@ class VllmWeights:
         Raises:
             Internal: the new weights could not be loaded, and the old ones serve on. Unavailable: nothing serves.
         """
-        bring = functools.partial(self._bring, image)
-        error = self._host.wait(self._host.pause).exception() or self._host.wait(bring).exception()
+        error = self._host.wait(functools.partial(self._replace, image)).exception()
         if error is not None:
             self._restore(error)
             self._resume()
@@ -208,8 +207,9 @@ class VllmWeights:
         self._spare = old.segment if old is not None and old is not base else None
         self._resume()
 
-    async def _bring(self, image: _Image, engine: Engine) -> None:
-        """Have the workers load it from where it is nearest. Raises as `have_workers`."""
+    async def _replace(self, image: _Image, engine: Engine) -> None:
+        """Have the workers load it from where it is nearest, while sequences stand still. Raises as `have_workers`."""
+        await self._host.pause(engine)
         workers = self._workers
         if workers is not None and workers.version == image.weight_version:
             await workers.finish(engine)
