@@ -17,7 +17,7 @@ from ppod.tensors import TokenArray
 from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.environments import Environment
 from ppod_trainer.environments.calls import EnvironmentCalls
-from ppod_trainer.errors import EnvironmentReplyError, WithheldError
+from ppod_trainer.errors import WithheldError
 from ppod_trainer.prompts import Encode, Prompt
 from ppod_trainer.rollouts import Rollout, Turn, sample_seed
 from ppod_trainer.sampling import Context, TurnSampler
@@ -188,11 +188,8 @@ class EpisodeSampler:
 
     def _take(self, episode: _Episode, turn: Turn) -> None:
         """Take a turn, ask the environment, and note whether another turn follows."""
-        try:
-            reply = self._environments.step(episode.environment, self._codec.decode(turn.tokens))
-        except EnvironmentReplyError as error:
-            error.add_note(f"turn {len(episode.turns)} of the episode of seed {episode.prompt.index}")
-            raise
+        which = f"turn {len(episode.turns)} of the episode of seed {episode.prompt.index}"
+        reply = self._environments.step(episode.environment, self._codec.decode(turn.tokens), which)
         episode.turns.append(turn)
         episode.rewards.append(reply.reward)
         episode.done = reply.done

@@ -231,7 +231,7 @@ def test_what_an_environment_must_not_answer_is_named_with_its_episode(reply: An
     sampler = EpisodeSampler(Talker({"a": ["x"]}), calls, CODEC, EpisodeRules(2, 99), bad_samples)
     with pytest.raises(EnvironmentReplyError) as caught:
         sampler.sample([Prompt(7, ids("a"))], [1], None)
-    assert with_notes(caught.value) == f"environment Odd: {found}; turn 0 of the episode of seed 7"
+    assert with_notes(caught.value) == f"environment Odd: {found}; environment Odd, turn 0 of the episode of seed 7"
 
 
 def test_a_prompt_that_is_no_text_is_named() -> None:

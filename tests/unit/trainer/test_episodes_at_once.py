@@ -5,6 +5,7 @@ Time is made of events: a tool answers when the test lets it. A wait that is lon
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -218,13 +219,50 @@ def test_an_environments_error_ends_all_at_once(independent: bool) -> None:
         passed(raised)
 
     world = World(tool, last_turns=[3, 3])
-    with pytest.raises(ZeroDivisionError, match="the tool broke"):
+    with pytest.raises(ZeroDivisionError, match="the tool broke") as caught:
         play(world, independent=independent)
+    assert caught.value.__notes__ == ["environment Tool, turn 0 of the episode of seed 1"]
     asked = list(world.asked)
     raised.set()
     join_threads()
     assert world.said == [(0, 0)]
     assert world.asked == asked
+
+
+@both_modes
+def test_a_tool_that_hangs_is_named_while_it_is_waited_for(
+    independent: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ppod_trainer.environments.calls._PATIENCE_S", 0.2)
+    told = threading.Event()
+
+    def note(record: logging.LogRecord) -> bool:
+        del record
+        told.set()
+        return True
+
+    monkeypatch.setattr(logging.getLogger("ppod_trainer.environments.calls"), "filters", [note])
+
+    def tool(episode: int, turn: int) -> None:
+        if (episode, turn) == (1, 1):
+            passed(told)
+
+    assert len(play(World(tool, last_turns=[2, 3]), independent=independent)) == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "environment Tool, turn 1 of the episode of seed 1: no answer after 0.2 s; the step waits: bound what it waits "
+        "for"
+    ]
+
+
+def test_a_reset_that_raises_is_named() -> None:
+    class Away(Tool):
+        def reset(self, seed: int) -> str:
+            raise ConnectionError(f"no game {seed}")
+
+    world = World(lambda *_: None, last_turns=[1])
+    with pytest.raises(ConnectionError, match="no game 2") as caught:
+        EnvironmentCalls(LoadedEnvironment(lambda: Away(world), ()), 1).begin(2)
+    assert caught.value.__notes__ == ["environment Away, reset(2)"]
 
 
 @both_modes

@@ -37,8 +37,8 @@ connection or a signal handler, must not outlive a call. With `environment.threa
 time; where `environment.turns` is `together` that is on the thread that samples, the main one unless rollouts are made
 ahead.
 
-A step that never answers holds up its rollout, so an environment bounds what it waits for. What `reset` or `step`
-raises ends the run.
+A step that never answers holds up its rollout, so an environment bounds what it waits for; what takes more than a
+minute is logged with its turn and the seed of its episode. What `reset` or `step` raises ends the run, and says the same.
 """
 
 from __future__ import annotations
