@@ -244,6 +244,9 @@ def describe_faults(error: ValidationError) -> list[str]:
         if fault["type"] == "too_short" and len(fault["input"]) >= fault.get("ctx", {})["min_length"]:
             # pydantic counts the items that are right; the others are named already.
             continue
+        if fault["type"] == "default_factory_not_called":
+            # A default that follows from another key, which has a fault of its own.
+            continue
         # Which kind of several a section is, stands in its own key `kind`; in the path it would be no key of the file.
         path = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("kind=")) or "(top level)"
         if fault["type"] == "extra_forbidden":

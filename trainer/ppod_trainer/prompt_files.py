@@ -34,7 +34,7 @@ class PromptText:
 
 
 def read_prompts(path: Path | None, render: Render) -> list[PromptText]:
-    """All prompts of a file, of which either all have a reference or none has.
+    """All prompts of a file of a kind that the configuration takes; either all have a reference or none has.
 
     Raises:
         PromptError: the file is missing or malformed, or the policy's chat template refuses a conversation.
@@ -42,14 +42,11 @@ def read_prompts(path: Path | None, render: Render) -> list[PromptText]:
     if path is None:
         path = Path(str(files("ppod_trainer") / "data" / "movie_review_ratings.tsv"))
     readers = {".tsv": _read_tsv, ".jsonl": _read_jsonl, ".txt": _read_lines}
-    reader = readers.get(path.suffix)
-    if reader is None:
-        raise PromptError(f"prompts.path {path}: unknown kind {path.suffix!r}; expected {', '.join(readers)}")
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"prompts.path {path}: cannot be read: {error}") from error
-    return reader(path, content, render)
+    return readers[path.suffix](path, content, render)
 
 
 def _read_tsv(path: Path, content: str, render: Render) -> list[PromptText]:

@@ -43,6 +43,12 @@ def test_all_disagreements_of_sections_are_named_at_once() -> None:
         assert part in line
 
 
+def test_a_prompt_file_that_nothing_reads_is_refused_before_services_are_waited_for() -> None:
+    found = problems({"prompts": {"path": "mine.csv"}})
+    assert found == ["prompts.path: unknown kind '.csv', expected .tsv, .jsonl, .txt, found 'mine.csv'"]
+    assert [line.split(":")[0] for line in problems({"prompts": {"path": 5}})] == ["prompts.path"]
+
+
 def test_top_p_is_refused_in_training() -> None:
     assert "smaller support" in problems({"rollout": {"top_p": 0.9}})[0]
     assert "smaller support" in problems({"rollout": {"top_k": 50}})[0]

@@ -168,7 +168,6 @@ def test_reviews_are_the_default() -> None:
         ("p.tsv", "text\treference\na\t1\nb", "line 3: it ends before the column `reference`"),
         pytest.param("p.tsv", "text\na\n\n" + "b" * 131_073, "line 4: field larger than field limit", id="long"),
         pytest.param("p.jsonl", '{"prompt": "a", "n": ' + "1" * 4301 + "}", "line 1: not JSON: Exceeds", id="digits"),
-        ("p.csv", "a", "unknown kind '.csv'"),
         ("p.txt", "a\nb", "heldout is 64, but there are only 2"),
         ("p.jsonl", '{"prompt": "a\\ud83d"}', r"prompt 0 .*: '.ud83d' at character 1 is no Unicode character"),
         ("p.jsonl", '{"prompt": "a", "reference": "\\ud83d"}', r"prompt 0 .* at character 0 is no Unicode character"),

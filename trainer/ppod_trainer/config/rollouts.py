@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from ppod_models.configuration import ConfigModel
 
 _REVIEW_TOKENS = 6
+_PROMPT_FILES = (".tsv", ".jsonl", ".txt")
 
 
 def _first_tokens(values: Mapping[str, object]) -> int | None:
@@ -23,11 +24,11 @@ class PromptsConfig(ConfigModel):
 
     path: Path | None = Field(
         default=None,
-        description=".tsv with a `text` column, .txt, or .jsonl with a `prompt` or with `messages`, each of `role` and "
-        "`content`; none: movie reviews. A column or field `reference` is the answer that rewards such as exact_answer "
-        "hold responses against. Texts are read as they stand: a token that a model expects before a prompt has to be "
-        "in them; messages go through the policy's chat template, which begins the assistant's turn and whose today is "
-        "always 26 July 2024",
+        description=".tsv with a `text` column (tabs between columns; quotes are text), .txt with a prompt a line, or "
+        ".jsonl with a `prompt` or with `messages`, each of `role` and `content`; none: movie reviews. A column or "
+        "field `reference` is the answer that rewards such as exact_answer hold responses against. Texts are read as "
+        "they stand: a token that a model expects before a prompt has to be in them; messages go through the policy's "
+        "chat template, which begins the assistant's turn and whose today is always 26 July 2024",
     )
     first_tokens: int | None = Field(
         default_factory=_first_tokens,
@@ -38,6 +39,13 @@ class PromptsConfig(ConfigModel):
     curriculum_steps: int = Field(
         default=0, ge=0, description="first steps with short prompts, to which each adds longer ones; 0: all at once"
     )
+
+    @field_validator("path")
+    @classmethod
+    def _is_of_a_known_kind(cls, path: Path | None) -> Path | None:
+        if path is not None and path.suffix not in _PROMPT_FILES:
+            raise ValueError(f"unknown kind {path.suffix!r}, expected {', '.join(_PROMPT_FILES)}")
+        return path
 
 
 class DynamicSamplingConfig(ConfigModel):

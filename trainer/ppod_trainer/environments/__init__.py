@@ -38,7 +38,7 @@ time; where `environment.turns` is `together` that is on the thread that samples
 ahead.
 
 A step that never answers holds up its rollout, so an environment bounds what it waits for; what takes more than a
-minute is logged with its turn and the seed of its episode. What `reset` or `step` raises ends the run, and says the same.
+minute is logged with its turn and the seed of its episode. What `reset` or `step` raises ends the run, as clearly.
 """
 
 from __future__ import annotations
