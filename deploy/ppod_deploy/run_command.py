@@ -92,5 +92,5 @@ def _check_course(config: RunConfig, run_dir: Path, origin: str) -> None:
     earlier = parse_run(read_run_values(run_file), str(run_file))
     changes = [f"trainer.{change}" for change in changes_of_course(config.trainer, earlier.trainer)]
     if changes := [*changes, *changed_services(config, earlier)]:
-        advice = f"in {run_dir}, and decides the course of training; leave it as it was, or name another run_dir"
+        advice = f"in {run_dir}, and decides the course of training; leave it, or begin a run in another run_dir"
         raise ConfigError(origin, [f"{change} {advice}" for change in changes])

@@ -180,13 +180,25 @@ def _follow(config: TrainerConfig, ranks: Ranks, started: Callable[[], None]) ->
 def _save_failed(training_run: TrainingRun, kind: type[BaseException] | None, *_: object) -> None:
     """Keep the last whole step of a run that an error ends; the error goes on."""
     if kind is not None and training_run.whole and not training_run.parts.learner.broken:
-        _save(training_run, f"{kind.__name__}: failed")
+        # A full disk may have half of a record.
+        _save(training_run, f"{kind.__name__}: failed", drawn=not issubclass(kind, OSError))
 
 
-def _save(training_run: TrainingRun, what: str) -> None:
-    """Keep the last whole step of a run that ends early."""
+def _save(training_run: TrainingRun, what: str, *, drawn: bool = True) -> None:
+    """Keep the last whole step of a run that ends early, and draw how it got there."""
     path = training_run.save()
     _tell(f"{what} after step {training_run.state.step}; resume from {path}", sys.stdout)
+    if drawn and training_run.state.step:
+        _draw(training_run.config)
+
+
+def _draw(config: TrainerConfig) -> None:
+    """The curves of all steps that are recorded."""
+    from ppod_trainer.metrics import read_records  # noqa: PLC0415
+    from ppod_trainer.report import plot_curves  # noqa: PLC0415
+
+    records = read_records(config.run_dir / "metrics.jsonl")
+    plot_curves(config.run_dir / "curves.png", records, f"{config.policy.source}, seed {config.seed}")
 
 
 def _train(training_run: TrainingRun) -> None:
@@ -194,8 +206,7 @@ def _train(training_run: TrainingRun) -> None:
 
     from ppod_trainer.durable import write_durably  # noqa: PLC0415
     from ppod_trainer.evaluation import load_evaluation  # noqa: PLC0415
-    from ppod_trainer.metrics import read_records  # noqa: PLC0415
-    from ppod_trainer.report import plot_curves, print_report  # noqa: PLC0415
+    from ppod_trainer.report import print_report  # noqa: PLC0415
 
     config = training_run.config
     kept = config.run_dir / "evaluation_before.json"
@@ -209,8 +220,7 @@ def _train(training_run: TrainingRun) -> None:
     write_durably(config.run_dir / "evaluation_after.json", json.dumps(asdict(after)))
     training_run.save()
     final = training_run.save_final_model()
-    records = read_records(config.run_dir / "metrics.jsonl")
-    plot_curves(config.run_dir / "curves.png", records, f"{config.policy.source}, seed {config.seed}")
+    _draw(config)
     with (config.run_dir / "report.txt").open("w", encoding="utf-8") as file:
         # The file first: where nobody reads stdout, rich ends the process.
         for console in (Console(file=file, width=120), Console()):

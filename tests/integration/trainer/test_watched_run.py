@@ -45,6 +45,8 @@ def test_equal_rewards_stop_a_run_that_can_be_resumed(constant: System) -> None:
         0,
         1,
     ]
+    # Whoever asks why looks there.
+    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     kept = json.loads(next(run_dir.glob("checkpoints/*/trainer.json")).read_text())
     assert kept["step"] == 3
     # Told to go on, it goes on from there.
