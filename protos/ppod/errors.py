@@ -103,7 +103,7 @@ class ResourceExhausted(PpodError):
 
 @dataclass(eq=False)
 class NonFiniteOutput(PpodError):
-    """A model produced NaN or infinity for a sample. The value is withheld: it would poison training."""
+    """A model or a reward function gave NaN or infinity for a sample. It is withheld: it would poison training."""
 
     output: str
     sample: int
@@ -111,7 +111,10 @@ class NonFiniteOutput(PpodError):
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
 
     def __str__(self) -> str:
-        return f"sample {self.sample}: the model's {self.output} is {self.found}; look at its weights and its input"
+        return (
+            f"sample {self.sample}: {self.output} is {self.found}, expected a finite number; "
+            "look at the model's weights and input, or at the function that computed it"
+        )
 
 
 @dataclass(eq=False)

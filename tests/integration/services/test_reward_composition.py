@@ -109,6 +109,7 @@ def test_nan_from_a_function_is_withheld(zoo: Zoo) -> None:
     error = failure(zoo.service, of_texts(["1", "nan"]), "scripted")
     assert isinstance(error, NonFiniteOutput)
     assert (error.output, error.sample, error.found) == ("score of 'scripted'", 1, "nan")
+    assert "or at the function" in str(error)
 
 
 def test_a_regular_expression_that_backtracks_for_ever_is_stopped_and_holds_up_nobody_else(zoo: Zoo) -> None:
