@@ -1,1 +1,7 @@
 """ppod's services: reward scores, reference logprobs and generation behind gRPC."""
+
+import os
+
+# Read by gRPC when it is loaded. Its handlers of forks crash children before they become another program, now and then,
+# while calls are under way: processes of reward functions did not start. No child goes on with its connections here.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")

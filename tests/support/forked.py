@@ -56,6 +56,8 @@ class ForkedProcess:
         stderr_file: Path,
         network_namespace: str | None = None,
     ) -> None:
+        # As ppod's packages have it, which the server of forks loads gRPC before.
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_PRELOADED))
         self.args = ["python", "-m", module, *arguments]

@@ -7,12 +7,15 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvloop
 
 from ppod.errors import RewardFailed
 from ppod_services.core.callers import ANONYMOUS_CALLER
@@ -175,3 +178,40 @@ async def test_what_a_function_started_ends_with_the_service(tmp_path: Path) -> 
     while Path(f"/proc/{started}").exists() and time.monotonic() < until:
         await asyncio.sleep(0.05)
     assert not Path(f"/proc/{started}").exists()
+
+
+_FORKS = """
+import importlib, os, sys, time
+importlib.import_module(sys.argv[1])
+import grpc
+call = grpc.insecure_channel("127.0.0.1:9").unary_unary("/a/b").future(b"", wait_for_ready=True)
+time.sleep(0.5)  # until it is under way
+child = os.fork()
+os._exit(os.waitpid(child, 0)[1] if child else 0)
+"""
+
+
+@pytest.mark.parametrize("package", ["ppod_services", "ppod_trainer"])
+def test_grpc_leaves_children_alone(package: str) -> None:
+    """Its handlers would say here that they are skipped; where they are not, a child may crash in them."""
+    command = [sys.executable, "-c", _FORKS, package]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_process_that_ends_at_once_fails_its_batch_and_not_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By uvloop, as services have it, which closes the pipe to it."""
+    start = asyncio.create_subprocess_exec
+
+    async def start_and_end(*_: str, **options: Any) -> asyncio.subprocess.Process:
+        process = await start(sys.executable, "-c", "raise SystemExit(7)", **options)
+        await process.wait()
+        return process
+
+    async def score() -> None:
+        pool = FunctionPool(FunctionConfig(name="short", kind="function", function="length"))
+        await pool.score([NumberedSample(3, FunctionSample("", "abc", None))], ANONYMOUS_CALLER)
+
+    monkeypatch.setattr("asyncio.create_subprocess_exec", start_and_end)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, pytest.raises(RewardFailed, match="exit code 7"):
+        runner.run(score())

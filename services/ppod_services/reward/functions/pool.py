@@ -172,8 +172,10 @@ class _Worker:
     async def _send(self, message: dict[str, object]) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
+        # A process that has ended is told of by its answer, or by the lack of one. uvloop refuses to write to it.
+        if self._process.stdin.is_closing():
+            return
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
-        # A process that has ended is told of by its answer, or by the lack of one.
         with contextlib.suppress(ConnectionError):
             await self._process.stdin.drain()
 
