@@ -206,7 +206,8 @@ def _train(training_run: TrainingRun) -> None:
 
     from ppod_trainer.durable import write_durably  # noqa: PLC0415
     from ppod_trainer.evaluation import load_evaluation  # noqa: PLC0415
-    from ppod_trainer.report import print_report  # noqa: PLC0415
+    from ppod_trainer.metrics import read_records  # noqa: PLC0415
+    from ppod_trainer.report import print_report, print_troubles  # noqa: PLC0415
 
     config = training_run.config
     kept = config.run_dir / "evaluation_before.json"
@@ -225,6 +226,7 @@ def _train(training_run: TrainingRun) -> None:
         # The file first: where nobody reads stdout, rich ends the process.
         for console in (Console(file=file, width=120), Console()):
             print_report(console, before, after, config.evaluation.shown_samples)
+            print_troubles(console, read_records(config.run_dir / "metrics.jsonl"))
     print(f"run directory {config.run_dir}; final model {final}", flush=True)
 
 

@@ -16,6 +16,8 @@ from ppod_trainer.metrics import Record
 
 mpl.use("Agg")
 
+_TROUBLE = "trouble/"
+
 
 def format_step(step: int, steps: int, record: Record, eta_s: float) -> str:
     """One line about a step, with columns that stay in place."""
@@ -72,6 +74,16 @@ def print_report(console: Console, before: Evaluation, after: Evaluation, shown:
         samples.add_row(Text(old_sample.prompt), _continuation(old_sample), _continuation(new_sample))
     if pairs:
         console.print(samples)
+
+
+def print_troubles(console: Console, records: Sequence[Record]) -> None:
+    """Print which troubles the run's steps showed, for who was not there when they were logged."""
+    for key in sorted({key for record in records for key in record if key.startswith(_TROUBLE)}):
+        looked = [record for record in records if key in record]
+        seen = [f"{record['step']:g}" for record in looked if record[key]]
+        if seen:
+            which = f"{len(seen)} of {len(looked)} steps, first in step {seen[0]}, last in step {seen[-1]}"
+            console.print(f"trouble: {key.removeprefix(_TROUBLE)} in {which}", highlight=False, soft_wrap=True)
 
 
 def _continuation(sample: Sample) -> Text:

@@ -53,6 +53,8 @@ def test_equal_rewards_stop_a_run_that_can_be_resumed(constant: System) -> None:
     resumed = constant.train({**config, "watch": {"steps": 3}, "resume": True})
     assert resumed.returncode == 0, resumed.stderr
     assert [record["step"] for record in records_of(run_dir) if "score/mean" in record] == [1, 2, 3, 4, 5]
+    told = "trouble: all_equal_rewards in 3 of 5 steps, first in step 3, last in step 5"
+    assert told in (run_dir / "report.txt").read_text().splitlines()
 
 
 def test_trouble_is_exported(constant: System) -> None:

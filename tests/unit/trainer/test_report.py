@@ -12,7 +12,8 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from ppod_trainer.evaluation import Evaluation, Sample
-from ppod_trainer.report import phase_seconds, plot_curves, print_report
+from ppod_trainer.metrics import Record
+from ppod_trainer.report import phase_seconds, plot_curves, print_report, print_troubles
 
 
 def evaluation(step: int, continuation: str, score: float) -> Evaluation:
@@ -72,3 +73,21 @@ def test_phases_add_up_to_the_step_also_where_rollouts_were_made_before_it() -> 
     overlapped = phase_seconds({**record, "seconds/rollout_wait": 1.25, "seconds/step": 4.0})
     assert overlapped == {"rollout_wait": 1.25, **learning}
     assert sum(overlapped.values()) == 4.0
+
+
+def test_the_report_names_what_went_wrong() -> None:
+    """The log is gone with the terminal."""
+    shown: list[Record] = [
+        {"step": 0, "heldout/score": 1.0},
+        {"step": 1, "trouble/kl_blow_up": 0.0, "trouble/repetition": 0.0, "trouble/sampler_gap": 0.0},
+        {"step": 2, "trouble/kl_blow_up": 1.0, "trouble/repetition": 0.0, "trouble/sampler_gap": 0.0},
+        {"step": 3, "trouble/kl_blow_up": 0.0, "trouble/repetition": 1.0, "trouble/sampler_gap": 0.0},
+        {"step": 4, "trouble/kl_blow_up": 1.0, "trouble/repetition": 0.0, "trouble/sampler_gap": 0.0},
+    ]
+    console = Console(file=io.StringIO(), width=120)
+    print_troubles(console, shown)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "trouble: kl_blow_up in 2 of 4 steps, first in step 2, last in step 4",
+        "trouble: repetition in 1 of 4 steps, first in step 3, last in step 3",
+    ]
