@@ -14,7 +14,10 @@ from ppod_models.reward_cards import FeatureSpec
 class DataConfig(ConfigModel):
     """Which reviews train, and which evaluate."""
 
-    ratings: Path | None = Field(default=None, description="ratings file; none: the reviews that ppod ships")
+    ratings: Path | None = Field(
+        default=None,
+        description="a .tsv with the columns id, mean_rating, stddev and text; none: the reviews that ppod ships",
+    )
     split_seed: int = Field(default=1, description="the same for every head that shares the held-out reviews")
     half: Literal["a", "b"] = Field(description="the half that trains this head; a judge takes the other half")
     held_out_share: float = Field(default=1 / 9, gt=0, lt=1, description="of all reviews; trains no half")
