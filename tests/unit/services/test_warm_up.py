@@ -64,5 +64,5 @@ def test_a_model_that_gives_nan_does_not_start() -> None:
     def run(items: Sequence[int], sink: Sink[float]) -> None:
         sink.fail(len(items) - 1, NonFiniteOutput("score", 0, "nan"))
 
-    with pytest.raises(ModelSourceError, match="the model cannot run: sample 0: the model's score is nan"):
+    with pytest.raises(ModelSourceError, match="the model cannot run: sample 0: score is nan"):
         warm_up(run, info(), 512, lambda position, _: position)
