@@ -85,7 +85,7 @@ def test_no_loader_runs_beside_what_serves_that_would_touch_it(
     model = Model(way)
     record_metadata_for_reloading(model)
     with caplog.at_level("INFO"):
-        second = standby_of(model, DEVICE, Same(), [("layer.weight", "float32", (4,), 0)], DEVICE.type)
+        second = standby_of(model, DEVICE, Same(), [("layer.weight", "float32", (4,), 0)])
     for tensor in (model.layer.weight, model.layer.hidden[0]):
         assert torch.equal(tensor, torch.arange(4.0))
     assert not hasattr(model.layer, "total")

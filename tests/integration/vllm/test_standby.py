@@ -75,7 +75,7 @@ def standby(config: Any, serving: nn.Module, model: nn.Module) -> Standby | None
     tensors: list[TensorAt] = [
         (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), 0) for name, tensor in pushed(model)
     ]
-    return standby_of(serving, DEVICE, form_of(config), tensors, DEVICE.type)
+    return standby_of(serving, DEVICE, form_of(config), tensors)
 
 
 @torch.no_grad()

@@ -13,8 +13,12 @@ from torch import nn
 from ppod_services.generation.vllm_backend.checkpoint_form import CheckpointForm, checkpoint_form
 
 
-class _Loads(Protocol):
-    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None: ...
+class Loads(Protocol):
+    """What vLLM's models have."""
+
+    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None:
+        """Load weights in checkpoint form; returns the parameters that got some, where the model tells."""
+        ...
 
 
 def load_pushed(config: Any, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -68,19 +72,23 @@ def reload_weights(
             # Left last to first: the next load must not find what this one left half done.
             failed.callback(finalize_layerwise_reload, model, config.model_config)
             failed.callback(_forget, model)
-            loaded = cast(_Loads, model).load_weights(left)
+            loaded = cast(Loads, model).load_weights(left)
             lost = _lost(model, expected)
             finalize_layerwise_reload(model, config.model_config)
             failed.pop_all()
         _repack(model, {name.rpartition(".")[0] for name in lost})
-    if (one := next(left, None)) is not None:
-        raise ValueError(f"vLLM did not take {one[0]}")
-    missing = sorted(expected - loaded) if loaded is not None else []
-    if missing:
-        raise ValueError(f"{len(missing)} parameters of vLLM's model got no weights, the first {missing[0]}")
+    check_taken(left, expected, expected if loaded is None else loaded)
     if gone := [name for name, kept in lost.items() if not (kept and first)]:
         kind = type(model).__name__
         raise ValueError(f"vLLM's loader of {kind} lost {len(gone)} parameters on their way, the first {gone[0]}")
+
+
+def check_taken(left: Iterator[tuple[str, torch.Tensor]], expected: Set[str], loaded: Set[str]) -> None:
+    """Raise ValueError where weights are left, or parameters that are expected were not loaded."""
+    if (one := next(left, None)) is not None:
+        raise ValueError(f"vLLM did not take {one[0]}")
+    if missing := sorted(expected - loaded):
+        raise ValueError(f"{len(missing)} parameters of vLLM's model got no weights, the first {missing[0]}")
 
 
 def _lost(model: nn.Module, names: Iterable[str]) -> dict[str, bool]:

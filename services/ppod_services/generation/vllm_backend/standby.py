@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppod_models.loading import DTYPES
-from ppod_services.generation.vllm_backend.reload import hush_loaders
+from ppod_services.generation.vllm_backend.reload import Loads, check_taken, hush_loaders
 from ppod_services.generation.vllm_backend.staging import TensorAt, Weights
 from ppod_services.generation.vllm_backend.worker_calls import LOADING_ERRORS
 
@@ -39,10 +39,6 @@ class Form(Protocol):
     def of(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors as a checkpoint has them."""
         ...
-
-
-class _Loads(Protocol):
-    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -157,13 +153,10 @@ class Standby:
     def _load(self, weights: Weights) -> None:
         left = iter(self._form.of(weights))
         with torch.no_grad():
-            loaded = cast(_Loads, self._twin).load_weights(left)
-        if (one := next(left, None)) is not None:
-            raise ValueError(f"vLLM did not take {one[0]}")
+            loaded = cast(Loads, self._twin).load_weights(left)
         if loaded is None:
             raise ValueError("vLLM's loader does not tell what it loaded")
-        if missing := sorted(self._expected - loaded):
-            raise ValueError(f"{len(missing)} parameters of vLLM's model got no weights, the first {missing[0]}")
+        check_taken(left, self._expected, loaded)
 
     def _double(self, module: nn.Module) -> nn.Module:
         if (found := self._doubles.get(module)) is not None:
@@ -184,9 +177,7 @@ class Standby:
         return twin
 
 
-def standby_of(
-    model: nn.Module, device: torch.device, form: Form, tensors: Sequence[TensorAt], platform: str
-) -> Standby | None:
+def standby_of(model: nn.Module, device: torch.device, form: Form, tensors: Sequence[TensorAt]) -> Standby | None:
     """A second set of a model's parameters; None where its loader does more than to copy.
 
     Args:
@@ -194,11 +185,10 @@ def standby_of(
         device: its own.
         form: turns what is pushed into what a checkpoint has.
         tensors: of a push.
-        platform: vLLM's name of the kind of device.
     """
     from vllm.platforms import current_platform  # pyright: ignore  # noqa: PLC0415
 
-    if platform not in ("cpu", "cuda") or current_platform.is_zen_cpu():
+    if current_platform.device_type not in ("cpu", "cuda") or current_platform.is_zen_cpu():
         # What vLLM makes of weights for others has not been looked at, and ZenDNN may read them where they were loaded.
         return None
     hush_loaders()

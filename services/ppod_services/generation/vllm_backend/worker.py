@@ -91,11 +91,9 @@ class PpodWorker:
             torch.cuda.synchronize(self.device)
 
     def _stage(self, tensors: Sequence[TensorAt]) -> Stage:
-        from vllm.platforms import current_platform  # pyright: ignore  # noqa: PLC0415
-
         if self.stage is None:
             config, model = self.vllm_config, self.model_runner.get_model()
-            standby = standby_of(model, self.device, form_of(config), tensors, current_platform.device_type)
+            standby = standby_of(model, self.device, form_of(config), tensors)
             self.loads_beside = standby is not None
             waiting = standby or Copies(self.device, lambda weights: load_pushed(config, model, weights))
             self.stage = Stage(self.device, waiting, self._spared_bytes())
