@@ -45,11 +45,23 @@ def shuffle(model: PreTrainedModel, seed: int) -> None:
             parameter.copy_(parameter[torch.randperm(len(parameter))])
 
 
-@pytest.mark.parametrize(("kind", "further"), [("mixtral", {"sliding_window": None}), ("glm4_moe", {"head_dim": 32})])
-def test_experts_that_were_pushed_are_those_that_sample(tmp_path: Path, kind: str, further: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "further", "staged"),
+    [
+        ("mixtral", {"sliding_window": None}, True),
+        ("mixtral", {"sliding_window": None}, False),
+        ("glm4_moe", {"head_dim": 32}, True),
+        ("gpt_oss", {"sliding_window": 64}, True),
+    ],
+)
+def test_experts_that_were_pushed_are_those_that_sample(
+    tmp_path: Path, kind: str, further: dict[str, object], *, staged: bool
+) -> None:
     model = build_architecture(kind, **further)
+    if kind == "gpt_oss":
+        model.set_attn_implementation("eager")
     with (
-        running_vllm(saved(model, tmp_path / "model"), tmp_path) as service,
+        running_vllm(saved(model, tmp_path / "model"), tmp_path, {"vllm": {"stage_weights": staged}}) as service,
         WeightClient(service.admin_target) as weights,
         GenerationClient(service.target) as client,
     ):
@@ -63,11 +75,11 @@ def test_experts_that_were_pushed_are_those_that_sample(tmp_path: Path, kind: st
 
 
 def test_weights_that_vllm_would_lose_leave_the_old_ones_serving(tmp_path: Path) -> None:
-    """It copies some models' into parameters that are on no device during a reload, and counts them as loaded."""
+    """Loaded at their commit, some models' go into parameters that are on no device then, and count as loaded."""
     model = build_architecture("gpt_oss", sliding_window=64)
     model.set_attn_implementation("eager")
     with (
-        running_vllm(saved(model, tmp_path / "model"), tmp_path) as service,
+        running_vllm(saved(model, tmp_path / "model"), tmp_path, {"vllm": {"stage_weights": False}}) as service,
         WeightClient(service.admin_target) as weights,
         GenerationClient(service.target) as client,
     ):

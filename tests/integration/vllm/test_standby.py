@@ -86,8 +86,8 @@ def computed(model: nn.Module) -> dict[str, torch.Tensor]:
         linear = module.__dict__.get("cpu_linear")
         if linear is not None:
             width = getattr(module, "input_size", None) or getattr(module, "embedding_dim")  # noqa: B009
-            dtype = next(one.dtype for one in model.parameters())
-            some = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+            # Some routers compute in float32.
+            some = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(DEVICE, module.weight.dtype)
             found[f"{name}()"] = linear(some, module.weight, None)
     return found
 
@@ -117,6 +117,9 @@ def shuffle(model: PreTrainedModel, seed: int) -> None:
         ("gemma2", {}, "bfloat16"),
         ("phi3", {}, "float32"),
         ("gpt2", {}, "bfloat16"),
+        ("mixtral", {}, "bfloat16"),
+        ("qwen3_moe", {}, "float32"),
+        ("glm4_moe", {"head_dim": 32}, "bfloat16"),
     ],
 )
 def test_a_version_that_was_filled_serves_from_its_install_on(
@@ -306,12 +309,34 @@ def test_a_convolution_that_is_read_beside_its_parameter_is_loaded_again(tmp_pat
         assert torch.equal(found[name], buffer), name
 
 
-@pytest.mark.parametrize(("kind", "further"), [("mixtral", {}), ("deepseek_v3", {"topk_method": "noaux_tc"})])
-def test_a_model_whose_loader_does_more_than_to_copy_has_none(
-    tmp_path: Path, kind: str, further: dict[str, object]
-) -> None:
-    """Experts are packed together, and latent attention keeps parts of its weights once more."""
-    policy = build_architecture(kind, **further)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_reload_would_lose_is_loaded_beside(tmp_path: Path, dtype: str) -> None:
+    """It copies some models' weights into what is on no device then, as these of biases and sinks."""
+    policy = build_architecture("gpt_oss", sliding_window=64)
+    config, serving = engine_model(saved(policy, tmp_path / "0"), dtype)
+    second = standby(config, serving, policy)
+    assert second is not None
+    for version in (1, 2):
+        shuffle(policy, version)
+        second.fill(pushed(policy))
+        second.install()
+        assert_computes(serving, computed(engine_model(saved(policy, tmp_path / str(version)), dtype)[1]))
+
+
+def test_experts_that_a_cpu_would_pad_are_not_loaded_beside(tmp_path: Path) -> None:
+    """Their biases, and what computes with these, would get another size."""
+    if DEVICE.type != "cpu":
+        pytest.skip("others pad nothing")
+    policy = build_architecture("mixtral", intermediate_size=80)
+    config, serving = engine_model(saved(policy, tmp_path), "float32")
+    expected = computed(serving)
+    assert standby(config, serving, policy) is None
+    assert_computes(serving, expected)
+
+
+def test_a_model_whose_loader_does_more_than_to_copy_has_none(tmp_path: Path) -> None:
+    """Latent attention keeps parts of its weights once more."""
+    policy = build_architecture("deepseek_v3", topk_method="noaux_tc")
     config, serving = engine_model(saved(policy, tmp_path), "float32")
     expected = computed(serving)
     assert standby(config, serving, policy) is None

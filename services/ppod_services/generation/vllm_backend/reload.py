@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ppod_services.generation.vllm_backend.checkpoint_form import CheckpointForm, checkpoint_form
+from ppod_services.generation.vllm_backend.experts import pack_experts
 
 
 class Loads(Protocol):
@@ -144,9 +145,8 @@ def _repack(model: nn.Module, lost: Set[str]) -> None:
     for path, module in model.named_modules():
         if isinstance(module, ParallelLMHead):
             getattr(module, "quant_method").process_weights_after_loading(module)  # noqa: B009
-        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
-        if kernel is not None and path not in lost:
-            kernel.fused_experts.process_weights_after_loading(module)
+        if path not in lost:
+            pack_experts(module)
         unpacked = getattr(getattr(module, "conv1d", None), "_cpu_unpacked_conv_weight", None)
         before = cast("torch.Tensor | None", getattr(module, "conv_weights", None))
         if unpacked is not None and before is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MethodType
+from types import MethodType, NoneType
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppod_models.loading import DTYPES
+from ppod_services.generation.vllm_backend.experts import PACKED_EXPERTS, leaves_experts, pack_experts
 from ppod_services.generation.vllm_backend.reload import Loads, check_taken, hush_loaders
 from ppod_services.generation.vllm_backend.staging import TensorAt, Weights
 from ppod_services.generation.vllm_backend.worker_calls import LOADING_ERRORS
@@ -46,21 +47,18 @@ class _Parameter:
     """One parameter of the double, and all modules that have it.
 
     Attributes:
-        live: the one that serves; where a CPU has packed it, it is empty.
+        live: the one that serves.
         form: on no device, as its loader wants it.
+        copied: whether a commit copies it as it was loaded; else a CPU has it packed, and `live` is empty or of no use.
         places: modules of the double, and its name there.
         real: what is loaded into.
     """
 
     live: torch.Tensor
     form: torch.Tensor
+    copied: bool
     places: list[tuple[nn.Module, str]] = field(default_factory=list[tuple[nn.Module, str]])
     real: torch.Tensor | None = None
-
-    @property
-    def copied(self) -> bool:
-        """Whether a commit copies it; else its layer has it packed."""
-        return self.live.shape == self.form.shape
 
     def put(self, tensor: torch.Tensor) -> None:
         """Let the double's modules have this."""
@@ -91,6 +89,7 @@ class Standby:
             parameter.put(parameter.form)
         self._attention = [cast(Any, live) for live in self._doubles if _is_attention(live)]
         self._packs = [(live, twin) for live, twin in self._doubles.items() if _PACKED in vars(live)]
+        self._experts = [(live, twin) for live, twin in self._doubles.items() if self._packs_experts(live)]
 
     def wanted_bytes(self, tensors: Sequence[TensorAt]) -> int:
         """See `Waiting`: however a version travels, it waits in the model's own types."""
@@ -103,8 +102,10 @@ class Standby:
         Raises:
             NotPlainError: it is otherwise. Others: as the loader tells that it is.
         """
+        # Before: what the checkpoint alone has is read from its files, which does not go with the mode.
+        given = list(self._form.of(weights))
         with _OnDouble():
-            self._load(weights)
+            self._load(iter(given))
         for live, twin in self._doubles.items():
             if changed := _changed(live, twin):
                 raise NotPlainError(f"{type(live).__name__} keeps {changed[0]} of its weights")
@@ -119,13 +120,15 @@ class Standby:
             if parameter.real is None or not parameter.copied:
                 parameter.real = _on(self._device, parameter.form)
             parameter.put(parameter.real)
-        self._load(weights)
+        self._load(self._form.of(weights))
         for parameter in self._parameters.values():
             if not parameter.copied:
                 # Its layer has it, and lets go of it when it is packed.
                 parameter.real = None
         for _, twin in self._packs:
             cast(Any, twin).quant_method.process_weights_after_loading(twin)
+        for _, twin in self._experts:
+            pack_experts(twin)
 
     def install(self) -> None:
         """See `Waiting`."""
@@ -134,6 +137,9 @@ class Standby:
                 if parameter.copied:
                     assert parameter.real is not None
                     parameter.live.data.copy_(parameter.real.data, non_blocking=True)
+            for live, twin in self._experts:
+                for name in PACKED_EXPERTS:
+                    live.get_parameter(name).data.copy_(twin.get_parameter(name).data)
             for layer in self._attention:
                 # Some keep their sinks in another type, as FlashInfer's; a reload's end would renew that, too.
                 layer.impl.process_weights_after_loading(layer.dtype)
@@ -150,8 +156,7 @@ class Standby:
             # Not what serves: a reload would pack that anew, and it would be held here.
             vars(twin)[_PACKED] = None
 
-    def _load(self, weights: Weights) -> None:
-        left = iter(self._form.of(weights))
+    def _load(self, left: Iterator[tuple[str, torch.Tensor]]) -> None:
         with torch.no_grad():
             loaded = cast(Loads, self._twin).load_weights(left)
         if loaded is None:
@@ -172,9 +177,14 @@ class Standby:
         for name, live in module.named_parameters(recurse=False, remove_duplicate=False):
             known = self._parameters.get(id(live))
             if known is None:
-                known = self._parameters[id(live)] = _Parameter(live, _form(module, twin, name, live))
+                form = _form(module, twin, name, live)
+                packed = form.shape != live.shape or (name in PACKED_EXPERTS and self._packs_experts(module))
+                known = self._parameters[id(live)] = _Parameter(live, form, not packed)
             known.places.append((twin, name))
         return twin
+
+    def _packs_experts(self, module: nn.Module) -> bool:
+        return self._device.type == "cpu" and leaves_experts(getattr(module, "quant_method", None))
 
 
 def standby_of(model: nn.Module, device: torch.device, form: Form, tensors: Sequence[TensorAt]) -> Standby | None:
@@ -228,8 +238,12 @@ def _need_plain(module: nn.Module) -> None:
     if _is_attention(module) and not list(module.parameters(recurse=False)):
         # It has scales of its cache, which nobody pushes.
         return
+    if leaves_experts(module):
+        # Such a method is a module itself.
+        return
     method = getattr(module, "quant_method", None)
-    if method is not None and type(method) not in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+    plain = type(method) in (NoneType, UnquantizedLinearMethod, UnquantizedEmbeddingMethod) or leaves_experts(method)
+    if not plain:
         raise NotPlainError(f"{kind} has its weights by {type(method).__name__}")
     if callable(getattr(module, "process_weights_after_loading", None)):
         raise NotPlainError(f"{kind} makes something of its weights")
