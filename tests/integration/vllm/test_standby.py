@@ -309,10 +309,21 @@ def test_a_convolution_that_is_read_beside_its_parameter_is_loaded_again(tmp_pat
         assert torch.equal(found[name], buffer), name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_a_reload_would_lose_is_loaded_beside(tmp_path: Path, dtype: str) -> None:
-    """It copies some models' weights into what is on no device then, as these of biases and sinks."""
-    policy = build_architecture("gpt_oss", sliding_window=64)
+@pytest.mark.parametrize(
+    ("kind", "further", "dtype"),
+    [
+        # Their loader copies biases and sinks into what is on no device then.
+        ("gpt_oss", {"sliding_window": 64}, "float32"),
+        ("gpt_oss", {"sliding_window": 64}, "bfloat16"),
+        # A CPU pads these, when it starts and at no reload.
+        ("mixtral", {"intermediate_size": 80}, "float32"),
+        ("mixtral", {"intermediate_size": 80}, "bfloat16"),
+    ],
+)
+def test_what_a_reload_would_lose_or_refuse_is_loaded_beside(
+    tmp_path: Path, kind: str, further: dict[str, object], dtype: str
+) -> None:
+    policy = build_architecture(kind, **further)
     config, serving = engine_model(saved(policy, tmp_path / "0"), dtype)
     second = standby(config, serving, policy)
     assert second is not None
@@ -321,17 +332,6 @@ def test_what_a_reload_would_lose_is_loaded_beside(tmp_path: Path, dtype: str) -
         second.fill(pushed(policy))
         second.install()
         assert_computes(serving, computed(engine_model(saved(policy, tmp_path / str(version)), dtype)[1]))
-
-
-def test_experts_that_a_cpu_would_pad_are_not_loaded_beside(tmp_path: Path) -> None:
-    """Their biases, and what computes with these, would get another size."""
-    if DEVICE.type != "cpu":
-        pytest.skip("others pad nothing")
-    policy = build_architecture("mixtral", intermediate_size=80)
-    config, serving = engine_model(saved(policy, tmp_path), "float32")
-    expected = computed(serving)
-    assert standby(config, serving, policy) is None
-    assert_computes(serving, expected)
 
 
 def test_a_model_whose_loader_does_more_than_to_copy_has_none(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ class Standby:
         self._attention = [cast(Any, live) for live in self._doubles if _is_attention(live)]
         self._packs = [(live, twin) for live, twin in self._doubles.items() if _PACKED in vars(live)]
         self._experts = [(live, twin) for live, twin in self._doubles.items() if self._packs_experts(live)]
+        self._packed = {name for one in self._parameters.values() if not one.copied for _, name in one.places}
 
     def wanted_bytes(self, tensors: Sequence[TensorAt]) -> int:
         """See `Waiting`: however a version travels, it waits in the model's own types."""
@@ -138,8 +139,10 @@ class Standby:
                     assert parameter.real is not None
                     parameter.live.data.copy_(parameter.real.data, non_blocking=True)
             for live, twin in self._experts:
-                for name in PACKED_EXPERTS:
-                    live.get_parameter(name).data.copy_(twin.get_parameter(name).data)
+                for name, packed in twin.named_parameters(recurse=False):
+                    if name in self._packed:
+                        # By its name: each reload leaves another one.
+                        live.get_parameter(name).data.copy_(packed.data)
             for layer in self._attention:
                 # Some keep their sinks in another type, as FlashInfer's; a reload's end would renew that, too.
                 layer.impl.process_weights_after_loading(layer.dtype)
@@ -177,8 +180,9 @@ class Standby:
         for name, live in module.named_parameters(recurse=False, remove_duplicate=False):
             known = self._parameters.get(id(live))
             if known is None:
-                form = _form(module, twin, name, live)
-                packed = form.shape != live.shape or (name in PACKED_EXPERTS and self._packs_experts(module))
+                experts = self._packs_experts(module)
+                form = _form(module, twin, name, live, experts=experts)
+                packed = form.shape != live.shape or (experts and name in PACKED_EXPERTS)
                 known = self._parameters[id(live)] = _Parameter(live, form, not packed)
             known.places.append((twin, name))
         return twin
@@ -257,13 +261,13 @@ def _is_attention(module: nn.Module) -> bool:
     return type(module) is Attention
 
 
-def _form(module: nn.Module, twin: nn.Module, name: str, live: torch.Tensor) -> torch.Tensor:
-    """A parameter as its loader wants it, on no device."""
+def _form(module: nn.Module, twin: nn.Module, name: str, live: torch.Tensor, *, experts: bool) -> torch.Tensor:
+    """A parameter as its loader wants it, on no device; of `experts` that a CPU packs, and may have padded, or not."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info  # pyright: ignore  # noqa: PLC0415
 
     # vLLM has noted what it has before its first load. Biases come later, and stay as they are.
     noted = get_layerwise_info(module).restore_metadata[0].get(name, live)
-    packed = _PACKED in vars(module) and not live.numel() and noted.ndim == 2
+    packed = experts or (_PACKED in vars(module) and not live.numel() and noted.ndim == 2)
     if noted.shape != live.shape and not packed:
         raise NotPlainError(f"{type(module).__name__} has its {name} in another shape than it was loaded in")
     if noted.dtype != live.dtype or (noted.shape == live.shape and noted.stride() != live.stride()):
