@@ -120,6 +120,9 @@ def shuffle(model: PreTrainedModel, seed: int) -> None:
         ("mixtral", {}, "bfloat16"),
         ("qwen3_moe", {}, "float32"),
         ("glm4_moe", {"head_dim": 32}, "bfloat16"),
+        ("deepseek_v3", {"topk_method": "noaux_tc"}, "bfloat16"),
+        ("deepseek_v2", {}, "float32"),
+        ("llama4_text", {}, "bfloat16"),
     ],
 )
 def test_a_version_that_was_filled_serves_from_its_install_on(
@@ -334,9 +337,10 @@ def test_what_a_reload_would_lose_or_refuse_is_loaded_beside(
         assert_computes(serving, computed(engine_model(saved(policy, tmp_path / str(version)), dtype)[1]))
 
 
-def test_a_model_whose_loader_does_more_than_to_copy_has_none(tmp_path: Path) -> None:
-    """Latent attention keeps parts of its weights once more."""
-    policy = build_architecture("deepseek_v3", topk_method="noaux_tc")
+@pytest.mark.parametrize("kind", ["phi", "apertus"])
+def test_a_model_whose_loader_does_more_than_to_copy_has_none(tmp_path: Path, kind: str) -> None:
+    """One's writes to what serves, the other's activation keeps numbers beside its parameters."""
+    policy = build_architecture(kind)
     config, serving = engine_model(saved(policy, tmp_path), "float32")
     expected = computed(serving)
     assert standby(config, serving, policy) is None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 PACKED_EXPERTS = ("w13_weight", "w2_weight")
-"""What a CPU packs, each into memory of the same shape."""
+"""What a CPU packs, and may pad, each into a new parameter."""
 
 
-def leaves_experts(method: object) -> bool:
+def leaves_experts(method: Any) -> bool:
     """Whether a layer's `quant_method` has its kernels read the experts as they were loaded, or as a CPU packs them."""
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import (  # pyright: ignore  # noqa: PLC0415
         UnquantizedMoeBackend,
@@ -31,4 +31,4 @@ def pack_experts(module: nn.Module) -> None:
     """Pack the experts, if any, that were loaded into a module on a CPU; it gets new parameters for them."""
     kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
     if kernel is not None:
-        cast(Any, kernel).fused_experts.process_weights_after_loading(module)
+        kernel.fused_experts.process_weights_after_loading(module)

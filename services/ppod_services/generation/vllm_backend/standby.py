@@ -27,6 +27,8 @@ from ppod_services.generation.vllm_backend.worker_calls import LOADING_ERRORS
 _LOGGER = logging.getLogger(__name__)
 _PACKED = "cpu_linear"
 """What vLLM's CPU build computes a layer with; it may hold the only copy of the layer's weight."""
+_LATENT = frozenset({"W_UV", "W_UK_T", "W_UK_T_dcp_qrep"})
+"""What latent attention computes with: parts of a projection's weight once more, which vLLM makes after each load."""
 _REGISTERED = ("_modules", "_parameters", "_buffers")
 
 
@@ -84,10 +86,11 @@ class Standby:
         self._doubles: dict[nn.Module, nn.Module] = {}
         self._parameters: dict[int, _Parameter] = {}
         self._twin = self._double(model)
-        self._expected = {name for name, _ in model.named_parameters()}
+        self._expected = {name for name, one in model.named_parameters() if id(one) in self._parameters}
         for parameter in self._parameters.values():
             parameter.put(parameter.form)
         self._attention = [cast(Any, live) for live in self._doubles if _is_attention(live)]
+        self._latent = [cast(Any, live) for live in self._doubles if _is_latent(live)]
         self._packs = [(live, twin) for live, twin in self._doubles.items() if _PACKED in vars(live)]
         self._experts = [(live, twin) for live, twin in self._doubles.items() if self._packs_experts(live)]
         self._packed = {name for one in self._parameters.values() if not one.copied for _, name in one.places}
@@ -146,6 +149,9 @@ class Standby:
             for layer in self._attention:
                 # Some keep their sinks in another type, as FlashInfer's; a reload's end would renew that, too.
                 layer.impl.process_weights_after_loading(layer.dtype)
+            for layer in self._latent:
+                # In their places.
+                layer.process_weights_after_loading(layer.W_UV.dtype)
         for live, twin in self._packs:
             # The old one goes where the next version is packed, and not while everything stands still.
             vars(live)[_PACKED], vars(twin)[_PACKED] = vars(twin)[_PACKED], vars(live)[_PACKED]
@@ -178,6 +184,8 @@ class Standby:
         vars(twin).update({**attributes, **own})
         own["_modules"] |= {name: self._double(child) for name, child in own["_modules"].items() if child is not None}
         for name, live in module.named_parameters(recurse=False, remove_duplicate=False):
+            if name in _LATENT and _is_latent(module):
+                continue
             known = self._parameters.get(id(live))
             if known is None:
                 experts = self._packs_experts(module)
@@ -239,8 +247,8 @@ def _need_plain(module: nn.Module) -> None:
     )
 
     kind = type(module).__name__
-    if _is_attention(module) and not list(module.parameters(recurse=False)):
-        # It has scales of its cache, which nobody pushes.
+    if _is_latent(module) or (_is_attention(module) and not list(module.parameters(recurse=False))):
+        # They have scales of their cache, which nobody pushes.
         return
     if leaves_experts(module):
         # Such a method is a module itself.
@@ -258,7 +266,17 @@ def _need_plain(module: nn.Module) -> None:
 def _is_attention(module: nn.Module) -> bool:
     from vllm.model_executor.layers.attention import Attention  # pyright: ignore  # noqa: PLC0415
 
-    return type(module) is Attention
+    # Those of chunks or windows are their own types.
+    own = getattr(type(module), "process_weights_after_loading", None)
+    return isinstance(module, Attention) and own is Attention.process_weights_after_loading
+
+
+def _is_latent(module: nn.Module) -> bool:
+    from vllm.model_executor.layers.attention import MLAAttention  # pyright: ignore  # noqa: PLC0415
+
+    # A CPU's kernels pack what they need elsewhere, and leave nothing of the projection's weight.
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    return type(module) is MLAAttention and bool(own) and own <= _LATENT
 
 
 def _form(module: nn.Module, twin: nn.Module, name: str, live: torch.Tensor, *, experts: bool) -> torch.Tensor:
