@@ -189,8 +189,8 @@ class TrainingRun:
             save_policy(leader.whole_model(), directory)
             self.parts.tokenizer.save_pretrained(directory)
         if leader.adapter is not None:
-            base = self.config.policy.source
-            leader.adapter.save(self.config.run_dir / "final_adapter", leader.adapter_weights(), base)
+            with written_aside(self.config.run_dir / "final_adapter") as directory:
+                leader.adapter.save(directory, leader.adapter_weights(), self.config.policy.source)
         return target
 
     def push_policy(self, weight_version: int) -> None:

@@ -15,6 +15,7 @@ from ppod import FailedPrecondition, Unavailable
 from ppod.client import Pin
 from ppod_models.loading import load_causal_lm, load_tokenizer
 from ppod_trainer.checkpoint import TrainerState
+from ppod_trainer.config import TrainerConfig
 from ppod_trainer.errors import WeightPushError
 from ppod_trainer.quantisation import dense_copy
 from ppod_trainer.reference_policy import ReferencePolicy, save_policy
@@ -50,6 +51,43 @@ def test_a_final_model_keeps_defaults_of_generation_that_contradict_each_other(t
     assert (defaults.temperature, defaults.top_p, defaults.eos_token_id) == (0.9, 0.6, [256, 258])
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     assert model.generation_config.temperature == 0.9
+
+
+def test_a_final_adapter_is_whole_also_where_the_process_ends_as_it_is_written(tmp_path: Path) -> None:
+    class Ended(BaseException):
+        pass
+
+    class Adapter:
+        killed = False
+
+        def save(self, directory: Path, tensors: str, base: str) -> None:
+            (directory / "adapter_config.json").write_text(base)
+            if self.killed:
+                raise Ended
+            (directory / "adapter_model.safetensors").write_text(tensors)
+
+    adapter, model = Adapter(), saved_with_defaults(tmp_path / "base", {})
+    learner = SimpleNamespace(adapter=adapter, whole_model=lambda: model, adapter_weights=lambda: "weights")
+    run = run_of(
+        tmp_path / "run",
+        Generation(),
+        TrainerState(1, 1, 0, ""),
+        {"policy": {"source": "first"}},
+        learner=learner,
+        tokenizer=load_tokenizer(tmp_path / "base"),
+    )
+    run.save_final_model()
+    adapter.killed, run.config = (
+        True,
+        TrainerConfig.model_validate({"policy": {"source": "second"}, "run_dir": run.config.run_dir}),
+    )
+    with pytest.raises(Ended):
+        run.save_final_model()
+    found = tmp_path / "run" / "final_adapter"
+    assert {path.name: path.read_text() for path in found.iterdir()} == {
+        "adapter_config.json": "first",
+        "adapter_model.safetensors": "weights",
+    }
 
 
 def test_other_defaults_are_written_as_transformers_writes_them(tmp_path: Path) -> None:
