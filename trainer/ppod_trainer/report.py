@@ -101,8 +101,8 @@ def plot_curves(path: Path, records: Sequence[Record], title: str) -> None:
     # A line of one point is not drawn.
     dot = "." if len(steps) == 1 else ""
     score.plot([r["step"] for r in steps], [r["score/mean"] for r in steps], marker=dot, label="reward model")
-    judged = [r for r in steps if "judge/mean" in r]
-    score.plot([r["step"] for r in judged], [r["judge/mean"] for r in judged], "o-", ms=3, label="held-out judge")
+    if judged := [r for r in steps if "judge/mean" in r]:
+        score.plot([r["step"] for r in judged], [r["judge/mean"] for r in judged], "o-", ms=3, label="held-out judge")
     score.errorbar(
         [r["step"] for r in heldout],
         [r["heldout/score"] for r in heldout],

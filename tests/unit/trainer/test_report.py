@@ -64,6 +64,15 @@ def test_the_curves_of_one_step_are_points(tmp_path: Path) -> None:
         assert (abs(shown - to_rgb(color)).max(axis=-1) < 0.02).any(), color
 
 
+def test_the_curves_name_no_judge_where_there_is_none(tmp_path: Path) -> None:
+    record = {"score/mean": 0.3, "kl/reference": 2.0, "seconds/update": 1.0}
+    for name, judged in (("none", {}), ("judge", {"judge/mean": 0.4})):
+        plot_curves(tmp_path / f"{name}.png", [{"step": step, **record, **judged} for step in (1.0, 2.0)], "two steps")
+        image = imread(tmp_path / f"{name}.png")
+        first = image[:, : image.shape[1] // 3, :3]
+        assert (abs(first - to_rgb("tab:orange")).max(axis=-1) < 0.02).any() == (name == "judge")
+
+
 def test_phases_add_up_to_the_step_also_where_rollouts_were_made_before_it() -> None:
     phases = {"generate": 3.0, "score_and_reference": 1.0, "old_logprobs": 0.5, "update": 2.0, "push": 0.25}
     record = {f"seconds/{phase}": value for phase, value in phases.items()}
