@@ -68,7 +68,7 @@ def save_checkpoint(directory: Path, learner: Learner, state: TrainerState, keep
         (aside / _STATE).write_text(json.dumps({**asdict(state), "files": files}, indent=2), encoding="utf-8")
         put_in_place(target)
         # A later one, which is damaged, must not take the place of one that can be resumed from.
-        for old in [one for one in list_checkpoints(directory) if one <= target][:-keep]:
+        for old in [one for one in list_checkpoints(directory) if _step_of(one) <= state.step][:-keep]:
             shutil.rmtree(old)
     learner.ranks.wait_for_all()
     return target
@@ -76,7 +76,9 @@ def save_checkpoint(directory: Path, learner: Learner, state: TrainerState, keep
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(path for path in directory.glob(f"{_PREFIX}*") if (path / _STATE).is_file())
+    named = (path for path in directory.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal())
+    # By number: from step 1,000,000 on names are longer, and sort before those of earlier steps.
+    return sorted((path for path in named if (path / _STATE).is_file()), key=_step_of)
 
 
 def goes_on(directory: Path, resume: bool | Literal["if_possible"], ranks: Ranks) -> bool:
@@ -168,6 +170,10 @@ def with_prompts(state: TrainerState, fingerprint: str) -> TrainerState:
             f"({state.prompts}, now {fingerprint}); put the file back as it was, or start a new run directory"
         )
     return replace(state, prompts=fingerprint)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))
 
 
 def _examine(path: Path, configuration: str, ranks: Ranks) -> TrainerState | str:

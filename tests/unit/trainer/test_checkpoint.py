@@ -70,6 +70,19 @@ def test_only_the_newest_are_kept_and_half_written_ones_do_not_count(policy: Pol
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000002", "step_000010"]
 
 
+def test_the_newest_is_that_of_the_greatest_step_also_where_names_get_longer(
+    policy: PolicyWithValue, tmp_path: Path
+) -> None:
+    learner = learner_of(policy)
+    for step in (999_999, 1_000_000):
+        save_checkpoint(tmp_path, learner, state_at(step), keep=2)
+    assert load_checkpoint(tmp_path, learner, "fingerprint") == state_at(1_000_000)
+    (tmp_path / "step_1000000").rename(tmp_path / "step_1000000.mine")
+    assert load_checkpoint(tmp_path, learner, "fingerprint") == state_at(999_999), "a copy of the user's is none"
+    save_checkpoint(tmp_path, learner, state_at(1_000_001), keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_1000001"]
+
+
 def test_what_does_not_fit_is_refused(policy: PolicyWithValue, tmp_path: Path) -> None:
     learner = learner_of(policy)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
