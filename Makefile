@@ -64,7 +64,7 @@ test-replicas: export OMP_WAIT_POLICY ?= PASSIVE
 test-replicas: setup ## train while pods of all services come, go, are killed and cut off (network namespaces: needs root)
 	PPOD_TEST_REPLICAS=1 $(BIN)/python -m pytest tests/deploy/replicas
 
-setup-vllm: $(VLLM_STAMP) ## install vLLM's CPU build and ppod's services beside it into $(VLLM_VENV) (3 GB)
+setup-vllm: $(VLLM_STAMP) ## install vLLM's CPU build and ppod's services beside it into $(VLLM_VENV) (4 GB)
 	@[ "$$(cat $(VLLM_VENV)/.checkout)" = "$(CURDIR)" ] || \
 		{ $(VLLM_PIP) --no-deps -e . && echo $(CURDIR) > $(VLLM_VENV)/.checkout; }
 
