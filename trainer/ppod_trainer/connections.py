@@ -114,7 +114,8 @@ def connect(trainer: TrainerConfig, tokenizer_fingerprint: str, observer: RpcObs
     reference_weights, referring = None, None
     if trainer.pushes_reference:
         # Now and then, to services that may see other directories than generation does.
-        reference_weights, referring = pushed_to(config.reference, config.reference_admin, WeightTransferConfig())
+        transfer = WeightTransferConfig(lost_replicas=trainer.weight_transfer.lost_replicas)
+        reference_weights, referring = pushed_to(config.reference, config.reference_admin, transfer)
     connections = Connections(
         generation=GenerationClient(
             config.generation, timeout_s=timeout_s, pin=pin, observer=observer, security=security, replicas=generating

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from ppod_trainer.leader import Leader
 from ppod_trainer.policy_versions import PolicyVersions
 from ppod_trainer.policy_weights import wire_tensors
+from ppod_trainer.push_report import PushReport
 from ppod_trainer.stopping import StopSignal
-from ppod_trainer.weight_sync import PushReport, WeightSync
+from ppod_trainer.weight_sync import WeightSync
 
 InService = Callable[[int], AbstractContextManager[None]]
 """Context in which weights of a version may come into service."""

@@ -39,6 +39,7 @@ from ppod_trainer.config import WeightTransferConfig
 from ppod_trainer.errors import WeightPushError
 from ppod_trainer.held_files import HeldFiles
 from ppod_trainer.policy_weights import KnownPolicies, PolicyTensors
+from ppod_trainer.push_report import PushReport
 from ppod_trainer.weight_planes import GrpcPlane, Outgoing, SharedPlane, WeightPlane, new_push_id
 from ppod_trainer.weight_replicas import ServedWeights, WeightReplicas
 
@@ -48,38 +49,6 @@ _MOST_AT_ONCE = 64
 AnswerT = TypeVar("AnswerT")
 Outcomes = dict[str, PpodError | None]
 """What became of each replica, by its administration port; None: it went well."""
-
-
-@dataclass(frozen=True, slots=True)
-class PushReport:
-    """What one push took.
-
-    Attributes:
-        sent_bytes: bytes of tensors that left the trainer, or that it wrote to files.
-        prepare_s: seconds until the version was prepared everywhere.
-        commit_s: seconds from then until it served everywhere.
-        paused_s: longest time for which no batch could start on a replica.
-        fallbacks: replicas that refused changes, or that a broadcast did not reach, and were sent whole weights.
-        lost: replicas that did not get the version, where the run may go on without them.
-    """
-
-    sent_bytes: int
-    prepare_s: float
-    commit_s: float
-    paused_s: float
-    fallbacks: int
-    lost: tuple[str, ...]
-
-    def figures(self) -> dict[str, float]:
-        """As a step's record holds them; what each name means: `metrics.GAUGES`."""
-        return {
-            "push/bytes": float(self.sent_bytes),
-            "push/fallbacks": float(self.fallbacks),
-            "push/lost": float(len(self.lost)),
-            "seconds/push_prepare": self.prepare_s,
-            "seconds/push_commit": self.commit_s,
-            "seconds/push_pause": self.paused_s,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +297,10 @@ class WeightSync:
         message = f"{what} of weight version {weight_version} failed on {len(failed)} of {len(outcomes)}: {reasons}"
         excused = all(self._replicas.excuses(target, error) for target, error in failed.items())
         if not excused or len(failed) == len(outcomes):
-            raise WeightPushError(message, list(failed.values())) from next(iter(failed.values()))
+            error = WeightPushError(message, list(failed.values()))
+            if len(failed) < len(outcomes):
+                self._tell_of_skipping(error)
+            raise error from next(iter(failed.values()))
         _LOGGER.warning("%s", message)
         return list(failed)
 
@@ -338,8 +310,16 @@ class WeightSync:
         found = {target: answer for target, answer in answers.items() if isinstance(answer, WeightStatus)}
         for target, answer in answers.items():
             if isinstance(answer, PpodError) and not (found and self._replicas.excuses(target, answer)):
-                raise WeightPushError(f"{target} does not tell which weights it has: {answer}") from answer
+                error = WeightPushError(f"{target} does not tell which weights it has: {answer}")
+                if found:
+                    self._tell_of_skipping(error)
+                raise error from answer
         return found
+
+    def _tell_of_skipping(self, error: WeightPushError) -> None:
+        """Name the key by which a run does without this replica, where there is one: pods come and go by themselves."""
+        if not self._replicas.change and self._config.plane != "collective":
+            error.add_note("weight_transfer.lost_replicas: skip would go on without it")
 
     def _by_directory(self, targets: Sequence[str]) -> list[list[str]]:
         """The replicas, together those that share a relay directory; each is asked once."""

@@ -16,7 +16,8 @@ from ppod import GenerationClient, Sampling
 from ppod.client import WeightPush, weight_calls
 from ppod_trainer.config import CollectiveConfig, WeightTransferConfig
 from ppod_trainer.policy_weights import PolicyTensors
-from ppod_trainer.weight_sync import PushReport, WeightSync
+from ppod_trainer.push_report import PushReport
+from ppod_trainer.weight_sync import WeightSync
 from support.processes import ServiceProcess
 
 _PUSH = "push over gRPC, prepared, verified and committed"

@@ -194,6 +194,34 @@ def test_every_replica_of_a_reference_is_refreshed_and_pinned(system: System, tm
         assert f"weight_version: the server has {version + 1}, the request needs {version}; from ppod.v1.Ref" in stderr
 
 
+@pytest.mark.parametrize("lost", ["stop", "skip"])
+def test_a_refreshed_reference_whose_replica_dies_is_done_without_where_replicas_may_be_lost(
+    system: System, tmp_path: Path, lost: str
+) -> None:
+    values = {"model": tiny_model_config(system.model_dir)}
+    with running_service("ppod_services.reference", tmp_path, values) as mortal:
+        services = {
+            **cast("dict[str, str]", system.config("unused")["services"]),
+            "reference": f"{system.reference.target},{mortal.target}",
+            "reference_admin": f"{system.reference.admin_target},{mortal.admin_target}",
+        }
+        transfer = {"lost_replicas": lost}
+        changes = {"reference_refresh_steps": 4, "services": services, "weight_transfer": transfer}
+        config = system.config(f"reference-{lost}", steps=1000, **changes)
+        run_dir = Path(str(config["run_dir"]))
+        process = system.start(config)
+        wait_for_step(process, run_dir, 5)
+        mortal.signal(signal.SIGKILL)
+        if lost == "skip":
+            wait_for_step(process, run_dir, len((run_dir / "metrics.jsonl").read_text().splitlines()) + 9)
+            process.terminate()
+        _, stderr = process.communicate(timeout=60)
+    assert (process.wait() == 1) == (lost == "stop")
+    assert ("weight_transfer.lost_replicas: skip would go on without it" in stderr) == (lost == "stop")
+    assert (f"failed on 1 of 2: {mortal.admin_target}" in stderr) == (lost == "skip")
+    assert "Traceback" not in stderr
+
+
 def test_prometheus_exports_every_gauge_while_the_run_goes_on(system: System) -> None:
     (port,) = free_ports(1)
     config = system.config("scraped", steps=200, metrics={"port": port, "tensorboard": False})

@@ -230,6 +230,7 @@ def test_a_dead_replica_stops_the_push_or_is_left_behind(
             with pytest.raises(WeightPushError, match=refused) as failed:
                 sync.push(build_model(seed=7), torch.float32, version + 1)
         assert [type(cause) for cause in failed.value.causes] == [Unavailable]
+        assert failed.value.__notes__ == ["weight_transfer.lost_replicas: skip would go on without it"]
         for replica in replicas:
             with WeightClient(replica.admin_target) as client:
                 assert client.status().state.weight_version == version

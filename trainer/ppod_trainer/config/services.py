@@ -166,7 +166,9 @@ class WeightTransferConfig(ConfigModel):
         default="wait", description="what a commit does about running sequences; see WeightPause in weights.proto"
     )
     lost_replicas: Literal["stop", "skip"] = Field(
-        default="stop", description="what a replica that did not get its weights does to the run, while others did"
+        default="stop",
+        description="what a listed replica of generation, or of a reference that is refreshed, does to the run that "
+        "did not get its weights while others did",
     )
 
     @model_validator(mode="after")
