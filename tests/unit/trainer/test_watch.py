@@ -32,8 +32,9 @@ KINDS: tuple[TroubleKind, ...] = (
 def healthy() -> list[Record]:
     """Figures of `ppod run` with smollm2-cpu-float32.yaml, seed 0, as metrics.jsonl has them.
 
-    The run is older than three figures, which are added as its evaluations show them: distinct-2 from 0.95 to 0.83, a
-    value head that learns, a judge whose scores spread as the reward model's do; each with noise.
+    The run is older than four figures, which are added as its evaluations show them: distinct-2 from 0.95 to 0.83, a
+    value head that learns, a judge whose scores spread as the reward model's do, and responses of which nearly all are
+    cut off; each with noise.
     """
     lines = (Path(__file__).parent / "default_run_records.jsonl").read_text().splitlines()
     records: list[Record] = [json.loads(line) for line in lines]
@@ -42,6 +43,7 @@ def healthy() -> list[Record]:
         progress = step / len(records)
         record["response/distinct_2"] = 0.95 - 0.12 * progress + float(noise.normal(0, 0.02))
         record["value/std"] = 0.4 * progress * float(noise.uniform(0.8, 1.2))
+        record["response/truncated"] = min(1.0, 0.9 + 0.1 * progress + abs(float(noise.normal(0, 0.03))))
         if "judge/mean" in record:
             record["judge/std"] = record["score/std"] * float(noise.uniform(0.9, 1.1))
     return records
@@ -61,6 +63,12 @@ def watch(
 
 def grow_longer(step: int, record: Record) -> None:
     record["response/length"] *= 1 + 0.12 * max(step - 5, 0)
+
+
+def grow_to_the_limit(step: int, record: Record) -> None:
+    """Lengths from 16 to a limit of 24 tokens: never twice what they were."""
+    record["response/length"] = min(16 + 0.8 * max(step - 5, 0), 24.0)
+    record["response/truncated"] = min(0.2 + 0.08 * max(step - 5, 0), 1.0)
 
 
 def repeat(step: int, record: Record) -> None:
@@ -131,6 +139,7 @@ def part(step: int, record: Record) -> None:
     ("kind", "spoil"),
     [
         ("length_growth", grow_longer),
+        ("length_growth", grow_to_the_limit),
         ("repetition", repeat),
         ("entropy_collapse", become_certain),
         ("kl_blow_up", leave_the_reference),
@@ -172,6 +181,7 @@ def test_noise_is_no_trouble(seed: int) -> None:
                 "score/std": float(noise.uniform(0.5, 1.0)),
                 "response/length": float(noise.uniform(12, 16)),
                 "response/distinct_2": float(noise.uniform(0.75, 0.95)),
+                "response/truncated": int(noise.binomial(8, 0.5)) / 8,
                 "policy/entropy": float(noise.uniform(2, 4)),
                 "policy/approx_kl": float(noise.exponential(0.02)),
                 "policy/grad_norm": float(noise.exponential(5)),
@@ -221,7 +231,9 @@ def test_what_stops_a_run_is_named() -> None:
         watcher.check(3)
 
 
-@pytest.mark.parametrize("spoil", [grow_longer, repeat, become_certain, leave_the_reference, forget_the_values, hack])
+@pytest.mark.parametrize(
+    "spoil", [grow_longer, grow_to_the_limit, repeat, become_certain, leave_the_reference, forget_the_values, hack]
+)
 def test_a_resumed_run_sees_what_one_without_a_break_sees(spoil: Callable[[int, Record], None]) -> None:
     records = healthy()
     for step, record in enumerate(records, start=1):
@@ -233,6 +245,26 @@ def test_a_resumed_run_sees_what_one_without_a_break_sees(spoil: Callable[[int, 
         second = build_watcher(WatchConfig(), critic=True)
         second.restore(json.loads(json.dumps(first.state())))
         assert before + watch(records[cut:], watcher=second) == straight
+
+
+@pytest.mark.parametrize("cut_off", [1.0, 0.9, 0.6])
+def test_responses_that_were_cut_off_from_the_start_are_no_trouble(cut_off: float) -> None:
+    """As those of the default run, whose limit is short."""
+    records = [{**record, "response/truncated": 1.0 if step > 5 else cut_off} for step, record in enumerate(healthy())]
+    assert not any(watch(records))
+
+
+def test_a_checkpoint_from_before_cut_off_responses_were_watched_is_read() -> None:
+    first, second = (build_watcher(WatchConfig(), critic=True) for _ in range(2))
+    records = healthy()
+    for step, record in enumerate(records, start=1):
+        grow_longer(step, record)
+    watch(records[:10], watcher=first)
+    state = json.loads(json.dumps(first.state()))
+    for key in ("ended", "cut_off"):
+        del state["detectors"]["length_growth"][key]
+    second.restore(state)
+    assert watch(records[10:], watcher=second) == watch(records)[10:]
 
 
 def test_what_cannot_be_watched_is_refused() -> None:

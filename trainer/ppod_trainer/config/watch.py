@@ -29,6 +29,12 @@ class WatchConfig(ConfigModel):
     steps: int = Field(default=3, ge=1, description="steps in a row that must show a trouble")
     baseline_steps: int = Field(default=5, ge=1, description="first steps, whose mean is what later ones are held to")
     length_ratio: float = Field(default=2.0, gt=1, description="length_growth: of the baseline's response length")
+    ended_ratio: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="length_growth: of the baseline's share of responses that were not cut off, where most were not",
+    )
     distinct_ratio: float = Field(default=0.5, gt=0, lt=1, description="repetition: of the baseline's distinct-2")
     entropy_ratio: float = Field(default=0.2, gt=0, lt=1, description="entropy_collapse: of the baseline's entropy")
     kl_per_token: float = Field(default=2.0, gt=0, description="kl_blow_up: KL to the reference, nats a token")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import cast
 
-from ppod_trainer.config import TroubleKind
+from ppod_trainer.config import TroubleKind, WatchConfig
 from ppod_trainer.stateful import JsonState
 from ppod_trainer.watch.base import Baseline, Record, Streak
+
+_MOST = 0.5
+"""Of responses: where fewer end by themselves at first, a step's few may end nowhere by chance."""
 
 
 class Drift:
@@ -57,3 +60,48 @@ class Drift:
         """See `Detector`."""
         self._baseline.restore(cast(JsonState, state["baseline"]))
         self._streak.restore(cast(JsonState, state["streak"]))
+
+
+class LengthGrowth:
+    """Responses grow: past a multiple of their first length, or to where they are cut off, as most were not at first.
+
+    A limit below that multiple would hide all growth. Where most are cut off from the start it says nothing.
+    """
+
+    def __init__(self, config: WatchConfig) -> None:
+        self._length = Drift(
+            self.kind, "response/length", config.length_ratio, Baseline(config.baseline_steps), Streak(config.steps)
+        )
+        self._ratio = config.ended_ratio
+        self._ended = Baseline(config.baseline_steps)
+        self._streak = Streak(config.steps)
+
+    @property
+    def kind(self) -> TroubleKind:
+        """See `Detector`."""
+        return "length_growth"
+
+    def observe(self, record: Record) -> str | None:
+        """See `Detector`."""
+        grown, cut_off = self._length.observe(record), self._cut_off(record["response/truncated"])
+        return grown or cut_off
+
+    def _cut_off(self, share: float) -> str | None:
+        mean = self._ended.mean(1 - share)
+        if mean is None or not self._streak.reached(mean >= _MOST and 1 - share < self._ratio * mean):
+            return None
+        return (
+            f"{share:.0%} of the responses are cut off at their limit; of those of the first {self._ended.steps} steps "
+            f"{1 - mean:.0%} were"
+        )
+
+    def state(self) -> JsonState:
+        """See `Detector`."""
+        return {**self._length.state(), "ended": self._ended.state(), "cut_off": self._streak.state()}
+
+    def restore(self, state: JsonState) -> None:
+        """See `Detector`. A checkpoint of an earlier version knows of lengths alone."""
+        self._length.restore(state)
+        if "ended" in state:
+            self._ended.restore(cast(JsonState, state["ended"]))
+            self._streak.restore(cast(JsonState, state["cut_off"]))

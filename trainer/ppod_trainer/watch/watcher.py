@@ -10,7 +10,7 @@ from ppod_trainer.config import TroubleKind, WatchConfig
 from ppod_trainer.errors import TroubleError
 from ppod_trainer.stateful import JsonState
 from ppod_trainer.watch.base import Baseline, Detector, Record, Streak
-from ppod_trainer.watch.responses import Drift
+from ppod_trainer.watch.responses import Drift, LengthGrowth
 from ppod_trainer.watch.rewards import AllEqualRewards, RewardHacking
 from ppod_trainer.watch.update import DeadGradients, KlBlowUp, SamplerGap, ValueCollapse
 
@@ -89,7 +89,7 @@ def build_watcher(config: WatchConfig, *, critic: bool) -> Watcher:
 
     detectors: list[Detector] = [
         RewardHacking(config),
-        drift("length_growth", "response/length", config.length_ratio),
+        LengthGrowth(config),
         drift("repetition", "response/distinct_2", config.distinct_ratio),
         drift("entropy_collapse", "policy/entropy", config.entropy_ratio),
         KlBlowUp(config),
