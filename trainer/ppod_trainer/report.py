@@ -62,18 +62,36 @@ def print_report(console: Console, before: Evaluation, after: Evaluation, shown:
     if before.score_std > 0:
         rise = (after.score - before.score) / before.score_std
         console.print(f"The score moved by {rise:+.2f} standard deviations of the scores before training.")
-    samples = Table(title="samples, same prompt and seed", show_lines=True)
-    for column in ("prompt", "before", "after"):
-        samples.add_column(column, overflow="fold")
     # Episodes of an environment may begin alike, with the same prompt.
     earlier = {(sample.prompt, sample.seed): sample for sample in before.samples}
     found = ((earlier.get((sample.prompt, sample.seed)), sample) for sample in after.samples)
-    pairs = [(old_sample, sample) for old_sample, sample in found if old_sample is not None][:shown]
-    for old_sample, new_sample in pairs:
+    pairs = [(old_sample, sample) for old_sample, sample in found if old_sample is not None]
+    same = len(pairs) == len(before.samples) == count
+    if not same or any((old.judge is None) != (new.judge is None) for old, new in pairs):
+        _print_common(console, pairs, len(before.samples), count)
+    samples = Table(title="samples, same prompt and seed", show_lines=True)
+    for column in ("prompt", "before", "after"):
+        samples.add_column(column, overflow="fold")
+    for old_sample, new_sample in pairs[:shown]:
         # As text, not markup: what a model writes in brackets is no style of ours.
         samples.add_row(Text(old_sample.prompt), _continuation(old_sample), _continuation(new_sample))
-    if pairs:
+    if samples.row_count:
         console.print(samples)
+
+
+def _print_common(console: Console, pairs: Sequence[tuple[Sample, Sample]], before: int, after: int) -> None:
+    """Samples that were refused are in one evaluation alone: how the scores of the others moved."""
+    told = f"Some samples were refused: of {before} before and {after} after {len(pairs)} are in both."
+    if pairs:
+        told += f" Over these the score went from {_means([(old.score, new.score) for old, new in pairs])}"
+        judged = [(old.judge, new.judge) for old, new in pairs if old.judge is not None and new.judge is not None]
+        told += f", the held-out judge's, of {len(judged)}, from {_means(judged)}." if judged else "."
+    console.print(told, highlight=False, soft_wrap=True)
+
+
+def _means(pairs: Sequence[tuple[float, float]]) -> str:
+    old, new = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+    return f"{old:+.3f} to {new:+.3f}"
 
 
 def print_troubles(console: Console, records: Sequence[Record]) -> None:

@@ -53,6 +53,41 @@ def test_a_sample_stands_beside_the_one_of_its_own_seed() -> None:
     ]
 
 
+def test_the_report_compares_the_same_samples_where_some_were_refused() -> None:
+    """What was refused in one of the two evaluations moves the means of all without any training."""
+
+    def scored(step: int, scores: dict[int, tuple[float, float | None]]) -> Evaluation:
+        samples = tuple(Sample("Guess:", "", score, judge, 5, seed) for seed, (score, judge) in scores.items())
+        return replace(evaluation(step, "", 0.0), samples=samples)
+
+    def shown(before: Evaluation, after: Evaluation) -> list[str]:
+        console = Console(file=io.StringIO(), width=120)
+        print_report(console, before, after, shown=0)
+        assert isinstance(console.file, io.StringIO)
+        return [line for line in console.file.getvalue().splitlines() if "refused" in line]
+
+    before = scored(0, {11: (-9.0, 0.0), 12: (1.0, 0.5), 13: (2.0, 0.25), 14: (3.0, None)})
+    after = scored(3, {12: (2.0, 0.75), 13: (2.0, None), 14: (3.5, 1.0)})
+    assert shown(before, after) == [
+        "Some samples were refused: of 4 before and 3 after 3 are in both. Over these the score went from +2.000 to "
+        "+2.500, the held-out judge's, of 1, from +0.500 to +0.750."
+    ]
+    unjudged = scored(3, {11: (1.0, None), 15: (1.0, None)})
+    assert shown(unjudged, scored(3, {11: (1.5, None), 16: (1.0, None)})) == [
+        "Some samples were refused: of 2 before and 2 after 1 are in both. Over these the score went from +1.000 to "
+        "+1.500."
+    ]
+    assert shown(unjudged, scored(3, {16: (1.0, None)})) == [
+        "Some samples were refused: of 2 before and 1 after 0 are in both."
+    ]
+    assert shown(before, before) == []
+    judged = scored(3, {12: (2.0, 0.75), 13: (2.0, 0.5), 14: (3.5, 1.0)})
+    assert shown(after, judged) == [
+        "Some samples were refused: of 3 before and 3 after 3 are in both. Over these the score went from +2.500 to "
+        "+2.500, the held-out judge's, of 2, from +0.875 to +0.875."
+    ], "the judge refused one of those that the reward model scored"
+
+
 def test_the_curves_of_one_step_are_points(tmp_path: Path) -> None:
     record = {"step": 1, "score/mean": 0.3, "kl/reference": 2.0, "seconds/update": 1.0}
     plot_curves(tmp_path / "curves.png", [record], "one step")
