@@ -121,7 +121,8 @@ def test_what_reads_logs_goes_on_past_lines_of_plain_text() -> None:
     """As of libraries, and of a service that cannot start."""
     refused: dict[str, object] = {"level": "info", "event": "call", "code": "UNAUTHENTICATED"}
     broken: dict[str, object] = {"level": "error", "event": "call_broke", "code": "INTERNAL"}
-    log = "\n".join((json.dumps(refused), "ppod reward: a line of text", json.dumps(broken)))
+    file: dict[str, object] = {"level": "error", "event": "teams_file_refused"}
+    log = "\n".join((json.dumps(refused), "ppod reward: a line of text", json.dumps(broken), json.dumps(file)))
     shown: list[object] = []
     for page in PAGES:
         for arguments in re.findall(r"\| (jq .*')", page.read_text()):
@@ -129,7 +130,7 @@ def test_what_reads_logs_goes_on_past_lines_of_plain_text() -> None:
                 ["jq", "-c", *shlex.split(arguments)[1:]], input=log, capture_output=True, text=True, check=True
             )
             shown.append([json.loads(line) for line in done.stdout.splitlines()])
-    assert shown == [["ppod reward: a line of text", broken], [broken], [refused]]
+    assert shown == [["ppod reward: a line of text", broken, file], [broken], [file], [refused]]
 
 
 def test_what_is_created_by_server_side_apply_may_be_created() -> None:

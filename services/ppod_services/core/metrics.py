@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -65,6 +65,12 @@ class ServiceMetrics:
         )
         self._add_team_metrics()
         self._weight_version = Gauge("ppod_weight_version", "Version of the serving weights", registry=self.registry)
+        self._file_refused = Gauge(
+            "ppod_file_refused",
+            "1 while a teams file or certificate that was changed is refused, and what it was before is in use",
+            ["file"],
+            registry=self.registry,
+        )
         self._ready = Gauge("ppod_ready", "1 while the model is loaded and calls are taken", registry=self.registry)
 
     def _add_team_metrics(self) -> None:
@@ -148,6 +154,10 @@ class ServiceMetrics:
     def weight_version(self, version: int) -> None:
         """Record the version that serves."""
         self._weight_version.set(version)
+
+    def follow_file(self, file: str, refused: Callable[[], bool]) -> None:
+        """Ask at each scrape whether what a file holds now is refused."""
+        self._file_refused.labels(file).set_function(lambda: float(refused()))
 
     def ready(self, ready: bool) -> None:
         """Record whether calls are taken."""

@@ -116,6 +116,8 @@ class _Server:
         self._asked: tuple[int, float] | None = None
         self._gate = CallGate(config.limits.max_concurrent_calls)
         self._tenancy = Tenancy(config.tenancy, self._metrics.team_quotas)
+        if config.tenancy.teams_file is not None:
+            self._metrics.follow_file(str(config.tenancy.teams_file), lambda: self._tenancy.refused)
         # Held for as long as the ports are: gRPC calls them before each handshake.
         self._certificates: list[RotatingCertificates] = []
         self._tracing = tracing_interceptors(config.tracing, self._hosted.service_name)
@@ -193,6 +195,7 @@ class _Server:
             else:
                 certificates = RotatingCertificates(tls)
                 self._certificates.append(certificates)
+                self._metrics.follow_file(str(tls.certificate_file), certificates.refused)
                 server.add_secure_port(listen.address(port), certificates.credentials)
         except CertificateError as error:
             raise StartError(f"tls: {error}") from error

@@ -43,6 +43,9 @@ class Tenancy:
 
     Raises:
         ConfigError: the file cannot be read or has faults.
+
+    Attributes:
+        refused: what the file holds now has faults, and what it held before is in use.
     """
 
     def __init__(self, config: TenancyConfig, on_quotas: OnQuotas | None = None) -> None:
@@ -50,6 +53,7 @@ class Tenancy:
         self._reload_s = config.reload_s
         self._stamp: Stamp | None = None
         self._roster: Roster | None = None
+        self.refused = False
         if self._path is not None:
             self._stamp = _stamp(self._path)
             self._roster = load_roster(self._path)
@@ -100,8 +104,10 @@ class Tenancy:
         try:
             self._roster = load_roster(path)
         except ConfigError as error:
+            self.refused = True
             log_event(_LOGGER, "teams_file_refused", {"problems": str(error)}, level=logging.ERROR)
         else:
+            self.refused = False
             self._tell_quotas()
             log_event(_LOGGER, "teams_file_loaded", {"file": str(path), "tokens": len(self._roster.holders)})
 

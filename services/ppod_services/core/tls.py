@@ -76,7 +76,8 @@ class RotatingCertificates:
         self._config = config
         self._lock = threading.Lock()
         self._stamp = _stamp(config)
-        self._files = _Files.read(config)
+        self._files = self._served = _Files.read(config)
+        self._refused = False
         self.credentials = grpc.dynamic_ssl_server_credentials(
             self._files.configuration(),
             self._fetch,  # pyright: ignore[reportArgumentType] - None is allowed, and means unchanged
@@ -86,20 +87,32 @@ class RotatingCertificates:
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
         """What gRPC asks before each handshake, in a thread of its own; None: nothing new."""
         with self._lock:
-            stamp = _stamp(self._config)
-            if stamp == self._stamp:
+            self._look()
+            if self._files == self._served:
                 return None
-            self._stamp = stamp
-            try:
-                files = _Files.read(self._config)
-            except CertificateError as error:
-                log_event(_LOGGER, "certificates_refused", {"detail": str(error)}, level=logging.ERROR)
-                return None
-            if files == self._files:
-                return None
-            self._files = files
-        log_event(_LOGGER, "certificates_rotated", {"certificate": str(self._config.certificate_file)})
-        return files.configuration()
+            self._served = self._files
+            log_event(_LOGGER, "certificates_rotated", {"certificate": str(self._config.certificate_file)})
+            return self._served.configuration()
+
+    def refused(self) -> bool:
+        """Whether the files as they are now are refused. Looks at them itself: nobody may connect for days."""
+        with self._lock:
+            self._look()
+            return self._refused
+
+    def _look(self) -> None:
+        """Read the files if they changed. The lock must be held."""
+        stamp = _stamp(self._config)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._files = _Files.read(self._config)
+        except CertificateError as error:
+            self._refused = True
+            log_event(_LOGGER, "certificates_refused", {"detail": str(error)}, level=logging.ERROR)
+        else:
+            self._refused = False
 
 
 def _paths(config: TlsConfig) -> list[Path]:

@@ -175,3 +175,10 @@ def test_a_changed_file_takes_effect_and_a_broken_one_does_not(shared: Shared) -
     shared.service.wait_for_event("teams_file_refused", 10)
     shared.judge("neerg")
     shared.judge("der")
+    told = f'ppod_file_refused{{file="{shared.teams_file}"}}'
+    assert f"{told} 1.0\n" in metrics_of(shared.service)
+    shared.write(team("red"), team("green"))
+    until = time.monotonic() + 10
+    while f"{told} 0.0\n" not in metrics_of(shared.service):
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ppod.v1 import reference_pb2, reference_pb2_grpc
 from support.authority import Authority
-from support.processes import ServiceProcess, running_service
+from support.processes import ServiceProcess, metrics_of, running_service
 from support.services import tiny_model_config
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -124,6 +125,23 @@ def test_half_a_rotation_is_refused_and_the_old_certificate_serves_on(
         assert served_serial(service.port) == before
     assert '"event": "certificates_refused"' in service.stderr
     assert status(service.target, grpc.ssl_channel_credentials(authority.root)) == SERVING
+
+
+def refused_files(service: ServiceProcess) -> set[str]:
+    """The files that its metrics say it refuses, by their names."""
+    told = re.findall(r'^ppod_file_refused{file="(\S+)"} (\S+)$', metrics_of(service), re.MULTILINE)
+    assert len(told) == 2, "of two ports"
+    return {Path(file).name for file, value in told if float(value)}
+
+
+def test_a_refused_certificate_is_told_although_nobody_connects(service: ServiceProcess, authority: Authority) -> None:
+    assert refused_files(service) == set()
+    before, fresh = served_serial(service.port), authority.issue("rotated")
+    shutil.move(fresh["private_key_file"], authority.directory / "server.key")
+    assert refused_files(service) == {"server.crt"}
+    shutil.move(fresh["certificate_file"], authority.directory / "server.crt")
+    assert refused_files(service) == set()
+    assert served_serial(service.port) != before, "what a scrape has read is served"
 
 
 def test_a_missing_certificate_is_named_at_the_start(tiny_model_dir: Path, tmp_path: Path) -> None:
