@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
 from itertools import product
 
 import pytest
 
 from support.manifests import Object, Workload, of_kind, overlay, workloads
 
+INNER = ("10.1.2.3", "169.254.169.254", "fd00:ec2::254", "fe80::1")
+"""Addresses that are no hub's: of the cluster, and of nodes' metadata."""
 Labels = Mapping[str, str]
 Path = tuple[str, str, str]
 
@@ -22,16 +25,25 @@ class Place:
     namespace: Labels = field(default_factory=dict)
     labels: Labels = field(default_factory=dict)
     ports: Mapping[str, int] = field(default_factory=dict)
-    outside: bool = False
+    address: str = ""
+
+    @property
+    def outside(self) -> bool:
+        return bool(self.address)
 
 
 def _selects(selector: Object | None, labels: Labels) -> bool:
     return selector is None or not selector.get("matchLabels", {}).items() - labels.items()
 
 
+def _is_in(block: Object, address: str) -> bool:
+    here = ip_address(address)
+    return here in ip_network(block["cidr"]) and not any(here in ip_network(one) for one in block.get("except", ()))
+
+
 def _is_peer(peer: Object, place: Place) -> bool:
     if "ipBlock" in peer:
-        return place.outside
+        return place.outside and _is_in(peer["ipBlock"], place.address)
     if place.outside:
         return False
     home = {"kubernetes.io/metadata.name": "ppod"}
@@ -83,9 +95,12 @@ def _strangers() -> list[Place]:
         pod("team", "search", {"web": 443}),
         pod("stranger", "other", {"web": 8080}),
         pod("lodger", "ppod", {"web": 8080}),
-        Place("api-server", ports={"https": 6443}, outside=True),
-        Place("minikube", ports={"https": 8443}, outside=True),
-        Place("hub", ports={"https": 443}, outside=True),
+        Place("api-server", ports={"https": 6443}, address="10.0.0.1"),
+        Place("api-server-6", ports={"https": 6443}, address="fd00::1"),
+        Place("minikube", ports={"https": 8443}, address="192.168.49.2"),
+        Place("hub", ports={"https": 443}, address="203.0.113.7"),
+        Place("hub-6", ports={"https": 443}, address="2001:db8::7"),
+        *(Place(f"inner-{one}", ports={"inner": 443}, address=one) for one in INNER),
     ]
 
 
@@ -107,7 +122,10 @@ TRAINING = {
     ("trainer", "trainer", "metrics"),
     ("trainer", "api-server", "https"),
     ("trainer", "minikube", "https"),
+    ("trainer", "api-server-6", "https"),
     ("trainer", "hub", "https"),
+    ("trainer", "hub-6", "https"),
+    *(("trainer", f"inner-{one}", "inner") for one in INNER),
 }
 
 
@@ -123,11 +141,17 @@ def test_on_cpus_only_the_needed_paths_are_open() -> None:
 
 
 def test_on_gpus_models_come_from_a_hub() -> None:
-    assert paths("gpu") == TRAINING | _everyones(*ALL) | {(one, "hub", "https") for one in ALL}
+    assert paths("gpu") == TRAINING | _everyones(*ALL) | {
+        (one, hub, "https") for one in ALL for hub in ("hub", "hub-6")
+    }
 
 
 def test_a_shared_reward_service_is_for_namespaces_that_were_let_in() -> None:
-    assert paths("shared-reward") == _everyones("reward") | {("team", "reward", "grpc"), ("reward", "hub", "https")}
+    assert paths("shared-reward") == _everyones("reward") | {
+        ("team", "reward", "grpc"),
+        ("reward", "hub", "https"),
+        ("reward", "hub-6", "https"),
+    }
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu", "shared-reward"])
