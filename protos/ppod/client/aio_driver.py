@@ -70,7 +70,7 @@ class AioDriver:
             call = stub(opening.payload, timeout=opening.timeout_s, metadata=self._core.metadata())
             try:
                 async for data in call:
-                    yield delivery.job.accept(data)
+                    yield delivery.accept(data)
                 delivery.job.finish()
                 return
             except grpc.RpcError as error:

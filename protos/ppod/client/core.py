@@ -272,7 +272,7 @@ class ClientCore:
             except InvalidReply:
                 status = health_pb2.HealthCheckResponse.UNKNOWN
             if status == health_pb2.HealthCheckResponse.SERVING:
-                self.shared.replicas.mark_up(address)
+                self.shared.replicas.mark_up(address, by_health=True)
                 return
         self.shared.replicas.mark_down(address, time.monotonic())
 

@@ -152,6 +152,9 @@ class Exchange:
         part, address = self._end(attempt)
         if isinstance(error, Unavailable):
             self._shared.replicas.mark_down(address, now)
+        if isinstance(error, DeadlineExceeded):
+            self._shared.replicas.mark_late(address, now, now - part.sent_at)
+            self._mark_late(now)
         if not self._may_repeat(error, address):
             return self._finish(_rebased(error, part.rows.start))
         part.tried.add(address)
@@ -216,6 +219,7 @@ class Exchange:
         if self.done:
             return actions
         if now >= self.deadline:
+            self._mark_late(now)
             return self._finish(DeadlineExceeded("the deadline passed before the request could be sent"))
         self.wake_at = None
         in_flight = self._shared.delivery.split.parts_in_flight
@@ -330,6 +334,11 @@ class Exchange:
         del part.live[attempt]
         self._shared.replicas.release(address, part.tokens)
         return part, address
+
+    def _mark_late(self, now: float) -> None:
+        """The deadline is over for all attempts."""
+        for part, address in self._attempts.values():
+            self._shared.replicas.mark_late(address, now, now - part.sent_at)
 
     def _finish(self, error: PpodError) -> list[Action]:
         self.error = error

@@ -11,6 +11,7 @@ from ppod.errors import InvalidArgument
 
 _FIRST_PROBE_S = 0.5
 _LAST_PROBE_S = 10.0
+_MOST_DOUBLINGS = 4
 _PORT_DIGITS = 5
 _OTHER_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 """Of targets that are gRPC's own to read."""
@@ -70,6 +71,7 @@ class _Replica:
     given_tokens: int = 0
     down: bool = False
     failures: int = 0
+    late: int = 0
     probe_at: float = 0.0
     probing: bool = False
     last_pick: int = 0
@@ -145,14 +147,15 @@ class Replicas:
                 replica.outstanding_tokens -= tokens
                 self._left = self._left or (address in self._leaving and replica.outstanding_tokens <= 0)
 
-    def mark_up(self, address: str) -> None:
-        """A replica answered."""
+    def mark_up(self, address: str, *, by_health: bool = False) -> None:
+        """A replica answered; `by_health`: said that it serves, as one may whose model hangs."""
         with self._lock:
             if (replica := self._by_address.get(address)) is not None:
                 if replica.down:
                     replica.given_tokens = max(replica.given_tokens, self._least_given())
                 replica.down = replica.probing = False
                 replica.failures = 0
+                replica.late = replica.late if by_health else 0
 
     def mark_down(self, address: str, now: float) -> None:
         """A replica does not answer, or drains: ask its health again later, and later each time."""
@@ -164,6 +167,17 @@ class Replicas:
             self._resolve_at = min(self._resolve_at, now)
         if self.on_down is not None:
             self.on_down(address)
+
+    def mark_late(self, address: str, now: float, waited_s: float) -> None:
+        """A replica did not answer within a call's deadline: leave it alone for as long, and longer each time.
+
+        Else one that hangs, and so has less to do than all others, would be waited for by every other call.
+        """
+        with self._lock:
+            if (replica := self._by_address.get(address)) is not None:
+                replica.down, replica.probing = True, False
+                replica.probe_at = now + waited_s * 2.0 ** min(replica.late, _MOST_DOUBLINGS)
+                replica.late += 1
 
     def due_probes(self, now: float) -> list[str]:
         """Replicas that are down and whose health is to be asked now; each is told once until it is marked."""

@@ -71,6 +71,8 @@ class StreamDelivery(Generic[ItemT]):
         self._failures = 0
         self._tried: set[str] = set()
         self._address: str | None = None
+        self._opened_at = 0.0
+        self._answered = False
 
     @property
     def deadline(self) -> float:
@@ -84,7 +86,15 @@ class StreamDelivery(Generic[ItemT]):
         self._address = self._shared.replicas.pick(self._tried, (), self.job.tokens)
         if self._address is None:
             raise Unavailable("no replica is left that could answer this request")
+        self._opened_at, self._answered = now, False
         return Opening(self._address, self.job.encode(), self._deadline - now)
+
+    def accept(self, data: bytes) -> ItemT:
+        """See `StreamJob`."""
+        if self._address is not None and not self._answered:
+            self._answered = True
+            self._shared.replicas.mark_up(self._address)
+        return self.job.accept(data)
 
     def closed(self) -> None:
         """The stream ended, or nobody reads on; may be called twice."""
@@ -105,6 +115,8 @@ class StreamDelivery(Generic[ItemT]):
         other_weights = isinstance(error, FailedPrecondition) and error.what == "weight_version"
         if isinstance(error, Unavailable):
             self._shared.replicas.mark_down(address, now)
+        if isinstance(error, DeadlineExceeded) and not self._answered:
+            self._shared.replicas.mark_late(address, now, now - self._opened_at)
         if self.job.complete:
             return None
         if not isinstance(error, Unavailable) and not refused and not other_weights:

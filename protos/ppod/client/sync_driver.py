@@ -84,7 +84,7 @@ class SyncDriver:
                 with _open_channel():
                     call = stub(opening.payload, timeout=opening.timeout_s, metadata=self._core.metadata())
                 for data in call:
-                    yield delivery.job.accept(data)
+                    yield delivery.accept(data)
                 delivery.job.finish()
                 return
             except grpc.RpcError as error:

@@ -171,6 +171,44 @@ def test_probes_become_rarer() -> None:
     assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
 
 
+def ask(world: World, times: int) -> None:
+    for _ in range(times):
+        world.exchange(RowsJob([1]), timeout_s=5.0)
+
+
+def test_a_replica_that_hangs_is_left_alone_for_ever_longer() -> None:
+    """Its health may say that it serves, as where its model alone hangs."""
+    world, waits = World({"a": good(1_000), "b": good(0.01)}), list[float]()
+    replicas = world.shared.replicas
+    for _ in range(6):
+        with pytest.raises(DeadlineExceeded):
+            ask(world, times=10)
+        assert world.addresses()[-1] == "a"
+        late = world.now
+        while not replicas.due_probes(world.now):
+            ask(world, times=1)
+            assert world.addresses()[-1] == "b"
+            world.now += 0.24
+        waits.append(world.now - late)
+        replicas.mark_up("a", by_health=True)
+    assert waits == pytest.approx([5, 10, 20, 40, 80, 80], abs=0.25)
+    # An answer ends it.
+    replicas.mark_up("a")
+    replicas.mark_late("a", 0.0, 5.0)
+    assert replicas.due_probes(5.0) == ["a"]
+
+
+def test_all_replicas_that_a_call_waited_for_are_left_alone_as_long_as_another_works() -> None:
+    hung = good(1_000)
+    world = World({"a": hung, "b": hung, "c": good(0.01)}, Delivery(split=SMALL))
+    with pytest.raises(DeadlineExceeded):
+        world.exchange(RowsJob([100] * 12), timeout_s=5.0)
+    assert set(world.shared.replicas.due_probes(world.now + 5)) == {"a", "b"}
+    for _ in range(6):
+        world.exchange(RowsJob([1]))
+    assert world.addresses()[-6:] == ["c"] * 6
+
+
 def test_one_other_replica_is_asked_after_a_refusal() -> None:
     refusing = failing(ResourceExhausted("full", 1.0), 0.0)
     world = World({"a": refusing, "b": refusing, "c": refusing, "d": refusing})
