@@ -75,6 +75,7 @@ class _Part:
     failures: int = 0
     tried: set[str] = field(default_factory=set[str])
     refusals: int = 0
+    hedge_decided: bool = False
     sent_again: bool = False
     answerer: Answerer | None = None
     seconds: float = 0.0
@@ -259,7 +260,7 @@ class Exchange:
         number = next(self._numbers)
         if not part.live:
             part.sent_at = now
-            part.sent_again = False
+            part.hedge_decided = part.sent_again = False
             if self._shared.budget is not None:
                 self._shared.budget.earn()
         part.live[number] = address
@@ -276,13 +277,15 @@ class Exchange:
                 continue
             here = set(part.live.values())
             late_at, straggles_at = self._late_at(part), self._straggles_at(part)
-            if late_at is not None and now >= late_at:
-                part.sent_again = True
+            if late_at is not None and now >= late_at and not part.hedge_decided:
+                part.hedge_decided = True
                 budget = self._shared.budget
                 if self._shared.replicas.has_other(here) and budget is not None and budget.take():
                     address = self._shared.replicas.pick(here | self._avoided(part), self._holding(now), part.tokens)
+                    part.sent_again = address is not None
                     actions += [self._send(part, address, now)] if address is not None else []
-            elif straggles_at is not None and now >= straggles_at:
+            # Also where there was no budget for a hedge.
+            if straggles_at is not None and now >= straggles_at and not part.sent_again:
                 address = self._shared.replicas.pick_idle(here | self._avoided(part) | self._holding(now), part.tokens)
                 # Without an idle replica the next reply, which makes one idle, asks again.
                 if address is not None:

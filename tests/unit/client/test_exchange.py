@@ -355,6 +355,14 @@ class TestHedging:
         twice.exchange(RowsJob([1], repeatable=False))
         assert len(twice.sent) == 1
 
+    def test_a_part_that_the_budget_does_not_hedge_is_sent_to_an_idle_replica_all_the_same(self) -> None:
+        """As it is without hedging; else it would be waited for until the deadline."""
+        delivery = Delivery(split=SMALL, hedge=HedgePolicy(delay_s=0.2, max_extra_fraction=0.05))
+        world = World({"a": good(1_000), "b": good(0.1), "c": good(0.1)}, delivery)
+        world.exchange(RowsJob([100] * 6), timeout_s=60)
+        assert world.now == pytest.approx(0.4), "three times what its size predicts, and the time of an answer"
+        assert world.cancelled == 2
+
     def test_a_failed_hedge_leaves_the_first_attempt_to_its_answer(self) -> None:
         hedge = HedgePolicy(delay_s=0.01, max_extra_fraction=1.0)
         world = World({"a": good(0.5), "b": failing(GONE)}, Delivery(retry=NO_RETRY, hedge=hedge))
