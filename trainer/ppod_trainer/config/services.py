@@ -167,8 +167,8 @@ class WeightTransferConfig(ConfigModel):
     )
     lost_replicas: Literal["stop", "skip"] = Field(
         default="stop",
-        description="what a listed replica of generation, or of a reference that is refreshed, does to the run that "
-        "did not get its weights while others did",
+        description="what a listed replica that did not get its weights, while others did, does to the run; of "
+        "generation, and of a reference that is refreshed",
     )
 
     @model_validator(mode="after")
