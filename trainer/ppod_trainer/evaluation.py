@@ -47,7 +47,8 @@ class Evaluation:
     """Figures over the held-out prompts.
 
     Attributes:
-        score, score_standard_error, score_std: reward-model score: mean, standard error of it, standard deviation.
+        score, score_standard_error, score_std: of the outcomes, what an environment paid included: mean, standard error
+            of it, standard deviation.
         judge, judge_standard_error: the held-out judge's, over the samples that it does not refuse; None where there is
             none.
         kl: mean over responses of the summed log(policy / reference) of the sampled tokens, nats a response.

@@ -29,7 +29,10 @@ _PHASE = "seconds/"
 """Begins the keys of the seconds of phases, which not every step has."""
 
 GAUGES = {
-    "score/mean": ("ppod_reward_score_mean", "Mean reward-model score of the step's samples"),
+    "score/mean": (
+        "ppod_reward_score_mean",
+        "Mean outcome of the step's samples: the reward's score, and what an environment paid",
+    ),
     "score/std": ("ppod_reward_score_std", "Standard deviation of the step's scores"),
     "groups/uniform": (
         "ppod_groups_uniform_ratio",

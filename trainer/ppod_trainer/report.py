@@ -118,7 +118,7 @@ def plot_curves(path: Path, records: Sequence[Record], title: str) -> None:
     score, kl, seconds = axes
     # A line of one point is not drawn.
     dot = "." if len(steps) == 1 else ""
-    score.plot([r["step"] for r in steps], [r["score/mean"] for r in steps], marker=dot, label="reward model")
+    score.plot([r["step"] for r in steps], [r["score/mean"] for r in steps], marker=dot, label="training prompts")
     if judged := [r for r in steps if "judge/mean" in r]:
         score.plot([r["step"] for r in judged], [r["judge/mean"] for r in judged], "o-", ms=3, label="held-out judge")
     score.errorbar(
@@ -166,7 +166,7 @@ def _figures(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]
         return (name, *("-" if value is None else f"{value:.{digits}f}" for value in (old, new)))  # pyright: ignore
 
     return [
-        pair("reward-model score", before.score, after.score, 3),
+        pair("mean score", before.score, after.score, 3),
         pair("  its standard error", before.score_standard_error, after.score_standard_error, 3),
         pair("held-out judge", before.judge, after.judge, 3),
         pair("  its standard error", before.judge_standard_error, after.judge_standard_error, 3),

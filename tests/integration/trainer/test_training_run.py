@@ -39,7 +39,7 @@ def test_a_run_leaves_all_that_it_promises(system: System) -> None:
     result = system.train(config)
     assert result.returncode == 0, result.stderr
     run_dir = Path(str(config["run_dir"]))
-    for text in ("step 4/4", "reward-model score", "held-out judge", "distinct-2", "KL to the reference"):
+    for text in ("step 4/4", "mean score", "held-out judge", "distinct-2", "KL to the reference"):
         assert text in result.stdout
     assert result.stderr == ""
     records = records_of(run_dir)
@@ -59,7 +59,7 @@ def test_a_run_leaves_all_that_it_promises(system: System) -> None:
     assert not torch.equal(model.model.embed_tokens.weight, start.model.embed_tokens.weight)
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert any((run_dir / "tensorboard").iterdir())
-    assert "reward-model score" in (run_dir / "report.txt").read_text()
+    assert "mean score" in (run_dir / "report.txt").read_text()
     samples = [json.loads(line) for line in (run_dir / "samples" / "step_000004.jsonl").read_text().splitlines()]
     assert len(samples) == 6
     assert {"prompt", "continuation", "score", "judge"} <= samples[0].keys()
