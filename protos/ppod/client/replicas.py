@@ -174,7 +174,9 @@ class Replicas:
         Else one that hangs, and so has less to do than all others, would be waited for by every other call.
         """
         with self._lock:
-            if (replica := self._by_address.get(address)) is not None:
+            replica = self._by_address.get(address)
+            # Calls that waited side by side say the same once.
+            if replica is not None and not (replica.down and now < replica.probe_at):
                 replica.down, replica.probing = True, False
                 replica.probe_at = now + waited_s * 2.0 ** min(replica.late, _MOST_DOUBLINGS)
                 replica.late += 1

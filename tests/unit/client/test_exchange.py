@@ -207,6 +207,11 @@ def test_all_replicas_that_a_call_waited_for_are_left_alone_as_long_as_another_w
     for _ in range(6):
         world.exchange(RowsJob([1]))
     assert world.addresses()[-6:] == ["c"] * 6
+    # Each had several parts, and waited once.
+    world.shared.replicas.mark_up("a", by_health=True)
+    world.shared.replicas.mark_late("a", world.now, 5.0)
+    assert world.shared.replicas.due_probes(world.now + 9.9) == []
+    assert "a" in world.shared.replicas.due_probes(world.now + 10.0)
 
 
 def test_one_other_replica_is_asked_after_a_refusal() -> None:
