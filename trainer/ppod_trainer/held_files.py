@@ -15,41 +15,54 @@ class HeldFiles:
     """What each replica holds, by what it answered: it is not asked before every push."""
 
     def __init__(self) -> None:
-        self._held: dict[str, set[str]] = {}
-        self._prepared: dict[str, str] = {}
+        self._served: dict[str, set[str]] = {}  # what it serves from, or may since a commit that nobody heard of
+        self._waiting: dict[str, set[str]] = {}  # what it prepared, or may have, and was never asked to commit
+        self._prepared: dict[str, str] = {}  # what it said last that it prepared; not once it was committed
         self._silent: set[str] = set()
 
     def uris(self) -> set[str]:
         """Files that a replica holds or may hold."""
-        return set().union(*self._held.values())
+        return set().union(*self._served.values(), *self._waiting.values())
 
     def pushed(self, uri: str, outcomes: Mapping[str, PpodError | None]) -> None:
         """These replicas were told of a file.
 
-        One that does not answer may have taken it before it fell silent; what comes after that it did not take.
+        One that prepared it has let go of what it had prepared before: pushes that fail elsewhere, and are tried again,
+        must not take a file each. One that does not answer may have taken it before it fell silent; what comes after
+        that it did not take.
         """
         for target, error in outcomes.items():
             if error is None:
                 self._prepared[target] = uri
-            if error is None or (not isinstance(error, _REFUSALS) and target not in self._silent):
-                self._held.setdefault(target, set()).add(uri)
-            if error is not None:
-                self._silent.add(target)
+                self._waiting[target] = {uri}
+                continue
+            if not isinstance(error, _REFUSALS) and target not in self._silent:
+                self._waiting.setdefault(target, set()).add(uri)
+            self._silent.add(target)
 
     def committed(self, target: str) -> None:
         """A replica serves what it prepared last; what it held before is free."""
         self._silent.discard(target)
         if target in self._prepared:
-            self._held[target] = {self._prepared[target]}
+            self._served[target] = {self._prepared.pop(target)}
+            self._waiting.pop(target, None)
+
+    def may_have_committed(self, target: str) -> None:
+        """A replica was asked to commit, and nobody knows whether it has, or still will."""
+        self._served.setdefault(target, set()).update(self._waiting.pop(target, ()))
+        self._prepared.pop(target, None)
 
     def keep(self, targets: Collection[str]) -> None:
         """These are all replicas that are left: whoever is gone holds nothing any more."""
-        for target in set(self._held) - set(targets):
-            del self._held[target]
+        for target in (set(self._served) | set(self._waiting)) - set(targets):
+            self._served.pop(target, None)
+            self._waiting.pop(target, None)
             self._prepared.pop(target, None)
             self._silent.discard(target)
 
     def told(self, target: str, status: WeightStatus) -> None:
-        """A replica said itself what it holds."""
+        """A replica that was asked to commit said itself what it holds."""
         self._silent.discard(target)
-        self._held[target] = set(status.held_uris)
+        self._served[target] = set(status.held_uris)
+        self._waiting.pop(target, None)
+        self._prepared.pop(target, None)

@@ -194,9 +194,8 @@ class WeightSync:
         if targets:
             with self._plane.whole(outgoing) as push:
                 # Who does not answer is no part of a group.
-                members = (
-                    targets if push.collective is None else [one for one in targets if one in push.collective.ranks]
-                )
+                group = push.collective
+                members = [one for one in targets if group is None or one in group.ranks]
                 outcomes |= self._send(push, members)
             if self._config.plane == "collective" and self._replicas.change:
                 outcomes |= self._stream_to(outgoing, [one for one in targets if _broke(outcomes, one)])
@@ -282,6 +281,7 @@ class WeightSync:
             try:
                 status = self._clients[target].status()
             except PpodError:
+                self._held.may_have_committed(target)
                 return answer
             self._held.told(target, status)
             return None if (status.state.weight_version, status.push_id or version[1]) == version else answer
