@@ -277,6 +277,19 @@ def test_a_group_that_cannot_be_met_is_refused(
     assert_takes_next(replicas[0], version + 1, seed=6)
 
 
+def test_a_store_that_is_away_is_logged_as_json(tiny_model_dir: Path, tmp_path: Path, port: int) -> None:
+    """Torch's C++ code would write its own stack beside it."""
+    weights = {"collective_addresses": ["127.0.0.1:*"], "idle_timeout_s": 0.5}
+    values = {"model": tiny_model_config(tiny_model_dir), "weights": weights}
+    with running_service("ppod_services.generation", tmp_path, values, fresh=True) as service:
+        with pytest.raises(Unavailable, match=r"cannot be reached or opened: .*timed out"):
+            ask(service, build_model(seed=9), group_of(service, port))
+        service.wait_for_event("call")
+        [call] = [line for line in service.log() if line["event"] == "call"]
+    assert call["code"] == "UNAVAILABLE"
+    assert str(call["detail"]).startswith(f"the group test of 127.0.0.1:{port} broke: the store at 127.0.0.1:{port}")
+
+
 def test_a_sender_that_ends_in_the_middle_leaves_the_old_version(replicas: list[ServiceProcess], port: int) -> None:
     model = build_model(seed=6)
     with WeightClient(replicas[0].admin_target) as client:
