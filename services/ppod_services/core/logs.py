@@ -49,7 +49,20 @@ def configure_logging(service: str, level: str) -> None:
     handler.setFormatter(JsonFormatter(service))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("ppod_services").setLevel(level.upper())
+    logging.getLogger("grpc._cython.cygrpc").addFilter(tell_of_gone_callers)
     logging.captureWarnings(True)
+
+
+def tell_of_gone_callers(record: logging.LogRecord) -> bool:
+    """A filter for gRPC's logger: a reply that reached nobody is no error of the server.
+
+    gRPC itself says nothing of one whose caller had gone, but for those that go in the moment in which it is sent: an
+    error with a traceback. The message stays, because it tells the method.
+    """
+    kind = record.exc_info[0] if record.exc_info else None
+    if kind is not None and kind.__name__ == "ExecuteBatchError":
+        record.levelno, record.levelname, record.exc_info = logging.INFO, "INFO", None
+    return True
 
 
 def log_event(
