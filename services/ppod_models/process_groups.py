@@ -101,7 +101,7 @@ class BroadcastGroup:
         try:
             if backend == "nccl":
                 self.device = torch.device("cuda", torch.cuda.current_device())
-                self._members = _nccl(store, rank, world_size, timeout)
+                self._members: _Members | None = _nccl(store, rank, world_size, timeout)
             else:
                 self._members = cast(_Members, ProcessGroupGloo(store, rank, world_size, timeout))
         except RuntimeError as error:
@@ -110,6 +110,8 @@ class BroadcastGroup:
 
     def broadcast(self, bucket: torch.Tensor) -> Work:
         """Begin to send, or to receive into, a flat uint8 tensor on `device`; `finish` ends it. Raises GroupError."""
+        if self._members is None:
+            raise GroupError("it was left")
         options = BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
@@ -126,8 +128,10 @@ class BroadcastGroup:
             raise GroupError(_first_line(error)) from error
 
     def close(self) -> None:
-        """Leave the group, also one that hangs."""
-        self._members.abort()
+        """Leave the group, also one that hangs. Its threads and connections end with it, whoever still holds this."""
+        members, self._members = self._members, None
+        if members is not None:
+            members.abort()
 
 
 def _nccl(store: Store, rank: int, world_size: int, timeout: timedelta) -> _Members:
