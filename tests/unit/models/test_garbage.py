@@ -50,3 +50,12 @@ def test_what_came_after_the_start_is_collected_as_ever() -> None:
         gc.collect()
         assert lost() is None
     assert gc.get_freeze_count() <= frozen, "the start ends once"
+
+
+def test_garbage_of_calls_is_not_kept_until_it_is_a_quarter_of_what_the_start_left() -> None:
+    with uncollected_start():
+        kept: list[list[object]] = [[] for _ in range(600_000)]
+    full = gc.get_stats()[2]["collections"]
+    # As much as makes ten collections of the middle generation, after which all are looked at.
+    kept += [[] for _ in range(100_000)]
+    assert gc.get_stats()[2]["collections"] > full
