@@ -155,7 +155,8 @@ class ProcessReward:
     def _tokens(self, sample: Sample, ends: Sequence[int], reader: Reader) -> ModelInput:
         if not isinstance(sample.content, TokenContent) or not reader.same_tokens:
             expected = f"token ids of the tokenizer of {self._config.name!r}, or granularity STEP"
-            raise InvalidArgument("process", "PROCESS_GRANULARITY_TOKEN", expected, sample.index)
+            # Of the whole request: without this sample it would be no better.
+            raise InvalidArgument("process", "PROCESS_GRANULARITY_TOKEN", expected)
         check_ids([sample], [sample.content.tokens], reader)
         return ModelInput(sample.content.tokens, np.asarray(ends, dtype=np.int32) - 1)
 

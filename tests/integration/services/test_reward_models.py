@@ -226,6 +226,14 @@ def test_a_sum_asks_its_members_at_its_own_steps(zoo: Zoo) -> None:
     assert floats(reply.breakdown.members[1].scores) == pytest.approx(whole, abs=NOISE)
 
 
+def test_tokens_that_a_process_model_does_not_know_are_the_fault_of_the_request(zoo: Zoo) -> None:
+    """A caller who left the named sample out and asked again would leave out one after the other."""
+    refused = failure(zoo.service, with_process(of_tokens([[1, 2], [3, 4]], [1, 1]), TOKEN), "stepwise")
+    assert isinstance(refused, InvalidArgument)
+    assert (refused.field, refused.sample) == ("process", None)
+    assert "of the tokenizer of 'process', or granularity STEP" in str(refused)
+
+
 def test_normalised_and_clipped_scores_come_with_what_they_were(zoo: Zoo) -> None:
     request = of_tokens([[10], [1, 2, 3], [7, 7]])
     raw = np.asarray(floats(score(zoo.service, request, "first").scores))
