@@ -143,7 +143,8 @@ async def test_rewards_are_listed(server: ScriptedServer, async_reward: AsyncRew
     with RewardClient(server.target) as client:
         rewards = client.list_rewards()
     assert await async_reward.list_rewards() == rewards
-    whole, one, exact = rewards
+    whole, one, pair, two, length, exact = rewards
+    assert [each.name for each in (pair, two, length)] == ["pair", "two", "length"]
     assert (whole.kind, whole.members, whole.weights) == (RewardKind.SUM, ("pair", "length"), (1.0, 2.0))
     assert (whole.limits, whole.state) == (None, None)
     assert one.limits is not None

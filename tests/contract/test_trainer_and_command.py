@@ -18,8 +18,8 @@ from ppod.tensors import pack_floats, pack_tokens
 from ppod.v1 import generation_pb2, reward_pb2
 from ppod_deploy.cli import execute
 from ppod_models.configuration import parse_config
-from ppod_trainer.config import RolloutConfig, TrainerConfig
-from ppod_trainer.connections import check_references, check_services, connect
+from ppod_trainer.config import RewardsConfig, RolloutConfig, TrainerConfig
+from ppod_trainer.connections import check_references, check_reward, check_services, connect
 from ppod_trainer.errors import ServiceMismatchError
 from support.joined_words import joined_words
 from support.scripted_services import LIMITS, Script, scripted_server
@@ -139,6 +139,37 @@ def test_a_reward_that_compares_with_answers_is_refused_where_the_prompts_have_n
                     check_references(connections)
             finally:
                 connections.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "fingerprint", "rewards", "found"),
+    [
+        ("whole", FINGERPRINT, {"filters": {"safety": {"reward": "one", "at_least": 0}}}, None),
+        ("one", FINGERPRINT, {"filters": {"safety": {"reward": "one", "at_least": 0}}}, None),
+        (
+            "",
+            FINGERPRINT,
+            {"filters": {"safety": {"reward": "exact", "at_least": 0}}},
+            r"'exact', which is no part of the scores \(their parts: length, one, pair, two, whole\)",
+        ),
+        ("whole", FINGERPRINT, {"shaping": "token"}, None),
+        ("whole", "e" * 16, {"shaping": "token"}, "rewards.shaping is token, and two is a process reward model with"),
+        ("whole", "e" * 16, {"shaping": "step"}, None),
+        ("one", "e" * 16, {"shaping": "token"}, None),
+    ],
+)
+def test_a_reward_that_does_not_tell_what_the_run_reads_is_refused_at_its_start(
+    name: str, fingerprint: str, rewards: dict[str, object], found: str | None
+) -> None:
+    with scripted_server() as server:
+        targets = dict.fromkeys(("reward", "reference"), server.target)
+        config = trainer_of(server.target, "", **targets, reward_model=name)
+        connections = connect(config, fingerprint, lambda *_: None)
+        try:
+            with pytest.raises(ServiceMismatchError, match=found) if found else nullcontext():
+                check_reward(connections, RewardsConfig.model_validate(rewards))
+        finally:
+            connections.close()
 
 
 def test_a_token_is_not_sent_in_plain_text_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:

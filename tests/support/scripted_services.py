@@ -159,6 +159,11 @@ class ScriptedReward(reward_pb2_grpc.RewardServiceServicer):
                     limits=LIMITS,
                     takes_tokens=True,
                 ),
+                reward_pb2.RewardDescription(name="pair", kind=reward_pb2.REWARD_KIND_ENSEMBLE, members=["one", "two"]),
+                reward_pb2.RewardDescription(
+                    name="two", kind=reward_pb2.REWARD_KIND_PROCESS_MODEL, model=self.script.state
+                ),
+                reward_pb2.RewardDescription(name="length", kind=reward_pb2.REWARD_KIND_FUNCTION),
                 reward_pb2.RewardDescription(name="exact", kind=reward_pb2.REWARD_KIND_FUNCTION, needs_references=True),
             ]
         )

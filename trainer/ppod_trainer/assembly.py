@@ -24,7 +24,7 @@ from ppod_trainer.bad_samples import BadSamples
 from ppod_trainer.checkpoint import TrainerState, goes_on, load_checkpoint, restore_components, with_prompts
 from ppod_trainer.collector import RolloutCollector
 from ppod_trainer.config import EnvironmentConfig, KlConfig, RolloutConfig, TrainerConfig, configuration_fingerprint
-from ppod_trainer.connections import Connections, ServedModels, check_references, check_services, connect
+from ppod_trainer.connections import Connections, ServedModels, check_references, check_reward, check_services, connect
 from ppod_trainer.durable import write_durably
 from ppod_trainer.environments.calls import EnvironmentCalls
 from ppod_trainer.environments.loading import load_environment
@@ -94,6 +94,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             opened.callback(connections.close)
             ids = loading.vocab_size(leader.learner.policy.model), loading.token_id_bound(tokenizer)
             served = check_services(connections, config.rollout, len(prompts.heldout), *ids)
+            check_reward(connections, config.rewards)
         _check_prompts(prompts, tokenizer, connections, served, config.rollout)
         bad_samples = BadSamples(config.rollout.on_bad_sample, Patience(config.services.recovery_timeout_s, stop))
         sampler = _build_sampler(config, connections.generation, served, environments, codec, bad_samples)

@@ -7,8 +7,9 @@ import time
 from dataclasses import dataclass, replace
 
 from ppod import ClientSecurity, GenerationClient, Pin, PpodError, ReferenceClient, RewardClient, WeightClient
-from ppod.client import ModelDescription, ModelLimits, ReplicaSource, RpcObserver, parse_kubernetes_target
+from ppod.client import ModelDescription, ModelLimits, ReplicaSource, RewardKind, RpcObserver, parse_kubernetes_target
 from ppod_trainer.config import (
+    RewardsConfig,
     RolloutConfig,
     ServicesConfig,
     TrainerConfig,
@@ -18,6 +19,7 @@ from ppod_trainer.config import (
 )
 from ppod_trainer.errors import ServiceMismatchError
 from ppod_trainer.followed_replicas import FollowedReplicas
+from ppod_trainer.sample_filters import no_part
 from ppod_trainer.weight_replicas import FixedReplicas
 from ppod_trainer.weight_sync import WeightSync
 
@@ -205,6 +207,31 @@ def check_references(connections: Connections) -> None:
             raise ServiceMismatchError(
                 f"services.{key}: {asked.name} compares responses with references, and the prompts have none; give "
                 "each line of prompts.path a `reference`, or let an environment pay for what is right"
+            )
+
+
+def check_reward(connections: Connections, rewards: RewardsConfig) -> None:
+    """Ask what the reward is made of, and whether it tells what `rewards` reads.
+
+    Raises:
+        ServiceMismatchError: the safety filter reads what is no part of it, or a part of it has no score of each token.
+    """
+    client = connections.reward
+    if client is None or (rewards.filters.safety is None and rewards.shaping != "token"):
+        return
+    described = {one.name: one for one in client.list_rewards()}
+    names = [client.pin.model or next(iter(described))]
+    for name in names:
+        names += [one for one in described[name].members if one not in names]
+    safety = rewards.filters.safety
+    if safety is not None and safety.reward not in names:
+        raise ServiceMismatchError(no_part(safety.reward, names))
+    for one in (described[name] for name in names) if rewards.shaping == "token" else ():
+        other = one.state is not None and one.state.tokenizer_fingerprint != client.pin.tokenizer_fingerprint
+        if one.kind is RewardKind.PROCESS_MODEL and other:
+            raise ServiceMismatchError(
+                f"rewards.shaping is token, and {one.name} is a process reward model with another tokenizer than the "
+                "policy's, which scores steps alone; set rewards.shaping to step, or to none"
             )
 
 

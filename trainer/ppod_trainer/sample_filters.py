@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -64,14 +64,19 @@ def rejection(scored: ScoredRollout, config: FiltersConfig) -> str | None:
     safety = config.safety
     if safety is not None:
         if safety.reward not in scored.components:
-            found = ", ".join(sorted(scored.components)) or "none"
-            raise TrainerError(
-                f"rewards.filters.safety.reward is {safety.reward!r}, which is no part of the scores (their parts: "
-                f"{found}); name one of them, or make it a term of the reward, with weight 0 if it is not to be paid"
-            )
+            raise TrainerError(no_part(safety.reward, scored.components))
         if not reaches(scored.components[safety.reward], safety.at_least):
             return "unsafe"
     return None
+
+
+def no_part(safety_reward: str, parts: Iterable[str]) -> str:
+    """What is wrong where a score has other parts than the one that the safety filter reads."""
+    return (
+        f"rewards.filters.safety.reward is {safety_reward!r}, which is no part of the scores (their parts: "
+        f"{', '.join(sorted(parts)) or 'none'}); name one of them, or make it a term of the reward, with weight 0 if "
+        "it is not to be paid"
+    )
 
 
 def repetition(tokens: TokenArray, n: int) -> float:

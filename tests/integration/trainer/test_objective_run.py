@@ -73,6 +73,7 @@ def test_a_safety_reward_that_is_not_there_stops_before_anything_is_trained(syst
     result = system.train(config)
     assert result.returncode == 1
     assert "'harmless', which is no part of the scores (their parts: reward)" in result.stderr
+    assert not (system.directory / "unsafe" / "evaluation_before.json").exists(), "before anything is sampled"
     # The reward itself may be the bound: some of its scores are below 0, and are not trained on.
     filters = {"safety": {"reward": "reward", "at_least": 0.0}}
     config = system.config("safe", steps=2, rewards={"filters": filters}, ppo={"minibatches": 1})
