@@ -23,7 +23,15 @@ _BESIDE_SCORES = {
 
 def run_faults(config: RunConfig) -> list[str]:
     """One line for each, beginning with the dotted path of its key."""
-    return [*_missing_prompts(config), *_unread_tokens(config), *_unreachable(config), *_refused_weights(config)]
+    return [
+        *_missing_prompts(config),
+        *_unread_tokens(config),
+        *_unscored_parts(config),
+        *_large_requests(config),
+        *_extreme_temperatures(config),
+        *_unreachable(config),
+        *_refused_weights(config),
+    ]
 
 
 def run_notes(config: RunConfig) -> list[str]:
@@ -88,6 +96,51 @@ def _unread_tokens(config: RunConfig) -> Iterator[str]:
     reward = config.services.reward
     if reward is not None and config.trainer.rewards.model and not reward.takes_tokens:
         yield f"services.reward.tokenizers: none, and no reward has a model; name {config.trainer.policy.source} there"
+
+
+def _unscored_parts(config: RunConfig) -> Iterator[str]:
+    """A safety reward that is no part of the reward that is asked."""
+    reward, safety = config.services.reward, config.trainer.rewards.filters.safety
+    if reward is None or safety is None:
+        return
+    parts = reward.parts_of(config.trainer.services.reward_model or reward.rewards[0].name)
+    if safety.reward not in parts:
+        yield (
+            f"trainer.rewards.filters.safety.reward: {safety.reward} is no part of the reward that is asked, whose "
+            f"parts are {', '.join(parts)}"
+        )
+
+
+def _large_requests(config: RunConfig) -> Iterator[str]:
+    """Samples of which generation takes fewer in a request, in which all of a step are."""
+    trainer, most = config.trainer, config.services.generation.limits.max_request_sequences
+    for key, count in (
+        ("rollout.batch_size", trainer.rollout.batch_size),
+        ("prompts.heldout", trainer.prompts.heldout),
+    ):
+        if count > most:
+            yield (
+                f"trainer.{key}: {count} samples are asked of generation in one request, and "
+                f"services.generation.limits.max_request_sequences is {most}"
+            )
+
+
+def _extreme_temperatures(config: RunConfig) -> Iterator[str]:
+    """Those that generation does not sample at, maybe hours later."""
+    generation = config.services.generation
+    if generation.temperatures is None:
+        return
+    least, most = generation.temperatures
+    schedule = config.trainer.schedules.temperature
+    asked = {"rollout.temperature": config.trainer.rollout.temperature}
+    if schedule is not None:
+        asked["schedules.temperature.end"] = schedule.end
+    for key, value in asked.items():
+        if not least <= value <= most:
+            yield (
+                f"trainer.{key}: {value:g}, and with services.generation.backend {generation.backend} it is from "
+                f"{least:g} to {most:g}"
+            )
 
 
 def _unreachable(config: RunConfig) -> Iterator[str]:

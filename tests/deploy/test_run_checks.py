@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -57,6 +59,53 @@ def test_functions_alone_need_a_tokenizer_to_read_token_ids(run_values: dict[str
     assert faults(run_values, function) == [expected]
     assert faults(run_values, function, f"--services.reward.tokenizers=[{source}]") == []
     assert faults(run_values, function, "--trainer.rewards.model=false", "--trainer.environment.name=calculator") == []
+
+
+def test_a_safety_reward_is_a_part_of_the_reward_that_is_asked(run_values: dict[str, Section]) -> None:
+    rewards = [
+        *cast("list[Section]", cast(Section, run_values["services"]["reward"])["rewards"]),
+        {"name": "harmless", "kind": "function", "function": "length"},
+        {"name": "inner", "kind": "sum", "terms": [{"reward": "harmless"}]},
+        {"name": "outer", "kind": "sum", "terms": [{"reward": "tiny"}, {"reward": "inner", "weight": 0}]},
+    ]
+    asked = [f"--services.reward.rewards={json.dumps(rewards)}", "--trainer.rewards.filters.safety.at_least=0"]
+    outer = "--trainer.services.reward_model=outer"
+    for arguments, reward, parts in (
+        ([], "harmless", "tiny"),
+        ([outer], "other", "outer, tiny, inner, harmless"),
+        ([outer], "harmless", None),
+        ([outer], "outer", None),
+        ([], "tiny", None),
+    ):
+        found = faults(run_values, *asked, *arguments, f"--trainer.rewards.filters.safety.reward={reward}")
+        words = (
+            f"trainer.rewards.filters.safety.reward: {reward} is no part of the reward that is asked, whose parts are"
+        )
+        assert found == ([] if parts is None else [f"{words} {parts}"])
+
+
+def test_generation_takes_the_samples_of_a_step_and_of_an_evaluation(run_values: dict[str, Section]) -> None:
+    """They have 4 each; the other services are asked in parts."""
+    limit = "limits.max_request_sequences"
+    others = [f"--services.{name}.{limit}=1" for name in ("reward", "reference")]
+    assert faults(run_values, *others, f"--services.generation.{limit}=4") == []
+    assert faults(run_values, f"--services.generation.{limit}=3") == [
+        f"trainer.{key}: 4 samples are asked of generation in one request, and services.generation.{limit} is 3"
+        for key in ("rollout.batch_size", "prompts.heldout")
+    ]
+
+
+def test_vllm_samples_at_every_temperature_of_the_run(run_values: dict[str, Section]) -> None:
+    vllm = "--services.generation.backend=vllm"
+    for start, end, found in (
+        (0.01, 2.0, []),
+        (2.1, 0.005, ["rollout.temperature: 2.1", "schedules.temperature.end: 0.005"]),
+    ):
+        asked = [f"--trainer.rollout.temperature={start}", f"--trainer.schedules.temperature.end={end}"]
+        assert faults(run_values, *asked) == []
+        assert faults(run_values, vllm, *asked) == [
+            f"trainer.{one}, and with services.generation.backend vllm it is from 0.01 to 2" for one in found
+        ]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from ppod_models.configuration import ConfigModel
 from ppod_services.core.config import BatchingConfig, CausalServiceConfig
 from ppod_services.generation.filters.registry import FILTERS
-from ppod_services.generation.vllm_backend.settings import VllmConfig
+from ppod_services.generation.vllm_backend.settings import LEAST_TEMPERATURE, MOST_TEMPERATURE, VllmConfig
 
 
 class GenerationBatchingConfig(BatchingConfig):
@@ -57,3 +57,8 @@ class GenerationServiceConfig(CausalServiceConfig):
         default="transformers", description="what samples; vllm needs an environment that has it (make setup-vllm)"
     )
     vllm: VllmConfig = VllmConfig()
+
+    @property
+    def temperatures(self) -> tuple[float, float] | None:
+        """The least and the highest that it samples at, besides 0; None: there are no bounds."""
+        return (LEAST_TEMPERATURE, MOST_TEMPERATURE) if self.backend == "vllm" else None

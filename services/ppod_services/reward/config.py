@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from ppod_services.core.config import ServiceConfig
-from ppod_services.reward.composition_rules import composition_faults
+from ppod_services.reward.composition_rules import composition_faults, members_of
 from ppod_services.reward.kinds import PretrainedReward, RewardConfig
 
 
@@ -32,6 +32,14 @@ class RewardServiceConfig(ServiceConfig):
     def takes_tokens(self) -> bool:
         """Whether there is any tokenizer, of a model or by itself."""
         return bool(self.tokenizers) or any(isinstance(one, PretrainedReward) for one in self.rewards)
+
+    def parts_of(self, name: str) -> list[str]:
+        """A reward of this service and all that its score is made of."""
+        members = {one.name: members_of(one) for one in self.rewards}
+        parts = [name]
+        for one in parts:
+            parts += [member for member in members[one] if member not in parts]
+        return parts
 
     @field_validator("rewards")
     @classmethod

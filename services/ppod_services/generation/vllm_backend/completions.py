@@ -12,9 +12,8 @@ from ppod.tensors import FloatArray
 from ppod_services.generation.requests import Ending, GeneratedSample, GenerationItem, VersionSpan
 from ppod_services.generation.stop_texts import INCOMPLETE, StopTexts
 from ppod_services.generation.vllm_backend.outputs import CompletionOutput, Ended
+from ppod_services.generation.vllm_backend.settings import LEAST_TEMPERATURE, MOST_TEMPERATURE
 
-_LEAST_TEMPERATURE = 0.01
-_MOST_TEMPERATURE = 2.0
 _MOST_BIASES = 1_024
 """A worker of vLLM's refuses more, which would end the engine."""
 _RANDOM_SEED = 2**64 - 1
@@ -34,12 +33,12 @@ def sampling_values(item: GenerationItem, *, both_logprobs: bool, finds_stops: b
     """
     token_filter = item.token_filter
     # The least one travels as the float32 just below it.
-    least = _LEAST_TEMPERATURE - 1e-6
-    if not token_filter.greedy and not least <= token_filter.temperature <= _MOST_TEMPERATURE:
+    least = LEAST_TEMPERATURE - 1e-6
+    if not token_filter.greedy and not least <= token_filter.temperature <= MOST_TEMPERATURE:
         raise InvalidArgument(
             "sampling.temperature",
             f"{token_filter.temperature:g}",
-            f"0 or {_LEAST_TEMPERATURE:g} to {_MOST_TEMPERATURE:g}, as the vLLM backend takes it",
+            f"0 or {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}, as the vLLM backend takes it",
         )
     if len(token_filter.logit_bias) > _MOST_BIASES:
         found, expected = f"{len(token_filter.logit_bias)} tokens", f"at most {_MOST_BIASES} with the vLLM backend"
@@ -52,7 +51,7 @@ def sampling_values(item: GenerationItem, *, both_logprobs: bool, finds_stops: b
         )
     stops = item.stop_strings if finds_stops else ()
     return {
-        "temperature": 0.0 if token_filter.greedy else max(token_filter.temperature, _LEAST_TEMPERATURE),
+        "temperature": 0.0 if token_filter.greedy else max(token_filter.temperature, LEAST_TEMPERATURE),
         "top_p": token_filter.top_p,
         "top_k": token_filter.top_k,
         "min_p": token_filter.min_p,

@@ -9,6 +9,10 @@ from pydantic import Field, JsonValue, field_validator
 
 from ppod_models.configuration import ConfigModel
 
+LEAST_TEMPERATURE = 0.01
+MOST_TEMPERATURE = 2.0
+"""What is sampled at, besides 0 for the likeliest tokens."""
+
 _OWN_KEYS = {
     "model": "model.source",
     "dtype": "model.dtype",
