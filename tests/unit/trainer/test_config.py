@@ -49,6 +49,12 @@ def test_a_prompt_file_that_nothing_reads_is_refused_before_services_are_waited_
     assert [line.split(":")[0] for line in problems({"prompts": {"path": 5}})] == ["prompts.path"]
 
 
+def test_an_environment_has_episodes_besides_those_that_are_held_out() -> None:
+    [problem] = problems({"environment": {"name": "calculator", "episodes": 64}})
+    assert "environment.episodes is 64, and prompts.heldout, 64, leaves none" in problem
+    parse_config(TrainerConfig, {"environment": {"name": "calculator", "episodes": 65}}, "test")
+
+
 def test_top_p_is_refused_in_training() -> None:
     assert "smaller support" in problems({"rollout": {"top_p": 0.9}})[0]
     assert "smaller support" in problems({"rollout": {"top_k": 50}})[0]

@@ -46,7 +46,9 @@ def test_each_starts_at_its_own_place() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"schedules": {"temperature": {"end": 0}}}, "must be above 0"),
+        ({"schedules": {"temperature": {"end": 0}}}, "must be at least 1e-06"),
+        ({"schedules": {"temperature": {"end": 9e-7}}}, "must be at least 1e-06"),
+        ({"rollout": {"temperature": 9e-7}}, "rollout.temperature: .* greater than or equal to 0.000001"),
         ({"prompts": {"curriculum_steps": 3}, "rollout": {"history_resampling": {}}}, "would both choose the prompts"),
         ({"schedules": {"kl_coefficient": {"end": 0}}, "kl": {"adaptive": {}}}, "would both steer"),
         ({"rewards": {"overlong": {"max_tokens": 4, "cache_tokens": 5}}}, "more than max_tokens"),

@@ -10,6 +10,9 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from ppod_models.configuration import ConfigModel
 
+LEAST_TEMPERATURE = 1e-6
+"""Logits are divided by it; services refuse less (reference.proto)."""
+
 _REVIEW_TOKENS = 6
 _PROMPT_FILES = (".tsv", ".jsonl", ".txt")
 
@@ -78,7 +81,9 @@ class RolloutConfig(ConfigModel):
         default=None, description="none: epochs have all prompts"
     )
     max_tokens: int = Field(default=24, ge=1, description="longest response")
-    temperature: float = Field(default=1.0, gt=0, description="divides sampler, policy and reference logits alike")
+    temperature: float = Field(
+        default=1.0, ge=LEAST_TEMPERATURE, description="divides sampler, policy and reference logits alike"
+    )
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(),
         max_length=16,

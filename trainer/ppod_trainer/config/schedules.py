@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from ppod_models.configuration import ConfigModel
+from ppod_trainer.config.rollouts import LEAST_TEMPERATURE
 
 
 class LinearSchedule(ConfigModel):
@@ -29,6 +30,9 @@ class SchedulesConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _stay_above_zero(self) -> Self:
-        if self.temperature is not None and self.temperature.end <= 0:
-            raise ValueError(f"temperature.end is {self.temperature.end}: it must be above 0, logits are divided by it")
+        if self.temperature is not None and self.temperature.end < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature.end is {self.temperature.end:g}: it must be at least {LEAST_TEMPERATURE:g}, logits are "
+                "divided by it"
+            )
         return self

@@ -79,6 +79,7 @@ class TrainerConfig(ConfigModel):
             self._weights_reach_the_reference(),
             self._something_pays(),
             self._one_chooses_the_prompts(),
+            self._episodes_are_left(),
             self._what_stops_is_looked_for(),
             self._one_steers_the_kl(),
             self._correct_stale_samples(),
@@ -109,6 +110,14 @@ class TrainerConfig(ConfigModel):
         if self.prompts.curriculum_steps and self.rollout.history_resampling is not None:
             yield (
                 "prompts.curriculum_steps and rollout.history_resampling would both choose the prompts: leave one out"
+            )
+
+    def _episodes_are_left(self) -> Iterator[str]:
+        environment, heldout = self.environment, self.prompts.heldout
+        if environment is not None and environment.episodes <= heldout:
+            yield (
+                f"environment.episodes is {environment.episodes}, and prompts.heldout, {heldout}, leaves none for "
+                "training: set more episodes, or hold fewer out"
             )
 
     def _what_stops_is_looked_for(self) -> Iterator[str]:
