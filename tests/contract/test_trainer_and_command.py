@@ -81,6 +81,11 @@ def test_the_trainer_uses_replicas_tls_and_the_token(
                 ServiceMismatchError, match=r"asked for 9 of the 9 held-out prompts; lower prompts\.heldout"
             ):
                 check_services(connections, rollout, most + 1, LIMITS.vocab_size, 2)
+            unknown = RolloutConfig(batch_size=2, max_tokens=8, stop_token_ids=(2, LIMITS.vocab_size))
+            with pytest.raises(
+                ServiceMismatchError, match=rf"rollout\.stop_token_ids: .* no token {LIMITS.vocab_size};"
+            ):
+                check_services(connections, unknown, 1, LIMITS.vocab_size, 2)
             # As long as there are replicas to share them.
             connections.generation._core.shared.replicas.replace([one.target, two.target])  # pyright: ignore
             shared = RolloutConfig(batch_size=2 * most, max_tokens=8)

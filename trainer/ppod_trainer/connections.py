@@ -183,6 +183,9 @@ def check_services(
     if connections.judge is not None:
         described["judge"] = connections.judge.describe()
     _check_requests(generation.limits, connections.generation.replica_count, rollout.batch_size, heldout)
+    if (highest := max(rollout.stop_token_ids, default=0)) >= generation.limits.vocab_size:
+        bound = generation.limits.vocab_size
+        raise ServiceMismatchError(f"rollout.stop_token_ids: generation has no token {highest}; ids are below {bound}")
     for name, description in described.items():
         limits = description.limits
         _check_ids(name, limits, vocab_size, token_id_bound)
