@@ -173,6 +173,7 @@ def check_services(
     Raises:
         ServiceMismatchError: one takes other token ids, or shorter requests, than the run will send.
         FailedPrecondition: one has another tokenizer.
+        WeightPushError: the reference is to be refreshed, and does not tell which weights it has.
     """
     generation = connections.generation.describe()
     reference = connections.reference.describe()
@@ -180,6 +181,9 @@ def check_services(
     described = {"generation": generation, "reference": reference}
     if connections.reward is not None:
         described["reward"] = connections.reward.describe()
+    if connections.reference_weights is not None:
+        # Else a wrong address or token would show at the first refresh, maybe hours later.
+        connections.reference_weights.serving_versions()
     if connections.judge is not None:
         described["judge"] = connections.judge.describe()
     _check_requests(generation.limits, connections.generation.replica_count, rollout.batch_size, heldout)

@@ -144,6 +144,17 @@ def test_a_run_that_does_not_fit_its_directory_changes_nothing_there(
     assert problem in result.stderr
 
 
+def test_a_reference_that_takes_no_weights_is_found_at_the_start(system: System) -> None:
+    """Not at its first refresh, which may be hours away."""
+    (nowhere,) = free_ports(1)
+    config = system.config("no-refresh", reference_refresh_steps=3)
+    config["services"] = {**cast("dict[str, object]", config["services"]), "reference_admin": f"127.0.0.1:{nowhere}"}
+    result = system.train(config)
+    assert result.returncode == 1
+    assert f"127.0.0.1:{nowhere} does not tell which weights it has" in result.stderr
+    assert result.stdout == "", "before anything is sampled"
+
+
 def test_the_reference_is_refreshed(system: System) -> None:
     config = system.config("refreshed", steps=5, reference_refresh_steps=2)
     result = system.train(config)
