@@ -20,7 +20,7 @@ from ppod_trainer.config import TrainerConfig
 from ppod_trainer.critic import ValueModel, load_value_model
 from ppod_trainer.parted_weights import read_parts, stored_dtype, without_weights
 from ppod_trainer.policy import PolicyWithValue
-from ppod_trainer.quantisation import dense_copy, load_quantised
+from ppod_trainer.quantisation import check_layers, dense_copy, load_quantised
 from ppod_trainer.ranks import Ranks
 from ppod_trainer.sharding import checkpoint_layers, hollow_copy, shard_policy
 
@@ -181,5 +181,6 @@ def _load_quantised(
     config: TrainerConfig, path: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     attention = config.policy.attention
-    model = load_quantised(path, device=device, dtype=dtype, attention=attention)
-    return model, dense_copy(path, attention=attention)
+    hollow = dense_copy(path, attention=attention)
+    check_layers(hollow)
+    return load_quantised(path, device=device, dtype=dtype, attention=attention), hollow

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ppod_models.loading import check_attention, check_whole
@@ -73,6 +74,19 @@ def dense(parameter: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - only quantised bases need it
 
     return dequantize_4bit(parameter.detach(), state)
+
+
+def check_layers(dense_model: PreTrainedModel) -> None:
+    """Raise TrainerError where a layer keeps its weight transposed: in 4 bits it would be the other way round.
+
+    Those of GPT-2 are the ones; without quantisation they take no adapter, either.
+    """
+    for name, module in dense_model.named_modules():
+        if isinstance(module, Conv1D):
+            raise TrainerError(
+                f"policy.lora.quantization: {name} keeps its weight transposed (Conv1D), and takes neither 4 bits nor "
+                "an adapter; leave policy.lora out"
+            )
 
 
 def dense_copy(path: Path, *, attention: str) -> PreTrainedModel:

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 
 from ppod_models.sources import ModelSourceError
 from ppod_trainer.adapters import PolicyAdapter
-from ppod_trainer.config import LoraConfig
+from ppod_trainer.config import LoraConfig, TrainerConfig
 from ppod_trainer.errors import TrainerError
 from ppod_trainer.policy import PolicyWithValue, build_response_batch
+from ppod_trainer.policy_loading import load_policy
 from ppod_trainer.quantisation import load_quantised
+from ppod_trainer.ranks import Ranks
 from ppod_trainer.rollouts import ScoredRollout
 from ppod_trainer.sharding import gather_parameters
 from support.architectures import build_architecture
@@ -145,6 +147,16 @@ def test_an_adapter_begins_by_its_seed_alone() -> None:
     one, same, other = begun(1), begun(1), begun(2)
     assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
     assert [name for name in one if not torch.equal(one[name], other[name])] == [name for name in one if "_A." in name]
+
+
+@pytest.mark.filterwarnings("ignore:.*bos_token_id:UserWarning")
+def test_transposed_layers_are_refused_in_four_bits_too(tmp_path: Path) -> None:
+    """bitsandbytes would turn them round, and services that get what they stand for would refuse the shape."""
+    build_architecture("gpt2").save_pretrained(tmp_path)
+    policy = {"source": str(tmp_path), "device": "cpu", "lora": {"quantization": "nf4"}}
+    config = TrainerConfig.model_validate({"policy": policy})
+    with pytest.raises(TrainerError, match=r"transformer\.h\.0\.attn\.c_attn keeps its weight transposed"):
+        load_policy(config, Ranks(CPU))
 
 
 @needs_bitsandbytes
