@@ -46,22 +46,28 @@ def shuffle(model: PreTrainedModel, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "further", "staged"),
+    ("kind", "further", "own"),
     [
-        ("mixtral", {"sliding_window": None}, True),
-        ("mixtral", {"sliding_window": None}, False),
-        ("glm4_moe", {"head_dim": 32}, True),
-        ("gpt_oss", {"sliding_window": 64}, True),
+        ("mixtral", {"sliding_window": None}, {}),
+        ("mixtral", {"sliding_window": None}, {"stage_weights": False}),
+        ("glm4_moe", {"head_dim": 32}, {}),
+        ("gpt_oss", {"sliding_window": 64}, {}),
+        # Of the workers the first alone has the experts' last biases.
+        (
+            "gpt_oss",
+            {"sliding_window": 64, "num_key_value_heads": 2, "intermediate_size": 128},
+            {"tensor_parallel_size": 2},
+        ),
     ],
 )
 def test_experts_that_were_pushed_are_those_that_sample(
-    tmp_path: Path, kind: str, further: dict[str, object], *, staged: bool
+    tmp_path: Path, kind: str, further: dict[str, object], own: dict[str, object]
 ) -> None:
     model = build_architecture(kind, **further)
     if kind == "gpt_oss":
         model.set_attn_implementation("eager")
     with (
-        running_vllm(saved(model, tmp_path / "model"), tmp_path, {"vllm": {"stage_weights": staged}}) as service,
+        running_vllm(saved(model, tmp_path / "model"), tmp_path, {"vllm": own}) as service,
         WeightClient(service.admin_target) as weights,
         GenerationClient(service.target) as client,
     ):

@@ -337,6 +337,28 @@ def test_what_a_reload_would_lose_or_refuse_is_loaded_beside(
         assert_computes(serving, computed(engine_model(saved(policy, tmp_path / str(version)), dtype)[1]))
 
 
+def test_what_was_pushed_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first worker alone adds some biases; the others' loaders write 0 to what all of them read."""
+    policy = build_architecture("gpt_oss", sliding_window=64)
+    config, serving = engine_model(saved(policy, tmp_path), "float32")
+    load: Any = type(serving).load_weights
+
+    def as_another_worker(model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
+        return load(model, ((name, one.zero_() if name.endswith("down_proj_bias") else one) for name, one in weights))
+
+    monkeypatch.setattr(type(serving), "load_weights", as_another_worker)
+    second = standby(config, serving, policy)
+    assert second is not None
+    given = [(name, tensor.clone()) for name, tensor in pushed(policy)]
+    second.fill(given)
+    second.install()
+    for (name, found), (_, expected) in zip(given, pushed(policy), strict=True):
+        assert torch.equal(found, expected), name
+    biases = [one for name, one in serving.named_parameters() if name.endswith("w2_bias")]
+    assert len(biases) == 4
+    assert not any(one.any() for one in biases)
+
+
 @pytest.mark.parametrize("kind", ["phi", "apertus"])
 def test_a_model_whose_loader_does_more_than_to_copy_has_none(tmp_path: Path, kind: str) -> None:
     """One's writes to what serves, the other's activation keeps numbers beside its parameters."""

@@ -85,6 +85,8 @@ class Standby:
         self._form = form
         self._doubles: dict[nn.Module, nn.Module] = {}
         self._parameters: dict[int, _Parameter] = {}
+        self._spoilt: set[str] = set()
+        """What the loader writes to as it loads it, as gpt-oss's biases on all workers but the first."""
         self._twin = self._double(model)
         self._expected = {name for name, one in model.named_parameters() if id(one) in self._parameters}
         for parameter in self._parameters.values():
@@ -108,8 +110,9 @@ class Standby:
         """
         # Before: what the checkpoint alone has is read from its files, which does not go with the mode.
         given = list(self._form.of(weights))
-        with _OnDouble():
+        with _OnDouble() as seen:
             self._load(iter(given))
+        self._spoilt = {name for name, tensor in given if _storage(tensor) in seen.written}
         for live, twin in self._doubles.items():
             if changed := _changed(live, twin):
                 raise NotPlainError(f"{type(live).__name__} keeps {changed[0]} of its weights")
@@ -124,7 +127,9 @@ class Standby:
             if parameter.real is None or not parameter.copied:
                 parameter.real = _on(self._device, parameter.form)
             parameter.put(parameter.real)
-        self._load(self._form.of(weights))
+        # Others read them where they lie: the service, which keeps them, and the other workers.
+        whole = self._form.of(weights)
+        self._load((name, tensor.clone() if name in self._spoilt else tensor) for name, tensor in whole)
         for parameter in self._parameters.values():
             if not parameter.copied:
                 # Its layer has it, and lets go of it when it is packed.
@@ -225,7 +230,11 @@ def standby_of(model: nn.Module, device: torch.device, form: Form, tensors: Sequ
 
 
 class _OnDouble(TorchDispatchMode):
-    """Refuses to write to what is on a device."""
+    """Refuses to write to what is on a device, and notes what else is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: set[int] = set()
 
     def __torch_dispatch__(  # pyright: ignore
         self,
@@ -234,9 +243,16 @@ class _OnDouble(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
-        if func._schema.is_mutable and not args[0].is_meta:
-            raise RuntimeError(f"{func} writes to what serves")
+        if func._schema.is_mutable:
+            if not args[0].is_meta:
+                raise RuntimeError(f"{func} writes to what serves")
+            self.written.add(_storage(args[0]))
         return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Which memory a tensor looks into, also where that is on no device."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore
 
 
 def _need_plain(module: nn.Module) -> None:
