@@ -61,8 +61,8 @@ def reload_weights(
         initialize_layerwise_reload,
     )
 
-    # One that is tied to another goes by the first name.
-    expected = {name for name, _ in model.named_parameters()}
+    names = first_names(model)
+    expected = set(names.values())
     hush_loaders()
     left, lost = iter(weights), dict[str, bool]()
     with torch.no_grad(), set_current_vllm_config(config):
@@ -78,10 +78,19 @@ def reload_weights(
             finalize_layerwise_reload(model, config.model_config)
             failed.pop_all()
         _repack(model, {name.rpartition(".")[0] for name in lost})
-    check_taken(left, expected, expected if loaded is None else loaded)
+    check_taken(left, expected, expected if loaded is None else {names.get(name, name) for name in loaded})
     if gone := [name for name, kept in lost.items() if not (kept and first)]:
         kind = type(model).__name__
         raise ValueError(f"vLLM's loader of {kind} lost {len(gone)} parameters on their way, the first {gone[0]}")
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """For every name of a parameter the first one of it: a tied one has more, and so have those of a shared module.
+
+    Which of them a loader tells is its own choice.
+    """
+    firsts: dict[int, str] = {}
+    return {name: firsts.setdefault(id(one), name) for name, one in model.named_parameters(remove_duplicate=False)}
 
 
 def check_taken(left: Iterator[tuple[str, torch.Tensor]], expected: Set[str], loaded: Set[str]) -> None:

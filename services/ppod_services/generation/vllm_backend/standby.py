@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppod_models.loading import DTYPES
 from ppod_services.generation.vllm_backend.experts import PACKED_EXPERTS, leaves_experts, pack_experts
-from ppod_services.generation.vllm_backend.reload import Loads, check_taken, hush_loaders
+from ppod_services.generation.vllm_backend.reload import Loads, check_taken, first_names, hush_loaders
 from ppod_services.generation.vllm_backend.staging import TensorAt, Weights
 from ppod_services.generation.vllm_backend.worker_calls import LOADING_ERRORS
 
@@ -88,6 +88,7 @@ class Standby:
         self._spoilt: set[str] = set()
         """What the loader writes to as it loads it, as gpt-oss's biases on all workers but the first."""
         self._twin = self._double(model)
+        self._names = first_names(model)
         self._expected = {name for name, one in model.named_parameters() if id(one) in self._parameters}
         for parameter in self._parameters.values():
             parameter.put(parameter.form)
@@ -175,7 +176,7 @@ class Standby:
             loaded = cast(Loads, self._twin).load_weights(left)
         if loaded is None:
             raise ValueError("vLLM's loader does not tell what it loaded")
-        check_taken(left, self._expected, loaded)
+        check_taken(left, self._expected, {self._names.get(name, name) for name in loaded})
 
     def _double(self, module: nn.Module) -> nn.Module:
         if (found := self._doubles.get(module)) is not None:
