@@ -107,6 +107,7 @@ def read(output: Output, of: GenerationItem | None = None, *, tokens: int | None
             "vllm.engine_args: kv_offloading_backend cannot be",
         ),
         ({"engine_args": {"enable_eplb": True}}, "vllm.engine_args: enable_eplb cannot be set: pushed experts"),
+        ({"engine_args": {"offload_group_size": 4}}, "vllm.engine_args: offload_group_size cannot be set: each step"),
         ({"engine_args": {"quantization_config": {}}}, "vllm.engine_args: quantization_config cannot be set"),
         ({"weights_received_by": "nobody"}, "vllm.weights_received_by"),
         ({"tensor_parallel_size": 0}, "vllm.tensor_parallel_size"),

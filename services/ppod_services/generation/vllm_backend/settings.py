@@ -44,6 +44,7 @@ _FIXED = {
     "kv_offloading_backend": _KEEPS,
     "watermark_config": "its key would decide draws, and not a request's seed",
     "enable_eplb": "pushed experts would be put where they were at the start, not where they have moved since",
+    "offload_group_size": "each step takes layers from copies in the host's memory, which pushed weights do not reach",
     "logits_processors": "logprobs would be of another distribution than the request describes",
     "trust_remote_code": "models bring safetensors, not code",
     "load_format": "models bring safetensors, not code",
