@@ -13,98 +13,34 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ppod_services.generation.vllm_backend.receiver import WorkerReceiver
-from ppod_services.generation.vllm_backend.reload import form_of, load_pushed
+from ppod_services.generation.vllm_backend.reload import load_pushed
 from ppod_services.generation.vllm_backend.segments import Segment
-from ppod_services.generation.vllm_backend.staging import Copies, Stage, TensorAt, Weights
-from ppod_services.generation.vllm_backend.standby import Standby, standby_of
+from ppod_services.generation.vllm_backend.staging import Copies, Stage, Weights
 from ppod_services.generation.vllm_backend.watch import SERVICE_VARIABLE
 from support.architectures import build_architecture
-from support.services import TEST_DEVICE
-from support.tiny_model import build_tokenizer
-from support.vllm_services import require_vllm
+from support.vllm_models import (
+    DEVICE,
+    assert_computes,
+    computed,
+    engine_model,
+    one_worker,
+    pushed,
+    saved,
+    shuffle,
+    standby,
+)
 
 # vLLM's own, of what it imports.
 pytestmark = pytest.mark.filterwarnings("ignore")
-DEVICE = torch.device(TEST_DEVICE)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_worker() -> Iterator[None]:
+def groups() -> Iterator[None]:
     """The process groups of an engine of one worker, in this process."""
-    require_vllm()
-    from vllm.config import VllmConfig, set_current_vllm_config  # pyright: ignore  # noqa: PLC0415
-    from vllm.distributed import parallel_state  # pyright: ignore  # noqa: PLC0415
-
-    with set_current_vllm_config(VllmConfig()):
-        parallel_state.init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, "gloo")
-        parallel_state.initialize_model_parallel(1, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        if not torch.accelerator.is_available():
-            # As vLLM's worker does on a CPU: its loaders call it there, too.
-            patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    with one_worker():
         yield
-    parallel_state.destroy_model_parallel()
-    parallel_state.destroy_distributed_environment()
-
-
-def engine_model(directory: Path, dtype: str) -> tuple[Any, nn.Module]:
-    """vLLM's configuration and model of a checkpoint, loaded as an engine does."""
-    from vllm.config import set_current_vllm_config  # pyright: ignore  # noqa: PLC0415
-    from vllm.engine.arg_utils import EngineArgs  # pyright: ignore  # noqa: PLC0415
-    from vllm.model_executor.model_loader import get_model  # pyright: ignore  # noqa: PLC0415
-
-    config = EngineArgs(model=str(directory), dtype=dtype, enforce_eager=True, max_model_len=64).create_engine_config()
-    with set_current_vllm_config(config):
-        return config, get_model(vllm_config=config)
-
-
-def saved(model: PreTrainedModel, directory: Path) -> Path:
-    model.save_pretrained(directory)
-    build_tokenizer().save_pretrained(directory)
-    return directory
-
-
-def pushed(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, parameter.data) for name, parameter in model.named_parameters()]
-
-
-def standby(config: Any, serving: nn.Module, model: nn.Module) -> Standby | None:
-    tensors: list[TensorAt] = [
-        (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), 0) for name, tensor in pushed(model)
-    ]
-    return standby_of(serving, DEVICE, form_of(config), tensors)
-
-
-@torch.no_grad()
-def computed(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters, and what the layers that a CPU packs make of some input."""
-    found = {name: parameter.detach().clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
-    for name, module in model.named_modules():
-        linear = module.__dict__.get("cpu_linear")
-        if linear is not None:
-            width = getattr(module, "input_size", None) or getattr(module, "embedding_dim")  # noqa: B009
-            # Some routers compute in float32.
-            some = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(DEVICE, module.weight.dtype)
-            found[f"{name}()"] = linear(some, module.weight, None)
-    return found
-
-
-def assert_computes(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    found = computed(model)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-
-
-def shuffle(model: PreTrainedModel, seed: int) -> None:
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # One-dimensional ones may be all alike.
-            parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
 
 
 @pytest.mark.parametrize(
@@ -191,44 +127,6 @@ def test_kernels_that_read_weights_where_they_were_loaded_get_none(
     assert standby(config, serving, policy) is None
 
 
-class Attends:
-    """What is kept of the sinks by attention that computes with them in float32, as FlashInfer's does."""
-
-    def __init__(self, sinks: torch.Tensor) -> None:
-        self._sinks = sinks
-        self.sinks = sinks.to(torch.float32, copy=True)
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        assert act_dtype == torch.bfloat16
-        self.sinks.copy_(self._sinks)
-
-
-def test_what_attention_keeps_of_its_sinks_is_of_the_version_that_serves(tmp_path: Path) -> None:
-    policy = build_architecture("granite_swa")
-    config, serving = engine_model(saved(policy, tmp_path), "bfloat16")
-    blocks: list[Any] = [module for module in serving.modules() if hasattr(module, "sinks")]
-    attention = [block.attn for block in blocks]
-    assert len(attention) == 4
-    for block in blocks:
-        block.attn.impl = Attends(block.sinks)
-    places = [layer.impl.sinks.data_ptr() for layer in attention]
-    second = standby(config, serving, policy)
-    assert second is not None
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if name.endswith("sinks"):
-                parameter.normal_()
-    second.fill(pushed(policy))
-    second.install()
-    expected = {name: one for name, one in pushed(policy) if name.endswith("sinks")}
-    for index, layer in enumerate(attention):
-        sinks = expected[f"model.layers.{index}.self_attn.sinks"].bfloat16().float()
-        assert torch.equal(layer.impl.sinks, sinks)
-    # Captured graphs read them there.
-    assert [layer.impl.sinks.data_ptr() for layer in attention] == places
-
-
 def test_memory_is_taken_once_and_given_back(tmp_path: Path) -> None:
     policy = build_architecture("llama")
     config, serving = engine_model(saved(policy, tmp_path), "bfloat16")
@@ -298,67 +196,6 @@ def test_a_version_that_is_not_whole_does_not_wait(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no module or parameter named"):
         second.fill([*pushed(policy), ("another.weight", torch.zeros(2))])
     assert_computes(serving, expected)
-
-
-def test_a_convolution_that_is_read_beside_its_parameter_is_loaded_again(tmp_path: Path) -> None:
-    """CPUs with instructions for bfloat16 pack it elsewhere, and Mamba 2 computes with what was there before."""
-    policy = build_architecture("falcon_h1")
-    config, serving = engine_model(saved(policy, tmp_path / "0"), "bfloat16")
-    shuffle(policy, 1)
-    load_pushed(config, serving, pushed(policy))
-    expected = dict(engine_model(saved(policy, tmp_path / "1"), "bfloat16")[1].named_buffers())
-    found = dict(serving.named_buffers())
-    assert found.keys() == expected.keys()
-    assert len([name for name in found if name.endswith("conv_weights")]) == 4
-    for name, buffer in expected.items():
-        assert torch.equal(found[name], buffer), name
-
-
-@pytest.mark.parametrize(
-    ("kind", "further", "dtype"),
-    [
-        # Their loader copies biases and sinks into what is on no device then.
-        ("gpt_oss", {"sliding_window": 64}, "float32"),
-        ("gpt_oss", {"sliding_window": 64}, "bfloat16"),
-        # A CPU pads these, when it starts and at no reload.
-        ("mixtral", {"intermediate_size": 80}, "float32"),
-        ("mixtral", {"intermediate_size": 80}, "bfloat16"),
-    ],
-)
-def test_what_a_reload_would_lose_or_refuse_is_loaded_beside(
-    tmp_path: Path, kind: str, further: dict[str, object], dtype: str
-) -> None:
-    policy = build_architecture(kind, **further)
-    config, serving = engine_model(saved(policy, tmp_path / "0"), dtype)
-    second = standby(config, serving, policy)
-    assert second is not None
-    for version in (1, 2):
-        shuffle(policy, version)
-        second.fill(pushed(policy))
-        second.install()
-        assert_computes(serving, computed(engine_model(saved(policy, tmp_path / str(version)), dtype)[1]))
-
-
-def test_what_was_pushed_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first worker alone adds some biases; the others' loaders write 0 to what all of them read."""
-    policy = build_architecture("gpt_oss", sliding_window=64)
-    config, serving = engine_model(saved(policy, tmp_path), "float32")
-    load: Any = type(serving).load_weights
-
-    def as_another_worker(model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
-        return load(model, ((name, one.zero_() if name.endswith("down_proj_bias") else one) for name, one in weights))
-
-    monkeypatch.setattr(type(serving), "load_weights", as_another_worker)
-    second = standby(config, serving, policy)
-    assert second is not None
-    given = [(name, tensor.clone()) for name, tensor in pushed(policy)]
-    second.fill(given)
-    second.install()
-    for (name, found), (_, expected) in zip(given, pushed(policy), strict=True):
-        assert torch.equal(found, expected), name
-    biases = [one for name, one in serving.named_parameters() if name.endswith("w2_bias")]
-    assert len(biases) == 4
-    assert not any(one.any() for one in biases)
 
 
 @pytest.mark.parametrize("kind", ["phi", "apertus"])
