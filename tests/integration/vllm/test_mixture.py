@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from ppod import Completion, GenerationClient, Internal, Sampling, WeightClient
+from ppod import Completion, GenerationClient, Internal, PpodError, Sampling, WeightClient
 from support.architectures import build_architecture
 from support.recomputed import chosen_logprobs, distributions
 from support.sampling_reference import Rules
 from support.tiny_model import build_tokenizer
-from support.vllm_services import running_vllm
+from support.vllm_services import BLOCK_SIZE, HALF_LOADING_VARIABLE, HALF_LOADING_WORKER, running_vllm
 from support.weight_tensors import weight_tensors
 
 GAP = 5e-5
@@ -96,6 +96,25 @@ def test_weights_that_vllm_would_lose_leave_the_old_ones_serving(tmp_path: Path)
         with pytest.raises(Internal, match=r"the old one serves on: .* of GptOssForCausalLM lost \d+ parameters"):
             weights.commit(1)
         check(client, model, 0)
+
+
+def test_a_version_that_is_there_in_part_never_samples(tmp_path: Path) -> None:
+    """Layers that cannot be loaded again have what was loaded beside, and the old one is not put together from both."""
+    model = build_architecture("gpt_oss", sliding_window=64)
+    fails = tmp_path / "fails"
+    fails.touch()
+    further = {"vllm": {"engine_args": {"block_size": BLOCK_SIZE, "worker_cls": HALF_LOADING_WORKER}}}
+    variables = {HALF_LOADING_VARIABLE: str(fails)}
+    with (
+        running_vllm(saved(model, tmp_path / "model"), tmp_path, further, variables) as service,
+        WeightClient(service.admin_target) as weights,
+    ):
+        shuffle(model, 1)
+        weights.prepare(1, weight_tensors(model, torch.float32))
+        with pytest.raises(PpodError):
+            weights.commit(1)
+        assert service.wait(60) == 1
+        assert "nor the old ones restored" in service.stderr
 
 
 def test_what_vllm_makes_of_weights_that_were_pushed_is_what_it_makes_of_a_checkpoint(tmp_path: Path) -> None:

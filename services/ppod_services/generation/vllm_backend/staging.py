@@ -152,6 +152,8 @@ class Stage:
         self._segments = LockedSegments(device)
         self._thread: threading.Thread | None = None
         self._version: int | None = None
+        self.installed = False
+        """Whether a version was let serve from here, or part of it."""
 
     def begin(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
         """Bring a segment's weights there while the worker goes on; of a version before them nothing is left."""
@@ -180,6 +182,7 @@ class Stage:
         there = self.holds(weight_version)
         self._version = None
         if there:
+            self.installed = True
             self._waiting.install()
         return there
 

@@ -110,7 +110,9 @@ class PpodWorker:
             self.stage.drop()
         config, model = self.vllm_config, self.model_runner.get_model()
         loader = get_model_loader(config.load_config)
-        reload_weights(config, model, loader.get_all_weights(config.model_config, model), first=True)
+        # Layers that cannot be loaded again have what they started with no more, once a version was loaded beside.
+        first = not (self.loads_beside and self.stage is not None and self.stage.installed)
+        reload_weights(config, model, loader.get_all_weights(config.model_config, model), first=first)
 
     def ppod_received(self) -> Outcome | None:
         """What became of the version that the transfer engine receives; see `WorkerReceiver.outcome`."""
