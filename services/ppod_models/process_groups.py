@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import distributed
@@ -20,6 +23,9 @@ from torch import distributed
 from torch._C._distributed_c10d import BroadcastOptions, ProcessGroupGloo, Store, TCPStore, Work
 
 GroupBackend = Literal["nccl", "gloo"]
+AnswerT = TypeVar("AnswerT")
+
+_LOOK_S = 0.05
 
 
 class GroupError(Exception):
@@ -50,13 +56,28 @@ def open_store(host: str, port: int, *, master: bool, timeout_s: float) -> TCPSt
         raise GroupError(f"the store at {host}:{port} cannot be reached or opened: {_first_line(error)}") from error
 
 
+def reach_store(host: str, port: int, timeout_s: float, gone: threading.Event) -> TCPStore:
+    """The store that another party listens with. Also a name that is told only after a while is found.
+
+    Raises:
+        GroupError: after `timeout_s`, or soon after `gone` was set, because nobody needs it any more.
+    """
+    late = f"the store at {host}:{port} cannot be reached: it did not answer within {timeout_s:g} s"
+    return _within(timeout_s, lambda: open_store(host, port, master=False, timeout_s=timeout_s), late, gone)
+
+
 def wait_for(store: Store, key: str, timeout_s: float) -> bytes:
-    """The value of a key, once it is set. Raises GroupError after `timeout_s`."""
-    try:
-        store.wait([key], timedelta(seconds=timeout_s))
-        return store.get(key)
-    except RuntimeError as error:
-        raise GroupError(f"{key} was not told within {timeout_s:g} s: {_first_line(error)}") from error
+    """The value of a key, once it is set. Raises GroupError after `timeout_s`: then the store is of no use any more."""
+    late = f"{key} was not told within {timeout_s:g} s"
+
+    def ask() -> bytes:
+        try:
+            store.wait([key], timedelta(seconds=timeout_s))
+            return store.get(key)
+        except RuntimeError as error:
+            raise GroupError(f"{late}: {_first_line(error)}") from error
+
+    return _within(timeout_s, ask, late)
 
 
 def tell(store: Store, key: str, value: str) -> None:
@@ -132,6 +153,30 @@ class BroadcastGroup:
         members, self._members = self._members, None
         if members is not None:
             members.abort()
+
+
+def _within(limit_s: float, ask: Callable[[], AnswerT], late: str, gone: threading.Event | None = None) -> AnswerT:
+    """What a store tells in time, else a GroupError that says `late`.
+
+    c10d tries again past its timeout, and waits without end for the answer of one that was stopped or cut off. Whoever
+    waits there is left behind, in a thread that ends with the connection.
+    """
+    answer: Future[AnswerT] = Future()
+
+    def wait() -> None:
+        try:
+            answer.set_result(ask())
+        except GroupError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=wait, name="store", daemon=True).start()
+    until = time.monotonic() + limit_s
+    while (left := until - time.monotonic()) > 0:
+        if gone is not None and gone.is_set():
+            raise GroupError("who asked for it went away")
+        with suppress(TimeoutError):
+            return answer.result(left if gone is None else min(left, _LOOK_S))
+    raise GroupError(late)
 
 
 def _nccl(store: Store, rank: int, world_size: int, timeout: timedelta) -> _Members:

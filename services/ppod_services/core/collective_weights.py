@@ -58,7 +58,7 @@ class CollectiveReceiver:
         staged: Install | None = None
         try:
             with self._lock:
-                self._receive(group, weights, transfer)
+                self._receive(group, weights, transfer, gone)
             staged = None if gone.is_set() else weights.stage(transfer)
         finally:
             weights.end(transfer, None if gone.is_set() else staged)
@@ -72,27 +72,29 @@ class CollectiveReceiver:
         if group.ranks != ranks:
             raise FailedPrecondition("manifest.collective.ranks", str(group.ranks), f"{ranks}, as GetWeights tells")
 
-    def _receive(self, group: IncomingGroup, weights: ServedWeights, transfer: WeightTransfer) -> None:
+    def _receive(
+        self, group: IncomingGroup, weights: ServedWeights, transfer: WeightTransfer, gone: threading.Event
+    ) -> None:
         try:
             if weights.group_receiver is None:
-                self._receive_here(group, transfer)
+                self._receive_here(group, transfer, gone)
             else:
                 weights.group_receiver.receive(transfer.manifest, self._timeout_s)
                 transfer.verify_in_place()
         except GroupError as error:
             raise Unavailable(f"the group {group.name} of {group.address} broke: {error}") from error
 
-    def _receive_here(self, group: IncomingGroup, transfer: WeightTransfer) -> None:
+    def _receive_here(self, group: IncomingGroup, transfer: WeightTransfer, gone: threading.Event) -> None:
         with on_device(self._device), ExitStack() as failed:
             failed.callback(self._leave)
-            for bucket in self._join(group).buckets(transfer.weight_version, transfer.manifest.wire_bytes):
+            for bucket in self._join(group, gone).buckets(transfer.weight_version, transfer.manifest.wire_bytes):
                 transfer.write(on_host(bucket).numpy().data)
             failed.pop_all()
 
-    def _join(self, group: IncomingGroup) -> GroupMember:
+    def _join(self, group: IncomingGroup, gone: threading.Event) -> GroupMember:
         if self._joined is None or self._joined.name != group.name:
             self._leave()
-            self._joined = GroupMember(group, group.rank, self._timeout_s)
+            self._joined = GroupMember(group, group.rank, self._timeout_s, gone)
         return self._joined
 
     def _leave(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch._C._distributed_c10d import PrefixStore
 
-from ppod_models.process_groups import BroadcastGroup, GroupError, open_store, tell, wait_for
+from ppod_models.process_groups import BroadcastGroup, GroupError, reach_store, tell, wait_for
 from ppod_services.core.weight_manifest import IncomingGroup
 
 _GIVEN_UP = 0
@@ -20,18 +21,19 @@ class GroupMember:
         group: whom to meet, and where.
         rank: which of the server's ranks this is.
         timeout_s: longest silence of the others.
+        gone: set when nobody waits any more for what comes first; the sender is looked for no longer.
 
     Raises:
         GroupError: the sender's store cannot be reached.
     """
 
-    def __init__(self, group: IncomingGroup, rank: int, timeout_s: float) -> None:
+    def __init__(self, group: IncomingGroup, rank: int, timeout_s: float, gone: threading.Event) -> None:
         self.name = group.name
         self._group = group
         self._rank = rank
         self._timeout_s = timeout_s
         host, _, port = group.address.rpartition(":")
-        store = open_store(host, int(port), master=False, timeout_s=timeout_s)
+        store = reach_store(host, int(port), timeout_s, gone)
         self._store = PrefixStore(f"ppod/{group.name}", store)
         self._epoch = 0
         self._members: BroadcastGroup | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import socket
 import threading
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from ppod import ResourceExhausted
-from ppod.client import RelayHop, WeightPush, WeightTensor, weight_calls
+from ppod.client import CollectiveGroup, RelayHop, WeightPush, WeightTensor, weight_calls
 from ppod.weight_changes import TensorEncoding
 from ppod_services.core.batch_run import Pause
 from ppod_services.core.config import WeightsConfig
@@ -68,11 +69,20 @@ def servicer(store: ModelWeights, config: WeightsConfig) -> WeightServicer:
 
 async def prepare(service: WeightServicer, push: WeightPush) -> None:
     async def sent() -> AsyncGenerator[bytes]:
-        for message in weight_calls.messages(push):
+        for message in weight_calls.messages(push, "here"):
             yield message
 
     context = cast(Any, SimpleNamespace(time_remaining=lambda: 10.0))
     await service.PrepareWeights(sent(), context)
+
+
+async def prepared(service: WeightServicer, push: WeightPush) -> bool:
+    """Whether no other transfer was under way."""
+    try:
+        await prepare(service, push)
+    except ResourceExhausted:
+        return False
+    return True
 
 
 async def gone_at(gate: Gate, service: WeightServicer, push: WeightPush) -> asyncio.Task[None]:
@@ -134,3 +144,19 @@ async def test_memory_that_is_still_written_to_is_given_to_no_other_transfer() -
     with pytest.raises(asyncio.CancelledError):
         await call
     await prepare(service, WeightPush(1, other))
+
+
+async def test_a_sender_that_left_before_its_store_was_met_keeps_no_other_waiting() -> None:
+    model = nn.Linear(2, 2)
+    service = servicer(ModelWeights(model), WeightsConfig(collective_addresses=("127.0.0.1:*",), idle_timeout_s=60))
+    tensors = weight_calls.with_checksums(weight_tensors(model))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        group = CollectiveGroup("g", address, "gloo", {"here": range(1, 2)}, 2**20)
+        call = asyncio.create_task(prepare(service, WeightPush(1, tensors, collective=group)))
+        met, _ = await asyncio.to_thread(silent.accept)
+        with met:
+            call.cancel()
+            async with asyncio.timeout(10):
+                while not await prepared(service, WeightPush(1, tensors)):
+                    await asyncio.sleep(0.01)

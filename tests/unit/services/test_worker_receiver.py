@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
 import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -220,10 +223,25 @@ def test_what_is_on_its_way_can_be_dropped() -> None:
             assert worker.outcome() == ()
 
 
+def test_a_sender_that_was_not_met_yet_is_not_waited_for_when_its_version_is_dropped() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        workers(GroupInfo("g", f"127.0.0.1:{silent.getsockname()[1]}", "gloo", 1, 3, 64, 60.0)) as both,
+    ):
+        begin(both, 4)
+        begun = time.monotonic()
+        for worker in both:
+            worker.drop()
+        assert time.monotonic() - begun < 5
+        begin(both, 5)
+        time.sleep(0.2)
+        assert [worker.outcome() for worker in both] == [None, None], "the next one is looked for again"
+
+
 def test_a_store_that_is_gone_is_a_broken_group_when_it_is_told_and_when_it_is_asked() -> None:
     sender = Sender()
     address = f"127.0.0.1:{sender.port}"
-    member = GroupMember(IncomingGroup("g", address, "gloo", 1, 3, 64), 1, 3.0)
+    member = GroupMember(IncomingGroup("g", address, "gloo", 1, 3, 64), 1, 3.0, threading.Event())
     del sender
     # To a closed connection one write succeeds.
     for words in ("1/go was not told", "1/joined/1 could not be told"):

@@ -137,6 +137,7 @@ class WorkerReceiver:
         self._timeout_s = 0.0
         self._member: GroupMember | None = None
         self._thread: threading.Thread | None = None
+        self._dropped = threading.Event()  # what the thread receives
         self._staged: StagedTensors | None = None
         self._outcome: Outcome = ()
         self.weight_version = 0
@@ -176,8 +177,10 @@ class WorkerReceiver:
     def drop(self) -> None:
         """Forget what was received; what is on its way is given up."""
         if self._thread is not None and self._thread.is_alive():
+            self._dropped.set()
             self._leave()
         self.wait()
+        self._dropped.clear()
         self._thread = self._staged = None
         self._outcome = ()
 
@@ -214,7 +217,7 @@ class WorkerReceiver:
         if self._group is None:
             raise GroupError("no group was joined")
         if self._member is None:
-            self._member = GroupMember(self._group, self._group.rank, self._timeout_s)
+            self._member = GroupMember(self._group, self._group.rank, self._timeout_s, self._dropped)
         return self._member
 
 
