@@ -169,15 +169,16 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
     ) -> weights_pb2.GetWeightsResponse:
         """Tell which versions serve and wait."""
         target = self._target.get()
-        weights = target.weights
+        # At one moment: a commit in the model's thread must not bring its name to the version before it.
+        status = target.weights.status
         return weights_pb2.GetWeightsResponse(
-            model=target.info.state(weights.version),
-            prepared_version=weights.prepared_version,
-            base_version=weights.base_version,
-            held_uris=weights.held_uris,
-            collective_ranks=weights.collective_ranks,
+            model=target.info.state(status.version),
+            prepared_version=status.prepared_version,
+            base_version=status.base_version,
+            held_uris=status.held_uris,
+            collective_ranks=target.weights.collective_ranks,
             relay_directory_id=self._directory_id,
-            push_id=weights.push_id,
+            push_id=status.push_id,
         )
 
     def close(self) -> None:

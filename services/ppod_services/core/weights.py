@@ -25,6 +25,25 @@ class _Prepared:
     hold: Hold | None
 
 
+@dataclass(frozen=True, slots=True)
+class WeightStatus:
+    """What serves and what waits.
+
+    Attributes:
+        version: the version that serves.
+        push_id: the sender's name for the push that brought it; empty where it had none.
+        base_version: the version of the whole weights in service, below an adapter where one serves.
+        prepared_version: the version that waits for its commit.
+        held_uris: shared files whose memory serves or waits.
+    """
+
+    version: int
+    push_id: str
+    base_version: int
+    prepared_version: int | None
+    held_uris: tuple[str, ...]
+
+
 class ServedWeights:
     """Which version serves, which one waits, and one transfer at a time, around the weights of an engine.
 
@@ -37,7 +56,7 @@ class ServedWeights:
         self._store = store
         self._on_version = on_version
         self._version = 0
-        self._push_id = ""  # of what serves
+        self._push_id = ""
         self._base_version = 0
         self._hold: Hold | None = None  # of the file whose memory serves
         self._prepared: _Prepared | None = None
@@ -51,27 +70,18 @@ class ServedWeights:
         return self._version
 
     @property
-    def base_version(self) -> int:
-        """The version of the whole weights in service, below an adapter where one serves."""
-        return self._base_version
-
-    @property
-    def push_id(self) -> str:
-        """The sender's name for the push that brought what serves; empty where it had none."""
-        return self._push_id
-
-    @property
-    def prepared_version(self) -> int | None:
-        """The version that waits for its commit."""
+    def status(self) -> WeightStatus:
+        """What serves and what waits, at one moment."""
         with self._lock:
-            return None if self._prepared is None else self._prepared.manifest.weight_version
-
-    @property
-    def held_uris(self) -> tuple[str, ...]:
-        """Shared files whose memory serves or waits."""
-        with self._lock:
-            held = (self._hold, None if self._prepared is None else self._prepared.hold)
-        return tuple(dict.fromkeys(hold.uri for hold in held if hold is not None))
+            prepared = self._prepared
+            held = (self._hold, None if prepared is None else prepared.hold)
+            return WeightStatus(
+                self._version,
+                self._push_id,
+                self._base_version,
+                None if prepared is None else prepared.manifest.weight_version,
+                tuple(dict.fromkeys(hold.uri for hold in held if hold is not None)),
+            )
 
     @property
     def group_receiver(self) -> GroupReceiver | None:

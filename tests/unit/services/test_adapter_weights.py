@@ -55,7 +55,7 @@ def test_adapters_come_and_go_without_a_trace() -> None:
     assert not torch.equal(
         model.get_parameter("model.layers.0.self_attn.q_proj.weight"), base["model.layers.0.self_attn.q_proj.weight"]
     )
-    assert (weights.version, weights.base_version) == (1, 0)
+    assert (weights.version, weights.status.base_version) == (1, 0)
     # Another adapter of other layers: the first one's layers are the base's again, to the bit.
     put(weights, *adapter_push(build_adapted_model(seed=2, target_modules=("v_proj",)), 2, 0))
     assert_close(state(model), merged(build_adapted_model(seed=2, target_modules=("v_proj",))))
@@ -140,7 +140,7 @@ def test_an_adapter_that_is_prepared_while_its_base_is_replaced_never_serves() -
     weights.end(adapter, None)
     store.amid = lambda: weights.end(adapter, merged_with_the_old)
     put(weights, *whole(build_model(seed=1), 1))
-    assert weights.prepared_version == 2
+    assert weights.status.prepared_version == 2
     for ask in (weights.would_change, weights.commit):
         with pytest.raises(FailedPrecondition, match="base_version: the server has 1, the request needs 0"):
             ask(2)
@@ -162,7 +162,7 @@ def test_whole_weights_and_changes_after_an_adapter_find_the_base() -> None:
         put(weights, *adapter_push(adapted, 3, 2))
     put(weights, *changed(second, first, 3, 1))
     assert_same(state(model), state(second))
-    assert weights.base_version == 3
+    assert weights.status.base_version == 3
     put(weights, *adapter_push(adapted, 4, 3))
     # Of the base that the first adapter was merged into nothing is left to be found.
     put(weights, *changed(third, second, 5, 3))

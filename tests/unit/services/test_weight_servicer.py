@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import grpc.aio
 import pytest
@@ -12,7 +12,7 @@ import xxhash
 from torch import nn
 
 from ppod import DeadlineExceeded, FailedPrecondition, InvalidArgument
-from ppod.v1 import weights_pb2
+from ppod.v1 import common_pb2, weights_pb2
 from ppod_services.core.batch_run import Pause
 from ppod_services.core.config import WeightsConfig
 from ppod_services.core.described import Deferred, ModelInfo
@@ -80,7 +80,23 @@ async def test_a_commit_that_changes_nothing_disturbs_nobody() -> None:
     with pytest.raises(FailedPrecondition, match="0 serving, 2 prepared, the request needs 1"):
         await commit(service, 1, weights_pb2.WEIGHT_PAUSE_ABORT)
     assert scheduler.pauses == []
-    assert weights.prepared_version == 2
+    assert weights.status.prepared_version == 2
+
+
+async def test_a_status_is_of_one_moment_also_while_a_commit_runs() -> None:
+    class Committing(ModelInfo):
+        def state(self, weight_version: int) -> common_pb2.ModelState:
+            weights.commit(1)
+            return super().state(weight_version)
+
+    weights = ServedWeights(ModelWeights(nn.Linear(1, 1, bias=False)), lambda _: None)
+    prepare(weights, 1)
+    target: Deferred[WeightTarget] = Deferred()
+    target.set(WeightTarget(Committing("policy", "", 1, 1, "float32", "cpu"), weights))
+    service = WeightServicer(target, RecordingScheduler(), WeightsConfig())
+    for version, waiting in ((0, 1), (1, 0)):
+        reply = await service.GetWeights(weights_pb2.GetWeightsRequest(), cast(Any, None))
+        assert (reply.model.weight_version, reply.base_version, reply.prepared_version) == (version, version, waiting)
 
 
 async def test_a_commit_that_is_repeated_while_it_runs_ends_as_it_does() -> None:

@@ -30,7 +30,7 @@ def test_versions_follow_each_other_through_the_same_memory(own: torch.dtype, wi
         new = build_model(seed=version)
         put(weights, *whole(new, version, wire))
         assert_same(state(model), state(new.to(wire).to(own)))
-        assert (weights.version, weights.base_version) == (version, version)
+        assert (weights.version, weights.status.base_version) == (version, version)
         storages.append(next(iter(model.parameters())).data_ptr())
     # Received into the memory that went out of service, not into ever new one.
     assert len(set(storages[1:])) == 2
@@ -123,11 +123,11 @@ def test_a_file_is_held_for_as_long_as_its_memory_waits_or_serves(store: type[Mo
         prepare_lent(weights, manifest, memory)
     # The second one took the place of the first one, which never served.
     assert released() == [1, 0]
-    assert weights.held_uris == (holds[1].uri,)
+    assert weights.status.held_uris == (holds[1].uri,)
     weights.commit(1)
     serving = 0 if store is ModelWeights else 1
     assert released() == [1, serving]
-    assert weights.held_uris == ((holds[1].uri,) if store is ModelWeights else ())
+    assert weights.status.held_uris == ((holds[1].uri,) if store is ModelWeights else ())
 
     manifest, memory, hold = lend(3, 2)
     holds.append(hold)
@@ -149,8 +149,8 @@ def test_a_file_that_is_refused_or_damaged_is_not_held() -> None:
     with pytest.raises(InvalidArgument, match="xxh3"):
         prepare_lent(weights, manifest, memory)
     assert damaged.released == 1
-    assert weights.held_uris == ()
-    assert weights.prepared_version is None
+    assert weights.status.held_uris == ()
+    assert weights.status.prepared_version is None
 
 
 def test_a_model_with_tied_embeddings_stays_tied() -> None:
@@ -196,7 +196,7 @@ def test_changes_against_another_version_are_refused() -> None:
         put(weights, wrong, data)
     assert_same(state(model), state(first))
     assert weights.version == 1
-    assert weights.prepared_version is None
+    assert weights.status.prepared_version is None
 
 
 def test_a_narrower_model_keeps_no_image_to_apply_changes_to() -> None:
@@ -235,7 +235,7 @@ def test_a_version_that_overtakes_a_transfer_ends_it() -> None:
     weights._version = 6  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(FailedPrecondition, match="less than 5"):
         weights.end(transfer, staged)
-    assert weights.prepared_version is None
+    assert weights.status.prepared_version is None
 
 
 @pytest.mark.parametrize(
