@@ -69,6 +69,14 @@ def standby(config: Any, serving: nn.Module, model: nn.Module) -> Standby | None
     return standby_of(serving, DEVICE, form_of(config), tensors)
 
 
+def served_beside(policy: PreTrainedModel, directory: Path, dtype: str) -> tuple[Any, nn.Module, Standby]:
+    """vLLM's configuration and model of a policy that is saved in `directory`, and the second set of its parameters."""
+    config, serving = engine_model(saved(policy, directory), dtype)
+    second = standby(config, serving, policy)
+    assert second is not None
+    return config, serving, second
+
+
 @torch.no_grad()
 def computed(model: nn.Module) -> dict[str, torch.Tensor]:
     """All parameters, and what the layers that a CPU packs make of some input."""

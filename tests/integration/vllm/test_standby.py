@@ -28,6 +28,7 @@ from support.vllm_models import (
     one_worker,
     pushed,
     saved,
+    served_beside,
     shuffle,
     standby,
 )
@@ -67,9 +68,7 @@ def test_a_version_that_was_filled_serves_from_its_install_on(
     tmp_path: Path, kind: str, further: dict[str, object], dtype: str
 ) -> None:
     policy = build_architecture(kind, **further)
-    config, serving = engine_model(saved(policy, tmp_path / "0"), dtype)
-    second = standby(config, serving, policy)
-    assert second is not None
+    config, serving, second = served_beside(policy, tmp_path / "0", dtype)
     expected = computed(serving)
     for version in range(1, 4):
         shuffle(policy, version)
@@ -129,9 +128,7 @@ def test_kernels_that_read_weights_where_they_were_loaded_get_none(
 
 def test_memory_is_taken_once_and_given_back(tmp_path: Path) -> None:
     policy = build_architecture("llama")
-    config, serving = engine_model(saved(policy, tmp_path), "bfloat16")
-    second = standby(config, serving, policy)
-    assert second is not None
+    _, _, second = served_beside(policy, tmp_path, "bfloat16")
     whole = sum(parameter.numel() * 2 for parameter in policy.parameters())
     assert second.wanted_bytes([]) == whole
     second.fill(pushed(policy))
@@ -151,9 +148,7 @@ def test_what_is_packed_is_held_in_one_form_at_a_time(tmp_path: Path, monkeypatc
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # pyright: ignore  # noqa: PLC0415
 
     policy = build_architecture("llama")
-    config, serving = engine_model(saved(policy, tmp_path), "float32")
-    second = standby(config, serving, policy)
-    assert second is not None
+    config, serving, second = served_beside(policy, tmp_path, "float32")
     if not second._packs:
         pytest.skip("this device packs nothing")
     second.fill(pushed(policy))
@@ -186,9 +181,7 @@ def test_what_is_packed_is_held_in_one_form_at_a_time(tmp_path: Path, monkeypatc
 
 def test_a_version_that_is_not_whole_does_not_wait(tmp_path: Path) -> None:
     policy = build_architecture("llama")
-    config, serving = engine_model(saved(policy, tmp_path), "float32")
-    second = standby(config, serving, policy)
-    assert second is not None
+    _, serving, second = served_beside(policy, tmp_path, "float32")
     expected = computed(serving)
     rest = [(name, tensor) for name, tensor in pushed(policy) if name != "model.norm.weight"]
     with pytest.raises(ValueError, match=r"1 parameters of .* got no weights, the first model\.norm\.weight"):

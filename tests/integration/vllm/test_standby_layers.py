@@ -12,7 +12,17 @@ from torch import nn
 
 from ppod_services.generation.vllm_backend.reload import load_pushed
 from support.architectures import build_architecture
-from support.vllm_models import assert_computes, computed, engine_model, one_worker, pushed, saved, shuffle, standby
+from support.vllm_models import (
+    assert_computes,
+    computed,
+    engine_model,
+    one_worker,
+    pushed,
+    saved,
+    served_beside,
+    shuffle,
+    standby,
+)
 
 # vLLM's own, of what it imports.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -108,9 +118,7 @@ def test_what_a_reload_would_lose_or_refuse_is_loaded_beside(
     tmp_path: Path, kind: str, further: dict[str, object], dtype: str
 ) -> None:
     policy = build_architecture(kind, **further)
-    config, serving = engine_model(saved(policy, tmp_path / "0"), dtype)
-    second = standby(config, serving, policy)
-    assert second is not None
+    _, serving, second = served_beside(policy, tmp_path / "0", dtype)
     for version in (1, 2):
         shuffle(policy, version)
         second.fill(pushed(policy))
