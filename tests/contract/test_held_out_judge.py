@@ -32,7 +32,7 @@ def samples(bad: tuple[int, ...]) -> list[ScoredRollout]:
     for index in bad:
         rollout = made[index].rollout
         response = np.full_like(rollout.response, BAD)
-        made[index] = replace(made[index], rollout=replace(rollout, response=response, stop_token=False))
+        made[index] = replace(made[index], rollout=replace(rollout, response=response, hides_stop_token=False))
     return made
 
 

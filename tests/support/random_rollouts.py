@@ -23,7 +23,7 @@ def random_rollouts(count: int = 6, seed: int = 0, longest_response: int = 7) ->
             logprobs,
             versions,
             truncated=bool(index % 2),
-            stop_token=not index % 2,
+            hides_stop_token=not index % 2,
             temperature=TEMPERATURE,
         )
         rollout = Rollout.of_turn(Prompt(index, prompt), turn, 100 + index)
@@ -53,7 +53,7 @@ def random_episodes(count: int, seed: int = 0, longest: int = 4) -> list[ScoredR
             turns=turns,
             rewards=np.where(ends & (generator.random(len(turns)) < 0.5), 0.5, 0).astype(np.float32),
             truncated=bool(index % 2),
-            stop_token=not index % 2,
+            hides_stop_token=not index % 2,
             seed=100 + index,
             temperature=TEMPERATURE,
         )

@@ -42,7 +42,9 @@ class Services:
             if step == self.broken:
                 raise RuntimeError("generation broke")
         version = np.array([policy_version or 0])
-        turn = Turn(version.astype(np.int32), np.zeros(1, dtype=np.float32), version, truncated=False, stop_token=False)
+        turn = Turn(
+            version.astype(np.int32), np.zeros(1, dtype=np.float32), version, truncated=False, hides_stop_token=False
+        )
         return [Rollout.of_turn(Prompt(step, version.astype(np.int32)), turn, step)]
 
     def score(self, rollouts: Sequence[Rollout], timer: StepTimer) -> list[ScoredRollout]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Container, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from ppod import GenerationClient
 from ppod.tensors import TokenArray
 from ppod_models import loading
-from ppod_models.chat_template import ChatTemplateError, render_chat, turn_end
+from ppod_models.chat_template import render_chat
 from ppod_models.configuration import dump_config
 from ppod_models.sources import resolve
 from ppod_trainer.algorithms import LearnedEstimator, build_estimator
@@ -55,6 +54,7 @@ from ppod_trainer.stateful import Stateful
 from ppod_trainer.step_rollouts import build_step_rollouts
 from ppod_trainer.stopping import StopSignal
 from ppod_trainer.training import Parts, TrainingRun
+from ppod_trainer.turn_ends import read_stop_tokens, warn_of_endless_turns
 from ppod_trainer.watch import build_watcher
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,9 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             check_reward(connections, config.rewards)
         _check_prompts(prompts, tokenizer, connections, served, config.rollout)
         bad_samples = BadSamples(config.rollout.on_bad_sample, Patience(config.services.recovery_timeout_s, stop))
-        sampler = _build_sampler(config, connections.generation, served, environments, codec, bad_samples)
+        read = read_stop_tokens(config.rewards.stop_token, prompts, tokenizer)
+        turns = _build_turns(config, connections.generation, served, environments, read)
+        sampler = _build_sampler(config, turns, served, environments, codec, bad_samples)
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
         opened.callback(collector.close)
         parts = Parts(
@@ -170,7 +172,7 @@ def _check_prompts(
     served: ServedModels,
     rollout: RolloutConfig,
 ) -> None:
-    _warn_of_endless_turns(prompts, tokenizer, served.generation.eos_token_ids, rollout)
+    warn_of_endless_turns(prompts, tokenizer, served.generation.eos_token_ids, rollout)
     if not references_of(prompts.training):
         check_references(connections)
     if rollout.on_bad_sample != "stop":
@@ -180,42 +182,26 @@ def _check_prompts(
     check_readers(prompts, made_tokens, rollout.max_tokens, served.reader, served.read_tokens)
 
 
-def _warn_of_endless_turns(
-    prompts: PromptSet, tokenizer: PreTrainedTokenizerFast, eos_token_ids: Sequence[int], rollout: RolloutConfig
-) -> None:
-    """Base models may have a chat template whose end of a turn does not end their sampling."""
-    if not prompts.conversations:
-        return
-    try:
-        end = turn_end(tokenizer)
-    except ChatTemplateError:
-        # Of this conversation; those of the prompts were rendered.
-        return
-    ids = tokenizer.encode(end, add_special_tokens=False)
-    stop_token_ids = (*eos_token_ids, *rollout.stop_token_ids)
-    if not ids or ids[0] in stop_token_ids or any(text in end for text in rollout.stop):
-        return
-    # A token of text may stand anywhere in a response.
-    own = ids[0] in tokenizer.added_tokens_decoder
-    log.warning(
-        "the chat template ends the assistant's turn with %r, which is none of generation's stop tokens (%s): "
-        "responses run on to rollout.max_tokens; set rollout.%s",
-        end,
-        ", ".join(map(str, stop_token_ids)) or "none",
-        f"stop_token_ids to [{ids[0]}]" if own else f"stop to [{json.dumps(end)}]",
-    )
+def _build_turns(
+    config: TrainerConfig,
+    generation: GenerationClient,
+    served: ServedModels,
+    environments: EnvironmentCalls | None,
+    read: Container[int],
+) -> TurnSampler:
+    stop = () if environments is None else environments.stop
+    most = served.generation.limits.max_request_sequences or None
+    return TurnSampler(generation, config.rollout, stop, most, read)
 
 
 def _build_sampler(
     config: TrainerConfig,
-    generation: GenerationClient,
+    turns: TurnSampler,
     served: ServedModels,
     environments: EnvironmentCalls | None,
     codec: TextCodec,
     bad_samples: BadSamples,
 ) -> Sampler:
-    stop = () if environments is None else environments.stop
-    turns = TurnSampler(generation, config.rollout, stop, served.generation.limits.max_request_sequences or None)
     if config.environment is None or environments is None:
         return ResponseSampler(turns, bad_samples)
     # A turn that has less room than it may ask for would be cut off for no fault of the policy's.

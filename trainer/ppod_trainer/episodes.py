@@ -99,7 +99,7 @@ class _Episode:
             turns=np.concatenate(numbers).astype(np.int64),
             rewards=np.concatenate(rewards).astype(np.float32),
             truncated=not self.done,
-            stop_token=self.turns[-1].stop_token,
+            hides_stop_token=self.turns[-1].hides_stop_token,
             seed=self.seed,
             temperature=self.turns[0].temperature,
         )

@@ -31,7 +31,7 @@ class Turn:
         logprobs: float32 [T], under the distribution that the sampler drew from.
         versions: int64 [T], version of the weights that sampled each token.
         truncated: it was cut off at a limit, the policy did not end it.
-        stop_token: its last token is a stop token, which no user sees.
+        hides_stop_token: its last token is a stop token that no reward reads.
         temperature: that it was sampled at.
     """
 
@@ -39,7 +39,7 @@ class Turn:
     logprobs: FloatArray
     versions: VersionArray
     truncated: bool
-    stop_token: bool
+    hides_stop_token: bool
     temperature: float = 1.0
 
 
@@ -56,7 +56,7 @@ class Rollout:
         turns: int64 [T], number of the policy's turn that the token belongs to, from 0; -1 where it is no action.
         rewards: float32 [T], the environment's, each on the last token of its turn; 0 elsewhere.
         truncated: it was cut off at a limit, the policy did not end it.
-        stop_token: its last token is a stop token, which no user sees.
+        hides_stop_token: its last token is a stop token that no reward reads.
         seed: seed that it was sampled with.
         group: number of its group in the step; the samples of a group share their prompt.
         temperature: that it was sampled at, and that all logprobs of it are taken at.
@@ -70,7 +70,7 @@ class Rollout:
     turns: TurnArray
     rewards: FloatArray
     truncated: bool
-    stop_token: bool
+    hides_stop_token: bool
     seed: int
     group: int = 0
     temperature: float = 1.0
@@ -87,7 +87,7 @@ class Rollout:
             turns=np.zeros(len(turn.tokens), dtype=np.int64),
             rewards=np.zeros(len(turn.tokens), dtype=np.float32),
             truncated=turn.truncated,
-            stop_token=turn.stop_token,
+            hides_stop_token=turn.hides_stop_token,
             seed=seed,
             temperature=turn.temperature,
         )
@@ -99,8 +99,8 @@ class Rollout:
 
     @property
     def visible_tokens(self) -> TokenArray:
-        """What the user would see, and so what the reward model reads: the stop token is not part of it."""
-        return self.tokens[:-1] if self.stop_token else self.tokens
+        """What rewards read: what the user would see, and the stop token where `rewards.stop_token` says so."""
+        return self.tokens[:-1] if self.hides_stop_token else self.tokens
 
     @property
     def judged_tokens(self) -> TokenArray:

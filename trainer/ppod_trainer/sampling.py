@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
@@ -62,6 +62,7 @@ class TurnSampler:
         config: how tokens are drawn.
         stop: texts that end a turn besides the configuration's.
         most_sequences: generation's limit for one request; None: it is not known.
+        read_stop_tokens: those that rewards read where a response ends in one.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class TurnSampler:
         config: RolloutConfig,
         stop: tuple[str, ...] = (),
         most_sequences: int | None = None,
+        read_stop_tokens: Container[int] = (),
     ) -> None:
         self._client = client
+        self._read_stop_tokens = read_stop_tokens
         self._most_sequences = most_sequences
         self._sampling = Sampling(
             max_tokens=config.max_tokens,
@@ -105,7 +108,10 @@ class TurnSampler:
                 else:
                     begun[index].add(completion)
             left = [index for index in left if index not in withheld and begun[index].ending is FinishReason.ABORTED]
-        return [withheld.get(index) or one.turn(sampling.temperature) for index, one in enumerate(begun)]
+        return [
+            withheld.get(index) or one.turn(sampling.temperature, self._read_stop_tokens)
+            for index, one in enumerate(begun)
+        ]
 
     def _within_limits(
         self, contexts: Sequence[Context], begun: Sequence[_Begun], share: Sequence[int]
@@ -188,14 +194,15 @@ class _Begun:
         self.versions += [np.full(span.tokens, span.weight_version) for span in completion.weight_spans]
         self.ending = completion.finish_reason
 
-    def turn(self, temperature: float) -> Turn:
+    def turn(self, temperature: float, read_stop_tokens: Container[int]) -> Turn:
         """All parts together."""
+        tokens = np.concatenate(self.tokens)
         return Turn(
-            tokens=np.concatenate(self.tokens),
+            tokens=tokens,
             logprobs=np.concatenate(self.logprobs),
             versions=np.concatenate(self.versions),
             truncated=self.ending is FinishReason.LENGTH,
-            stop_token=self.ending is FinishReason.STOP,
+            hides_stop_token=self.ending is FinishReason.STOP and int(tokens[-1]) not in read_stop_tokens,
             temperature=temperature,
         )
 

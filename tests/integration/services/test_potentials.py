@@ -45,7 +45,7 @@ def rollouts() -> list[Rollout]:
                 turns=np.zeros(count, np.int64),
                 rewards=np.zeros(count, np.float32),
                 truncated=index == 0,
-                stop_token=index != 0,
+                hides_stop_token=index != 0,
                 seed=index,
             )
         )
@@ -83,6 +83,23 @@ def test_potentials_are_scores_of_all_that_stands_before(client: RewardClient) -
         np.testing.assert_allclose(found, client.score(prefixes).values, atol=1e-5)
 
 
+def test_a_stop_token_that_is_sent_along_is_read_by_classifiers_alone(zoo: Zoo) -> None:
+    """A head drops it, for it carries no text; so do functions, judges and process models, which read text."""
+    hidden = rollouts()
+    whole = [replace(one, hides_stop_token=False) for one in hidden]
+    for model in ("first", "length", "process", "decoder"):
+        with RewardClient(zoo.service.target, pin=Pin(model=model)) as client:
+            without, before = score_rollouts(client, hidden[:2], Shaping("token"))
+            scores, potentials = score_rollouts(client, whole[:2], Shaping("token"))
+            plain, _ = score_rollouts(client, whole[:2], Shaping())
+        np.testing.assert_allclose(scores.values, plain.values, atol=1e-5)
+        assert (abs(scores.values - without.values) > 1e-3).tolist() == [False, model == "decoder"]
+        for found, expected in zip(potentials, before, strict=True):
+            assert found is not None
+            assert expected is not None
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("interval", [2, 3, 50])
 def test_fewer_potentials_stand_until_the_next_one(client: RewardClient, interval: int) -> None:
     _, every = score_rollouts(client, rollouts(), Shaping("token"))
@@ -109,7 +126,7 @@ def test_by_steps_the_potential_changes_where_a_step_ends(client: RewardClient, 
         turns=np.zeros(count, np.int64),
         rewards=np.zeros(count, np.float32),
         truncated=True,
-        stop_token=False,
+        hides_stop_token=False,
         seed=0,
     )
     _, [found] = score_rollouts(client, [stepped], Shaping("step"))

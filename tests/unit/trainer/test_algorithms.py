@@ -293,7 +293,7 @@ def test_anchors_number_what_the_policy_read() -> None:
             turns=turns,
             rewards=np.zeros(len(turns), dtype=np.float32),
             truncated=False,
-            stop_token=False,
+            hides_stop_token=False,
             seed=0,
         )
 

@@ -56,7 +56,9 @@ class Talker:
             said = ids(line.rstrip("$"))
             logprobs = -said.astype(np.float32) / 100
             versions = np.full(len(said), policy_version or 0, dtype=np.int64)
-            turns.append(Turn(said, logprobs, versions, truncated=line.endswith("$"), stop_token=line.endswith("!")))
+            turns.append(
+                Turn(said, logprobs, versions, truncated=line.endswith("$"), hides_stop_token=line.endswith("!"))
+            )
         return turns
 
 
@@ -103,7 +105,7 @@ def test_a_conversation_by_hand(independent: bool) -> None:
     said = ids("hi(hi)ho(ho)yo!").astype(np.float32) / -100
     np.testing.assert_array_equal(first.sampler_logprobs, np.where(first.action_mask, said, 0).astype(np.float32))
     assert first.versions.tolist() == [3 * int(action) for action in first.action_mask]
-    assert (first.truncated, first.stop_token, first.sampled, int(first.versions[first.action_mask].min())) == (
+    assert (first.truncated, first.hides_stop_token, first.sampled, int(first.versions[first.action_mask].min())) == (
         False,
         True,
         7,

@@ -35,7 +35,7 @@ def episode(prompt: Prompt, seed: int, score: float) -> ScoredRollout:
         turns=np.array([0, 0, -1, 1]),
         rewards=np.array([0.0, 0.0, 0.0, 0.5], np.float32),
         truncated=False,
-        stop_token=False,
+        hides_stop_token=False,
         seed=seed,
     )
     # The reference says something of the environment's token, too: that is no part of the KL.
@@ -54,7 +54,7 @@ def response(prompt: Prompt, seed: int, score: float) -> ScoredRollout:
         turns=np.zeros(1, np.int64),
         rewards=np.zeros(1, np.float32),
         truncated=True,
-        stop_token=False,
+        hides_stop_token=False,
         seed=seed,
     )
     return ScoredRollout(rollout, score, np.array([-0.5], np.float32))

@@ -103,6 +103,14 @@ def test_stops_of_the_configuration_and_of_the_environment_end_a_turn() -> None:
     assert (sampling.stop, sampling.stop_token_ids) == (("\n\n", "<call>"), (5, 6))
 
 
+def test_a_stop_token_is_hidden_from_rewards_unless_they_read_it() -> None:
+    generation = Generation(aborted=frozenset({52}))
+    turns = TurnSampler(generation, RolloutConfig(), (), None, (50,))  # pyright: ignore[reportArgumentType]
+    made = turns.sample(contexts(7, 8, 9), 3)
+    assert [turn.tokens[-1] for turn in made] == [50, 51, 52]
+    assert [turn.hides_stop_token for turn in made] == [False, True, True]
+
+
 def test_equal_neighbours_are_asked_for_as_one_prompt() -> None:
     generation = Generation()
     turns = turns_of(generation).sample(contexts(7, 7, 7, 9, 9, 9), 3)

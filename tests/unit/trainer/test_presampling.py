@@ -33,7 +33,9 @@ PROMPTS = PromptSet([Prompt(index, np.array([index], np.int32)) for index in ran
 
 def rollout_of(prompt: Prompt, seed: int) -> Rollout:
     one = np.ones(1)
-    turn = Turn(one.astype(np.int32), one.astype(np.float32), one.astype(np.int64), truncated=False, stop_token=True)
+    turn = Turn(
+        one.astype(np.int32), one.astype(np.float32), one.astype(np.int64), truncated=False, hides_stop_token=True
+    )
     return Rollout.of_turn(prompt, turn, seed)
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from ppod import ChatTurn
 from ppod_models.chat_template import ChatTemplateError
-from ppod_trainer.assembly import _load_prompts, _warn_of_endless_turns
-from ppod_trainer.config import PromptsConfig, RolloutConfig, TrainerConfig
+from ppod_trainer.assembly import _load_prompts
+from ppod_trainer.config import PromptsConfig, TrainerConfig
 from ppod_trainer.environments import Reply
 from ppod_trainer.environments.calls import EnvironmentCalls
 from ppod_trainer.environments.loading import LoadedEnvironment
@@ -28,7 +28,6 @@ from ppod_trainer.prompts import (
     split_episodes,
 )
 from support.processes import ROOT
-from support.tiny_model import build_tokenizer
 
 SUMS = ROOT / "trainer" / "ppod_trainer" / "data" / "sums.jsonl"
 
@@ -314,32 +313,3 @@ def test_references_stay_with_their_prompts(tmp_path: Path) -> None:
         assert found == {record["prompt"]: record["reference"] for record in records}
         assert references_of(prompts.heldout) == tuple(one.reference for one in prompts.heldout)
     assert references_of([Prompt(0, np.zeros(1, np.int32))]) == references_of([]) == ()
-
-
-@pytest.mark.parametrize(
-    ("ending", "conversations", "stops", "told"),
-    [
-        ("{{ eos_token }}\n", True, {}, None),
-        ("|\n", True, {}, 'stop to ["|\\n"]'),
-        ("{{ pad_token }}\n", True, {"stop_token_ids": [7]}, "stop_token_ids to [257]"),
-        ("{{ pad_token }}\n", True, {"stop_token_ids": [7, 257]}, None),
-        ("|\n", True, {"stop": ["x", "|"]}, None),
-        ("|\n", False, {}, None),
-        # What ends a turn is then the policy's to know.
-        ("", True, {}, None),
-        ("{{ raise_exception('no answers') }}", True, {}, None),
-    ],
-)
-def test_a_template_whose_turns_do_not_end_is_told(
-    caplog: pytest.LogCaptureFixture, ending: str, conversations: bool, stops: dict[str, object], told: str | None
-) -> None:
-    tokenizer = build_tokenizer()
-    turn = f"{{% if message.role == 'assistant' %}}{ending}{{% endif %}}"
-    tokenizer.chat_template = f"{{% for message in messages %}}{{{{ message.content }}}}{turn}{{% endfor %}}"
-    eos = (3, int(tokenizer.eos_token_id or 0))
-    rollout = RolloutConfig.model_validate(stops)
-    _warn_of_endless_turns(PromptSet([], [], conversations=conversations), tokenizer, eos, rollout)
-    lines = [record.getMessage() for record in caplog.records]
-    known = ", ".join(map(str, (*eos, *rollout.stop_token_ids)))
-    assert [line.endswith(f"set rollout.{told}") for line in lines] == [True] * (told is not None)
-    assert all(f"which is none of generation's stop tokens ({known}): " in line for line in lines)

@@ -23,7 +23,7 @@ from ppod_trainer.rollouts import Rollout, ScoredRollout, Turn, keep_fresh, samp
 def rollout(index: int, *, truncated: bool = False, version: int = 1) -> Rollout:
     prompt = Prompt(index, np.array([index, index], dtype=np.int32))
     tokens, logprobs = np.array([7, 8, 2], dtype=np.int32), np.zeros(3, dtype=np.float32)
-    turn = Turn(tokens, logprobs, np.full(3, version), truncated=truncated, stop_token=not truncated)
+    turn = Turn(tokens, logprobs, np.full(3, version), truncated=truncated, hides_stop_token=not truncated)
     return Rollout.of_turn(prompt, turn, 50 + index)
 
 
@@ -34,7 +34,7 @@ def updates_at(*first_versions: int) -> PolicyVersions:
     return versions
 
 
-def test_reward_model_sees_what_the_user_sees() -> None:
+def test_rewards_read_all_but_a_stop_token_that_is_hidden() -> None:
     assert rollout(4).visible_tokens.tolist() == [4, 4, 7, 8]
     assert rollout(4, truncated=True).visible_tokens.tolist() == [4, 4, 7, 8, 2]
     assert rollout(4).tokens.tolist() == [4, 4, 7, 8, 2]

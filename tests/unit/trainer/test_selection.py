@@ -23,7 +23,9 @@ from ppod_trainer.step_rollouts import build_step_rollouts
 
 def scored(prompt: int, group: int, outcome: float) -> ScoredRollout:
     tokens = np.array([1], dtype=np.int32)
-    turn = Turn(tokens, np.zeros(1, dtype=np.float32), np.ones(1, dtype=np.int64), truncated=False, stop_token=False)
+    turn = Turn(
+        tokens, np.zeros(1, dtype=np.float32), np.ones(1, dtype=np.int64), truncated=False, hides_stop_token=False
+    )
     rollout = Rollout.of_turn(Prompt(prompt, tokens), turn, seed=0)
     object.__setattr__(rollout, "group", group)
     return ScoredRollout(rollout, outcome, np.zeros(1, dtype=np.float32))

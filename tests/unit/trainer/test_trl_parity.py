@@ -91,7 +91,7 @@ def rollouts_of(recorded: Arrays) -> list[ScoredRollout]:
             recorded["full/logprobs"][row],
             np.ones(len(response), dtype=np.int64),
             truncated=True,
-            stop_token=False,
+            hides_stop_token=False,
             temperature=TEMPERATURE,
         )
         rollout = Rollout.of_turn(Prompt(row, prompt[prompt != 0]), turn, seed=row)
