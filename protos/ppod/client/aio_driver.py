@@ -17,7 +17,7 @@ from ppod.client.lookups import resolve
 from ppod.client.replies import typed_error
 from ppod.client.streaming import StreamDelivery
 from ppod.client.tracing import Metadata
-from ppod.errors import Cancelled, PpodError
+from ppod.errors import Cancelled, PpodError, Unavailable
 from ppod.uploads import reply_to_stream
 
 ResultT = TypeVar("ResultT")
@@ -66,7 +66,8 @@ class AioDriver:
         while True:
             opening = delivery.open(time.monotonic())
             start, code = time.monotonic(), "OK"
-            stub = self._channel(opening.address).unary_stream(method, None, None)
+            channel = self._channel(opening.address)
+            stub = channel.unary_stream(method, None, None)
             call = stub(opening.payload, timeout=opening.timeout_s, metadata=self._core.metadata())
             try:
                 async for data in call:
@@ -74,7 +75,7 @@ class AioDriver:
                 delivery.job.finish()
                 return
             except grpc.RpcError as error:
-                typed = typed_error(error, self._core.service_name, opening.address)
+                typed = self._typed_error(error, opening.address)
                 code = typed.code.name
                 wait_s = delivery.failed(typed, time.monotonic())
                 if wait_s is None:
@@ -88,14 +89,17 @@ class AioDriver:
     async def upload(self, method: str, messages: Iterator[bytes], timeout_s: float | None) -> bytes:
         """Send a stream of requests to the only replica, and return the reply."""
         [address] = self._core.shared.replicas.addresses
+        # Before it, as nobody repeats it.
+        self._renew(address)
         timeout_s = self._core.timeout_s(timeout_s)
         start, code = time.monotonic(), "OK"
         try:
-            stub = self._channel(address).stream_unary(method, None, None)
+            channel = self._channel(address)
+            stub = channel.stream_unary(method, None, None)
             call = stub(_threaded(messages), timeout=timeout_s, metadata=self._core.metadata())
             return await reply_to_stream(call)
         except grpc.RpcError as error:
-            typed = typed_error(error, self._core.service_name, address)
+            typed = self._typed_error(error, address)
             code = typed.code.name
             raise typed from error
         finally:
@@ -105,12 +109,13 @@ class AioDriver:
         """One RPC; its error is a result, so that several attempts can be waited for together."""
         start, code = time.monotonic(), "CANCELLED"
         try:
-            stub = self._channel(send.address).unary_unary(send.method, None, None)
+            channel = self._channel(send.address)
+            stub = channel.unary_unary(send.method, None, None)
             data = await stub(send.payload, timeout=send.timeout_s, metadata=metadata)
             code = "OK"
             return data
         except grpc.RpcError as error:
-            typed = typed_error(error, self._core.service_name, send.address)
+            typed = self._typed_error(error, send.address)
             code = typed.code.name
             return typed
         except grpc.aio.UsageError:  # what gRPC raises for a channel that another task has closed
@@ -125,13 +130,26 @@ class AioDriver:
             if code != "CANCELLED":
                 self._core.observe(send.method, time.monotonic() - start, code)
 
+    def _typed_error(self, error: grpc.RpcError, address: str) -> PpodError:
+        """The typed error of a call; a replica out of reach gets a new channel where certificates were renewed."""
+        typed = typed_error(error, self._core.service_name, address)
+        if isinstance(typed, Unavailable):
+            self._renew(address)
+        return typed
+
+    def _renew(self, address: str) -> None:
+        """Where certificates were renewed since its channel was opened, leave that for a new one."""
+        if self._core.credentials.renewed(address):
+            # Not closed: each call that is under way in it holds it.
+            self._channels.pop(address, None)
+
     def _channel(self, address: str) -> grpc.aio.Channel:
         if self._closed:
             raise Cancelled("the client is closed")
         channel = self._channels.get(address)
         if channel is None:
             core = self._core
-            channel = open_aio_channel(ChannelSpec(address, core.server_name), core.settings.security.credentials())
+            channel = open_aio_channel(ChannelSpec(address, core.server_name), core.credentials.for_channel(address))
             self._channels[address] = channel
         return channel
 

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2
 
 from ppod.channel import call_timeout_s
+from ppod.client.credentials import RenewedCredentials
 from ppod.client.delivery import NO_RETRY, Delivery
 from ppod.client.exchange import Exchange, Shared
 from ppod.client.identity import ModelDescription, ModelState, Pin
@@ -127,6 +128,7 @@ class ClientCore:
         self.target = target
         self.settings = settings
         self.pin = settings.pin
+        self.credentials = RenewedCredentials(settings.security)
         self.endpoints = parse_target(target)
         kubernetes = self.endpoints.kubernetes
         name = self.endpoints.host or ("" if kubernetes is None else kubernetes.service)

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 
 from ppod.channel import is_local
+from ppod.client.tls_files import TlsFiles, read_file
 from ppod.errors import InvalidArgument
 
 TOKEN_VARIABLE = "PPOD_TOKEN"
@@ -77,13 +78,18 @@ class ClientSecurity:
                 "ca_file, or plain_text_token where the network is trusted (a service mesh encrypts by itself)",
             )
 
+    def files(self) -> TlsFiles | None:
+        """The files as they are now; None: plain text.
+
+        Raises:
+            InvalidArgument: one cannot be read or used.
+        """
+        return None if self.ca_file is None else TlsFiles.read(self.ca_file, self.certificate_file, self.key_file)
+
     def credentials(self) -> grpc.ChannelCredentials | None:
-        """TLS credentials from the files as they are now; None: plain text."""
-        if self.ca_file is None:
-            return None
-        chain = _read("security.certificate_file", self.certificate_file)
-        key = _read("security.key_file", self.key_file)
-        return grpc.ssl_channel_credentials(_read("security.ca_file", self.ca_file), key, chain)
+        """TLS credentials from the files as they are now; None: plain text. Raises as `files`."""
+        files = self.files()
+        return None if files is None else files.credentials()
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What each call carries. gRPC's own call credentials would refuse plain text even on this machine."""
@@ -97,16 +103,7 @@ def _read_token(environment: Mapping[str, str], variable: str) -> str:
         raise InvalidArgument("security.token", f"{variable} and {file_variable}", "one of the two")
     if not path:
         return token
-    content = (_read(file_variable, Path(path)) or b"").decode(errors="replace").strip()
+    content = read_file(file_variable, Path(path)).decode(errors="replace").strip()
     if not content:
         raise InvalidArgument(file_variable, f"{path}, which is empty", "a file that holds a token")
     return content
-
-
-def _read(name: str, path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidArgument(name, f"{path}: {error.strerror}", "a file that can be read") from error

@@ -20,7 +20,7 @@ from ppod.client.lookups import resolve
 from ppod.client.replies import typed_error
 from ppod.client.streaming import StreamDelivery
 from ppod.client.tracing import Metadata
-from ppod.errors import Cancelled, PpodError
+from ppod.errors import Cancelled, PpodError, Unavailable
 
 UnaryMethod: TypeAlias = "grpc.UnaryUnaryMultiCallable[bytes, bytes]"
 ResultT = TypeVar("ResultT")
@@ -88,7 +88,7 @@ class SyncDriver:
                 delivery.job.finish()
                 return
             except grpc.RpcError as error:
-                typed = typed_error(error, self._core.service_name, opening.address)
+                typed = self.typed_error(error, opening.address)
                 code = typed.code.name
                 wait_s = delivery.failed(typed, time.monotonic())
                 if wait_s is None:
@@ -103,6 +103,8 @@ class SyncDriver:
     def upload(self, method: str, messages: Iterator[bytes], timeout_s: float | None) -> bytes:
         """Send a stream of requests to the only replica, and return the reply."""
         [address] = self._core.shared.replicas.addresses
+        # Before it, as nobody repeats it.
+        self._renew(address)
         timeout_s = self._core.timeout_s(timeout_s)
         start, code = time.monotonic(), "OK"
         try:
@@ -110,7 +112,7 @@ class SyncDriver:
             with _open_channel():
                 return stub(_made_ahead(messages), timeout=timeout_s, metadata=self._core.metadata())
         except grpc.RpcError as error:
-            typed = typed_error(error, self._core.service_name, address)
+            typed = self.typed_error(error, address)
             code = typed.code.name
             raise typed from error
         finally:
@@ -125,6 +127,21 @@ class SyncDriver:
                 self._methods[address, method] = found
             return found
 
+    def typed_error(self, error: grpc.RpcError, address: str) -> PpodError:
+        """The typed error of a call; a replica out of reach gets a new channel where certificates were renewed."""
+        typed = typed_error(error, self._core.service_name, address)
+        if isinstance(typed, Unavailable):
+            self._renew(address)
+        return typed
+
+    def _renew(self, address: str) -> None:
+        """Where certificates were renewed since its channel was opened, leave that for a new one."""
+        if self._core.credentials.renewed(address):
+            with self._lock:
+                # Not closed: other calls may be under way in it. It goes with the last of them.
+                self._channels.pop(address, None)
+                self._methods = {key: value for key, value in self._methods.items() if key[0] != address}
+
     def _channel(self, address: str) -> grpc.Channel:
         with self._lock:
             if self._closed:
@@ -132,7 +149,7 @@ class SyncDriver:
             channel = self._channels.get(address)
             if channel is None:
                 core = self._core
-                channel = open_channel(ChannelSpec(address, core.server_name), core.settings.security.credentials())
+                channel = open_channel(ChannelSpec(address, core.server_name), core.credentials.for_channel(address))
                 self._channels[address] = channel
             return channel
 
@@ -161,7 +178,7 @@ class SyncDriver:
                 try:
                     self._core.probed(address, done.result())
                 except grpc.RpcError as error:
-                    self._core.probed(address, typed_error(error, self._core.service_name, address))
+                    self._core.probed(address, self.typed_error(error, address))
                 except grpc.FutureCancelledError:
                     self._core.probed(address, Cancelled("the client is closed"))
 
@@ -254,7 +271,7 @@ class _Delivery:
 
     def _failed(self, send: Send, start: float, error: grpc.RpcError) -> list[Action]:
         now = time.monotonic()
-        typed = typed_error(error, self._core.service_name, send.address)
+        typed = self._driver.typed_error(error, send.address)
         self._core.observe(send.method, now - start, typed.code.name)
         return self._exchange.failed(send.attempt, typed, now)
 

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from ppod.channel import ChannelSpec, open_aio_channel
 from ppod.client import ClientSecurity
+from ppod.client.credentials import RenewedCredentials
 from ppod.errors import (
     DeadlineExceeded,
     InvalidReply,
@@ -69,6 +70,7 @@ class WeightRelay:
             if config.relay_targets
             else ClientSecurity()
         )
+        self._credentials = RenewedCredentials(self._security)
 
     @contextlib.asynccontextmanager
     async def open(
@@ -101,6 +103,8 @@ class WeightRelay:
         del onward.relay[:]
         onward.relay.extend(hop.message.hops)
         first = weights_pb2.PrepareWeightsRequest(manifest=onward).SerializeToString()
+        if self._credentials.renewed(target):
+            await self._close(target)
         stub = self._channel(target).stream_unary(_PREPARE, None, None)
         try:
             call = stub(hop.messages(first), timeout=timeout_s, metadata=self._security.metadata())
@@ -108,7 +112,7 @@ class WeightRelay:
         except grpc.RpcError as error:
             typed = from_rpc_error(error)
             if isinstance(typed, Unavailable):
-                # The next one is opened anew, with the credentials that are valid then.
+                # The next one is opened anew.
                 await self._close(target)
                 typed = Unavailable(f"{target}: {typed.detail}")
             raise typed from error
@@ -125,7 +129,7 @@ class WeightRelay:
         """Channels stay open: opening one takes longer than sending a small model."""
         if target not in self._channels:
             spec = ChannelSpec(target, self._security.server_name)
-            self._channels[target] = open_aio_channel(spec, self._security.credentials())
+            self._channels[target] = open_aio_channel(spec, self._credentials.for_channel(target))
         return self._channels[target]
 
 
