@@ -67,7 +67,7 @@ class ServiceMetrics:
         self._weight_version = Gauge("ppod_weight_version", "Version of the serving weights", registry=self.registry)
         self._file_refused = Gauge(
             "ppod_file_refused",
-            "1 while a teams file or certificate that was changed is refused, and what it was before is in use",
+            "1 while a teams file or certificate is missing or refused as it is now, and what it was before is in use",
             ["file"],
             registry=self.registry,
         )

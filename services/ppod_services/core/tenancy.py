@@ -45,7 +45,7 @@ class Tenancy:
         ConfigError: the file cannot be read or has faults.
 
     Attributes:
-        refused: what the file holds now has faults, and what it held before is in use.
+        refused: the file is away or has faults now, and what it held before is in use.
     """
 
     def __init__(self, config: TenancyConfig, on_quotas: OnQuotas | None = None) -> None:
@@ -87,7 +87,7 @@ class Tenancy:
         return holder
 
     async def watch(self) -> None:
-        """Take over changes of the file until cancelled. A broken file is logged, and the old one goes on."""
+        """Take over changes of the file until cancelled. A broken or missing one is logged, and the old one goes on."""
         if self._path is None:
             return
         while True:
@@ -97,8 +97,7 @@ class Tenancy:
 
     def _reload(self, path: Path) -> None:
         stamp = _stamp(path)
-        if stamp is None or stamp == self._stamp:
-            # A file that is away for a moment is being replaced.
+        if stamp == self._stamp:
             return
         self._stamp = stamp
         try:

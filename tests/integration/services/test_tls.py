@@ -142,6 +142,10 @@ def test_a_refused_certificate_is_told_although_nobody_connects(service: Service
     shutil.move(fresh["certificate_file"], authority.directory / "server.crt")
     assert refused_files(service) == set()
     assert served_serial(service.port) != before, "what a scrape has read is served"
+    held = shutil.move(authority.directory / "server.crt", authority.directory / "elsewhere")
+    assert refused_files(service) == {"server.crt"}, "one that is missing, too"
+    shutil.move(held, authority.directory / "server.crt")
+    assert refused_files(service) == set()
 
 
 def test_a_missing_certificate_is_named_at_the_start(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -183,12 +183,26 @@ async def test_a_changed_file_is_taken_over_and_a_broken_one_is_not(
         await changed(tenancy, path)
         assert tenancy.team(bearer(BLUE)).weight == 5
     assert [record.message for record in caplog.records].count("teams_file_refused") == 3
-    path.unlink()
-    await changed(tenancy, path)
-    assert tenancy.team(bearer(BLUE)).weight == 5
     teams_file(path)
     await changed(tenancy, path)
     assert tenancy.team(bearer(RED)).name == "red"
+
+
+async def test_a_missing_file_is_told_and_what_it_held_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a Secret that somebody deleted, or mounted elsewhere: a pod that is started again does not come up."""
+    path = teams_file(tmp_path / "teams.yaml")
+    tenancy = tenancy_of(path)
+    held = path.read_bytes()
+    path.unlink()
+    for _ in range(2):
+        await changed(tenancy, path)
+        assert tenancy.refused
+        assert tenancy.team(bearer(RED)).name == "red"
+    [told] = [record for record in caplog.records if record.message == "teams_file_refused"]
+    assert "No such file" in str(vars(told))
+    path.write_bytes(held)
+    await changed(tenancy, path)
+    assert not tenancy.refused
 
 
 async def test_a_swapped_symlink_is_seen(tmp_path: Path) -> None:
