@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_network
 from itertools import product
 
 import pytest
 
-from support.manifests import Object, Workload, of_kind, overlay, workloads
+from ppod_services.generation.config import GenerationServiceConfig
+from support.manifests import KUSTOMIZE, Object, Workload, kustomize, of_kind, overlay, parse, workloads
+
+from .configurations import service_configuration, trainer_configuration
+from .policies import POLICIES
 
 INNER = ("10.1.2.3", "169.254.169.254", "fd00:ec2::254", "fe80::1")
 """Addresses that are no hub's: of the cluster, and of nodes' metadata."""
@@ -52,6 +58,11 @@ def _is_peer(peer: Object, place: Place) -> bool:
     return inside and _selects(peer.get("podSelector"), place.labels)
 
 
+def _is_port(given: Object, port: tuple[str, int]) -> bool:
+    last = given.get("endPort")
+    return given["port"] in port if last is None else given["port"] <= port[1] <= last
+
+
 def _allows(policies: Sequence[Object], direction: str, here: Place, there: Place, port: tuple[str, int]) -> bool:
     """Whether what selects `here` lets a connection to, or from, `there` pass; what nothing selects is open."""
     if here.outside or here.namespace.get("kubernetes.io/metadata.name") != "ppod":
@@ -64,7 +75,7 @@ def _allows(policies: Sequence[Object], direction: str, here: Place, there: Plac
     side, peers = ("ingress", "from") if direction == "Ingress" else ("egress", "to")
     return not selecting or any(
         any(_is_peer(peer, there) for peer in rule[peers])
-        and ("ports" not in rule or any(given["port"] in port for given in rule["ports"]))
+        and ("ports" not in rule or any(_is_port(given, port) for given in rule["ports"]))
         for spec in selecting
         for rule in spec.get(side, [])
     )
@@ -152,6 +163,59 @@ def test_a_shared_reward_service_is_for_namespaces_that_were_let_in() -> None:
         ("reward", "hub", "https"),
         ("reward", "hub-6", "https"),
     }
+
+
+GROUP_PORTS = {"first": 40000, "last": 49999}
+
+
+@pytest.fixture(scope="module")
+def collective(tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
+    """The gpu overlay with its comment sign taken away, and with the settings that the component's comment tells."""
+    directory = tmp_path_factory.mktemp("collective")
+    shutil.copytree(KUSTOMIZE.parent / "monitoring", directory / "monitoring")
+    shutil.copytree(KUSTOMIZE, directory / "kustomize")
+    gpu = directory / "kustomize" / "overlays" / "gpu"
+    text = (gpu / "kustomization.yaml").read_text()
+    assert text.count("  # - collective\n") == 1
+    (gpu / "kustomization.yaml").write_text(text.replace("# - collective\n", "- collective\n"))
+    told = (gpu / "collective" / "kustomization.yaml").read_text()
+    for name, key in (("trainer", "weight_transfer"), ("generation", "weights")):
+        [line] = re.findall(rf"^#   ({key}: .*)$", told, re.MULTILINE)
+        file = gpu / "config" / f"{name}.yaml"
+        kept = [one for one in file.read_text().splitlines() if not one.startswith(f"{key}:")]
+        file.write_text("\n".join([*kept, line, ""]))
+    return parse(kustomize(gpu))
+
+
+def test_a_process_group_gets_the_ports_that_it_takes_and_no_others(collective: list[Object]) -> None:
+    more = {"trainer": {**GROUP_PORTS, "store": 29600, "above": 50000}, "generation": {**GROUP_PORTS, "above": 50000}}
+    ours = [replace(one, ports={**one.ports, **more.get(one.name, {})}) for one in map(_pod, workloads(collective))]
+    every = set(reached(list(of_kind(collective, "NetworkPolicy").values()), ours))
+    among = [("generation", "generation"), ("generation", "trainer"), ("trainer", "generation")]
+    # What ranks do among themselves was open before.
+    assert {path for path in every if path[:2] != ("trainer", "trainer")} == {
+        *(path for path in TRAINING if path[1] in ("reward", "reference", "generation")),
+        ("generation", "trainer", "store"),
+        *((*pair, port) for pair in among for port in GROUP_PORTS),
+    }
+
+
+def test_a_process_group_listens_where_its_policies_let_it(collective: list[Object]) -> None:
+    members = [one for one in workloads(collective) if one.component in ("trainer", "generation")]
+    assert len(members) == 2
+    given = " ".join(str(port) for port in GROUP_PORTS.values())
+    for one in members:
+        assert one.pod["securityContext"]["sysctls"] == [{"name": "net.ipv4.ip_local_port_range", "value": given}]
+        assert not [port for port in one.ports.values() if 40000 <= port <= 49999]
+    assert [fault for policy in POLICIES for fault in policy(collective)] == []
+    trainer, generation = sorted(members, key=lambda one: one.component, reverse=True)
+    group = trainer_configuration(collective, trainer).weight_transfer.collective
+    assert group.port == 29600
+    allowed = service_configuration(collective, generation)
+    assert isinstance(allowed, GenerationServiceConfig)
+    assert allowed.weights.collective_addresses == (f"{group.host}:{group.port}",)
+    # The name that rank 0 has in its JobSet.
+    assert group.host == trainer.environment["MASTER_ADDR"]["value"]
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu", "shared-reward"])
