@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +26,19 @@ from ppod_models.sources import ModelSourceError
 
 # Loading bars would break the JSON lines of services and the step lines of the trainer.
 transformers.utils.logging.disable_progress_bar()
+
+_READ_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+"""What libraries end with where a file has no such form: they believe what they read."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -78,14 +93,38 @@ def _cpu_is_faster_in_bfloat16() -> bool:
     return bool(found.get("amx_tile")) or (amd and bool(found.get("avx512_bf16")))
 
 
+@contextmanager
+def reading(path: Path) -> Generator[None]:
+    """Within the block a model's files are read.
+
+    Raises:
+        ModelSourceError: one cannot be read, or is not what its name says, as after a download that broke off.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        # No fault of the files.
+        raise
+    except _READ_ERRORS as error:
+        reason = " ".join(str(error).split())
+        what = reason if isinstance(error, OSError) else f"{type(error).__name__}: {reason}"
+        raise ModelSourceError(f"{path}: its files cannot be read as a model's: {what}") from error
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a model directory.
 
     Raises:
-        ModelSourceError: it is one of those that transformers runs in Python.
-        OSError, ValueError: it cannot be read.
+        ModelSourceError: there is none, it cannot be read, or is one of those that transformers runs in Python.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    with reading(path):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except ValueError as error:
+            if (path / "tokenizer.json").is_file():
+                raise
+            # What transformers says then is how it would have been made of other files.
+            raise ModelSourceError(f"{path} holds no tokenizer.json; expected it beside the weights") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         found = type(cast(object, tokenizer)).__name__
         raise ModelSourceError(f"{path}: its tokenizer is a {found}; expected one with a tokenizer.json")
@@ -100,8 +139,7 @@ def load_causal_lm(
     `attention` is "sdpa" or "eager". With `trunk_only` the output layer may lack weights, and must not be used.
 
     Raises:
-        ModelSourceError: see `check_attention` and `check_whole`.
-        OSError, ValueError: it cannot be read.
+        ModelSourceError: it cannot be read; see also `check_attention` and `check_whole`.
     """
     model, info = load_with_info(AutoModelForCausalLM, path, device=device, dtype=dtype, attention=attention)
     check_whole(path, info, of=f"{model.base_model_prefix}." if trunk_only else "")
@@ -122,16 +160,17 @@ def load_with_info(
 ) -> tuple[PreTrainedModel, Mapping[str, object]]:
     """Load a model as `load_causal_lm` does, and tell what `check_whole` asks for.
 
-    With `remote_code` the model's own Python code may run. Raises what `check_attention` raises.
+    With `remote_code` the model's own Python code may run. Raises what `reading` and `check_attention` raise.
     """
-    loaded = auto.from_pretrained(
-        path,
-        dtype=dtype,
-        attn_implementation=attention,
-        use_safetensors=True,
-        trust_remote_code=remote_code,
-        output_loading_info=True,
-    )
+    with reading(path):
+        loaded = auto.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=remote_code,
+            output_loading_info=True,
+        )
     model, info = cast("tuple[PreTrainedModel, dict[str, object]]", loaded)
     check_attention(model)
     model.to(device)  # pyright: ignore[reportArgumentType]

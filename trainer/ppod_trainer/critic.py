@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from ppod_models.loading import check_attention, hidden_size, load_causal_lm
+from ppod_models.loading import check_attention, hidden_size, load_causal_lm, reading
 from ppod_trainer.errors import TrainerError
 
 
@@ -55,13 +55,15 @@ def load_value_model(
 
     Raises:
         TrainerError: it has several labels, is no decoder, or reads other tokens than the policy.
-        ModelSourceError: see `check_attention`.
+        ModelSourceError: its files cannot be read; see also `check_attention`.
     """
-    names = cast("list[str]", AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or [])
+    with reading(path):
+        names = cast("list[str]", AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or [])
     if any(name.endswith("ForSequenceClassification") for name in names):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
-        )
+        with reading(path):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+            )
         check_attention(model)
         score = getattr(model, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ppod_models.loading import reading
 from ppod_trainer.sharding import hollow_copy
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -28,10 +29,14 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """The dtype that a model's files can be mapped in: that of all their weights; float32 where there are several."""
+    """The dtype that a model's files can be mapped in: that of all their weights; float32 where there are several.
+
+    Raises:
+        ModelSourceError: one cannot be read.
+    """
     found: set[str] = set()
     for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
+        with reading(path), safe_open(path, framework="pt") as file:
             found.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 - it is no dict
     weights = [dtype for dtype in found if dtype.startswith(("F", "BF"))]
     return _DTYPES.get(weights[0], torch.float32) if len(weights) == 1 else torch.float32

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ppod_models.loading import check_attention, check_whole
+from ppod_models.loading import check_attention, check_whole, reading
 from ppod_trainer.errors import TrainerError
 
 
@@ -34,16 +34,17 @@ def load_quantised(path: Path, *, device: torch.device, dtype: torch.dtype, atte
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            quantization_config=quantisation,
-            device_map={"": device},
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with reading(path):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                quantization_config=quantisation,
+                device_map={"": device},
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except ImportError as error:
         raise TrainerError(f"policy.lora.quantization: {error}; install ppod[qlora]") from error
     model, info = cast("tuple[PreTrainedModel, dict[str, object]]", loaded)
@@ -91,7 +92,8 @@ def check_layers(dense_model: PreTrainedModel) -> None:
 
 def dense_copy(path: Path, *, attention: str) -> PreTrainedModel:
     """The model of a directory as it is without quantisation, on the meta device: all of it but its weights."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with reading(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     if (path / GENERATION_CONFIG_NAME).is_file():
