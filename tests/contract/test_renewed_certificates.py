@@ -201,8 +201,9 @@ def test_files_that_cannot_be_used_are_named(renewed: Renewed, name: str, conten
     renewed.write()
     other = trustme.CA().issue_cert("other").private_key_pem.bytes()
     (renewed.directory / name).write_bytes(other if content is None else content)
-    with (
-        RewardClient(renewed.target, security=renewed.security, timeout_s=5) as client,
-        pytest.raises(InvalidArgument, match=message),
-    ):
-        client.score([[1]])
+    with RewardClient(renewed.target, security=renewed.security, timeout_s=5) as client:
+        with pytest.raises(InvalidArgument, match=message):
+            client.score([[1]])
+        with pytest.raises(InvalidArgument, match=message):
+            # A trainer waits for an hour at the start, on Kubernetes.
+            client.wait_ready(600)

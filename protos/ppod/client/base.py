@@ -115,6 +115,7 @@ class ServiceClient(_Client):
 
         Raises:
             DeadlineExceeded: it did not within `timeout_s` seconds; the message carries the last state.
+            InvalidArgument: the certificates cannot be used.
         """
         self._driver.run(self._core.wait_ready(timeout_s, service))
 
@@ -144,5 +145,6 @@ class AsyncServiceClient(_Client):
 
         Raises:
             DeadlineExceeded: it did not within `timeout_s` seconds; the message carries the last state.
+            InvalidArgument: the certificates cannot be used.
         """
         await self._driver.run(self._core.wait_ready(timeout_s, service))

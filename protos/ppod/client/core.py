@@ -243,7 +243,9 @@ class ClientCore:
 
         Raises:
             DeadlineExceeded: none did within `timeout_s` seconds; the message carries the last state.
+            InvalidArgument: the certificates cannot be used, which no wait mends.
         """
+        self.credentials.check()
         name = self.service_name if service is None else service
         job = SingleJob(HEALTH_CHECK, health_pb2.HealthCheckRequest(service=name))
         unhurried = Shared(self.shared.replicas, Delivery(retry=NO_RETRY), self.shared.latencies, None, self.shared.rng)

@@ -36,6 +36,11 @@ class RenewedCredentials:
             self._opened[address] = self._credentials
             return self._credentials
 
+    def check(self) -> None:
+        """Raise InvalidArgument where the files cannot be used, and never could."""
+        with self._lock:
+            self._read()
+
     def renewed(self, address: str) -> bool:
         """Whether the files hold something else now than when a channel was opened."""
         with self._lock:

@@ -70,6 +70,8 @@ class WeightRelay:
             if config.relay_targets
             else ClientSecurity()
         )
+        # Else a wrong path would show at the first push.
+        self._security.files()
         self._credentials = RenewedCredentials(self._security)
 
     @contextlib.asynccontextmanager

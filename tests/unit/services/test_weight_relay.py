@@ -20,14 +20,16 @@ from torch import nn
 
 from ppod import Unavailable
 from ppod.client import LoraAdapter, RelayHop, SharedDirectory, WeightPush, weight_calls
-from ppod.errors import from_rpc_error
+from ppod.errors import InvalidArgument, from_rpc_error
 from ppod.v1 import weights_pb2
 from ppod.weight_changes import TensorEncoding
+from ppod_models.configuration import ClientTlsConfig
 from ppod_services.core.batch_run import Pause
 from ppod_services.core.config import WeightsConfig
 from ppod_services.core.described import Deferred, ModelInfo
 from ppod_services.core.lora import adapter_names
 from ppod_services.core.model_weights import ModelWeights
+from ppod_services.core.weight_relay import WeightRelay
 from ppod_services.core.weight_servicer import WeightServicer, WeightTarget
 from ppod_services.core.weight_store import Install, ReceivedWeights
 from ppod_services.core.weights import ServedWeights
@@ -306,3 +308,11 @@ def test_what_stands_for_a_status_that_was_lost_is_no_bug_of_the_servers(details
     typed = from_rpc_error(error)
     assert type(typed).__name__ == kind
     assert isinstance(typed, Unavailable) == (kind == "Unavailable")
+
+
+def test_certificates_of_a_relay_are_read_at_the_start(tmp_path: Path) -> None:
+    tls = ClientTlsConfig(ca_file=tmp_path / "none")
+    with pytest.raises(InvalidArgument, match=rf"security\.ca_file: found {tmp_path}/none: No such file"):
+        WeightRelay(WeightsConfig(relay_targets=("127.0.0.1:*",), relay_tls=tls))
+    # Where nobody is relayed to, nothing is read.
+    WeightRelay(WeightsConfig(relay_tls=tls))
