@@ -72,7 +72,7 @@ class TrainReward:
         ppod train reward --config trainer/ppod_trainer/reward_training/configs/reviews-reward.yaml
         ppod train reward --config trainer/ppod_trainer/reward_training/configs/reviews-judge.yaml
 
-    Exit code: 0 done; 1 a failure, named; 2 the configuration is wrong.
+    Exit code: 0 done; 1 a failure, named; 2 the configuration is wrong; 130 Ctrl-C.
     """
 
     config: LaidOver

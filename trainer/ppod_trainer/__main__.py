@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Generator
@@ -59,7 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    return 0 if options.check else run(config)
+    try:
+        return 0 if options.check else run(config)
+    except KeyboardInterrupt:
+        # While libraries are loaded, which takes seconds: nobody listens for signals yet.
+        _tell("SIGINT: stopped before the first step", sys.stdout)
+        return 128 + signal.SIGINT
 
 
 def run(config: TrainerConfig) -> int:

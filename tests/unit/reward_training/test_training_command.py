@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -159,3 +160,12 @@ def test_shipped_configurations_describe_the_shipped_heads() -> None:
     assert reward.features.suffix != judge.features.suffix
     assert reward.held_out.accuracy >= 0.80
     assert reward.held_out.clear_accuracy >= 0.90
+
+
+def test_ctrl_c_is_one_line(tmp_path, values, monkeypatch, capsys) -> None:
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ppod_trainer.reward_training.pipeline.fit_head", interrupt)
+    assert run(tmp_path, values) == 130
+    assert capsys.readouterr().err == "SIGINT: stopped\n"

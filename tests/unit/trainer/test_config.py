@@ -6,6 +6,7 @@ import errno
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -263,3 +264,16 @@ def test_a_run_directory_that_cannot_be_written_is_one_line(
     assert main(["--config", str(file)]) == 1
     words = f"ppod train: run_dir: {taken} cannot be written: [Errno {errno.ENOSPC}] No space left on device\n"
     assert capsys.readouterr().err == words
+
+
+def test_ctrl_c_while_libraries_are_loaded_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ppod_trainer.__main__._lead", interrupt)
+    file = tmp_path / "trainer.yaml"
+    file.write_text(f"run_dir: {tmp_path}\n")
+    assert main(["--config", str(file)]) == 130
+    assert capsys.readouterr().out == "SIGINT: stopped before the first step\n"

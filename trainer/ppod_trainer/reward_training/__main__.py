@@ -1,12 +1,13 @@
 """`python -m ppod_trainer.reward_training --config FILE`: train a reward head and report on it.
 
 Exit codes: 0 done; 1 the model or the data is missing or broken (one line says what); 2 the configuration is wrong
-(every fault is listed).
+(every fault is listed); 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    return _train(config, " ".join(["python -m ppod_trainer.reward_training", *(f"--config {file}" for file in files)]))
+    command = " ".join(["python -m ppod_trainer.reward_training", *(f"--config {file}" for file in files)])
+    try:
+        return _train(config, command)
+    except KeyboardInterrupt:
+        print("SIGINT: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _train(config: RewardTrainingConfig, command: str) -> int:
