@@ -14,6 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ppod.channel import ChannelSpec, call_timeout_s, open_channel
+from ppod.client.replicas import parse_target
 from ppod.client.security import ClientSecurity
 from ppod.errors import InvalidArgument
 
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
+        _check_target(options.target)
         security = ClientSecurity(
             ca_file=options.ca_file,
             certificate_file=options.certificate_file,
@@ -66,6 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # To stdout: that is what container engines keep of a probe.
     print(f"{options.target}: {name}: {fault or 'SERVING'}")
     return 0 if fault is None else EXIT_UNHEALTHY
+
+
+def _check_target(target: str) -> None:
+    """Raise InvalidArgument where it is not one server's: without a port gRPC would ask another program, on 443."""
+    endpoints = parse_target(target)
+    if endpoints.kubernetes is not None or len(endpoints.addresses) > 1:
+        raise InvalidArgument("target", target, "one server, as host:port")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -109,6 +109,15 @@ def test_a_server_that_is_not_there_or_does_not_answer(capsys: pytest.CaptureFix
         server.stop(0).wait()
 
 
+@pytest.mark.parametrize(
+    "target", ["127.0.0.1", "127.0.0.1:99999", "", "127.0.0.1:1,127.0.0.1:2", "k8s:///reward:grpc"]
+)
+def test_what_is_no_server_is_a_wrong_argument(capsys: pytest.CaptureFixture[str], target: str) -> None:
+    """gRPC would ask port 443, and of a number that is too large the port of its last 16 bits."""
+    assert command.main([target]) == 2
+    assert capsys.readouterr().out.startswith("ppod health: target: found ")
+
+
 @pytest.mark.parametrize(("given", "code"), [("1e10", 0), ("inf", 0), ("nan", 2)])
 def test_a_wait_is_as_long_as_grpc_takes_and_a_number(
     capsys: pytest.CaptureFixture[str], given: str, code: int
