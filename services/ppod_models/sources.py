@@ -5,6 +5,7 @@ Whatever the source, `resolve` ends with a local directory of safetensors that `
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -14,7 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,21 +81,22 @@ def resolve(source: str, cache_dir: Path | None = None) -> ResolvedModel:
         cache_dir: where converted models are kept; None means `default_cache_dir()`.
 
     Raises:
-        ModelSourceError: nothing was found there, or what was found is not a model in safetensors.
+        ModelSourceError: nothing was found there, or what was found cannot be read, or is not a model in safetensors.
     """
-    if source.startswith(PACKAGED_PREFIX):
-        name = source.removeprefix(PACKAGED_PREFIX)
-        path = _resolve_packaged(name, cache_dir or default_cache_dir())
-    elif Path(source).expanduser().is_dir():
-        path = Path(source).expanduser().resolve()
-        name = path.name
-    elif source.startswith(("/", ".", "~")):
-        raise ModelSourceError(f"model {source!r}: no such directory")
-    else:
-        path = _resolve_hub(source)
-        name = source.split("@", maxsplit=1)[0].rsplit("/", maxsplit=1)[-1].lower()
-    _check_directory(source, path)
-    return ResolvedModel(source=source, name=name, path=path, fingerprint=_fingerprint(path))
+    with _readable(f"model {source!r}"):
+        if source.startswith(PACKAGED_PREFIX):
+            name = source.removeprefix(PACKAGED_PREFIX)
+            path = _resolve_packaged(name, cache_dir or default_cache_dir())
+        elif Path(source).expanduser().is_dir():
+            path = Path(source).expanduser().resolve()
+            name = path.name
+        elif source.startswith(("/", ".", "~")):
+            raise ModelSourceError(f"model {source!r}: no such directory")
+        else:
+            path = _resolve_hub(source)
+            name = source.split("@", maxsplit=1)[0].rsplit("/", maxsplit=1)[-1].lower()
+        _check_directory(source, path)
+        return ResolvedModel(source=source, name=name, path=path, fingerprint=_fingerprint(path))
 
 
 def name_elsewhere(source: str) -> tuple[str, str | None]:
@@ -118,14 +120,15 @@ def resolve_adapter(source: str) -> Path:
     Raises:
         ModelSourceError: nothing was found there, or its weights are not safetensors.
     """
-    directory = Path(source).expanduser()
-    if not directory.is_dir() and source.startswith(("/", ".", "~")):
-        raise ModelSourceError(f"adapter {source!r}: no such directory")
-    path = directory.resolve() if directory.is_dir() else _resolve_hub(source)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (path / name).is_file():
-            raise ModelSourceError(f"adapter {source!r}: {path} holds no {name}; pickled weights are not loaded")
-    return path
+    with _readable(f"adapter {source!r}"):
+        directory = Path(source).expanduser()
+        if not directory.is_dir() and source.startswith(("/", ".", "~")):
+            raise ModelSourceError(f"adapter {source!r}: no such directory")
+        path = directory.resolve() if directory.is_dir() else _resolve_hub(source)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (path / name).is_file():
+                raise ModelSourceError(f"adapter {source!r}: {path} holds no {name}; pickled weights are not loaded")
+        return path
 
 
 def resolve_tokenizer(source: str) -> Path:
@@ -137,15 +140,25 @@ def resolve_tokenizer(source: str) -> Path:
     Raises:
         ModelSourceError: nothing was found there.
     """
-    directory = Path(source).expanduser()
-    if source.startswith(PACKAGED_PREFIX):
-        return resolve(source).path
-    if not directory.is_dir() and source.startswith(("/", ".", "~")):
-        raise ModelSourceError(f"tokenizer {source!r}: no such directory")
-    path = directory.resolve() if directory.is_dir() else _resolve_hub(source, _TOKENIZER_FILES)
-    if not (path / "tokenizer.json").is_file():
-        raise ModelSourceError(f"tokenizer {source!r}: {path} holds no tokenizer.json")
-    return path
+    with _readable(f"tokenizer {source!r}"):
+        directory = Path(source).expanduser()
+        if source.startswith(PACKAGED_PREFIX):
+            return resolve(source).path
+        if not directory.is_dir() and source.startswith(("/", ".", "~")):
+            raise ModelSourceError(f"tokenizer {source!r}: no such directory")
+        path = directory.resolve() if directory.is_dir() else _resolve_hub(source, _TOKENIZER_FILES)
+        if not (path / "tokenizer.json").is_file():
+            raise ModelSourceError(f"tokenizer {source!r}: {path} holds no tokenizer.json")
+        return path
+
+
+@contextmanager
+def _readable(what: str) -> Generator[None]:
+    """Turn what a file system refuses, such as another user's files or links that lead nowhere, into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelSourceError(f"{what}: {error.filename} cannot be read: {error.strerror}") from error
 
 
 def write_once(target: Path, write: Callable[[Path], None]) -> None:
@@ -173,7 +186,7 @@ def _resolve_packaged(name: str, cache_dir: Path) -> Path:
     directory = Path(spec.submodule_search_locations[0])
     if not (directory / packaged.gguf_file).is_file():
         raise ModelSourceError(f"model 'packaged:{name}': {packaged.gguf_file} is missing in {directory}")
-    with _locked(target):
+    with _locked(target), _writable_cache():
         if not (target / "config.json").is_file():
             write_once(target, lambda aside: _convert_gguf(directory, packaged.gguf_file, aside))
     return target
@@ -204,6 +217,7 @@ def _writable_cache() -> Generator[None]:
 
 def _convert_gguf(directory: Path, gguf_file: str, target: Path) -> None:
     import torch  # noqa: PLC0415 - seconds of import that only the first conversion pays
+    from safetensors import SafetensorError  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
     from transformers.utils import logging  # noqa: PLC0415
 
@@ -214,7 +228,11 @@ def _convert_gguf(directory: Path, gguf_file: str, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         directory, gguf_file=gguf_file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    model.save_pretrained(target)
+    try:
+        model.save_pretrained(target)
+    except SafetensorError as error:
+        # Its way to tell of a full disk.
+        raise OSError(errno.EIO, str(error), str(target)) from error
 
 
 def _resolve_hub(source: str, patterns: Sequence[str] = _MODEL_FILES) -> Path:
@@ -249,7 +267,8 @@ def _fingerprint(path: Path) -> str:
     stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     key = hashlib.sha256(str(path).encode()).hexdigest()[:16]
     memo = default_cache_dir() / "fingerprints" / f"{key}.json"
-    if memo.is_file():
+    # One that a crash of the machine cut off is written anew.
+    with suppress(OSError, ValueError, TypeError, KeyError):
         kept = json.loads(memo.read_text())
         if kept["stamp"] == stamp:
             return str(kept["fingerprint"])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from ppod_models.loading import load_causal_lm, load_tokenizer
-from ppod_models.sources import ModelSourceError
+from ppod_models.sources import ModelSourceError, resolve
 from ppod_trainer.critic import load_value_model
 from ppod_trainer.parted_weights import stored_dtype
+from support.tiny_model import build_model, build_tokenizer
 
 
 @pytest.fixture
@@ -71,3 +74,41 @@ def test_weights_or_a_configuration_that_cannot_be_read_are_told(
     if name == "model.safetensors":
         with pytest.raises(ModelSourceError, match=f"^{file}: "):
             stored_dtype(broken)
+
+
+def test_a_file_that_a_link_leads_nowhere_for_is_told(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a hub's cache that was cleaned up. Files that this user may not read end in the same error."""
+    monkeypatch.setenv("PPOD_CACHE_DIR", str(broken / "cache"))
+    weights = broken / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to(broken / "none")
+    with pytest.raises(ModelSourceError) as caught:
+        resolve(str(broken))
+    assert str(caught.value) == f"model {str(broken)!r}: {weights} cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize("kept", ["", "[]", "{}"])
+def test_a_fingerprint_that_was_cut_off_is_made_anew(broken: Path, monkeypatch: pytest.MonkeyPatch, kept: str) -> None:
+    """As after a crash of the machine, which may leave a file empty that was renamed just before."""
+    monkeypatch.setenv("PPOD_CACHE_DIR", str(broken / "cache"))
+    first = resolve(str(broken)).fingerprint
+    [memo] = (broken / "cache" / "fingerprints").iterdir()
+    good = memo.read_text()
+    memo.write_text(kept)
+    assert resolve(str(broken)).fingerprint == first
+    assert memo.read_text() == good
+
+
+@pytest.mark.parametrize("fault", [SafetensorError("No space left on device"), OSError(28, "No space left on device")])
+def test_a_disk_that_is_full_when_the_packaged_model_is_converted_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        raise fault
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: build_tokenizer())
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: build_model())
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(ModelSourceError, match=r"cache of models cannot be written: .*No space left .*PPOD_CACHE_DIR"):
+        resolve("packaged:smollm2-135m-instruct", tmp_path)
+    assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == []
