@@ -101,18 +101,18 @@ class RotatingCertificates:
             return self._refused
 
     def _look(self) -> None:
-        """Read the files if they changed. The lock must be held."""
-        stamp = _stamp(self._config)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            self._files = _Files.read(self._config)
-        except CertificateError as error:
-            self._refused = True
-            log_event(_LOGGER, "certificates_refused", {"detail": str(error)}, level=logging.ERROR)
-        else:
-            self._refused = False
+        """Read the files if they changed, and again where they did meanwhile. The lock must be held."""
+        while (stamp := _stamp(self._config)) != self._stamp:
+            self._stamp = stamp
+            try:
+                self._files = _Files.read(self._config)
+            except CertificateError as error:
+                self._refused = True
+                if stamp == _stamp(self._config):
+                    # Else it was read while it was swapped: the certificate of one version, the key of the next.
+                    log_event(_LOGGER, "certificates_refused", {"detail": str(error)}, level=logging.ERROR)
+            else:
+                self._refused = False
 
 
 def _paths(config: TlsConfig) -> list[Path]:

@@ -19,6 +19,8 @@ from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ppod.v1 import reference_pb2, reference_pb2_grpc
+from ppod_services.core.config import TlsConfig
+from ppod_services.core.tls import RotatingCertificates
 from support.authority import Authority
 from support.processes import ServiceProcess, metrics_of, running_service
 from support.services import tiny_model_config
@@ -156,6 +158,30 @@ def test_a_missing_certificate_is_named_at_the_start(tiny_model_dir: Path, tmp_p
         running_service("ppod_services.reference", tmp_path, values, until="listening"),
     ):
         pass
+
+
+def test_files_that_are_swapped_while_they_are_read_are_read_again(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the certificate of one version and the key of the next were refused, and an older one served once more."""
+    certificates = RotatingCertificates(TlsConfig.model_validate(authority.issue("server")))
+    authority.issue("server")
+    read, swaps = Path.read_bytes, [True]
+
+    def read_and_swap(path: Path) -> bytes:
+        content = read(path)
+        if path.suffix == ".crt" and swaps:
+            swaps.pop()
+            authority.issue("server")
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_swap)
+    assert not certificates.refused()
+    assert not swaps
+    held = certificates._files
+    assert held.certificate == (authority.directory / "server.crt").read_bytes()
+    assert held.private_key == (authority.directory / "server.key").read_bytes()
+    assert not [record for record in caplog.records if record.message == "certificates_refused"]
 
 
 def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(authority: Authority) -> None:
