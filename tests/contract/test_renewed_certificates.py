@@ -207,3 +207,27 @@ def test_files_that_cannot_be_used_are_named(renewed: Renewed, name: str, conten
         with pytest.raises(InvalidArgument, match=message):
             # A trainer waits for an hour at the start, on Kubernetes.
             client.wait_ready(600)
+
+
+def test_files_that_are_swapped_while_they_are_read_are_read_again(
+    renewed: Renewed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was checked is what is used: gRPC would end the process at a certificate that was empty for a moment."""
+    renewed.write()
+    names = ("certificate", "key")
+    whole = [(renewed.directory / name).read_bytes() for name in names]
+    for name in names:
+        (renewed.directory / name).write_bytes(b"")
+    read = Path.read_bytes
+
+    def read_and_write(path: Path) -> bytes:
+        content = read(path)
+        if path.name == "key":
+            for name, written in zip(names, whole, strict=True):
+                (renewed.directory / name).write_bytes(written)
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_write)
+    files = renewed.security.files()
+    assert files is not None
+    assert [files.certificate, files.key] == whole

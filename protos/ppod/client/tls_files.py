@@ -30,32 +30,42 @@ class TlsFiles:
         Raises:
             InvalidArgument: a file cannot be read, is not PEM, or the key is not the certificate's.
         """
-        files = cls(
+        files = cls._found(authority, certificate, key)
+        while True:
+            _check(files.authority, authority, certificate, key)
+            # What is checked is in the files, which may be swapped meanwhile: those that are the same again were not.
+            before, files = files, cls._found(authority, certificate, key)
+            if files == before:
+                return files
+
+    @classmethod
+    def _found(cls, authority: Path, certificate: Path | None, key: Path | None) -> Self:
+        return cls(
             read_file("security.ca_file", authority),
             None if certificate is None else read_file("security.certificate_file", certificate),
             None if key is None else read_file("security.key_file", key),
         )
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        try:
-            # What stands between the certificates is for readers, and may be of any language.
-            context.load_verify_locations(cadata=files.authority.decode("ascii", "ignore"))
-        except (ssl.SSLError, ValueError) as error:
-            raise InvalidArgument("security.ca_file", f"{authority}: {error}", "certificates in PEM") from error
-        if certificate is not None:
-            try:
-                # With a passphrase, an empty one, or OpenSSL would ask the terminal for the key's, and wait.
-                context.load_cert_chain(certificate, key, password="")
-            except OSError as error:
-                found, expected = (
-                    f"{certificate} and {key}: {error}",
-                    "both in PEM, the key its own, without a passphrase",
-                )
-                raise InvalidArgument("security.certificate_file and key_file", found, expected) from error
-        return files
 
     def credentials(self) -> grpc.ChannelCredentials:
         """As gRPC takes them."""
         return grpc.ssl_channel_credentials(self.authority, self.key, self.certificate)
+
+
+def _check(content: bytes, authority: Path, certificate: Path | None, key: Path | None) -> None:
+    """Raise InvalidArgument where the authority's content, or the other two files, cannot be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        # What stands between the certificates is for readers, and may be of any language.
+        context.load_verify_locations(cadata=content.decode("ascii", "ignore"))
+    except (ssl.SSLError, ValueError) as error:
+        raise InvalidArgument("security.ca_file", f"{authority}: {error}", "certificates in PEM") from error
+    if certificate is not None:
+        try:
+            # With a passphrase, an empty one, or OpenSSL would ask the terminal for the key's, and wait.
+            context.load_cert_chain(certificate, key, password="")
+        except OSError as error:
+            field, found = "security.certificate_file and key_file", f"{certificate} and {key}: {error}"
+            raise InvalidArgument(field, found, "both in PEM, the key its own, without a passphrase") from error
 
 
 def read_file(name: str, path: Path) -> bytes:
