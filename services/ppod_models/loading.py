@@ -98,13 +98,17 @@ def reading(path: Path) -> Generator[None]:
     """Within the block a model's files are read.
 
     Raises:
-        ModelSourceError: one cannot be read, or is not what its name says, as after a download that broke off.
+        ModelSourceError: one cannot be read, or is not what its name says, as after a download that broke off; or a
+            package is missing.
     """
     try:
         yield
     except torch.OutOfMemoryError:
         # No fault of the files.
         raise
+    except ImportError as error:
+        # As of formats of few bits, each of which has a package of its own.
+        raise ModelSourceError(f"{path}: what it takes to read it is not installed: {error}") from error
     except _READ_ERRORS as error:
         reason = " ".join(str(error).split())
         what = reason if isinstance(error, OSError) else f"{type(error).__name__}: {reason}"
@@ -201,6 +205,28 @@ def check_attention(model: PreTrainedModel) -> None:
         raise ModelSourceError(
             f"model of type {config.model_type}: it caps the logits of its attention (attn_logit_softcapping {cap}), "
             "which attention: sdpa does not do; set attention: eager wherever it is served or trained"
+        )
+
+
+def quantisation_of(config: PreTrainedConfig) -> str | None:
+    """How a checkpoint is quantised, such as "gptq"; None: it is not, or no longer, as it is loaded."""
+    declared = getattr(config, "quantization_config", None)
+    if declared is None:
+        return None
+    method = declared.get("quant_method") if isinstance(declared, dict) else getattr(declared, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def check_dense(path: Path, config: PreTrainedConfig) -> None:
+    """Refuse a model that is to be trained, whose weights of few bits no gradient could change.
+
+    Raises:
+        ModelSourceError: it is quantised.
+    """
+    if (method := quantisation_of(config)) is not None:
+        raise ModelSourceError(
+            f"{path}: its weights are quantised ({method}), which cannot be trained; give the checkpoint that they "
+            "were made from (QLoRA quantises it itself: policy.lora.quantization)"
         )
 
 

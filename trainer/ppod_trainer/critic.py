@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from ppod_models.loading import check_attention, hidden_size, load_causal_lm, reading
+from ppod_models.loading import check_attention, check_dense, hidden_size, load_causal_lm, reading
 from ppod_trainer.errors import TrainerError
 
 
@@ -55,7 +55,7 @@ def load_value_model(
 
     Raises:
         TrainerError: it has several labels, is no decoder, or reads other tokens than the policy.
-        ModelSourceError: its files cannot be read; see also `check_attention`.
+        ModelSourceError: its files cannot be read; see also `check_attention` and `check_dense`.
     """
     with reading(path):
         names = cast("list[str]", AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or [])
@@ -79,6 +79,7 @@ def load_value_model(
     else:
         model = load_causal_lm(path, device=device, dtype=dtype, attention=attention, trunk_only=True)
         head = zero_head(hidden_size(model), device)
+    check_dense(path, model.config)
     trunk = cast(PreTrainedModel, model.base_model)
     found = cast(nn.Embedding, trunk.get_input_embeddings()).num_embeddings
     if found != vocab_size:

@@ -99,6 +99,7 @@ def _mapped(config: TrainerConfig, path: Path) -> _Undivided:
     stored = loading.load_causal_lm(
         path, device=torch.device("cpu"), dtype=stored_dtype(path), attention=config.policy.attention
     )
+    loading.check_dense(path, stored.config)
     model = without_weights(stored)
     weights = {name: parameter.detach() for name, parameter in stored.named_parameters()}
     return _Undivided(model, hollow_copy(model), _logit_transform(config, stored), weights, frozenset())
@@ -174,7 +175,9 @@ def _load_model(
         return _load_quantised(config, path, device, dtype)
     # What learns is float32: small updates would vanish in bfloat16.
     held = torch.float32 if config.policy.lora is None else dtype
-    return loading.load_causal_lm(path, device=device, dtype=held, attention=config.policy.attention), None
+    model = loading.load_causal_lm(path, device=device, dtype=held, attention=config.policy.attention)
+    loading.check_dense(path, model.config)
+    return model, None
 
 
 def _load_quantised(
@@ -182,5 +185,6 @@ def _load_quantised(
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     attention = config.policy.attention
     hollow = dense_copy(path, attention=attention)
+    loading.check_dense(path, hollow.config)
     check_layers(hollow)
     return load_quantised(path, device=device, dtype=dtype, attention=attention), hollow

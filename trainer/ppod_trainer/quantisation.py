@@ -33,8 +33,8 @@ def load_quantised(path: Path, *, device: torch.device, dtype: torch.dtype, atte
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )
-    try:
-        with reading(path):
+    with reading(path):
+        try:
             loaded = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
@@ -45,8 +45,8 @@ def load_quantised(path: Path, *, device: torch.device, dtype: torch.dtype, atte
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except ImportError as error:
-        raise TrainerError(f"policy.lora.quantization: {error}; install ppod[qlora]") from error
+        except ImportError as error:
+            raise TrainerError(f"policy.lora.quantization: {error}; install ppod[qlora]") from error
     model, info = cast("tuple[PreTrainedModel, dict[str, object]]", loaded)
     check_whole(path, info)
     check_attention(model)

@@ -112,7 +112,7 @@ class WeightStore(Protocol):
             adapter: the adapter whose tensors come; None: all weights of the model.
 
         Raises:
-            InvalidArgument: this engine takes no such adapter.
+            InvalidArgument: this engine takes no such adapter. FailedPrecondition: it takes no weights.
         """
         ...
 

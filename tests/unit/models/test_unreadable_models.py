@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import NoReturn
@@ -9,12 +10,20 @@ from typing import NoReturn
 import pytest
 import torch
 from safetensors import SafetensorError
+from transformers import AutoConfig
 
-from ppod_models.loading import load_causal_lm, load_tokenizer
+from ppod_models.loading import check_dense, load_causal_lm, load_tokenizer, quantisation_of
 from ppod_models.sources import ModelSourceError, resolve
+from ppod_trainer.config import TrainerConfig
 from ppod_trainer.critic import load_value_model
 from ppod_trainer.parted_weights import stored_dtype
+from ppod_trainer.policy_loading import load_policy
+from ppod_trainer.quantisation import load_quantised
+from ppod_trainer.ranks import Ranks
+from support.optional import needs_bitsandbytes
 from support.tiny_model import build_model, build_tokenizer
+
+TARGETS = dict.fromkeys(("reward", "reference", "generation", "generation_admin", "reference_admin"), "127.0.0.1:1")
 
 
 @pytest.fixture
@@ -112,3 +121,40 @@ def test_a_disk_that_is_full_when_the_packaged_model_is_converted_is_told(
     with pytest.raises(ModelSourceError, match=r"cache of models cannot be written: .*No space left .*PPOD_CACHE_DIR"):
         resolve("packaged:smollm2-135m-instruct", tmp_path)
     assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == []
+
+
+def test_a_quantised_model_whose_package_is_missing_is_told(broken: Path) -> None:
+    declare(broken, {"quant_method": "gptq", "bits": 4, "group_size": 32})
+    with pytest.raises(ModelSourceError, match=f"^{broken}: what it takes to read it is not installed: .*optimum"):
+        load_causal_lm(broken, device=torch.device("cpu"), dtype=torch.float32)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("part", [{}, {"lora": {"rank": 4}}, {"lora": {"rank": 4, "quantization": "nf4"}}])
+def test_a_quantised_model_is_no_policy(tmp_path: Path, part: dict[str, object]) -> None:
+    """It would train what is not quantised of it, such as its norms, and its pushes would be of other shapes."""
+    build_model(tied=False).save_pretrained(dense := tmp_path / "dense")
+    path, cpu = tmp_path / "quantised", torch.device("cpu")
+    load_quantised(dense, device=cpu, dtype=torch.float32, attention="sdpa").save_pretrained(path)
+    policy = {"source": str(path), "device": "cpu", "dtype": "float32", **part}
+    config = TrainerConfig.model_validate({"run_dir": str(tmp_path), "services": TARGETS, "policy": policy})
+    with pytest.raises(
+        ModelSourceError, match=f"^{path}: its weights are quantised \\(bitsandbytes\\), which cannot be"
+    ):
+        load_policy(config, Ranks(cpu))
+    with pytest.raises(ModelSourceError, match="its weights are quantised"):
+        load_value_model(path, device=cpu, attention="sdpa", vocab_size=320, dtype=torch.float32)
+
+
+def test_a_quantised_model_that_is_dense_once_loaded_is_trained(broken: Path) -> None:
+    """As gpt-oss is where there is no kernel for its four bits."""
+    declare(broken, {"quant_method": "mxfp4"})
+    model = load_causal_lm(broken, device=torch.device("cpu"), dtype=torch.float32)
+    check_dense(broken, model.config)
+    assert quantisation_of(AutoConfig.from_pretrained(broken)) == "mxfp4"
+
+
+def declare(path: Path, quantisation: dict[str, object]) -> None:
+    """Have a checkpoint's configuration tell that it is quantised."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": quantisation}))

@@ -84,7 +84,7 @@ def test_the_workers_load_what_was_prepared_last(way: str, loaded: bytes) -> Non
         from ppod_services.generation.vllm_backend.worker_transfer import WorkerTransfer  # noqa: PLC0415
     engine = LoadingEngine()
     host = EngineHost(lambda: engine)  # pyright: ignore
-    checkpoint = SimpleNamespace(read=lambda _: None)
+    checkpoint = SimpleNamespace(read=lambda _: None, quantisation=None)
     store = VllmWeights(host, {"w": (4,)}, set(), checkpoint, WorkerTransfer(host, 1))  # pyright: ignore
     weights = ServedWeights(store, lambda _: None)
     group = IncomingGroup("group", "trainer:1", "gloo", 1, 2, 2**16)
@@ -171,3 +171,12 @@ def test_a_call_of_an_engine_that_ends_is_not_waited_for() -> None:
     with pytest.raises(Unavailable, match="engine processes ended"):
         host.call(lambda engine: engine.collective_rpc("ppod_staged"))
     host.close()
+
+
+def test_an_engine_of_a_quantised_model_takes_no_weights() -> None:
+    """Before any are sent; vLLM's loaders would fail when they are to serve."""
+    with without_vllm():
+        from ppod_services.generation.vllm_backend.weight_store import VllmWeights  # noqa: PLC0415
+    store = VllmWeights(None, {"w": (4,)}, set(), SimpleNamespace(quantisation="mxfp4"))  # pyright: ignore
+    with pytest.raises(FailedPrecondition, match=r"^model: the server has a model quantised by mxfp4, "):
+        ServedWeights(store, lambda _: None).begin(manifest(SENT))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import AutoConfig
+
+from ppod_models.loading import quantisation_of
 
 
 class Checkpoint:
@@ -17,6 +21,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._files: dict[str, Path] = {}
         for file in sorted(path.glob("*.safetensors")):
             with safe_open(file, framework="pt") as opened:
@@ -26,6 +31,11 @@ class Checkpoint:
     def names(self) -> Sequence[str]:
         """Of all weights."""
         return tuple(self._files)
+
+    @functools.cached_property
+    def quantisation(self) -> str | None:
+        """How the weights are quantised; None: they are not."""
+        return quantisation_of(AutoConfig.from_pretrained(self._path))
 
     def read(self, name: str) -> torch.Tensor | None:
         """One weight as it was saved; None where the checkpoint calls it otherwise."""

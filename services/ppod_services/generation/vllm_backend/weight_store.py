@@ -128,7 +128,17 @@ class VllmWeights:
         self._workers.receive(manifest, self._receiving, timeout_s)
 
     def shapes(self, adapter: LoraAdapter | None) -> Mapping[str, tuple[int, ...]]:
-        """See `WeightStore`."""
+        """See `WeightStore`.
+
+        Raises:
+            FailedPrecondition: the engine's own weights are quantised, for which its loaders take no others.
+        """
+        if (method := self._checkpoint.quantisation) is not None:
+            found, expected = (
+                f"a model quantised by {method}",
+                "one that is not, such as the checkpoint it was made from",
+            )
+            raise FailedPrecondition("model", found, expected)
         return self._shapes if adapter is None else adapter_shapes(adapter, self._shapes, self._linear)
 
     def allocate(self, tensors: Sequence[IncomingTensor]) -> Sequence[torch.Tensor]:
