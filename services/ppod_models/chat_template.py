@@ -49,3 +49,13 @@ def turn_end(tokenizer: PreTrainedTokenizerFast) -> str:
     answer = "forty-two"
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}]
     return render_chat(tokenizer, turns, open_turn=False).rpartition(answer)[2]
+
+
+def turn_end_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The special token with which the chat template ends an assistant's answer; None where none does."""
+    try:
+        ids = tokenizer.encode(turn_end(tokenizer), add_special_tokens=False)
+    except ChatTemplateError:
+        return None
+    # A token of text would be taken for a part of the answer.
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from ppod_models.chat_template import turn_end_token
 from ppod_models.loading import max_sequence_tokens
 from ppod_models.packing import Layout, enable_packing, hidden_states, lay_out, probe_tolerance
 from ppod_models.prefix_features import divide, groups, lay_out_prefixes, prefix_means
@@ -44,7 +45,7 @@ class TrunkFeatures:
         self.spec = spec
         self._prefix = encode_text(tokenizer, spec.prefix)
         self._suffix = encode_text(tokenizer, spec.suffix)
-        self._eos = tokenizer.eos_token_id
+        self._ends = (tokenizer.eos_token_id, turn_end_token(tokenizer))
         self._device = trunk.device
         self.packs = enable_packing(trunk)
         self._body = lower_layers(cast(PreTrainedModel, trunk.base_model), max(read.layer for read in spec.reads))
@@ -57,7 +58,7 @@ class TrunkFeatures:
 
         Args:
             sequences: int arrays [length], 1 <= length <= `max_sequence_tokens`; no special tokens but end of
-                sequence, which is dropped from the end because it carries no text.
+                sequence and end of turn, which are dropped from the end because they carry no text.
 
         Returns:
             float32 [B, F]: for each read in the spec's order, H values of root mean square 1.
@@ -158,7 +159,7 @@ class TrunkFeatures:
             raise ValueError(f"a sequence has {len(sequence)} tokens, expected 1 to {self.max_sequence_tokens}")
         end = len(sequence)
         # The first token stays, whatever it is: an empty text has no state to read.
-        while end > 1 and sequence[end - 1] == self._eos:
+        while end > 1 and int(sequence[end - 1]) in self._ends:
             end -= 1
         return np.asarray(sequence[:end], dtype=np.int64)
 

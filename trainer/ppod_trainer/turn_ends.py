@@ -9,7 +9,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
-from ppod_models.chat_template import ChatTemplateError, turn_end
+from ppod_models.chat_template import ChatTemplateError, turn_end, turn_end_token
 from ppod_trainer.config import RolloutConfig
 from ppod_trainer.prompts import PromptSet
 
@@ -28,16 +28,22 @@ def read_stop_tokens(
         case "hide":
             return ()
         case "auto":
-            ids = _turn_end(prompts, tokenizer)[1]
-            # A token of text would be read as a part of the answer.
-            return ids[:1] if ids and ids[0] in tokenizer.added_tokens_decoder else ()
+            end = turn_end_token(tokenizer) if prompts.conversations else None
+            return () if end is None else (end,)
 
 
 def warn_of_endless_turns(
     prompts: PromptSet, tokenizer: PreTrainedTokenizerFast, eos_token_ids: Sequence[int], rollout: RolloutConfig
 ) -> None:
     """Base models may have a chat template whose end of a turn does not end their sampling."""
-    end, ids = _turn_end(prompts, tokenizer)
+    if not prompts.conversations:
+        return
+    try:
+        end = turn_end(tokenizer)
+    except ChatTemplateError:
+        # Of this conversation; those of the prompts were rendered.
+        return
+    ids = tokenizer.encode(end, add_special_tokens=False)
     stop_token_ids = (*eos_token_ids, *rollout.stop_token_ids)
     if not ids or ids[0] in stop_token_ids or any(text in end for text in rollout.stop):
         return
@@ -50,15 +56,3 @@ def warn_of_endless_turns(
         ", ".join(map(str, stop_token_ids)) or "none",
         f"stop_token_ids to [{ids[0]}]" if own else f"stop to [{json.dumps(end)}]",
     )
-
-
-def _turn_end(prompts: PromptSet, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[int]]:
-    """What the template puts behind an answer, and its token ids; nothing where no prompt is a conversation."""
-    if not prompts.conversations:
-        return "", []
-    try:
-        end = turn_end(tokenizer)
-    except ChatTemplateError:
-        # Of this conversation; those of the prompts were rendered.
-        return "", []
-    return end, tokenizer.encode(end, add_special_tokens=False)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,17 @@ def test_trailing_end_of_sequence_changes_nothing(model, tokenizer) -> None:
     inside = np.insert(sequence, 3, tokenizer.eos_token_id)
     assert abs(model.score([inside])[0] - model.score([sequence])[0]) > 1e-3
     assert np.isfinite(model.score([np.array([tokenizer.eos_token_id])])).all()
+
+
+def test_a_trailing_end_of_turn_changes_nothing(trunk, tokenizer, head_dir) -> None:
+    """Where it is not the end of sequence, as Gemma's: runs of conversations send it."""
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}{{ pad_token }}\n"
+    sequence = some_sequences()[1]
+    ended = np.append(sequence, [chatting.pad_token_id, chatting.eos_token_id])
+    plain, model = (RewardModel.load(trunk, one, head_dir) for one in (tokenizer, chatting))
+    np.testing.assert_allclose(model.score([ended]), plain.score([sequence]), atol=1e-5)
+    assert abs(plain.score([ended])[0] - plain.score([sequence])[0]) > 1e-3
 
 
 def test_the_trunk_is_left_as_it_was(trunk, model) -> None:

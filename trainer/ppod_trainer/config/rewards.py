@@ -73,7 +73,7 @@ class RewardsConfig(ConfigModel):
         description="whether rewards get the stop token that ended a response, too. auto: where the prompts are "
         "conversations, whose reward models learned from whole turns, the token with which the chat template ends one; "
         "read: any, for models that learned from texts with an end of sequence; hide: what the user sees alone. "
-        "Heads drop an end of sequence, functions and judges read text without special tokens: to them it is the same",
+        "Heads drop both, functions and judges read text without special tokens: to them it is the same",
     )
     missing_eos_penalty: float = Field(default=0.0, ge=0, description="taken off the score of a response cut off")
     length_penalty: LengthPenaltyConfig | None = Field(default=None, description="none: length costs nothing")
