@@ -49,6 +49,7 @@ from ppod_trainer.prompts import (
     split_episodes,
 )
 from ppod_trainer.ranks import Ranks
+from ppod_trainer.recovery import Recovery
 from ppod_trainer.sampling import ResponseSampler, Sampler, TurnSampler
 from ppod_trainer.stateful import Stateful
 from ppod_trainer.step_rollouts import build_step_rollouts
@@ -93,9 +94,10 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             connections = connect(config, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc)
             opened.callback(connections.close)
             ids = loading.vocab_size(leader.learner.policy.model), loading.token_id_bound(tokenizer)
-            served = check_services(connections, config.rollout, len(prompts.heldout), *ids)
-            check_reward(connections, config.rewards)
-        _check_prompts(prompts, tokenizer, connections, served, config.rollout)
+            # One that was ready may be away again, and of several replicas all but one may still start.
+            starting = Recovery(connections, config.services.ready_timeout_s, stop)
+            served = starting.ask(lambda: _check_services(config, connections, prompts, *ids))
+        _check_prompts(prompts, tokenizer, served, config.rollout)
         bad_samples = BadSamples(config.rollout.on_bad_sample, Patience(config.services.recovery_timeout_s, stop))
         read = read_stop_tokens(config.rewards.stop_token, prompts, tokenizer)
         turns = _build_turns(config, connections.generation, served, environments, read)
@@ -165,16 +167,21 @@ def _load_prompts(
     return replace(prompts, curriculum_steps=config.prompts.curriculum_steps)
 
 
-def _check_prompts(
-    prompts: PromptSet,
-    tokenizer: PreTrainedTokenizerFast,
-    connections: Connections,
-    served: ServedModels,
-    rollout: RolloutConfig,
-) -> None:
-    warn_of_endless_turns(prompts, tokenizer, served.generation.eos_token_ids, rollout)
+def _check_services(
+    config: TrainerConfig, connections: Connections, prompts: PromptSet, vocab_size: int, token_id_bound: int
+) -> ServedModels:
+    """All that is asked of the services before anything is sampled."""
+    served = check_services(connections, config.rollout, len(prompts.heldout), vocab_size, token_id_bound)
+    check_reward(connections, config.rewards)
     if not references_of(prompts.training):
         check_references(connections)
+    return served
+
+
+def _check_prompts(
+    prompts: PromptSet, tokenizer: PreTrainedTokenizerFast, served: ServedModels, rollout: RolloutConfig
+) -> None:
+    warn_of_endless_turns(prompts, tokenizer, served.generation.eos_token_ids, rollout)
     if rollout.on_bad_sample != "stop":
         return
     made_tokens = served.generation.limits.max_sequence_tokens
@@ -263,14 +270,17 @@ def presample_for(run: TrainingRun) -> None:
 
 def _synchronise(run: TrainingRun) -> None:
     """Make generation and reference serve exactly what this run has, whatever they served before."""
-    serving = max(run.parts.connections.generation_weights.serving_versions())
+    connections, stop = run.parts.connections, run.parts.stop
+    with stop.interruptible():
+        starting = Recovery(connections, run.config.services.ready_timeout_s, stop)
+        serving = max(starting.ask(connections.generation_weights.serving_versions))
     run.push_policy(max(serving + 1, run.state.policy_version))
     if run.state.reference_version:
-        run.restore_reference()
+        run.serve_reference()
     elif run.config.policy.quantised:
         # The service has the model as it was before it was quantised.
         run.adopt_reference(run.parts.learner.base_model())
-    elif found := run.parts.connections.reference.pin.weight_version:
+    elif found := connections.reference.pin.weight_version:
         log.warning(
             "the reference serves version %d, which somebody pushed to it, and KL is taken to that; start its service "
             "again for the model that it loads",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from ppod import DeadlineExceeded, FailedPrecondition, PpodError, ResourceExhausted, Unavailable
 from ppod_trainer.connections import Connections
@@ -12,6 +13,8 @@ from ppod_trainer.errors import WeightPushError, with_notes
 from ppod_trainer.stopping import StopSignal
 
 log = logging.getLogger(__name__)
+
+AnswerT = TypeVar("AnswerT")
 
 _PAUSE_S = 0.5
 _LOOK_S = 1.0
@@ -31,6 +34,15 @@ class Recovery:
         self._connections = connections
         self._timeout_s = timeout_s
         self._stop = stop
+
+    def ask(self, question: Callable[[], AnswerT]) -> AnswerT:
+        """The answer to what only asks the services, asked again until they give it. Raises as `come_back`."""
+        try:
+            return question()
+        except (PpodError, WeightPushError) as error:
+            answers: list[AnswerT] = []
+            self.come_back(error, lambda: answers.append(question()))
+            return answers[0]
 
     def come_back(self, error: PpodError | WeightPushError, restore: Callable[[], None]) -> None:
         """Return when all services are ready and `restore` worked.

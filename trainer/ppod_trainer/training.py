@@ -362,7 +362,7 @@ class TrainingRun:
         if refreshed:
             self.parts.stop.check()
             # Not before the checkpoint, which would otherwise resume with a reference that it does not know.
-            self._serve_reference()
+            self.serve_reference()
             print(f"the reference is now the policy of step {step} (version {self.state.policy_version})", flush=True)
         if self._evaluates() and step < config.steps:
             self.evaluate()
@@ -377,7 +377,7 @@ class TrainingRun:
         with self._pipeline.new_reference():
             self._reference.serve(self.state.reference_version)
 
-    def _serve_reference(self) -> None:
+    def serve_reference(self) -> None:
         """As `restore_reference`; a service that went away is waited for."""
         try:
             self.restore_reference()
@@ -387,7 +387,7 @@ class TrainingRun:
     def adopt_reference(self, model: PreTrainedModel) -> None:
         """Make a model the reference, under the policy's version."""
         self._keep_reference(model)
-        self.restore_reference()
+        self.serve_reference()
 
     def _keep_reference(self, model: PreTrainedModel) -> None:
         version = self.state.policy_version

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ppod import WeightClient
+from support.faulty_network import faulty_proxies
 from support.processes import free_ports, running_service
 from support.services import tiny_model_config
 from support.tiny_head import save_tiny_head
@@ -131,6 +132,23 @@ def test_a_service_that_hangs_for_longer_than_a_call_is_waited_for_and_changes_n
     assert process.returncode == 0, stderr
     assert f"from ppod.v1.RewardService at {system.reward.target}" in stderr
     assert records_of(run_dir) == records_of(Path(str(straight["run_dir"])))
+
+
+def test_a_port_that_answers_late_is_waited_for_at_the_start(system: System) -> None:
+    """Of several replicas all but one may still start when the run does, and nobody waits for administration ports."""
+    with faulty_proxies(system.generation.admin_port, 1) as [late]:
+        late.refuse()
+        services = {**without_judge(system), "generation_admin": late.target, "ready_timeout_s": 30}
+        process = system.start(system.config("late", services=services))
+        said, until = system.directory / "late.stderr", time.monotonic() + 30
+        while not said.is_file() or "waiting up to 30 s for the services" not in said.read_text():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        late.mend()
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert f"{late.target} does not tell which weights it has" in stderr
 
 
 def test_a_service_that_is_not_there_is_named(system: System) -> None:

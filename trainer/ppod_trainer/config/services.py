@@ -64,7 +64,10 @@ class ServicesConfig(ConfigModel):
     judge_model: str | None = Field(default=None, description="name of the held-out judge; none: no judge")
     timeout_s: float = Field(default=120.0, gt=0, le=LONGEST_S, description="deadline of each call")
     ready_timeout_s: float = Field(
-        default=120.0, gt=0, le=LONGEST_S, description="how long to wait for the services at the start"
+        default=120.0,
+        gt=0,
+        le=LONGEST_S,
+        description="how long to wait for the services at the start, and for every replica that is given weights",
     )
     recovery_timeout_s: float = Field(
         default=300.0,
