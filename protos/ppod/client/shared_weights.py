@@ -126,17 +126,7 @@ class SharedDirectory:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.stale = _remove_stale(directory)
-        name = f"{_PREFIX}{secrets.token_hex(8)}"
-        unlocked, self._folder = directory / f".{name}", directory / name
-        unlocked.mkdir()
-        self._lock = os.open(unlocked / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        # Under its final name it is locked from the first moment: another sender would take it for a dead one's.
-        unlocked.rename(self._folder)
+        self._lock, self._folder = _make_locked(directory)
         self._segments: list[Segment] = []
         self._files = 0
 
@@ -243,14 +233,40 @@ def _create(path: Path, size: int) -> mmap.mmap:
         os.close(opened)
 
 
+def _make_locked(directory: Path) -> tuple[int, Path]:
+    """A lock, and the new folder that it is of. It is locked before it has its name, by which a sender is known."""
+    while True:
+        name = f"{_PREFIX}{secrets.token_hex(8)}"
+        unlocked, folder = directory / f".{name}", directory / name
+        unlocked.mkdir()
+        lock: int | None = None
+        try:
+            lock = os.open(unlocked / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            unlocked.rename(folder)
+        except (FileNotFoundError, BlockingIOError):
+            # Another sender, which begins at the same time, took it for what a dead one left.
+            if lock is not None:
+                os.close(lock)
+        else:
+            return lock, folder
+
+
 def _remove_stale(directory: Path) -> int:
     """Remove the folders that no living sender locks. Returns their number."""
     removed = 0
-    for folder in directory.glob(f"{_PREFIX}*"):
+    # Those with a dot are of senders that were killed while they made theirs; one that makes it now makes another.
+    for folder in [*directory.glob(f"{_PREFIX}*"), *directory.glob(f".{_PREFIX}*")]:
         try:
             lock = os.open(folder / _LOCK, os.O_RDWR)
         except OSError:
-            # Removed meanwhile, or not ours to look into.
+            # Removed meanwhile, or not ours to look into; or its sender did not get as far as its lock.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

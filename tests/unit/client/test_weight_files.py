@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,27 @@ def test_a_full_directory_is_an_error_and_no_crash(tmp_path: Path, monkeypatch: 
     with SharedDirectory(tmp_path) as directory, pytest.raises(ResourceExhausted, match="no room for 1204"):
         directory.segment(LAYOUT, ())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_sender_left_that_was_killed_while_it_began_is_removed(tmp_path: Path) -> None:
+    for name in (".ppod-weights-1", ".ppod-weights-2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".ppod-weights-2" / "lock").touch()
+    with SharedDirectory(tmp_path):
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_senders_that_begin_at_once_take_nothing_from_each_other(tmp_path: Path) -> None:
+    """A folder that one is making looks like what a dead one left."""
+
+    def begin_and_end(_: int) -> None:
+        for _ in range(100):
+            with SharedDirectory(tmp_path) as mine:
+                mine.remove(mine.write([]))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(begin_and_end, range(4)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_a_killed_sender_are_removed_those_of_a_living_one_are_not(tmp_path: Path) -> None:
