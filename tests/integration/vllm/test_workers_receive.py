@@ -41,6 +41,7 @@ from support.vllm_services import (
     HALF_LOADING_WORKER,
     cut_weights_that_wait,
     draining,
+    engine_processes,
     running_vllm,
 )
 from support.weight_tensors import weight_tensors
@@ -119,6 +120,17 @@ def receiving(
         plane = CollectivePlane(config, lambda: {weights.target: weights.status().collective_ranks})
         yield Receiving(service, weights, plane, half_loads, staged)
         plane.close()
+
+
+@pytest.mark.skipif(TEST_DEVICE != "cpu", reason="the workers of a CPU add up in shared memory")
+def test_what_workers_share_goes_when_they_do(receiving: Receiving) -> None:
+    """vLLM itself leaves it in /dev/shm. Without names it is gone with them, also where they are killed."""
+    mapped = [
+        Path(f"/proc/{process.pid}/maps").read_text().splitlines() for process in engine_processes(receiving.service)
+    ]
+    shared = [line for lines in mapped for line in lines if "-cpushm_" in line]
+    assert shared
+    assert all(line.endswith("(deleted)") for line in shared)
 
 
 def test_each_worker_is_a_rank_and_version_after_version_serves(receiving: Receiving) -> None:

@@ -99,6 +99,7 @@ def load_vllm(config: GenerationServiceConfig, on_version: Callable[[int], None]
         except (ValueError, RuntimeError, OSError) as error:
             raise ModelSourceError(f"model {config.model.source!r} with vLLM: {error}") from error
     host.call(lambda engine: engine.update_weight_version("0"))
+    host.call(lambda engine: engine.collective_rpc("ppod_unname_shared_memory"))
     told = host.call(lambda engine: engine.collective_rpc("ppod_tell_both_logprobs"))
     workers = WorkerTransfer(host, len(told)) if config.vllm.weights_received_by == "workers" else None
     stages = config.vllm.stage_weights

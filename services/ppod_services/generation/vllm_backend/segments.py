@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 _ALIGNMENT = 64
+_NAMED = re.compile(r" (/dev/shm/\S+-cpushm_\d+)$", re.MULTILINE)
+"""How a process's list of its mappings names what vLLM's CPU workers share."""
 
 
 class Segment:
@@ -58,3 +62,13 @@ def read_tensor(memory: mmap.mmap, offset: int, shape: Sequence[int], dtype: tor
     if not count:
         return torch.empty(tuple(shape), dtype=dtype)
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(tuple(shape))
+
+
+def unname_shared_memory() -> None:
+    """Take the names from the memory in which vLLM's CPU workers add up, so that it goes when they do.
+
+    vLLM leaves it in /dev/shm, 4 MiB for each worker and thread, also where it ends cleanly. All of its workers must
+    have mapped it.
+    """
+    for path in set(_NAMED.findall(Path("/proc/self/maps").read_text(encoding="utf-8"))):
+        Path(path).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from torch import nn
 from ppod_services.generation.vllm_backend.observed_sampler import HasSampler, observe_sampler
 from ppod_services.generation.vllm_backend.reload import form_of, load_pushed, reload_weights
 from ppod_services.generation.vllm_backend.room import largest_layer_bytes
+from ppod_services.generation.vllm_backend.segments import unname_shared_memory
 from ppod_services.generation.vllm_backend.settings import TRANSFER_ENGINE
 from ppod_services.generation.vllm_backend.staging import (
     Copies,
@@ -48,6 +49,10 @@ class PpodWorker:
         vLLM tells one kind of logprobs for the whole engine. Returns whether this sampler lets itself be observed.
         """
         return observe_sampler(self.model_runner)
+
+    def ppod_unname_shared_memory(self) -> None:
+        """Have what the workers share go when they do, whatever way that is."""
+        unname_shared_memory()
 
     def ppod_stage_weights(self, path: str, tensors: Sequence[TensorAt], weight_version: int) -> None:
         """Begin to bring a segment's weights to this worker's device, beside serving."""
