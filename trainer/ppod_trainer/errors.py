@@ -62,11 +62,13 @@ class WeightPushError(TrainerError):
 
     Attributes:
         causes: what went wrong on each replica that failed; empty where it is `__cause__` alone.
+        committing: replicas that did not answer may put them into service yet, under their version.
     """
 
-    def __init__(self, message: str, causes: Sequence[PpodError] = ()) -> None:
+    def __init__(self, message: str, causes: Sequence[PpodError] = (), *, committing: bool = False) -> None:
         super().__init__(message)
         self.causes = tuple(causes)
+        self.committing = committing
 
 
 class CheckpointError(TrainerError):

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from transformers import PreTrainedModel
 
+from ppod_trainer.errors import WeightPushError
 from ppod_trainer.leader import Leader
 from ppod_trainer.policy_versions import PolicyVersions
 from ppod_trainer.policy_weights import wire_tensors
@@ -39,17 +40,27 @@ class PolicyPush:
         self._versions = versions
         self._base_version: int | None = None
         self._after_bases = 0
+        self._after_commits = 0
         self.last: PushReport | None = None
 
     def push(self, dtype: torch.dtype, weight_version: int, in_service: InService) -> int:
         """Put the policy into service under `weight_version`; returns the version that serves.
 
         It is a later one where a replica lacks an adapter's base, which then goes first, with a version of its own; or
-        where a base was to have it that did not come.
+        where a base was to have it that did not come, or a push whose commit was not answered.
 
         Raises:
             WeightPushError: a replica did not get it.
         """
+        try:
+            return self._push(dtype, max(weight_version, self._after_commits), in_service)
+        except WeightPushError as error:
+            if error.committing:
+                # A replica that hung may go on with it, and then takes no other push for this version.
+                self._after_commits = self._versions.newest + 1
+            raise
+
+    def _push(self, dtype: torch.dtype, weight_version: int, in_service: InService) -> int:
         self.last = None
         if self._leader.adapter is None:
             with self._stop.deferred():

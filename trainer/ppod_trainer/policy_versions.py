@@ -25,6 +25,12 @@ class PolicyVersions:
         self._bases: set[int] = set()
         self._pushed: tuple[int, int] | None = None
 
+    @property
+    def newest(self) -> int:
+        """The last version that was put into service, or was to be; 0 before the first one."""
+        pushed = 0 if self._pushed is None else self._pushed[1]
+        return max(pushed, *self._bases, 0)
+
     def pushed(self, weight_version: int) -> None:
         """The policy is put into service under this version."""
         first, last = self._pushed or (weight_version, weight_version)

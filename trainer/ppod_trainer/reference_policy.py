@@ -14,6 +14,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ppod_models.loading import load_causal_lm
 from ppod_trainer.connections import Connections
 from ppod_trainer.durable import written_aside
+from ppod_trainer.errors import WeightPushError
 from ppod_trainer.policy_weights import wire_dtype
 
 
@@ -30,6 +31,7 @@ class ReferencePolicy:
         self._client = connections.reference
         self._weights = connections.reference_weights
         self._pushed: int | None = None
+        self._after_commits = 0
 
     def keep(self, model: PreTrainedModel, version: int, needed: Collection[int]) -> None:
         """Save a policy as the reference of a version, and delete others than the `needed` ones."""
@@ -51,8 +53,15 @@ class ReferencePolicy:
         model = load_causal_lm(self._path(version), device=cpu, dtype=torch.float32, attention="eager")
         dtype = self._wire_dtype()
         # A reference that outlived an earlier run may be further on; versions only ever grow.
-        pushed = max(version, *(serving + 1 for serving in self._weights.serving_versions()))
-        self._weights.push(model, dtype, pushed)
+        served = (serving + 1 for serving in self._weights.serving_versions())
+        pushed = max(version, self._after_commits, *served)
+        try:
+            self._weights.push(model, dtype, pushed)
+        except WeightPushError as error:
+            if error.committing:
+                # As for a policy: a replica that hung may go on with it, and then takes no other push for this version.
+                self._after_commits = pushed + 1
+            raise
         self._client.pin = replace(self._client.pin, weight_version=pushed)
         self._pushed = pushed
 

@@ -297,7 +297,7 @@ class WeightSync:
         message = f"{what} of weight version {weight_version} failed on {len(failed)} of {len(outcomes)}: {reasons}"
         excused = all(self._replicas.excuses(target, error) for target, error in failed.items())
         if not excused or len(failed) == len(outcomes):
-            error = WeightPushError(message, list(failed.values()))
+            error = WeightPushError(message, list(failed.values()), committing=what == "commit")
             if len(failed) < len(outcomes):
                 self._tell_of_skipping(error)
             raise error from next(iter(failed.values()))
