@@ -373,7 +373,8 @@ def test_a_segment_is_seen_by_other_processes_and_goes_with_its_owner() -> None:
     assert tensors[0].sum() == 15
 
 
-def test_the_engine_s_processes_end_with_the_service(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["service", "engine"])
+def test_the_engine_s_processes_end_with_the_service_and_with_the_engine(tmp_path: Path, killed: str) -> None:
     """A stand-in for the service, killed as nothing can be prepared for; the engine's process, and a worker's."""
     worker = (
         "from ppod_services.generation.vllm_backend.watch import end_with_service as end; end(); print(1, flush=True)"
@@ -390,6 +391,8 @@ def test_the_engine_s_processes_end_with_the_service(tmp_path: Path) -> None:
         assert process.stdout.readline() == b"1\n"
         started = psutil.Process(process.pid).children(recursive=True)
         assert len(started) == 2
+        (process if killed == "service" else started[0]).kill()
+        _, alive = psutil.wait_procs(started[1:], timeout=10)
         process.kill()
-    _, alive = psutil.wait_procs(started, timeout=10)
     assert not alive
+    assert not psutil.wait_procs(started, timeout=10)[1]

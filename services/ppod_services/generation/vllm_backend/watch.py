@@ -25,17 +25,21 @@ def in_engine_process() -> None:
 
 
 def end_with_service() -> None:
-    """End this process, and the engine's that started it, when the service ends, whatever way that is."""
+    """End this process, and the engine's that started it, when the service ends, whatever way that is.
+
+    So it does when the engine's ends: a worker that waits for another would live on, and as a fork holds open by what
+    the service notices the engine's end.
+    """
     service = int(os.environ[SERVICE_VARIABLE])
     parent = os.getppid()
     try:
-        descriptor = os.pidfd_open(service)
+        descriptors = [os.pidfd_open(one) for one in {service, parent}]
     except ProcessLookupError:
-        descriptor = None
+        descriptors = []
 
     def watch() -> None:
-        if descriptor is not None:
-            select.select([descriptor], [], [])
+        if descriptors:
+            select.select(descriptors, [], [])
         # A worker may live in the engine's process; and whoever took this one over since is none of ours.
         if os.getppid() == parent != service:
             os.kill(parent, signal.SIGKILL)
