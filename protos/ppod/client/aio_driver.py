@@ -14,10 +14,9 @@ from ppod.channel import ChannelSpec, open_aio_channel
 from ppod.client.core import HEALTH_CHECK, ClientCore, Follow, Lookup, Pause, Program, Step
 from ppod.client.exchange import Action, Exchange, Send
 from ppod.client.lookups import resolve
-from ppod.client.replies import typed_error
 from ppod.client.streaming import StreamDelivery
 from ppod.client.tracing import Metadata
-from ppod.errors import Cancelled, PpodError, Unavailable
+from ppod.errors import Cancelled, PpodError
 from ppod.uploads import reply_to_stream
 
 ResultT = TypeVar("ResultT")
@@ -75,7 +74,7 @@ class AioDriver:
                 delivery.job.finish()
                 return
             except grpc.RpcError as error:
-                typed = self._typed_error(error, opening.address)
+                typed = self._core.failed(error, opening.address, self._leave)
                 code = typed.code.name
                 wait_s = delivery.failed(typed, time.monotonic())
                 if wait_s is None:
@@ -90,7 +89,7 @@ class AioDriver:
         """Send a stream of requests to the only replica, and return the reply."""
         [address] = self._core.shared.replicas.addresses
         # Before it, as nobody repeats it.
-        self._renew(address)
+        self._core.renew(address, self._leave)
         timeout_s = self._core.timeout_s(timeout_s)
         start, code = time.monotonic(), "OK"
         try:
@@ -99,7 +98,7 @@ class AioDriver:
             call = stub(_threaded(messages), timeout=timeout_s, metadata=self._core.metadata())
             return await reply_to_stream(call)
         except grpc.RpcError as error:
-            typed = self._typed_error(error, address)
+            typed = self._core.failed(error, address, self._leave)
             code = typed.code.name
             raise typed from error
         finally:
@@ -115,7 +114,7 @@ class AioDriver:
             code = "OK"
             return data
         except grpc.RpcError as error:
-            typed = self._typed_error(error, send.address)
+            typed = self._core.failed(error, send.address, self._leave)
             code = typed.code.name
             return typed
         except grpc.aio.UsageError:  # what gRPC raises for a channel that another task has closed
@@ -130,18 +129,10 @@ class AioDriver:
             if code != "CANCELLED":
                 self._core.observe(send.method, time.monotonic() - start, code)
 
-    def _typed_error(self, error: grpc.RpcError, address: str) -> PpodError:
-        """The typed error of a call; a replica out of reach gets a new channel where certificates were renewed."""
-        typed = typed_error(error, self._core.service_name, address)
-        if isinstance(typed, Unavailable):
-            self._renew(address)
-        return typed
-
-    def _renew(self, address: str) -> None:
-        """Where certificates were renewed since its channel was opened, leave that for a new one."""
-        if self._core.credentials.renewed(address):
-            # Not closed: each call that is under way in it holds it.
-            self._channels.pop(address, None)
+    def _leave(self, address: str) -> None:
+        """Have the next call open a new channel."""
+        # Not closed: each call that is under way in it holds it.
+        self._channels.pop(address, None)
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if self._closed:

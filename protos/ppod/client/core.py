@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2
 
@@ -24,10 +25,11 @@ from ppod.client.jobs import Answerer, Job
 from ppod.client.latencies import HedgeBudget, Latencies
 from ppod.client.replica_sources import KubernetesReplicas, ReplicaSource
 from ppod.client.replicas import Replicas, parse_target
+from ppod.client.replies import typed_error
 from ppod.client.security import ClientSecurity
 from ppod.client.splitting import RowSizes, split_rows
 from ppod.client.tracing import Metadata, trace_metadata
-from ppod.errors import DeadlineExceeded, InvalidArgument, InvalidReply, PpodError
+from ppod.errors import DeadlineExceeded, InvalidArgument, InvalidReply, PpodError, Unavailable
 
 RpcObserver = Callable[[str, float, str], None]
 """Called after each attempt with its full method name, its seconds and its status code's name."""
@@ -279,6 +281,18 @@ class ClientCore:
                 self.shared.replicas.mark_up(address, by_health=True)
                 return
         self.shared.replicas.mark_down(address, time.monotonic())
+
+    def failed(self, error: grpc.RpcError, address: str, leave: Callable[[str], None]) -> PpodError:
+        """The typed error of a call. A replica out of reach gets a new channel where certificates were renewed."""
+        typed = typed_error(error, self.service_name, address)
+        if isinstance(typed, Unavailable):
+            self.renew(address, leave)
+        return typed
+
+    def renew(self, address: str, leave: Callable[[str], None]) -> None:
+        """Leave a replica's channel for a new one, where certificates were renewed since it was opened."""
+        if self.credentials.renewed(address):
+            leave(address)
 
     def observe(self, method: str, seconds: float, code: str) -> None:
         """Tell the observer of an attempt."""

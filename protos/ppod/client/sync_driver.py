@@ -17,10 +17,9 @@ from ppod.channel import ChannelSpec, open_channel
 from ppod.client.core import HEALTH_CHECK, ClientCore, Follow, Lookup, Pause, Program, Step
 from ppod.client.exchange import Action, Exchange, Send
 from ppod.client.lookups import resolve
-from ppod.client.replies import typed_error
 from ppod.client.streaming import StreamDelivery
 from ppod.client.tracing import Metadata
-from ppod.errors import Cancelled, PpodError, Unavailable
+from ppod.errors import Cancelled, PpodError
 
 UnaryMethod: TypeAlias = "grpc.UnaryUnaryMultiCallable[bytes, bytes]"
 ResultT = TypeVar("ResultT")
@@ -104,7 +103,7 @@ class SyncDriver:
         """Send a stream of requests to the only replica, and return the reply."""
         [address] = self._core.shared.replicas.addresses
         # Before it, as nobody repeats it.
-        self._renew(address)
+        self._core.renew(address, self._leave)
         timeout_s = self._core.timeout_s(timeout_s)
         start, code = time.monotonic(), "OK"
         try:
@@ -128,19 +127,15 @@ class SyncDriver:
             return found
 
     def typed_error(self, error: grpc.RpcError, address: str) -> PpodError:
-        """The typed error of a call; a replica out of reach gets a new channel where certificates were renewed."""
-        typed = typed_error(error, self._core.service_name, address)
-        if isinstance(typed, Unavailable):
-            self._renew(address)
-        return typed
+        """The typed error of a call; see `ClientCore.failed`."""
+        return self._core.failed(error, address, self._leave)
 
-    def _renew(self, address: str) -> None:
-        """Where certificates were renewed since its channel was opened, leave that for a new one."""
-        if self._core.credentials.renewed(address):
-            with self._lock:
-                # Not closed: other calls may be under way in it. It goes with the last of them.
-                self._channels.pop(address, None)
-                self._methods = {key: value for key, value in self._methods.items() if key[0] != address}
+    def _leave(self, address: str) -> None:
+        """Have the next call open a new channel."""
+        with self._lock:
+            # Not closed: other calls may be under way in it. It goes with the last of them.
+            self._channels.pop(address, None)
+            self._methods = {key: value for key, value in self._methods.items() if key[0] != address}
 
     def _channel(self, address: str) -> grpc.Channel:
         with self._lock:
