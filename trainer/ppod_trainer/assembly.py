@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -88,19 +88,15 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
         state = with_prompts(state, "" if environments else prompts.fingerprint)
         # Not before: a run that does not fit the directory leaves the configuration that does.
         write_durably(config.run_dir / "config.yaml", dump_config(config))
-        metrics = MetricsLog(config.run_dir, config.metrics, state.step if state.components else None)
-        opened.callback(metrics.close)
+        since = state.step if state.components else None
+        metrics = opened.enter_context(closing(MetricsLog(config.run_dir, config.metrics, since)))
         with stop.interruptible():
-            connections = connect(config, loading.tokenizer_fingerprint(tokenizer), metrics.observe_rpc)
-            opened.callback(connections.close)
-            ids = loading.vocab_size(leader.learner.policy.model), loading.token_id_bound(tokenizer)
-            # One that was ready may be away again, and of several replicas all but one may still start.
-            starting = Recovery(connections, config.services.ready_timeout_s, stop)
-            served = starting.ask(lambda: _check_services(config, connections, prompts, *ids))
+            fingerprint = loading.tokenizer_fingerprint(tokenizer)
+            connections = opened.enter_context(closing(connect(config, fingerprint, metrics.observe_rpc)))
+            served = _check_services(config, connections, prompts, tokenizer, leader, stop)
         _check_prompts(prompts, tokenizer, served, config.rollout)
         bad_samples = BadSamples(config.rollout.on_bad_sample, Patience(config.services.recovery_timeout_s, stop))
-        read = read_stop_tokens(config.rewards.stop_token, prompts, tokenizer)
-        turns = _build_turns(config, connections.generation, served, environments, read)
+        turns = _build_turns(config, connections.generation, served, environments, prompts, tokenizer)
         sampler = _build_sampler(config, turns, served, environments, codec, bad_samples)
         collector = RolloutCollector(sampler, connections.reward, connections.reference, bad_samples)
         opened.callback(collector.close)
@@ -119,8 +115,7 @@ def open_run(config: TrainerConfig, stop: StopSignal, ranks: Ranks) -> Generator
             watcher=build_watcher(config.watch, critic=leader.learner.rules.estimator.critic),
         )
         restore_components(parts.stateful, state)
-        run = TrainingRun(config, parts, state)
-        opened.callback(run.close)
+        run = opened.enter_context(closing(TrainingRun(config, parts, state)))
         _begin(run)
         yield run
 
@@ -168,14 +163,25 @@ def _load_prompts(
 
 
 def _check_services(
-    config: TrainerConfig, connections: Connections, prompts: PromptSet, vocab_size: int, token_id_bound: int
+    config: TrainerConfig,
+    connections: Connections,
+    prompts: PromptSet,
+    tokenizer: PreTrainedTokenizerFast,
+    leader: Leader,
+    stop: StopSignal,
 ) -> ServedModels:
     """All that is asked of the services before anything is sampled."""
-    served = check_services(connections, config.rollout, len(prompts.heldout), vocab_size, token_id_bound)
-    check_reward(connections, config.rewards)
-    if not references_of(prompts.training):
-        check_references(connections)
-    return served
+    ids = loading.vocab_size(leader.learner.policy.model), loading.token_id_bound(tokenizer)
+
+    def ask() -> ServedModels:
+        served = check_services(connections, config.rollout, len(prompts.heldout), *ids)
+        check_reward(connections, config.rewards)
+        if not references_of(prompts.training):
+            check_references(connections)
+        return served
+
+    # One that was ready may be away again, and of several replicas all but one may still start.
+    return Recovery(connections, config.services.ready_timeout_s, stop).ask(ask)
 
 
 def _check_prompts(
@@ -194,10 +200,12 @@ def _build_turns(
     generation: GenerationClient,
     served: ServedModels,
     environments: EnvironmentCalls | None,
-    read: Container[int],
+    prompts: PromptSet,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> TurnSampler:
     stop = () if environments is None else environments.stop
     most = served.generation.limits.max_request_sequences or None
+    read = read_stop_tokens(config.rewards.stop_token, prompts, tokenizer)
     return TurnSampler(generation, config.rollout, stop, most, read)
 
 

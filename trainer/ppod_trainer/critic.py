@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from ppod_models.loading import check_attention, check_dense, hidden_size, load_causal_lm, reading
+from ppod_models.loading import check_dense, hidden_size, load_causal_lm, load_with_info, reading
 from ppod_trainer.errors import TrainerError
 
 
@@ -60,11 +60,9 @@ def load_value_model(
     with reading(path):
         names = cast("list[str]", AutoConfig.from_pretrained(path, trust_remote_code=False).architectures or [])
     if any(name.endswith("ForSequenceClassification") for name in names):
-        with reading(path):
-            model = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
-            )
-        check_attention(model)
+        model, _ = load_with_info(
+            AutoModelForSequenceClassification, path, device=device, dtype=dtype, attention=attention
+        )
         score = getattr(model, "score", None)
         if not isinstance(score, nn.Linear) or score.out_features != 1:
             raise TrainerError(

@@ -25,6 +25,7 @@ from ppod_models.loading import (
     longest_sequence,
     max_sequence_tokens,
     pick_dtype,
+    reading,
     special_tokens,
     tokenizer_fingerprint,
     vocab_size,
@@ -184,7 +185,8 @@ def _problems(config: GenerationServiceConfig, platform: str, known: frozenset[s
 
 
 def _longest(vllm: VllmConfig, path: Path) -> int:
-    own = longest_sequence(AutoConfig.from_pretrained(path))
+    with reading(path):
+        own = longest_sequence(AutoConfig.from_pretrained(path))
     return own if vllm.max_model_len is None else min(own, vllm.max_model_len)
 
 
@@ -196,14 +198,12 @@ def _dtype(model: ModelConfig, platform: str, *, bfloat16: bool) -> str:
 
 def _describe(config: GenerationServiceConfig, path: Path, platform: str, dtype: str) -> _Described:
     """Describe a model by its configuration, as if it were loaded with transformers."""
-    try:
-        tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    with reading(path):
         with torch.device("meta"):
             model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
         if (path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelSourceError(f"model {config.model.source!r}: {error}") from error
     longest = min(_longest(config.vllm, path), config.batching.max_batch_tokens, max_sequence_tokens(model))
     info = ModelInfo(
         name=config.name,
