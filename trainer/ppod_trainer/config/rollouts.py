@@ -94,7 +94,7 @@ class RolloutConfig(ConfigModel):
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(),
         description="tokens that end a response besides the model's own, such as the end of a turn in a base model's "
-        "chat template; rewards do not read them",
+        "chat template; whether rewards read them is told by rewards.stop_token",
     )
     top_p: float = Field(default=1.0, description="must be 1 in training")
     top_k: int = Field(default=0, description="must be 0 in training")
