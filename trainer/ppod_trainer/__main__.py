@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from ppod import PpodError
 from ppod_models.configuration import ConfigError, add_config_option, load_config
-from ppod_models.ending import exit_now
+from ppod_models.ending import UNREAD_FAULTS, exit_now
 from ppod_models.garbage import uncollected_start
 from ppod_models.sources import ModelSourceError
 from ppod_models.tracing import configure_tracing, flush_tracing
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 """A full disk, and its like: met wherever a record, a sample or a model is written."""
-_UNREAD_FAULTS = {errno.EPIPE, errno.EIO}
-"""What is met where a pipe has no reader, or a terminal was closed."""
 _LESS_MEMORY = (
     "[less is needed with a smaller ppo.micro_batch_tokens, memory.gradient_checkpointing, memory.offload, more ranks, "
     "or nobody else on the device]"
@@ -133,7 +131,7 @@ def _output_is_read() -> Generator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _UNREAD_FAULTS:
+        if error.errno not in UNREAD_FAULTS:
             raise
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)

@@ -81,12 +81,17 @@ def test_values_are_estimated_once_by_the_initial_policy_and_survive_a_stop(syst
     assert state["components"]["pre_estimates"]["values"] == estimates
 
 
-def test_a_run_that_is_read_by_nobody_while_values_are_estimated_ends_in_one_line(system: System) -> None:
-    config = system.config("unread", steps=1, advantages={"kind": "pvpo"}, **RECIPES["pvpo"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_run_that_is_read_by_nobody_while_values_are_estimated_ends_in_one_line(
+    system: System, unbuffered: str
+) -> None:
+    """What was not read may be in Python's buffer, which the end of the process writes once more."""
+    config = system.config(f"unread{unbuffered}", steps=1, advantages={"kind": "pvpo"}, **RECIPES["pvpo"])
     path = write_config(system.directory / "unread.yaml", config)
+    variables = {**environment(), "PYTHONUNBUFFERED": unbuffered}
     command = [sys.executable, "-m", "ppod_trainer", "--config", str(path)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
